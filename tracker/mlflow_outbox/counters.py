@@ -1,0 +1,68 @@
+"""Counters with reasons, and warnings that do not storm: every loss, refusal and delay passes through here.
+
+The counters are plain integers in a dict, guarded by the interpreter's own atomicity being not enough for ``+=``; they are
+touched on rare paths only, never by a logging call that goes well.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Hashable
+
+logger = logging.getLogger("mlflow_outbox")
+
+#: Distinct warnings remembered per tracker; beyond it a warning may come twice, but memory stays bounded.
+_REMEMBERED = 1000
+
+
+class Counters:
+    """Counts by reason, and says each distinct warning once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may count while its own thread does
+        self._counts: Counter[str] = Counter()
+        self._said: set[Hashable] = set()
+
+    def __repr__(self) -> str:
+        return f"Counters({self.snapshot()!r})"
+
+    def add(self, reason: str, number: int = 1) -> None:
+        """Count something under a reason."""
+        with self._lock:
+            self._counts[reason] += number
+
+    def snapshot(self) -> dict[str, int]:
+        """Return the counts by reason."""
+        with self._lock:
+            return dict(self._counts)
+
+    def __getitem__(self, reason: str) -> int:
+        with self._lock:
+            return self._counts[reason]
+
+    def warn_once(self, about: Hashable, message: str) -> None:
+        """Log a warning unless one about the same thing was logged before."""
+        with self._lock:
+            if about in self._said:
+                return
+            if len(self._said) >= _REMEMBERED:
+                self._said.clear()
+            self._said.add(about)
+        logger.warning("%s", message)
+
+    def forget(self, about: Hashable) -> None:
+        """Let the next warning about a thing be logged again, because the trouble was over in between."""
+        with self._lock:
+            self._said.discard(about)
+
+    def renew_lock(self) -> None:
+        """Make the counters usable in a forked child, where another thread's lock would be held for ever."""
+        self._lock = threading.RLock()
+
+
+def printable(text: object, limit: int = 80) -> str:
+    """Return text for a message: one line, control characters escaped, bounded in length."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,164 @@
+"""Tracking URIs: where an outbox delivers to, without the credentials that open it.
+
+A destination is what identifies an outbox, so two spellings of one place must give one destination: relative paths are made
+absolute against the current directory, user names, passwords and secret query arguments are taken off. What was taken off
+stays in memory for a worker thread, and reaches a worker process through its environment; it is never written, logged or
+shown.
+
+The default follows MLflow: ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory. Since MLflow 3.13 that directory
+holds a SQLite store (``mlruns/mlflow.db``, artifacts beside it) unless it already holds a file store's experiments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.request import url2pathname
+
+from mlflow_outbox.errors import DestinationError
+
+_SQL: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
+_SECRET: Final = re.compile(r"pass|secret|token|key|cred", re.IGNORECASE)
+_PREFIX: Final = "outbox+"
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """A tracking store.
+
+    Attributes:
+        uri: the tracking URI without credentials, absolute.
+        artifact_root: where an embedded store puts artifacts, as a path; "" lets the store decide.
+        secret_uri: the URI as it was given, with credentials; not part of repr or comparison.
+    """
+
+    uri: str
+    artifact_root: str = ""
+    secret_uri: str = dataclasses.field(default="", repr=False, compare=False)
+
+    @property
+    def scheme(self) -> str:
+        """The URI's scheme, for instance "http", "sqlite", "file" or "databricks"."""
+        return self.uri.split(":", 1)[0].split("+", 1)[0]
+
+    @property
+    def slug(self) -> str:
+        """A directory name for the destination: readable, and unique by a digest of the whole URI."""
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.uri).strip("-")[-40:].strip("-")
+        return f"{words}-{hashlib.sha256(self.uri.encode()).hexdigest()[:8]}"
+
+
+def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None = None) -> Destination:
+    """Return the destination that a tracking URI names.
+
+    Args:
+        tracking_uri: what MLflow takes as a tracking URI; None means default.
+        default: the tracking URI of the environment; None or "" means the local ``mlruns`` directory.
+
+    Raises:
+        DestinationError: the URI has no scheme that MLflow knows.
+    """
+    given = tracking_uri if tracking_uri is not None else (default or None)
+    if given is None:
+        return _local_default(Path.cwd() / "mlruns")
+    if isinstance(given, os.PathLike):
+        return _file_store(Path(given))
+    text = given.strip().removeprefix(_PREFIX)
+    scheme, colon, rest = text.partition(":")
+    if text == "databricks" or (scheme == "databricks" and rest.startswith("//")):
+        return Destination(text)
+    if not colon or os.path.isabs(text):
+        return _file_store(Path(text or "mlruns"))
+    if scheme == "file":
+        return _file_store(Path(url2pathname(unquote(urlsplit(text).path)) or "mlruns"))
+    if scheme in {"http", "https"}:
+        return _server(text)
+    if scheme.split("+", 1)[0] == "sqlite":
+        return _sqlite(text)
+    if scheme.split("+", 1)[0] in _SQL:
+        return _database(text)
+    shown = re.sub(r"//[^/@]*@", "//***@", text)
+    msg = (
+        f"the tracking URI {shown!r} has the scheme {scheme!r}; "
+        "use http(s)://, sqlite:///, postgresql://, file:, a directory, or databricks"
+    )
+    raise DestinationError(msg)
+
+
+def _local_default(directory: Path) -> Destination:
+    if holds_file_store(directory):
+        return _file_store(directory)
+    uri = f"sqlite:///{quote(str(directory / 'mlflow.db'), safe='/')}"
+    return Destination(uri, str(directory), uri)
+
+
+def holds_file_store(directory: Path) -> bool:
+    """Return whether a directory already holds experiments of MLflow's file store."""
+    try:
+        with os.scandir(directory) as entries:
+            return any(entry.name.isdigit() and os.path.lexists(f"{entry.path}/meta.yaml") for entry in entries)
+    except OSError:
+        return False
+
+
+def _file_store(path: Path) -> Destination:
+    uri = Path(os.path.abspath(path.expanduser())).as_uri()
+    return Destination(uri, "", uri)
+
+
+def _server(text: str) -> Destination:
+    parts = urlsplit(text)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host:
+        msg = f"the tracking URI {parts.scheme}://{parts.netloc.rpartition('@')[2]} names no host with a valid port"
+        raise DestinationError(msg)
+    netloc = f"[{host}]" if ":" in host else host
+    netloc = f"{netloc}:{port}" if port else netloc
+    path = parts.path.rstrip("/")
+    return Destination(
+        urlunsplit((parts.scheme, netloc, path, "", "")), "", urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    )
+
+
+def _sqlite(text: str) -> Destination:
+    scheme, _, path = text.partition("///")
+    path = unquote(path.partition("?")[0])
+    if not path:
+        msg = f"the tracking URI {text!r} names no file; use sqlite:///path/to/mlflow.db"
+        raise DestinationError(msg)
+    absolute = os.path.abspath(os.path.expanduser(path))
+    uri = f"{scheme}///{quote(absolute, safe='/')}"
+    local = Path.cwd() / "mlruns"  # MLflow's default for an embedded database, which depends on the current directory
+    root = Path(absolute).parent if Path(absolute).parent == local else local
+    return Destination(uri, str(root), uri)
+
+
+def _database(text: str) -> Destination:
+    parts = urlsplit(text)
+    query = urlencode([pair for pair in parse_qsl(parts.query) if not _SECRET.search(pair[0])])
+    bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
+    return Destination(bare, str(Path.cwd() / "mlruns"), text)
+
+
+def with_credentials(destination: Destination, environment_uri: str | None) -> Destination:
+    """Return the destination with the credentials of ``MLFLOW_TRACKING_URI``, when that names the same place.
+
+    Args:
+        destination: as read from an outbox, so without credentials.
+        environment_uri: the value of ``MLFLOW_TRACKING_URI``.
+    """
+    if not environment_uri:
+        return destination
+    try:
+        candidate = resolve(environment_uri)
+    except DestinationError:
+        return destination
+    return dataclasses.replace(destination, secret_uri=candidate.secret_uri) if candidate == destination else destination

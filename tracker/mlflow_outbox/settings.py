@@ -1,0 +1,177 @@
+"""The options of an outbox, and the only place that reads environment variables.
+
+Every option has a default that is right for a training job on a workstation or a cluster node. Values given in code win
+over the environment, the environment wins over the defaults. ``Settings`` is frozen: two parts of the program can never
+disagree about an option, and a test states in one line what it changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from mlflow_outbox.errors import InvalidSettings
+
+SyncLevel = Literal["os", "interval", "always"]
+WorkerKind = Literal["thread", "process", "none"]
+VerifyLevel = Literal["off", "latest", "full"]
+
+_MIB = 1024 * 1024
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"", "0", "false", "no", "off"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of one outbox; ``Settings.from_environment()`` fills them from ``MLFLOW_OUTBOX_<NAME>`` variables.
+
+    Raises:
+        InvalidSettings: an option has a value outside its range; the message names option and range.
+    """
+
+    #: Raise the matching error from a logging call that refuses its input, instead of warning once and counting.
+    strict: bool = False
+
+    #: What a returned logging call has survived: see the durability ladder in the README.
+    sync: SyncLevel = "interval"
+    #: Seconds between two background syncs at ``sync="interval"``: the most a power cut can take.
+    sync_interval: float = 0.5
+
+    #: Bytes after which a writer starts a new segment, so that delivered ones can be reclaimed while the run goes on.
+    segment_bytes: int = 8 * _MIB
+    #: Bytes of encoded events kept in memory, per run and process, while the disk refuses them.
+    memory_bytes: int = 8 * _MIB
+    #: Bytes of the largest file that log_artifact copies; a larger one is refused.
+    artifact_bytes: int = 64 * 1024 * _MIB
+    #: Bytes that all of one outbox may take; at the cap new events are refused and counted, old ones are never dropped.
+    outbox_bytes: int = 64 * 1024 * _MIB
+    #: Bytes of the file system that are left free for others; below it new events are refused and counted.
+    free_bytes: int = 64 * _MIB
+
+    #: Seconds that the exit of the interpreter may wait for delivery; what is left stays on disk.
+    exit_timeout: float = 10.0
+    #: Seconds that ``close()`` may wait for delivery when it is not told otherwise.
+    close_timeout: float = 30.0
+
+    #: Seconds between two looks of an idle worker at the journals.
+    poll_interval: float = 0.2
+    #: Runs delivered side by side to a tracking server (embedded stores take one at a time).
+    parallel_runs: int = 4
+    #: Metric points in one request; MLflow takes at most 1000.
+    batch_points: int = 1000
+    #: Seconds that one request to the tracking server may take in all.
+    request_timeout: float = 30.0
+    #: Seconds of the first back-off after a failed attempt; doubled for each further one, with full jitter.
+    retry_initial: float = 0.5
+    #: Seconds that a back-off never exceeds, a Retry-After of the server included.
+    retry_max: float = 60.0
+    #: Seconds between two attempts at a parked run or destination, which waits for a person.
+    parked_retry: float = 300.0
+    #: What is read back from MLflow once a run has ended and been delivered: nothing, the latest values, every point.
+    verify: VerifyLevel = "latest"
+    #: Seconds that a delivered and verified run is kept on disk, so that it can be replayed to another server.
+    retention: float = 7 * 24 * 3600.0
+    #: Seconds that a worker process goes on delivering after the last program that logs has ended.
+    linger: float = 60.0
+
+    #: Directory under which outboxes are made, one per destination; None means ``./.mlflow-outbox``.
+    root: Path | None = None
+    #: Exact directory for the ledger, when it must not be inside the outbox; None decides by file system.
+    ledger_dir: Path | None = None
+    #: Switches the whole outbox off: nothing is kept and nothing is delivered.
+    disabled: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+                msg = f"the setting {name}={value!r} must be a number of at least {least}"
+                raise InvalidSettings(msg)
+        if self.batch_points > 1000:
+            msg = f"the setting batch_points={self.batch_points} must be at most 1000, MLflow's limit for one request"
+            raise InvalidSettings(msg)
+        for name, kind in (("sync", SyncLevel), ("verify", VerifyLevel)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                allowed = ", ".join(repr(choice) for choice in get_args(kind))
+                msg = f"the setting {name}={value!r} must be one of {allowed}"
+                raise InvalidSettings(msg)
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
+        """Read the options that ``MLFLOW_OUTBOX_<NAME>`` variables set, under those given here.
+
+        Args:
+            environ: the variables; None means those of this process.
+            **given: options by name, which win over the environment.
+
+        Raises:
+            InvalidSettings: a variable cannot be read as its option's type, or is outside its range.
+        """
+        environ = os.environ if environ is None else environ
+        types = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            variable = _VARIABLES.get(field.name, f"MLFLOW_OUTBOX_{field.name.upper()}")
+            text = environ.get(variable)
+            if text is not None and text.strip() != "" and field.name not in given:
+                values[field.name] = _parse(variable, text.strip(), types[field.name])
+        return cls(**values, **given)
+
+
+#: ``root`` is what users know as the outbox directory; all other variables follow the option's name.
+_VARIABLES = {"root": "MLFLOW_OUTBOX_DIR"}
+
+_LEAST: dict[str, float] = {
+    "sync_interval": 0.001,
+    "segment_bytes": 1024,
+    "memory_bytes": 0,
+    "artifact_bytes": 0,
+    "outbox_bytes": 0,
+    "free_bytes": 0,
+    "exit_timeout": 0,
+    "close_timeout": 0,
+    "poll_interval": 0.001,
+    "parallel_runs": 1,
+    "batch_points": 1,
+    "request_timeout": 0.001,
+    "retry_initial": 0.001,
+    "retry_max": 0.001,
+    "parked_retry": 0.001,
+    "retention": 0,
+    "linger": 0,
+}
+
+
+def _parse(variable: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            if text.lower() in _TRUE | _FALSE:
+                return text.lower() in _TRUE
+            raise ValueError
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+    except ValueError:
+        msg = f"the environment variable {variable}={text!r} is not a valid {kind.__name__}"
+        raise InvalidSettings(msg) from None
+    return Path(text) if kind == (Path | None) else text
+
+
+def tracking_uri_from_environment() -> str | None:
+    """Return ``MLFLOW_TRACKING_URI``, or None when it is unset or empty."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def credentials_from_environment() -> tuple[str | None, str | None]:
+    """Return ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``, each None when unset."""
+    return os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+
+
+def environment_for_child(**extra: str) -> dict[str, str]:
+    """Return a copy of this process's environment with ``extra`` added, for a worker process."""
+    return {**os.environ, **extra}

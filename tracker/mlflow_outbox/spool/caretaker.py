@@ -1,0 +1,95 @@
+"""The background thread that makes journals durable: one per process, started by the first event, gone when idle.
+
+Every ``sync_interval`` seconds it syncs what was appended since, writes out what waits in memory for a disk that failed, and
+closes full segments. It holds on to a journal until there is nothing left to do for it, so an experiment may drop its run
+objects at once.
+
+A fork leaves the thread behind in the parent; the child starts its own with its first event. At the exit of the interpreter no thread
+can be started any more: then the journals are synced by ``close``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from mlflow_outbox.counters import Counters
+
+if TYPE_CHECKING:
+    from mlflow_outbox.spool.journal import Journal
+
+
+class Caretaker:
+    """Looks after the journals of one outbox in this process.
+
+    Args:
+        interval: seconds between two rounds.
+        counters: where trouble is counted.
+    """
+
+    def __init__(self, interval: float, counters: Counters) -> None:
+        self._interval = interval
+        self._counters = counters
+        self._renew()
+        _caretakers.add(self)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+        self._watched: dict[int, Journal] = {}
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def watch(self, journal: Journal) -> None:
+        """Look after a journal until it is closed and clean."""
+        self._watched[id(journal)] = journal  # one dict store: atomic, so a nested call needs no lock
+        if self._thread is None:
+            self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._rounds, name="mlflow-outbox-sync", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # at interpreter exit, or no threads left: close() syncs instead
+                self._counters.add("sync_thread_not_started")
+                return
+            self._thread = thread
+
+    def _rounds(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.round()
+
+    def round(self) -> None:
+        """Sync all watched journals once, and let go of those that are closed and clean."""
+        for key, journal in list(self._watched.items()):
+            try:
+                journal.sync()
+            except Exception as error:  # noqa: BLE001 - one journal's trouble must not end the syncing of the others
+                self._counters.add("caretaker_errors")
+                self._counters.warn_once(("caretaker", type(error)), f"mlflow-outbox: syncing failed: {error!r}")
+            if journal.is_idle:
+                self._watched.pop(key, None)
+                if not journal.is_idle:  # an append slipped in between
+                    self._watched[key] = journal
+
+    def stop(self) -> None:
+        """Do a last round and end the thread."""
+        self._stop.set()
+        self.round()
+
+
+#: All caretakers of this process, so that a forked child can begin anew.
+_caretakers: weakref.WeakSet[Caretaker] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for caretaker in list(_caretakers):
+        caretaker._renew()  # noqa: SLF001 - one class with its fork handler
+        caretaker._counters.renew_lock()  # noqa: SLF001 - as above
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,316 @@
+"""The outbox directory: its layout, how it is made, and the checks before it is trusted.
+
+Layout::
+
+    <outbox>/             0700, owned by the user
+      outbox.json         format, id, destination without credentials, artifact root, creation time
+      runs/<run_id>/      segments (*.log) and files/<sha256>, until the run is delivered
+      delivered/<run_id>/ the same, until the retention time is over
+      quarantine/         bytes that were no intact frames, as they were found
+      delivery/           the ledger (diskcache)
+      worker.lock         flock: held by the one worker that delivers
+      doorbell            its modification time changes when a writer opens a segment
+      hurry               its modification time changes when somebody wants delivery at once
+
+The directory is a trust boundary: whoever may write to it decides what is sent under the user's name. So it is refused when
+it belongs to somebody else, when group or others may enter it, or when it is a symbolic link; and ``outbox.json`` alone says
+where events go, never a segment (rows F90 and F92 of the fault list).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from mlflow_outbox.destination import Destination
+from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
+
+FORMAT: Final = 1
+#: Run ids: what MLflow itself accepts (mlflow/utils/validation.py), and safe as a directory name.
+_RUN_ID: Final = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
+_IDENTITY: Final = "outbox.json"
+
+
+class OutboxIdentity(msgspec.Struct, frozen=True):
+    """The content of ``outbox.json``."""
+
+    format: int
+    id: str
+    destination: str
+    created_ms: int
+    artifact_root: str = ""
+
+
+class OutboxDirectory:
+    """One outbox: one directory, one destination."""
+
+    def __init__(self, path: Path, identity: OutboxIdentity, inode: tuple[int, int]) -> None:
+        self.path = path
+        self.identity = identity
+        self._inode = inode
+        self.runs = path / "runs"
+        self.delivered = path / "delivered"
+        self.quarantine = path / "quarantine"
+        self.ledger = path / "delivery"
+        self.lock = path / "worker.lock"
+        self._doorbell = path / "doorbell"
+        self._hurry = path / "hurry"
+
+    def __repr__(self) -> str:
+        return f"<OutboxDirectory {str(self.path)!r} to {self.identity.destination!r}>"
+
+    @property
+    def destination(self) -> Destination:
+        """Where this outbox delivers to, without credentials."""
+        return Destination(self.identity.destination, self.identity.artifact_root)
+
+    @classmethod
+    def create(cls, root: Path, destination: Destination, *, now_ms: int) -> OutboxDirectory:
+        """Open the outbox of a destination under root, and make it when there is none.
+
+        Args:
+            root: directory that holds outboxes, one per destination; or an existing outbox itself.
+            destination: where it delivers to.
+            now_ms: wall-clock milliseconds since the epoch, kept as its creation time.
+
+        Raises:
+            OutboxUnusable: it cannot be made, or is not safe to use.
+            OutboxMismatch: the directory holds an outbox of another destination or a newer format.
+        """
+        root = Path(os.path.abspath(root.expanduser()))
+        path = root if os.path.lexists(root / _IDENTITY) else root / destination.slug
+        try:
+            _make(root)
+            _check_root(root)
+            if path != root:
+                _make(path)
+            _check(path)
+            for part in ("runs", "delivered"):
+                _make(path / part)
+                _check(path / part)
+            if not os.path.lexists(path / _IDENTITY):
+                identity = OutboxIdentity(
+                    FORMAT, secrets.token_hex(16), destination.uri, now_ms, destination.artifact_root
+                )
+                _write_once(path / _IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
+        except OutboxUnusable:
+            raise
+        except OSError as error:
+            msg = f"the outbox directory {path} cannot be made: {error.strerror or error}"
+            raise OutboxUnusable(msg) from error
+        outbox = cls.open(path)
+        if outbox.identity.destination != destination.uri:
+            msg = f"{path} is the outbox of {outbox.identity.destination}, not of {destination.uri}; give another directory"
+            raise OutboxMismatch(msg)
+        return outbox
+
+    @classmethod
+    def open(cls, path: Path) -> OutboxDirectory:
+        """Open an existing outbox.
+
+        Raises:
+            OutboxUnusable: it is missing, unreadable, or not safe to use.
+            OutboxMismatch: a newer version made it.
+        """
+        path = Path(os.path.abspath(path.expanduser()))
+        try:
+            found = _check(path)
+            data = _read_regular(path / _IDENTITY)
+            identity = msgspec.json.decode(data, type=OutboxIdentity)
+        except OutboxUnusable:
+            raise
+        except OSError as error:
+            msg = f"{path} is not a usable outbox: {error.strerror or error}"
+            raise OutboxUnusable(msg) from error
+        except msgspec.DecodeError as error:
+            msg = f"{path / _IDENTITY} is damaged ({error}); restore it from a copy, or write the destination into it again"
+            raise OutboxUnusable(msg) from error
+        if identity.format > FORMAT:
+            msg = f"{path} has format {identity.format} and this version reads up to {FORMAT}; upgrade mlflow-outbox"
+            raise OutboxMismatch(msg)
+        return cls(path, identity, (found.st_dev, found.st_ino))
+
+    def run(self, run_id: str) -> Path:
+        """Return the directory of a run whose id was checked with ``is_run_id``."""
+        return self.runs / run_id
+
+    def run_ids(self) -> list[str]:
+        """Return the ids of all runs that have something on disk that is not filed as delivered."""
+        return _run_directories(self.runs)
+
+    def delivered_ids(self) -> list[str]:
+        """Return the ids of all runs that are delivered and kept for the retention time."""
+        return _run_directories(self.delivered)
+
+    def make_run(self, run_id: str) -> Path:
+        """Make a run's directory.
+
+        Raises:
+            OSError: it cannot be made, or the outbox was replaced by another directory since it was opened.
+        """
+        self.check_unchanged()
+        path = self.runs / run_id
+        _make(path)
+        return path
+
+    def check_unchanged(self) -> None:
+        """Check that the path still leads to the directory that was checked.
+
+        Raises:
+            OutboxUnusable: it was removed, or replaced by another directory.
+        """
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError as error:
+            msg = f"the outbox directory {self.path} is gone: {error.strerror}"
+            raise OutboxUnusable(msg) from None
+        if (found.st_dev, found.st_ino) != self._inode:
+            msg = f"the outbox directory {self.path} was replaced by another one while in use"
+            raise OutboxUnusable(msg)
+
+    def ring(self) -> None:
+        """Tell a worker that there is a new segment to look at."""
+        _touch(self._doorbell)
+
+    def ask_hurry(self) -> None:
+        """Ask whichever worker delivers this outbox to do so at once, cutting its back-off short."""
+        _touch(self._hurry)
+
+    def signals(self) -> tuple[int, int]:
+        """Return the modification times (ns) of doorbell and hurry, 0 when never touched."""
+        return _modified(self._doorbell), _modified(self._hurry)
+
+
+def is_run_id(text: str) -> bool:
+    """Return whether text can be a run id: what MLflow accepts as one, and safe as a directory name."""
+    return isinstance(text, str) and _RUN_ID.fullmatch(text) is not None
+
+
+def find_outboxes(root: Path) -> list[Path]:
+    """Return the outboxes at or directly under a directory, sorted by name."""
+    root = Path(os.path.abspath(root.expanduser()))
+    if os.path.lexists(root / _IDENTITY):
+        return [root]
+    try:
+        with os.scandir(root) as entries:
+            return sorted(Path(e.path) for e in entries if os.path.lexists(os.path.join(e.path, _IDENTITY)))
+    except OSError:
+        return []
+
+
+def create_private(path: Path, flags: int = os.O_WRONLY) -> int:
+    """Create a new file that only the user can read and return its descriptor; never follows a link.
+
+    Raises:
+        OSError: it exists already, or cannot be made.
+    """
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut.
+
+    Raises:
+        OSError: the file system could not do it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _run_directories(parent: Path) -> list[str]:
+    try:
+        with os.scandir(parent) as entries:
+            return sorted(e.name for e in entries if is_run_id(e.name) and e.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
+
+
+def _make(path: Path) -> None:
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        os.makedirs(path.parent, 0o700, exist_ok=True)
+        _make(path)
+
+
+def _check_root(root: Path) -> None:
+    found = os.stat(root)
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        msg = f"{root} can be written by everybody, who could swap the outbox in it; run: chmod o-w {root}"
+        raise OutboxUnusable(msg)
+
+
+def _check(path: Path) -> os.stat_result:
+    found = os.stat(path, follow_symlinks=False)
+    if stat.S_ISLNK(found.st_mode):
+        msg = f"{path} is a symbolic link; give the directory that it points to"
+        raise OutboxUnusable(msg)
+    if not stat.S_ISDIR(found.st_mode):
+        msg = f"{path} is not a directory; move it away"
+        raise OutboxUnusable(msg)
+    if found.st_uid != os.geteuid():
+        msg = f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}; give a directory of your own"
+        raise OutboxUnusable(msg)
+    if found.st_mode & 0o077:
+        msg = f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, so others can enter it; run: chmod 700 {path}"
+        raise OutboxUnusable(msg)
+    return found
+
+
+def _read_regular(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            msg = f"{path} is not a regular file"
+            raise OutboxUnusable(msg)
+        return file.read(1024 * 1024)
+
+
+def _write_once(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    fd = create_private(draft)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        try:
+            os.link(draft, path)  # unlike rename, fails when another process was first
+        except FileExistsError:
+            return
+        except OSError:
+            os.rename(draft, path)  # a file system without hard links
+            return
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+    sync_directory(path.parent)
+
+
+def _touch(path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        now = time.time_ns()  # exact, where the file system's own clock has ticks of milliseconds that can hide a change
+        os.utime(fd, ns=(now, now))
+    finally:
+        os.close(fd)
+
+
+def _modified(path: Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,48 @@
+"""The system calls that a journal makes, as one object, so that a test can make any of them fail."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from mlflow_outbox.spool.directory import create_private, sync_directory
+
+
+class SystemDisk:
+    """The real disk. ``mlflow_outbox.testing.FailingDisk`` is the other implementation."""
+
+    #: write(fd, bytes) -> number written; the builtin itself, so that the logging call pays nothing for this seam.
+    write = staticmethod(os.write)
+    #: Where a segment's data becomes durable; its size too, its times not.
+    datasync = staticmethod(getattr(os, "fdatasync", os.fsync))
+    truncate = staticmethod(os.ftruncate)
+    close = staticmethod(os.close)
+    sync_directory = staticmethod(sync_directory)
+
+    def create(self, path: Path) -> int:
+        """Create a segment file, append-only and locked: the lock tells readers on this machine that its writer lives."""
+        fd = create_private(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            # A reader looked at this very moment, or the file system has no locks; then age decides whether we live.
+            pass
+        return fd
+
+
+def is_being_written(path: Path) -> bool:
+    """Return whether a living process of this machine holds a segment open for writing."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False

@@ -1,0 +1,135 @@
+"""The kinds of event that a journal holds, and their bytes.
+
+Each event is a msgspec struct encoded to MessagePack as an array whose first element is the kind's number::
+
+    [2, "loss", 0.3, 1700000000000, 7]         Metric(key, value, time_ms, step)
+
+Compatibility: numbers are never used again, fields are only ever added at the end and with a default. A reader ignores
+fields that it does not know (a newer minor version wrote them) and reports kinds that it does not know.
+
+Events carry no run id (a segment belongs to one run) and no sequence number (the frame has it). Times are wall-clock
+milliseconds since the epoch, taken when the logging call was made: they are what makes a metric point the same point when
+it is sent a second time.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Union
+
+import msgspec
+
+#: Characters; the limits of MLflow's validation module (mlflow/utils/validation.py).
+MAX_KEY_CHARS: Final = 250
+MAX_PARAM_CHARS: Final = 6000
+MAX_TAG_CHARS: Final = 8000
+#: Steps and times are int64 in MLflow's protocol; a larger one is stored as garbage by its server (facts, 2a).
+INT64_MIN: Final = -(2**63)
+INT64_MAX: Final = 2**63 - 1
+
+#: The statuses that MLflow knows a run can have.
+STATUSES: Final = frozenset({"RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED"})
+
+
+class RunStarted(msgspec.Struct, array_like=True, tag=1, frozen=True, omit_defaults=False):
+    """A writer begins to log to a run; always the first event of the process that started or resumed it.
+
+    Attributes:
+        time_ms: when the run started, or was resumed.
+        run_name: name shown by MLflow; None lets MLflow choose.
+        user: who ran it, as MLflow's ``mlflow.user`` tag.
+        tags: the run's first tags.
+        resumed: the run existed before, here or in MLflow; it goes on with status RUNNING.
+    """
+
+    time_ms: int
+    run_name: str | None = None
+    user: str = ""
+    tags: dict[str, str] = {}
+    resumed: bool = False
+
+
+class Metric(msgspec.Struct, array_like=True, tag=2, frozen=True, gc=False):
+    """One metric point."""
+
+    key: str
+    value: float
+    time_ms: int
+    step: int
+
+
+class Metrics(msgspec.Struct, array_like=True, tag=3, frozen=True):
+    """Several metric points of one time and step, from one call."""
+
+    values: dict[str, float]
+    time_ms: int
+    step: int
+
+
+class Params(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    """Parameters; the first value of a key stays, as in MLflow."""
+
+    values: dict[str, str]
+    time_ms: int
+
+
+class Tags(msgspec.Struct, array_like=True, tag=5, frozen=True):
+    """Tags; the last value of a key stays."""
+
+    values: dict[str, str]
+    time_ms: int
+
+
+class Artifact(msgspec.Struct, array_like=True, tag=6, frozen=True):
+    """A file of the run, copied when it was logged.
+
+    Attributes:
+        path: where MLflow shows it: a relative POSIX path, the file name included.
+        sha256: hex digest of the content, which is also the copy's name under ``files/``.
+        size: bytes.
+    """
+
+    path: str
+    sha256: str
+    size: int
+    time_ms: int
+
+
+class RunEnded(msgspec.Struct, array_like=True, tag=7, frozen=True, gc=False):
+    """The run has ended with a status; an event after it is delivered all the same."""
+
+    status: str
+    time_ms: int
+
+
+class SegmentClosed(msgspec.Struct, array_like=True, tag=8, frozen=True, gc=False):
+    """The last frame of a segment whose writer closed it: nothing will be appended.
+
+    Attributes:
+        rotated: the same writer goes on in its next segment.
+    """
+
+    rotated: bool
+
+
+Event = Union[RunStarted, Metric, Metrics, Params, Tags, Artifact, RunEnded, SegmentClosed]  # noqa: UP007 - msgspec needs the runtime object on 3.10
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+encode = _encoder.encode
+
+
+def decode(payload: bytes | memoryview) -> Event:
+    """Decode one event.
+
+    Raises:
+        msgspec.DecodeError: the payload is no event of a kind and shape known here.
+    """
+    return _decoder.decode(payload)
+
+
+def points_of(event: Event) -> int:
+    """Return how many metric points an event holds."""
+    if type(event) is Metric:
+        return 1
+    return len(event.values) if type(event) is Metrics else 0

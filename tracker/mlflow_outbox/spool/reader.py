@@ -1,0 +1,355 @@
+"""Reading the journals of one run: all its writers, from where reading stopped last time.
+
+A reader never opens a file for writing, takes no lock that a writer could meet, and keeps no descriptor: it may run in another
+process, on another machine, on read-only media, while the run is still being written.
+
+The segments of a writer are read in the order of their first number. A segment is *final* once its closing frame was read, once
+the same writer has begun a later one, or once its writer is gone: no living process of this machine holds it (flock), and, if
+it came from another machine or the file system knows no locks, nothing was added for ``settle`` seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from mlflow_outbox.errors import CorruptSegment, NewerFormat
+from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox.spool.events import Event, RunStarted, SegmentClosed, decode, points_of
+from mlflow_outbox.spool.frame import MAX_HEADER, MAX_PAYLOAD, SEQUENCE_MASK, SegmentHeader, unpack_header
+from mlflow_outbox.spool.recovery import Cut, Damage, frames
+
+#: Bytes read at once; grown when a frame is longer.
+_CHUNK: Final = 256 * 1024
+#: Bytes: any frame fits.
+_LARGEST: Final = MAX_PAYLOAD + 64
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """How far one writer's events have been read.
+
+    Attributes:
+        ordinal: segment of the writer that the next event is read from.
+        offset: byte offset in it of the next frame; 0 means its first.
+        seq: number that the next event must have; a larger one is a gap, a smaller one was read before.
+    """
+
+    ordinal: int = 0
+    offset: int = 0
+    seq: int = 0
+
+
+class SegmentFile(NamedTuple):
+    """A segment whose header was read."""
+
+    path: Path
+    header: SegmentHeader
+    body: int  # offset of the first frame
+
+
+class Broken(NamedTuple):
+    """Something unreadable in a run's directory.
+
+    Attributes:
+        kind: "corrupt" or "torn" bytes, an "unknown" event kind, a "header" that cannot be read, a "newer" format.
+        start, end: byte range in the file.
+    """
+
+    path: Path
+    kind: str
+    start: int
+    end: int
+    reason: str
+
+
+class Window(NamedTuple):
+    """Some events of a run, in order, and what to remember once they are delivered.
+
+    Attributes:
+        events: (writer, event) pairs; each writer's in its order.
+        cursors: of every writer, behind these events.
+        broken: damage met on the way, behind the new cursors too.
+        missing: events that must have existed, by their numbers, and are not there.
+        more: there are further events to read at once.
+        live: some writer may still be appending.
+    """
+
+    events: list[tuple[str, Event]]
+    cursors: dict[str, Cursor]
+    broken: list[Broken]
+    missing: int
+    more: bool
+    live: bool
+
+
+class RunReader:
+    """Reads one run's directory.
+
+    Args:
+        path: the run's directory.
+        settle: seconds without growth after which a segment without a lock counts as left by its writer.
+    """
+
+    def __init__(self, path: Path, *, settle: float = 60.0) -> None:
+        self.path = path
+        self._settle = settle
+        self._headers: dict[str, SegmentFile] = {}
+        self._bad: dict[str, Broken] = {}
+
+    def segments(self) -> dict[str, list[SegmentFile]]:
+        """Return the segments by writer, each writer's in reading order; unreadable headers are left to ``bad_headers``."""
+        try:
+            names = {n for n in os.listdir(self.path) if n.endswith(".log")}
+        except FileNotFoundError:
+            names = set()
+        for gone in self._headers.keys() - names:
+            del self._headers[gone]
+        for name in names - self._headers.keys():
+            self._read_header(name)
+        by_writer: dict[str, list[SegmentFile]] = {}
+        for segment in self._headers.values():
+            by_writer.setdefault(segment.header.writer, []).append(segment)
+        for held in by_writer.values():
+            held.sort(key=lambda s: (s.header.first_seq, s.header.ordinal))
+        # Writers in the order in which they began, so that a resumed job's events follow those of the first.
+        return dict(sorted(by_writer.items(), key=lambda item: (item[1][0].header.created_ms, item[0])))
+
+    def bad_headers(self) -> list[Broken]:
+        """Return the files that ``segments`` could not use."""
+        return list(self._bad.values())
+
+    def _read_header(self, name: str) -> None:
+        path = self.path / name
+        try:
+            data = _read(path, 0, MAX_HEADER + 64)
+            header, body = unpack_header(data)
+        except (CorruptSegment, NewerFormat) as error:
+            kind = "newer" if isinstance(error, NewerFormat) else "header"
+            if kind == "header" and is_being_written(path):
+                return  # its header is on its way
+            self._bad[name] = Broken(path, kind, 0, len(data), str(error))
+            return
+        except OSError as error:
+            self._bad[name] = Broken(path, "header", 0, 0, str(error))
+            return
+        self._bad.pop(name, None)
+        self._headers[name] = SegmentFile(path, header, body)
+
+    def started(self) -> tuple[RunStarted | None, SegmentHeader | None]:
+        """Return how the run began, by its first writer that says so, and the header of its first segment."""
+        first: SegmentHeader | None = None
+        for held in self.segments().values():
+            first = first or held[0].header
+            if held[0].header.first_seq != 0:
+                continue
+            data = _read(held[0].path, held[0].body, _CHUNK)
+            for found in frames(data, 0, held[0].header.seed, next_seq=0, final=False, complete=False):
+                if not isinstance(found, (Damage, Cut)):
+                    event = _decoded(found.payload)
+                    if isinstance(event, RunStarted) and not event.resumed:
+                        return event, held[0].header
+                break
+        return None, first
+
+    def window(
+        self, cursors: Mapping[str, Cursor], *, points: int = 1000, items: int = 2000, size: int = 4 * 1024 * 1024
+    ) -> Window:
+        """Read events behind the cursors until there are enough for a few requests.
+
+        Args:
+            cursors: where to begin, by writer; a writer without one is read from its beginning.
+            points: metric points to stop at.
+            items: events to stop at.
+            size: bytes to stop at.
+        """
+        budget = _Budget(points, items, size)
+        events: list[tuple[str, Event]] = []
+        after = dict(cursors)
+        broken: list[Broken] = []
+        missing = 0
+        live = False
+        for writer, held in self.segments().items():
+            part = _WriterPass(writer, held, after.get(writer), budget, self._settle)
+            part.read()
+            events += part.events
+            broken += part.broken
+            missing += part.missing
+            live = live or part.live
+            if part.cursor is not None:
+                after[writer] = part.cursor
+            if budget.spent:
+                break
+        return Window(events, after, broken, missing, budget.spent, live or budget.spent)
+
+    def ends(self) -> dict[str, tuple[int, int]]:
+        """Return, for every writer, its last segment's ordinal and size: where its events end at present."""
+        result: dict[str, tuple[int, int]] = {}
+        for writer, held in self.segments().items():
+            last = max(held, key=lambda s: s.header.ordinal)
+            try:
+                result[writer] = (last.header.ordinal, os.stat(last.path).st_size)
+            except FileNotFoundError:
+                continue
+        return result
+
+
+class _Budget:
+    """How much one window may still take."""
+
+    def __init__(self, points: int, items: int, size: int) -> None:
+        self.points, self.items, self.size = points, items, size
+        self.spent = False
+
+    def take(self, event: Event, size: int) -> None:
+        self.points -= points_of(event)
+        self.items -= 1
+        self.size -= size
+        self.spent = self.points <= 0 or self.items <= 0 or self.size <= 0
+
+
+class _WriterPass:
+    """One writer's share of a window."""
+
+    def __init__(
+        self, writer: str, held: list[SegmentFile], cursor: Cursor | None, budget: _Budget, settle: float
+    ) -> None:
+        self.writer = writer
+        self.events: list[tuple[str, Event]] = []
+        self.broken: list[Broken] = []
+        self.missing = 0
+        self.live = False
+        self.cursor = cursor
+        self._held = held
+        self._budget = budget
+        self._settle = settle
+        self._seq = cursor.seq if cursor is not None else 0
+
+    def read(self) -> None:
+        """Read this writer's segments, from the cursor's on."""
+        for place, segment in enumerate(self._from_cursor()):
+            if self._budget.spent:
+                return
+            last = place == len(self._todo) - 1
+            if not self._read_segment(segment, is_last=last):
+                return
+
+    def _from_cursor(self) -> Iterable[SegmentFile]:
+        cursor = self.cursor
+        todo = self._held
+        if cursor is not None:
+            at = next((i for i, s in enumerate(todo) if s.header.ordinal == cursor.ordinal), None)
+            # A segment that was reclaimed is not there any more; go on with the first that holds later numbers.
+            todo = todo[at:] if at is not None else [s for s in todo if s.header.ordinal > cursor.ordinal]
+        self._todo = list(todo)
+        return self._todo
+
+    def _read_segment(self, segment: SegmentFile, *, is_last: bool) -> bool:
+        """Read on in one segment; return whether the next one may be read."""
+        header = segment.header
+        here = self.cursor is not None and self.cursor.ordinal == header.ordinal
+        offset = max(self.cursor.offset, segment.body) if here and self.cursor is not None else segment.body
+        # Looked at before reading: a writer that is gone now cannot have appended anything after this.
+        gone = not is_last or self._writer_is_gone(segment)
+        chunk = _CHUNK
+        while True:
+            try:
+                data = _read(segment.path, offset, chunk)
+            except FileNotFoundError:
+                return True  # reclaimed by a worker while this reader looked
+            at_end = len(data) < chunk
+            base, cut, closed = offset, False, False
+            for found in frames(data, 0, header.seed, next_seq=self._seq, final=gone, complete=at_end):
+                if isinstance(found, Cut):
+                    cut = True
+                    break
+                if isinstance(found, Damage):
+                    self.broken.append(
+                        Broken(segment.path, found.kind, base + found.start, base + found.end, "no intact frame")
+                    )
+                    offset = base + found.end
+                else:
+                    closed = self._take(segment, found.seq, found.payload, base + found.end) or closed
+                    offset = base + found.end
+                self.cursor = Cursor(header.ordinal, offset, self._seq)
+                if self._budget.spent:
+                    return False
+            if closed:
+                return True
+            if at_end:
+                self.live = self.live or not gone
+                return gone
+            if cut and offset == base:
+                chunk = min(chunk * 4, _LARGEST)
+            elif not cut:
+                chunk = _CHUNK
+
+    def _take(self, segment: SegmentFile, seq: int, payload: bytes, end: int) -> bool:
+        """Take one frame; return whether it closes the segment."""
+        ahead = (seq - self._seq) & SEQUENCE_MASK
+        event = _decoded(payload)
+        if isinstance(event, SegmentClosed):
+            if 0 < ahead < 1 << 31:
+                self.missing += ahead
+                self._seq = seq
+            return True
+        if ahead >= 1 << 31:
+            return False  # passed before: written again after a failed sync
+        self.missing += ahead
+        self._seq = (seq + 1) & SEQUENCE_MASK
+        if isinstance(event, str):
+            self.broken.append(Broken(segment.path, "unknown", end - len(payload), end, event))
+            return False
+        self.events.append((self.writer, event))
+        self._budget.take(event, len(payload))
+        return False
+
+    def _writer_is_gone(self, segment: SegmentFile) -> bool:
+        if is_being_written(segment.path):
+            return False
+        if segment.header.boot_id and segment.header.boot_id == _boot_id():
+            return True
+        try:
+            return time.time() - os.stat(segment.path).st_mtime > self._settle
+        except FileNotFoundError:
+            return True
+
+
+def _decoded(payload: bytes) -> Event | str:
+    """Return the event, or a sentence about why there is none."""
+    try:
+        return decode(payload)
+    except msgspec.DecodeError as error:
+        return f"an event of a kind or shape that this version does not know: {error}"
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        parts: list[bytes] = []
+        while size > 0:
+            part = os.pread(fd, size, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+_BOOT: list[str] = []
+
+
+def _boot_id() -> str:
+    if not _BOOT:
+        try:
+            _BOOT.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        except OSError:
+            _BOOT.append("")
+    return _BOOT[0]

@@ -1,0 +1,186 @@
+"""Copies of artifact files, named by their content, made when the file is logged.
+
+What MLflow gets is the file as it was at the call: the experiment may go on writing, move or delete it. A copy lies inside the
+run's directory (``files/<sha256>``), so that the directory can be moved to another machine as a whole; the same content
+logged twice is kept once.
+
+The source is opened without blocking and must be a regular file: a FIFO would stop the experiment, a device would never end. A
+file that changes while it is copied is taken as read; its digest is that of the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import re
+import secrets
+import stat
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+from urllib.parse import unquote
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
+from mlflow_outbox.spool.directory import create_private
+
+_CHUNK: Final = 1024 * 1024
+_MAX_PATH: Final = 1000
+_BAD: Final = re.compile(r"[\x00-\x1f\x7f\\#]")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+class Snapshot(NamedTuple):
+    """A file that was kept: hex digest and size in bytes."""
+
+    sha256: str
+    size: int
+
+
+class SnapshotStore:
+    """The ``files`` directory of one run.
+
+    Args:
+        run_directory: the run's directory, which exists.
+        durable: make each copy survive a power cut before returning.
+    """
+
+    def __init__(self, run_directory: Path, *, durable: bool = False) -> None:
+        self.path = run_directory / "files"
+        self._durable = durable
+
+    def add_file(self, source: str | os.PathLike[str], *, limit: int) -> Snapshot:
+        """Copy a file.
+
+        Args:
+            source: path of a regular file; a symbolic link is followed.
+            limit: bytes; a larger file is refused.
+
+        Raises:
+            ArtifactRefused: it is missing, unreadable, not a regular file or too large, or the outbox has no room for it.
+        """
+        shown = printable(os.fspath(source))
+        try:
+            fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            msg = f"the file {shown!r} cannot be read: {reason}"
+            raise ArtifactRefused("bad_file", msg) from None
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                kind = "directory" if stat.S_ISDIR(found.st_mode) else "FIFO, socket or device"
+                msg = f"{shown!r} is not a regular file but a {kind}"
+                raise ArtifactRefused("bad_file", msg)
+            if found.st_size > limit:
+                msg = f"the file {shown!r} has {found.st_size} bytes, the setting artifact_bytes allows {limit}"
+                raise ArtifactRefused("file_too_large", msg)
+            return self._add(iter(lambda: file.read(_CHUNK), b""), shown, limit)
+
+    def add_bytes(self, data: bytes, *, limit: int, name: str = "text") -> Snapshot:
+        """Keep bytes that have no file.
+
+        Raises:
+            ArtifactRefused: they are too large, or the outbox has no room for them.
+        """
+        return self._add(iter([data] if data else []), name, limit)
+
+    def _add(self, chunks: Iterator[bytes], shown: str, limit: int) -> Snapshot:
+        draft = self.path / f".draft-{secrets.token_hex(8)}"
+        digest, size = hashlib.sha256(), 0
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.path, 0o700)
+            with os.fdopen(create_private(draft), "wb") as copy:
+                for chunk in chunks:
+                    size += len(chunk)
+                    if size > limit:
+                        msg = f"the file {shown!r} grew beyond {limit} bytes, which the setting artifact_bytes allows"
+                        raise ArtifactRefused("file_too_large", msg)
+                    digest.update(chunk)
+                    copy.write(chunk)
+                copy.flush()
+                if self._durable:
+                    os.fsync(copy.fileno())
+            os.rename(draft, self.path / digest.hexdigest())
+        except ArtifactRefused:
+            self._discard(draft)
+            raise
+        except OSError as error:
+            self._discard(draft)
+            msg = f"no copy of {shown!r} could be made in {self.path}: {error.strerror or error}"
+            raise ArtifactRefused("no_room_for_file", msg) from None
+        except BaseException:
+            self._discard(draft)
+            raise
+        return Snapshot(digest.hexdigest(), size)
+
+    def sync(self, sha256: str) -> None:
+        """Make a copy and its name survive a power cut.
+
+        Raises:
+            OSError: the disk could not do it.
+        """
+        for path, flags in ((self.path / sha256, 0), (self.path, os.O_DIRECTORY)):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    @staticmethod
+    def _discard(draft: Path) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+
+
+def is_digest(text: str) -> bool:
+    """Return whether text is a hex SHA-256, and so safe as the name of a copy."""
+    return _SHA256.fullmatch(text) is not None
+
+
+def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact path") -> str:
+    """Return an artifact path in MLflow's form, checked to stay inside the run's artifacts.
+
+    The checks are made at the call and again before delivery, because the journal may come from another machine. Percent
+    signs are decoded as often as they decode to something else, since a server may do so too (mlflow/utils/uri.py,
+    validate_path_is_safe).
+
+    Raises:
+        InvalidEvent: it is absolute, climbs out, or has characters that MLflow's servers refuse.
+    """
+    text = os.fspath(path)
+    shown = printable(text)
+    if not isinstance(text, str):
+        msg = f"the {what} {shown!r} must be text"
+        raise InvalidEvent("bad_path", msg)
+    decoded, before = text, ""
+    for _ in range(10):
+        if decoded == before:
+            break
+        before, decoded = decoded, unquote(decoded)
+    for form in {text, decoded}:
+        problem = _path_problem(form)
+        if problem:
+            msg = f"the {what} {shown!r} {problem}; use a relative path such as 'plots/loss.png'"
+            raise InvalidEvent("bad_path", msg)
+    return posixpath.normpath(text) if text else ""
+
+
+def _path_problem(text: str) -> str | None:
+    if len(text) > _MAX_PATH:
+        return f"has {len(text)} characters, more than {_MAX_PATH}"
+    if _BAD.search(text):
+        return "holds a control character, a backslash or '#'"
+    if any(unicodedata.category(c) in {"Cc", "Cf", "Cs"} for c in text):
+        return "holds an invisible character"
+    if text.startswith("/") or re.match(r"[A-Za-z]:", text):
+        return "is absolute"
+    if ".." in text.split("/"):
+        return "climbs out of the run's artifacts"
+    if any(part != part.rstrip(". ") for part in text.split("/") if part not in {"", "."}):
+        return "has a part that ends with a dot or a space"
+    return None

@@ -1,0 +1,156 @@
+"""What a logging call accepts, turned into what an event holds; the limits are MLflow's own.
+
+The functions raise one of the ``EventRefused`` errors with a sentence that names the key and the remedy; the caller decides
+whether that is raised or warned about and counted.
+
+Limits and the key pattern: mlflow/utils/validation.py (MLflow 3.9 to 3.18). Steps and times outside int64 are refused here
+because MLflow's server answers them with 200 and stores something else.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import operator
+import posixpath
+import re
+from typing import Any, Final
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import InvalidEvent, InvalidEventType
+from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, STATUSES
+
+_KEY: Final = re.compile(r"[/\w.\- :]+")
+#: A float time in this range is seconds since the epoch of this century, most likely given by time.time().
+_LIKELY_SECONDS: Final = (1e9, 1e11)
+_EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
+
+
+def checked_key(key: object, what: str) -> str:
+    """Return a metric, param or tag key that MLflow accepts.
+
+    Args:
+        key: what the caller gave.
+        what: "metric", "param" or "tag", for the message.
+    """
+    if not isinstance(key, str):
+        msg = f"the {what} key {printable(repr(key))} is a {type(key).__name__}; use a string"
+        raise InvalidEventType("bad_key", msg)
+    shown = printable(key)
+    if not key:
+        msg = f"the {what} key is empty; give it a name"
+        raise InvalidEvent("bad_key", msg)
+    if len(key) > MAX_KEY_CHARS:
+        msg = f"the {what} key {shown!r} has {len(key)} characters; MLflow allows {MAX_KEY_CHARS}"
+        raise InvalidEvent("bad_key", msg)
+    if not _KEY.fullmatch(key):
+        msg = f"the {what} key {shown!r} may hold only letters, digits, '_', '-', '.', ' ', ':' and '/'"
+        raise InvalidEvent("bad_key", msg)
+    if posixpath.normpath(key) != key or key == "." or key.startswith(("..", "/")):
+        msg = f"the {what} key {shown!r} is not a plain relative path; use for instance {_plain(key)!r}"
+        raise InvalidEvent("bad_key", msg)
+    return str(key)
+
+
+def _plain(key: str) -> str:
+    return "/".join(part for part in key.split("/") if part not in {"", ".", ".."}) or "key"
+
+
+def checked_value(key: str, value: object) -> float:
+    """Return a metric's value as a float: Python, NumPy and framework scalars, NaN and infinities."""
+    if isinstance(value, (str, bytes, bytearray)) or value is None:
+        msg = f"the metric {printable(key)!r} has the value {printable(repr(value))}, a {type(value).__name__}; use a number"
+        raise InvalidEventType("bad_value", msg)
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001 - __float__ of any framework's object may raise anything; refused, counted
+        item = getattr(value, "item", None)
+        if callable(item):
+            try:
+                return float(item())
+            except Exception:  # noqa: BLE001, S110 - as above; the first error says more
+                pass
+        msg = f"the metric {printable(key)!r} has a value of type {type(value).__name__} that is no single number: {printable(error)}"
+        raise InvalidEventType("bad_value", msg) from None
+
+
+def checked_step(key: str, step: object) -> int:
+    """Return a step as an int; None is 0, as in MLflow, and a float must be whole."""
+    if step is None:
+        return 0
+    number = _whole(step)
+    if number is None:
+        msg = f"the metric {printable(key)!r} has the step {printable(repr(step))}; use a whole number"
+        raise InvalidEventType("bad_step", msg)
+    if not INT64_MIN <= number <= INT64_MAX:
+        msg = f"the metric {printable(key)!r} has the step {number}, outside MLflow's 64-bit range"
+        raise InvalidEvent("bad_step", msg)
+    return number
+
+
+def checked_time_ms(what: str, time: object) -> int:
+    """Return a wall-clock time as milliseconds since the epoch: an int or float of milliseconds, or a datetime."""
+    if isinstance(time, dt.datetime):
+        aware = time if time.tzinfo is not None else time.astimezone()
+        time = (aware - _EPOCH) // dt.timedelta(milliseconds=1)
+    number = _whole(time, truncate=True)
+    if number is None:
+        msg = f"the time of {printable(what)!r} is {printable(repr(time))}; use milliseconds since the epoch, or a datetime"
+        raise InvalidEventType("bad_time", msg)
+    if not 0 <= number <= INT64_MAX:
+        msg = f"the time of {printable(what)!r} is {number} ms, outside what MLflow holds (0 to 2**63 - 1)"
+        raise InvalidEvent("bad_time", msg)
+    return number
+
+
+def looks_like_seconds(time: object) -> bool:
+    """Return whether a time is probably in seconds, where milliseconds are meant."""
+    return isinstance(time, float) and _LIKELY_SECONDS[0] <= time < _LIKELY_SECONDS[1]
+
+
+def _whole(number: object, *, truncate: bool = False) -> int | None:
+    try:
+        return operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    if isinstance(number, (str, bytes, bytearray)):
+        return None
+    try:
+        as_float = float(number)  # type: ignore[arg-type]
+    except Exception:  # noqa: BLE001 - __float__ of any object may raise anything; the caller refuses and counts
+        return None
+    if not math.isfinite(as_float) or (as_float != int(as_float) and not truncate):
+        return None
+    return int(as_float)
+
+
+def checked_text(key: str, value: object, what: str) -> str:
+    """Return a param's or tag's value as text, as MLflow does: str(value)."""
+    try:
+        text = value if type(value) is str else str(value)
+        text.encode()
+    except UnicodeEncodeError:
+        msg = f"the {what} {printable(key)!r} has a value that is not valid Unicode (a lone surrogate); encode it"
+        raise InvalidEvent("bad_value", msg) from None
+    except Exception as error:  # noqa: BLE001 - __str__ of a user's object may raise anything; refused and counted
+        msg = f"the {what} {printable(key)!r} has a value of type {type(value).__name__} that has no text: {printable(error)}"
+        raise InvalidEventType("bad_value", msg) from None
+    return text
+
+
+def checked_status(status: object) -> str:
+    """Return a run status that MLflow knows."""
+    text = getattr(status, "name", status)
+    if not isinstance(text, str) or text.upper() not in STATUSES:
+        msg = f"the status {printable(repr(status))} is none of {', '.join(sorted(STATUSES))}"
+        raise InvalidEvent("bad_status", msg)
+    return text.upper()
+
+
+def checked_mapping(values: object, what: str) -> dict[Any, Any]:
+    """Return a mapping of keys to values as a dict."""
+    try:
+        return dict(values)  # type: ignore[call-overload, no-any-return]
+    except Exception:  # noqa: BLE001 - a user's mapping may raise anything; refused and counted
+        msg = f"{what} takes a mapping of keys to values, not a {type(values).__name__}"
+        raise InvalidEventType("bad_mapping", msg) from None

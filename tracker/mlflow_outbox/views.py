@@ -1,0 +1,112 @@
+"""Events folded into what a reader of runs sees: the same answer that MLflow gives once everything has arrived.
+
+The rules are MLflow's own: a param keeps its first value, a tag its last, the latest point of a metric is the one with the
+largest (step, time, value). "Last" across several writers of one run (ranks, a resumed job) means the later wall-clock time;
+within one writer it means the order of its calls, whatever its clock did.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
+
+
+class Register(msgspec.Struct, array_like=True):
+    """A value of which the last one wins: the value, its time in ms, its writer."""
+
+    value: str
+    time_ms: int
+    writer: str
+
+
+class Latest(msgspec.Struct, array_like=True):
+    """The latest point of a metric, and how many points there are."""
+
+    value: float
+    step: int
+    time_ms: int
+    points: int
+
+
+class File(msgspec.Struct, array_like=True):
+    """An artifact: digest, size in bytes, time in ms."""
+
+    sha256: str
+    size: int
+    time_ms: int
+
+
+class RunView(msgspec.Struct):
+    """One run as its events so far describe it; ``status`` is RUNNING until an event says otherwise."""
+
+    name: str = ""
+    user: str = ""
+    start_time_ms: int = 0
+    end_time_ms: int | None = None
+    status: Register = msgspec.field(default_factory=lambda: Register("RUNNING", 0, ""))
+    params: dict[str, str] = {}
+    tags: dict[str, Register] = {}
+    metrics: dict[str, Latest] = {}
+    artifacts: dict[str, File] = {}
+
+    def fold(self, event: Event, writer: str) -> None:
+        """Take one event of a writer into account; events of one writer must come in their order."""
+        kind = type(event)
+        if kind is Metric:
+            self._point(event.key, event.value, event.time_ms, event.step)  # type: ignore[union-attr]
+        elif kind is Metrics:
+            for key, value in event.values.items():  # type: ignore[union-attr]
+                self._point(key, value, event.time_ms, event.step)  # type: ignore[union-attr]
+        elif isinstance(event, Params):
+            for key, text in event.values.items():
+                self.params.setdefault(key, text)
+        elif isinstance(event, Tags):
+            for key, text in event.values.items():
+                self.set_tag(key, text, event.time_ms, writer)
+        elif isinstance(event, Artifact):
+            self.artifacts[event.path] = File(event.sha256, event.size, event.time_ms)
+        elif isinstance(event, RunStarted):
+            self._started(event, writer)
+        elif isinstance(event, RunEnded) and wins(self.status, event.time_ms, writer):
+            self.status = Register(event.status, event.time_ms, writer)
+            self.end_time_ms = event.time_ms if event.status not in {"RUNNING", "SCHEDULED"} else None
+
+    def set_tag(self, key: str, value: str, time_ms: int, writer: str) -> bool:
+        """Set a tag unless another writer set it later; return whether it was set."""
+        held = self.tags.get(key)
+        if held is not None and not wins(held, time_ms, writer):
+            return False
+        self.tags[key] = Register(value, time_ms, writer)
+        return True
+
+    def _point(self, key: str, value: float, time_ms: int, step: int) -> None:
+        held = self.metrics.get(key)
+        if held is None:
+            self.metrics[key] = Latest(value, step, time_ms, 1)
+            return
+        held.points += 1
+        if (step, time_ms, _order(value)) >= (held.step, held.time_ms, _order(held.value)):
+            held.value, held.step, held.time_ms = value, step, time_ms
+
+    def _started(self, event: RunStarted, writer: str) -> None:
+        if not event.resumed:
+            self.start_time_ms = event.time_ms
+            self.name = event.run_name or self.name
+            self.user = event.user or self.user
+        elif wins(self.status, event.time_ms, writer):
+            self.status = Register("RUNNING", event.time_ms, writer)
+            self.end_time_ms = None
+        for key, text in event.tags.items():
+            self.set_tag(key, text, event.time_ms, writer)
+
+
+def wins(held: Register, time_ms: int, writer: str) -> bool:
+    """Return whether a new value is later than the held one."""
+    return writer == held.writer or time_ms >= held.time_ms
+
+
+def _order(value: float) -> float:
+    return 0.0 if math.isnan(value) else value  # MLflow's SQL stores hold NaN as 0 with a flag

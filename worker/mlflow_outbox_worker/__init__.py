@@ -1,0 +1,1 @@
+"""The half that delivers: reads journals, talks to MLflow, and the command line."""

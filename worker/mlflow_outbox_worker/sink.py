@@ -1,0 +1,147 @@
+"""What delivery needs of a tracking store, and the one error it may raise.
+
+``mlflow_sink`` implements it for every store that MLflow reaches and is the only importer of mlflow;
+``mlflow_outbox.testing.FakeTracking`` implements it in memory. Each method is one request, made once: a sink never
+retries, never sleeps and never reads the wall clock, because ``retry`` decides about attempts and the journal about times.
+All methods may be called from several threads at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+#: The tag by which a run of an outbox is found in MLflow, whoever created it.
+RUN_ID_TAG = "mlflow_outbox.run_id"
+
+#: How an attempt failed: no answer at all, an answer with a status, or an answer that no MLflow server gives.
+FailureKind = Literal["connection", "timeout", "answer", "not_mlflow"]
+
+
+class SinkError(Exception):
+    """Raised when a request was refused, or when it is not known whether it was carried out.
+
+    Attributes:
+        kind: "connection" (refused, reset, DNS, TLS), "timeout", "answer" (the store said no) or "not_mlflow" (a login
+            page, a redirect, a body that is not MLflow's).
+        status: HTTP status, or the one that MLflow's server would give; None without an answer.
+        code: MLflow's error code, for instance "RESOURCE_DOES_NOT_EXIST"; "" without one.
+        retry_after: seconds that the server asked to wait; None when it did not.
+        sent: False when the request certainly never reached the store, so that it cannot have been carried out.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: FailureKind,
+        status: int | None = None,
+        code: str = "",
+        retry_after: float | None = None,
+        sent: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.kind: FailureKind = kind
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+        self.sent = sent
+
+
+class MetricPoint(NamedTuple):
+    """One metric point: key, value, wall-clock time in ms, step."""
+
+    key: str
+    value: float
+    time_ms: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteRun:
+    """What MLflow holds of one run.
+
+    Attributes:
+        metrics: the latest point of each key, as MLflow defines latest (largest step, then time, then value).
+        lifecycle: "active" or "deleted".
+        start_time_ms: milliseconds since the epoch; end_time_ms is None while the run goes on.
+    """
+
+    run_id: str
+    experiment_id: str
+    run_name: str
+    status: str
+    start_time_ms: int
+    end_time_ms: int | None
+    lifecycle: str
+    artifact_uri: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, MetricPoint]
+
+
+class Sink(Protocol):
+    """One tracking store. Every method raises SinkError and nothing else."""
+
+    #: True when the store keeps a metric point once however often it is sent (SQL stores do, file stores do not).
+    deduplicates_metrics: bool
+    #: True when requests for several runs may be in flight at once (a tracking server; not an embedded file or SQLite).
+    parallel: bool
+
+    def experiment_id(self, name: str) -> str:
+        """Return the id of the experiment called name, which is created when there is none."""
+        ...
+
+    def find_experiment(self, name: str) -> str | None:
+        """Return the id of the experiment called name, or None; never creates one."""
+        ...
+
+    def create_run(
+        self, experiment_id: str, *, run_name: str | None, start_time_ms: int, user: str, tags: Mapping[str, str]
+    ) -> str:
+        """Create a run and return its id; twice called, two runs."""
+        ...
+
+    def find_runs(self, experiment_id: str, local_id: str) -> list[str]:
+        """Return the ids of all runs, deleted ones too, whose RUN_ID_TAG is local_id, oldest first."""
+        ...
+
+    def get_run(self, run_id: str) -> RemoteRun:
+        """Return what the store holds of a run."""
+        ...
+
+    def search_runs(self, experiment_id: str) -> list[RemoteRun]:
+        """Return every active run of an experiment, newest first."""
+        ...
+
+    def log_batch(
+        self, run_id: str, points: Sequence[MetricPoint], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Send at most 1000 points, 100 params and 100 tags (1000 in all) in one request."""
+        ...
+
+    def update_run(self, run_id: str, *, status: str, end_time_ms: int | None) -> None:
+        """Set a run's status and its end time."""
+        ...
+
+    def upload(self, run_id: str, file: Path, artifact_path: str) -> None:
+        """Store the content of file as artifact_path (file name included), replacing what was there."""
+        ...
+
+    def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:
+        """Return every point of one metric."""
+        ...
+
+    def list_artifacts(self, run_id: str, folder: str) -> dict[str, int | None]:
+        """Return path and size in bytes of the files directly in one folder ("" is the root) of a run's artifacts."""
+        ...
+
+    def delete_run(self, run_id: str) -> None:
+        """Mark a run deleted; used only for an empty second run left by a create whose answer was lost."""
+        ...
+
+    def close(self) -> None:
+        """Give back connections; the sink is not used afterwards."""
+        ...
