@@ -18,7 +18,6 @@ import re
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
-from urllib.request import url2pathname
 
 from mlflow_outbox.errors import DestinationError
 
@@ -75,7 +74,7 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
     if not colon or os.path.isabs(text):
         return _file_store(Path(text or "mlruns"))
     if scheme == "file":
-        return _file_store(Path(url2pathname(unquote(urlsplit(text).path)) or "mlruns"))
+        return _file_store(Path(unquote(urlsplit(text).path) or "mlruns"))
     if scheme in {"http", "https"}:
         return _server(text)
     if scheme.split("+", 1)[0] == "sqlite":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlflow_outbox.counters import Counters
@@ -27,10 +28,14 @@ class Caretaker:
     Args:
         interval: seconds between two rounds.
         counters: where trouble is counted.
+        each_round: called at the beginning of each round, for whatever else is looked at in the background.
     """
 
-    def __init__(self, interval: float, counters: Counters) -> None:
+    def __init__(
+        self, interval: float, counters: Counters, *, each_round: Callable[[], None] = lambda: None
+    ) -> None:
         self._interval = interval
+        self._each_round = each_round
         self._counters = counters
         self._renew()
         _caretakers.add(self)
@@ -65,6 +70,7 @@ class Caretaker:
 
     def round(self) -> None:
         """Sync all watched journals once, and let go of those that are closed and clean."""
+        self._each_round()
         for key, journal in list(self._watched.items()):
             try:
                 journal.sync()

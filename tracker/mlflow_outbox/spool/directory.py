@@ -9,7 +9,7 @@ Layout::
       quarantine/         bytes that were no intact frames, as they were found
       delivery/           the ledger (diskcache)
       worker.lock         flock: held by the one worker that delivers
-      doorbell            its modification time changes when a writer opens a segment
+      doorbell            a line with the run's id for each segment that a writer opened
       hurry               its modification time changes when somebody wants delivery at once
 
 The directory is a trust boundary: whoever may write to it decides what is sent under the user's name. So it is refused when
@@ -37,6 +37,8 @@ FORMAT: Final = 1
 #: Run ids: what MLflow itself accepts (mlflow/utils/validation.py), and safe as a directory name.
 _RUN_ID: Final = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
 _IDENTITY: Final = "outbox.json"
+#: Bytes after which the doorbell is emptied; some thousand lines.
+_DOORBELL_BYTES: Final = 256 * 1024
 
 
 class OutboxIdentity(msgspec.Struct, frozen=True):
@@ -176,17 +178,55 @@ class OutboxDirectory:
             msg = f"the outbox directory {self.path} was replaced by another one while in use"
             raise OutboxUnusable(msg)
 
-    def ring(self) -> None:
-        """Tell a worker that there is a new segment to look at."""
-        _touch(self._doorbell)
+    def ring(self, run_id: str) -> None:
+        """Tell a worker that a run has a new segment to look at.
+
+        Raises:
+            OSError: the doorbell cannot be written.
+        """
+        fd = os.open(self._doorbell, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, f"{run_id}\n".encode())
+        finally:
+            os.close(fd)
+
+    def rung(self, offset: int) -> tuple[set[str], int] | None:
+        """Return the runs that rang since an offset, and the next offset; None when only a look at all runs will tell.
+
+        Args:
+            offset: what the last call returned; 0 at first.
+        """
+        try:
+            size = os.stat(self._doorbell, follow_symlinks=False).st_size
+            if size == offset:
+                return set(), offset
+            if size < offset:
+                return None
+            fd = os.open(self._doorbell, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return set(), 0
+        try:
+            lines = os.pread(fd, _DOORBELL_BYTES * 2, offset).split(b"\n")
+        finally:
+            os.close(fd)
+        ids = {line.decode("ascii", "replace") for line in lines[:-1]}
+        return {run_id for run_id in ids if is_run_id(run_id)}, offset + sum(len(line) + 1 for line in lines[:-1])
+
+    def answer_doorbell(self) -> None:
+        """Begin the doorbell anew when it has grown long; the caller looks at all runs afterwards."""
+        try:
+            if os.stat(self._doorbell).st_size > _DOORBELL_BYTES:
+                os.truncate(self._doorbell, 0)
+        except OSError:
+            return
 
     def ask_hurry(self) -> None:
         """Ask whichever worker delivers this outbox to do so at once, cutting its back-off short."""
         _touch(self._hurry)
 
-    def signals(self) -> tuple[int, int]:
-        """Return the modification times (ns) of doorbell and hurry, 0 when never touched."""
-        return _modified(self._doorbell), _modified(self._hurry)
+    def hurry_asked(self) -> int:
+        """Return when hurry was last asked for, in ns, only good for comparing; 0 when never."""
+        return _modified(self._hurry)
 
 
 def is_run_id(text: str) -> bool:

@@ -58,6 +58,7 @@ from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk
 from mlflow_outbox.spool.events import Event, SegmentClosed, encode
+from mlflow_outbox.spool.snapshot import SnapshotStore
 
 #: After these the descriptor is not worth another try; after others (a full disk above all) it is.
 _SEGMENT_GONE: Final = frozenset({errno.EIO, errno.EBADF, errno.EROFS, errno.ESTALE})
@@ -152,6 +153,7 @@ class Journal:
         self._unsynced: list[bytes] = []
         self._retired: list[Retired] = []
         self._new_names = False
+        self._copies: list[tuple[SnapshotStore, str]] = []
         self._ring: deque[bytes] = deque()
         self._ring_bytes = 0
         self._try_again = 0.0
@@ -173,7 +175,7 @@ class Journal:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to sync, write or close."""
-        clean = self._fd < 0 and not self._retired and not self._ring and not self._new_names
+        clean = self._fd < 0 and not self._retired and not self._ring and not self._new_names and not self._copies
         return clean and (self._nested is None or self._nested.is_idle)
 
     def append(self, event: Event) -> bool:
@@ -229,13 +231,20 @@ class Journal:
                 first_seq = self._seq - len(payloads)
                 retired, self._retired = self._retired, []
                 names, self._new_names = self._new_names, False
+                copies, self._copies = self._copies, []
                 dirty = fd >= 0 and offset > self._synced
                 removed = fd >= 0 and _is_unlinked(fd)
                 if dirty or removed:
                     self._unsynced = []
             finally:
                 self._busy = False
-        # Without the lock: an fsync can take seconds, and a logging call must not wait for it.
+        # Copies first: a durable event must not name a file that is not. And all of it without the lock: an fsync can take seconds,
+        # and a logging call must not wait for it.
+        for store, sha256 in copies:
+            try:
+                store.sync(sha256)
+            except OSError:
+                self._counters.add("sync_errors")
         for old in retired:
             if not self._datasync(old.fd):
                 self._rewrite(old.payloads, old.first_seq)
@@ -253,6 +262,13 @@ class Journal:
             self._sync_names()
         if self._nested is not None:
             self._nested.sync()
+
+    def sync_later(self, store: SnapshotStore, sha256: str) -> None:
+        """Make a copied file survive a power cut with the next background sync."""
+        with self._lock:
+            self._copies.append((store, sha256))
+        if self._registry is not None:
+            self._registry.watch(self)
 
     def close(self) -> None:
         """Mark the segment as complete, sync it and give its descriptor back; a later append begins a new segment."""
@@ -440,7 +456,7 @@ class Journal:
         if self._registry is not None:
             self._registry.watch(self)
         with contextlib.suppress(OSError):  # a worker that is not told finds the segment at its next full look
-            self.directory.ring()
+            self.directory.ring(run.run_id)
         if self._wake is not None:
             self._wake()
 

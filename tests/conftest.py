@@ -1,0 +1,100 @@
+"""Fixtures for all tests: a clean environment, and real MLflow servers and stores."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import MlflowServer, NurseryClient, forget_mlflow_variables
+
+_NURSERY = pytest.StashKey[NurseryClient]()
+_SERVER_FIXTURES = {"mlflow_server", "own_mlflow_server", "sqlite_uri", "empty_database"}
+
+# Tests change directory; what their child processes import must not depend on it.
+if "PYTHONPATH" in os.environ:
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))
+forget_mlflow_variables()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the session's nursery, in the one process that outlives all others."""
+    workerinput = getattr(config, "workerinput", None)
+    if workerinput is None:
+        client, end = NurseryClient.start()
+        config.add_cleanup(end)
+    else:
+        client = NurseryClient(workerinput["nursery"])
+    config.stash[_NURSERY] = client
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each pytest-xdist worker where the nursery is."""
+    node.workerinput["nursery"] = node.config.stash[_NURSERY].address
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the import of MLflow while the tests that need no server run."""
+    if any(_SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())) for item in session.items):
+        session.config.stash[_NURSERY].warm()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test a working directory of its own and no MLFLOW_* variable, and leave none behind."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    forget_mlflow_variables()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(request: pytest.FixtureRequest) -> MlflowServer:
+    """The MLflow server that all tests share; use experiments of your own, and neither stop nor pause it."""
+    return request.config.stash[_NURSERY].shared_server()
+
+
+@pytest.fixture
+def own_mlflow_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., MlflowServer]]:
+    """Start a server that the test may kill, pause and restart: ``own_mlflow_server(port=0, start=True)``."""
+    servers: list[MlflowServer] = []
+
+    def make(port: int = 0, *, start: bool = True) -> MlflowServer:
+        server = MlflowServer(request.config.stash[_NURSERY], tmp_path_factory.mktemp("mlflow-server"), port)
+        servers.append(server)
+        if start:
+            server.start()
+        return server
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def empty_database(request: pytest.FixtureRequest) -> Callable[[Path], Path]:
+    """Create an SQLite database with MLflow's tables at a path of the test's choice."""
+    return request.config.stash[_NURSERY].empty_database
+
+
+@pytest.fixture
+def sqlite_uri(empty_database: Callable[[Path], Path], tmp_path: Path) -> str:
+    """The tracking URI of an SQLite database with MLflow's tables and nothing in them."""
+    return f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}"
+
+
+@pytest.fixture
+def file_uri(tmp_path: Path) -> str:
+    """The tracking URI of an empty MLflow file store."""
+    return (tmp_path / "mlruns").as_uri()
+
+
+@pytest.fixture
+def experiment_name() -> str:
+    """The name of an experiment that no other test uses."""
+    return f"experiment-{uuid.uuid4().hex}"

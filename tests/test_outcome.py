@@ -1,0 +1,107 @@
+"""The table of answers and what they mean for events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mlflow_outbox_worker.outcome import DELIVERED, EVENT_OPERATIONS, classify
+from mlflow_outbox_worker.retry import is_retryable
+from mlflow_outbox_worker.sink import SinkError
+
+
+def answer(status: int, code: str = "", message: str = "no", **more: Any) -> SinkError:
+    return SinkError(message, kind="answer", status=status, code=code, **more)
+
+
+@pytest.mark.parametrize("operation", ["create_run", "log_batch", "update_run", "upload"])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
+def test_a_busy_server_is_asked_again(status: int, operation: str) -> None:
+    """Time-outs, rate limits and server errors are retried, with the pause that the server asked for."""
+    outcome = classify(answer(status, retry_after=7.0), operation)
+    assert ("retry", 7.0) == (outcome.kind, outcome.retry_after)
+
+
+@pytest.mark.parametrize("operation", ["create_run", "log_batch", "upload"])
+@pytest.mark.parametrize("kind", ["connection", "timeout"])
+def test_no_answer_is_retried(kind: Any, operation: str) -> None:
+    """Whether a request was sent is the caller's question; that it is repeated is certain."""
+    assert "retry" == classify(SinkError("reset", kind=kind), operation).kind
+
+
+@pytest.mark.parametrize("code", ["TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"])
+def test_mlflows_word_for_later_is_believed_whatever_the_status(code: str) -> None:
+    """Some servers give these codes with a 400."""
+    assert "retry" == classify(answer(400, code), "log_batch").kind
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        answer(401),
+        answer(403, "PERMISSION_DENIED"),
+        answer(407),
+        answer(501),
+        answer(404, "RESOURCE_DOES_NOT_EXIST"),
+        answer(404),
+        answer(404, "ENDPOINT_NOT_FOUND"),
+        answer(400, "INVALID_PARAMETER_VALUE", "The run x must be in the 'active' state. Current state is deleted."),
+        answer(400, "INVALID_PARAMETER_VALUE", "The run x must be in 'active' lifecycle_stage."),
+        answer(500, "INVALID_STATE", "Could not create run under non-active experiment with ID 1."),
+        answer(503, message="503: disabled due to the mlflow server running with `--no-serve-artifacts`."),
+        SinkError("a login page", kind="not_mlflow", status=200),
+        SinkError("redirect", kind="not_mlflow", status=302),
+        SinkError("certificate has expired", kind="connection", code="TLS", sent=False),
+    ],
+)
+@pytest.mark.parametrize("operation", ["create_run", *EVENT_OPERATIONS])
+def test_what_needs_a_person_is_parked(error: SinkError, operation: str) -> None:
+    """Nothing is discarded and nothing is hammered while credentials, URL, run or experiment are wrong."""
+    assert "parked" == classify(error, operation).kind
+    assert not is_retryable(error)
+
+
+@pytest.mark.parametrize("operation", sorted(EVENT_OPERATIONS))
+@pytest.mark.parametrize("status", [400, 409, 422])
+def test_a_permanent_answer_about_events_is_a_dead_letter(status: int, operation: str) -> None:
+    """The request carried events, and one of them is refused for good; the reason is the answer."""
+    outcome = classify(answer(status, "INVALID_PARAMETER_VALUE", "bad key"), operation)
+    assert ("dead_letter", "bad key") == (outcome.kind, outcome.reason)
+
+
+@pytest.mark.parametrize("operation", ["open", "create_run", "experiment_id", "find_runs", "get_run", ""])
+@pytest.mark.parametrize("status", [400, 409, 413, 422])
+def test_a_permanent_answer_without_events_is_parked(status: int, operation: str) -> None:
+    """No event is to blame for a run that cannot be created, so none is discarded."""
+    assert "parked" == classify(answer(status, "INVALID_PARAMETER_VALUE"), operation).kind
+
+
+def test_a_batch_that_is_too_large_is_split_and_a_file_is_not() -> None:
+    """413 says nothing about an event until it is alone."""
+    assert "split" == classify(answer(413), "log_batch").kind
+    assert "dead_letter" == classify(answer(413), "upload").kind
+
+
+def test_an_experiment_that_exists_was_created() -> None:
+    """The race for an experiment has no loser."""
+    assert "already_applied" == classify(answer(400, "RESOURCE_ALREADY_EXISTS"), "create_experiment").kind
+
+
+@pytest.mark.parametrize("text", ["UNIQUE constraint failed: params.key", "duplicate key value", "Duplicate entry 'x'"])
+def test_a_race_for_a_row_is_repeated(text: str) -> None:
+    """The loser's transaction was rolled back, and finds the winner's row the next time."""
+    assert "retry" == classify(answer(400, "BAD_REQUEST", text), "log_batch").kind
+    assert "dead_letter" == classify(answer(400, "BAD_REQUEST", "value too long"), "log_batch").kind
+
+
+def test_success_is_an_outcome_too() -> None:
+    """The loop can treat answers alike."""
+    assert "delivered" == DELIVERED.kind
+
+
+@pytest.mark.parametrize("status", range(400, 600))
+@pytest.mark.parametrize("code", ["", "INTERNAL_ERROR", "BAD_REQUEST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"])
+def test_the_policy_and_the_table_agree_about_retries(status: int, code: str) -> None:
+    """What is retried never depends on the operation, and every answer has an outcome."""
+    kinds = {operation: classify(answer(status, code), operation).kind for operation in ("", *EVENT_OPERATIONS)}
+    assert {is_retryable(answer(status, code))} == {kind == "retry" for kind in kinds.values()}

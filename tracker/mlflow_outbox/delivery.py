@@ -1,0 +1,54 @@
+"""The one place where the experiment's half meets the delivering half, which is imported no sooner than it is needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from mlflow_outbox.outbox import FlushResult, Outbox
+
+
+class Worker(Protocol):
+    """A running worker, as the process that started it sees it."""
+
+    def is_alive(self) -> bool:
+        """Return whether it is still there."""
+        ...
+
+    def wake(self) -> None:
+        """Let it know that there is something new."""
+        ...
+
+    def stop(self, timeout: float) -> None:
+        """End it, waiting at most timeout seconds; what it had not delivered stays on disk."""
+        ...
+
+
+def _half(name: str) -> Any:
+    return importlib.import_module(f"mlflow_outbox_worker.{name}")
+
+
+def start(outbox: Outbox) -> Worker:
+    """Start the worker that an outbox is set to: a thread of this process, or a process of its own.
+
+    Raises:
+        RuntimeError: no thread can be started any more.
+        OSError: no process can be started.
+    """
+    return cast("Worker", _half(outbox.worker_kind).start(outbox))
+
+
+def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
+    """Have an outbox delivered by whichever worker holds it; see ``Outbox.flush``."""
+    return cast("FlushResult", _half("flush").flush(outbox, timeout))
+
+
+def reading(outbox: Outbox) -> Any:
+    """Return a ``mlflow_outbox_worker.reading.Reading`` of an outbox: runs as MLflow and the journals together have them."""
+    return _half("reading").Reading(outbox)
+
+
+def command_line() -> int:
+    """Run the command line with this process's arguments and return its exit code."""
+    return int(_half("cli").main())

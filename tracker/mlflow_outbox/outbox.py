@@ -1,0 +1,229 @@
+"""One process's end of an outbox: its journals, its counters, and the worker it starts for delivery.
+
+There is one ``Outbox`` object per outbox directory, worker kind and settings in a process, however many trackers use it. It costs a
+directory check to make; threads, processes and imports come with the first event.
+
+At the exit of the interpreter every outbox gets the chance to deliver what is left, for ``exit_timeout`` seconds in all, and says
+in one line what stays on disk and how to send it. A forked child does not wait: what it wrote is on disk, and its parent's
+worker, or the next one, delivers it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from mlflow_outbox import delivery
+from mlflow_outbox.counters import Counters, logger
+from mlflow_outbox.settings import Settings, WorkerKind
+from mlflow_outbox.spool.caretaker import Caretaker
+from mlflow_outbox.spool.guard import DiskGuard
+from mlflow_outbox.spool.journal import Journal, RunIdentity
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlflow_outbox.destination import Destination
+    from mlflow_outbox.spool.directory import OutboxDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class FlushResult:
+    """What delivery of an outbox has come to, in events; true when nothing is left to deliver.
+
+    Attributes:
+        delivered: have arrived in MLflow, of all events that the outbox still knows.
+        pending: wait on disk and are sent as soon as MLflow takes them.
+        parked: wait on disk for a person, because MLflow refuses their run or the whole outbox.
+        dead: were refused by MLflow for good, one by one, and are kept as dead letters.
+    """
+
+    delivered: int = 0
+    pending: int = 0
+    parked: int = 0
+    dead: int = 0
+
+    def __bool__(self) -> bool:
+        return self.pending == 0 and self.parked == 0
+
+
+class Outbox:
+    """Writes to one outbox directory and has it delivered.
+
+    Args:
+        directory: the outbox.
+        destination: where it delivers to, with credentials if there are any.
+        settings: the options.
+        worker: "thread", "process", or "none" to only write.
+    """
+
+    def __init__(
+        self, directory: OutboxDirectory, destination: Destination, settings: Settings, worker: WorkerKind
+    ) -> None:
+        self.directory = directory
+        self.destination = destination
+        self.settings = settings
+        self.worker_kind = worker
+        self.counters = Counters()
+        self.guard = DiskGuard(directory, settings)
+        self._caretaker = Caretaker(settings.sync_interval, self.counters, each_round=self.guard.look)
+        self._pid = os.getpid()
+        self._begin()
+        _outboxes.add(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()
+        self._worker: delivery.Worker | None = None
+        self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        return f"<Outbox {str(self.directory.path)!r}, worker {self.worker_kind!r}, {self.counters!r}>"
+
+    def journal(self, run: RunIdentity) -> Journal:
+        """Return a new journal for a run; the worker is started with its first event."""
+        journal = Journal(
+            self.directory,
+            run,
+            self.settings,
+            self.counters,
+            registry=self._caretaker,
+            wake=self._wake,
+            refuse=self.guard.reason,
+        )
+        self._journals.add(journal)
+        return journal
+
+    def _wake(self) -> None:
+        """Start the worker, or tell it that there is a new segment."""
+        if self.worker_kind == "none":
+            return
+        worker = self._worker
+        if worker is not None and worker.is_alive():
+            worker.wake()
+            return
+        with self._lock:
+            if self._worker is None or not self._worker.is_alive():
+                try:
+                    self._worker = delivery.start(self)
+                except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
+                    self.counters.add("worker_not_started")
+                    self.counters.warn_once(
+                        "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
+                    )
+
+    def sync(self) -> None:
+        """Make everything logged so far survive a power cut."""
+        self._caretaker.round()
+
+    def flush(self, timeout: float | None) -> FlushResult:
+        """Deliver what has been logged until now, as far as possible within a time.
+
+        Args:
+            timeout: seconds; None waits until nothing is pending.
+        """
+        self.sync()
+        if self.worker_kind != "none":
+            self._wake()
+        return delivery.flush(self, timeout)
+
+    def close(self, timeout: float) -> FlushResult:
+        """Close the journals, deliver within a time, and stop this process's worker.
+
+        Args:
+            timeout: seconds for delivery.
+        """
+        for journal in list(self._journals):
+            journal.close()
+        result = self.flush(timeout)
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop(timeout=1.0)
+        self._caretaker.stop()
+        for journal in list(self._journals):
+            journal.release()
+        return result
+
+    def at_exit(self, deadline: float) -> None:
+        """Deliver until a deadline (monotonic seconds) and say what is left."""
+        journals = list(self._journals)
+        for journal in journals:
+            journal.close()
+        self._caretaker.stop()
+        if self._pid == os.getpid() and any(journal.events for journal in journals):
+            if self.worker_kind == "none":
+                _say_what_is_left(self, sum(journal.events for journal in journals), 0)
+            else:
+                result = delivery.flush(self, max(0.0, deadline - time.monotonic()) if self._worker else 0)
+                _say_what_is_left(self, result.pending, result.parked)
+        if self._worker is not None:
+            self._worker.stop(timeout=0.5)
+        for journal in journals:
+            journal.release()
+
+    def forked(self) -> None:
+        """Begin anew in a forked child: the worker thread stayed in the parent."""
+        self._begin()
+
+
+def _say_what_is_left(outbox: Outbox, pending: int, parked: int) -> None:
+    if not pending and not parked:
+        return
+    path = outbox.directory.path
+    parts = [f"{pending:,} events wait" if pending else "", f"{parked:,} events are parked for a person" if parked else ""]
+    logger.warning(
+        "mlflow-outbox: %s in %s; nothing is lost. To send them: mlflow-outbox flush --outbox-dir %s",
+        " and ".join(part for part in parts if part),
+        path,
+        _quoted(path),
+    )
+
+
+def _quoted(path: Path) -> str:
+    import shlex  # only needed on the way out
+
+    return shlex.quote(str(path))
+
+
+#: All outboxes of this process that are in use.
+_outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
+_shared: weakref.WeakValueDictionary[tuple[str, WorkerKind, Settings, str], Outbox] = weakref.WeakValueDictionary()
+_shared_lock: Final = threading.RLock()
+#: Journals outlive the tracker that a script dropped; so do their outboxes, until the exit.
+_kept: list[Outbox] = []
+
+
+def shared(directory: OutboxDirectory, destination: Destination, settings: Settings, worker: WorkerKind) -> Outbox:
+    """Return this process's outbox for a directory, made at the first call."""
+    key = (str(directory.path), worker, settings, destination.secret_uri)
+    with _shared_lock:
+        outbox = _shared.get(key)
+        if outbox is None:
+            outbox = _shared[key] = Outbox(directory, destination, settings, worker)
+            _kept.append(outbox)
+        return outbox
+
+
+def _at_exit() -> None:
+    outboxes = list(_outboxes)
+    if not outboxes:
+        return
+    deadline = time.monotonic() + max(outbox.settings.exit_timeout for outbox in outboxes)
+    for outbox in outboxes:
+        with contextlib.suppress(KeyboardInterrupt):  # ctrl-C at exit means: do not wait
+            outbox.at_exit(deadline)
+
+
+def _after_fork_in_child() -> None:
+    for outbox in list(_outboxes):
+        outbox.forked()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_after_fork_in_child)

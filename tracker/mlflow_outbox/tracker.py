@@ -1,0 +1,361 @@
+"""The API that autopilot sessions call, and the way to runs of one's own.
+
+Making a tracker checks its outbox directory and does nothing else: no network, no thread, no import of mlflow. Everything that logs goes to
+the journal; the three calls that ask MLflow something (``experiment_id``, ``client``, ``get_*``) say clearly when they cannot reach it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, get_args
+
+from mlflow_outbox import autopilot, delivery
+from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.errors import InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
+from mlflow_outbox.outbox import FlushResult, Outbox, shared
+from mlflow_outbox.run import Run, Time
+from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment
+from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
+from mlflow_outbox.spool.journal import RunIdentity
+from mlflow_outbox.spool.reader import RunReader
+
+_DEFAULT_ROOT: Final = ".mlflow-outbox"
+_SUMMARY: Final = "final_summary"
+
+
+class MLflowTracker:
+    """Logs runs of one experiment through a durable outbox.
+
+    Args:
+        experiment_name: name of the MLflow experiment; made at the first delivery.
+        tracking_uri: where to deliver; None means ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory.
+        outbox_dir: directory under which outboxes are made, one per destination; None means ``MLFLOW_OUTBOX_DIR``, else
+            ``./.mlflow-outbox``.
+        worker: "thread" delivers in the background of this process, "process" in one of its own that outlives this one, "none" only
+            writes: offline, to be delivered later.
+        settings: the options; None reads them from the environment.
+
+    Raises:
+        InvalidSettings: an option or an environment variable is wrong.
+        DestinationError: the tracking URI is none.
+        OutboxUnusable: only with ``Settings(strict=True)``; otherwise ``disabled`` becomes true, with a warning.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str,
+        tracking_uri: str | os.PathLike[str] | None = None,
+        *,
+        outbox_dir: str | os.PathLike[str] | None = None,
+        worker: WorkerKind = "thread",
+        settings: Settings | None = None,
+    ) -> None:
+        if worker not in get_args(WorkerKind):
+            msg = f"worker={worker!r} must be one of {', '.join(map(repr, get_args(WorkerKind)))}"
+            raise InvalidSettings(msg)
+        if not isinstance(experiment_name, str) or not experiment_name.strip():
+            msg = f"the experiment name {experiment_name!r} must be a text that is not empty"
+            raise InvalidSettings(msg)
+        self.experiment_name = experiment_name
+        self._settings = Settings.from_environment() if settings is None else settings
+        self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
+        self._lock = threading.RLock()
+        self._summary: Run | None = None
+        self._closed = False
+        self._outbox = self._open(outbox_dir, worker)
+        self._counters = self._outbox.counters if self._outbox is not None else Counters()
+
+    def _open(self, outbox_dir: str | os.PathLike[str] | None, worker: WorkerKind) -> Outbox | None:
+        if self._settings.disabled:
+            return None
+        root = Path(outbox_dir) if outbox_dir is not None else self._settings.root or Path(_DEFAULT_ROOT)
+        try:
+            directory = OutboxDirectory.create(root, self._destination, now_ms=time.time_ns() // 1_000_000)
+        except OutboxUnusable as error:
+            if self._settings.strict:
+                raise
+            counters = Counters()
+            counters.warn_once("disabled", f"mlflow-outbox: tracking is disabled, nothing can be kept: {error}")
+            return None
+        return shared(directory, self._destination, self._settings, worker)
+
+    def __repr__(self) -> str:
+        state = "disabled" if self.disabled else str(self.outbox_path)
+        return f"<MLflowTracker {self.experiment_name!r} to {self.tracking_uri!r}, {state}>"
+
+    def __enter__(self) -> MLflowTracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # -- what it is
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where events are delivered to, without credentials."""
+        return self._destination.uri
+
+    @property
+    def outbox_path(self) -> Path | None:
+        """The outbox's directory; None when the tracker is disabled."""
+        return self._outbox.directory.path if self._outbox is not None else None
+
+    @property
+    def disabled(self) -> bool:
+        """Whether nothing can be kept: the directory is unusable, or ``MLFLOW_OUTBOX_DISABLED`` is set."""
+        return self._outbox is None
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Refusals, losses and delays of this process so far, by reason."""
+        return self._counters.snapshot()
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of the experiment, which is made when there is none.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached now.
+        """
+        return str(self._reading().experiment_id(self.experiment_name))
+
+    @property
+    def client(self) -> Any:
+        """An ``mlflow.MlflowClient`` for the destination.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached now.
+        """
+        return self._reading().client()
+
+    def _reading(self) -> Any:
+        if self._outbox is None:
+            msg = "the tracker is disabled, so it asks MLflow nothing; see the warning at its creation"
+            raise TrackingUnavailable(msg)
+        return delivery.reading(self._outbox)
+
+    # -- runs
+
+    def start_run(
+        self,
+        run_name: str | None = None,
+        *,
+        run_id: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        start_time: Time | None = None,
+    ) -> Run:
+        """Start a run, or go on with one.
+
+        Args:
+            run_name: its name; None lets MLflow choose one.
+            run_id: a run of this outbox (also one of an earlier process, offline too) or an existing run of MLflow to go on with.
+            tags: its first tags.
+            start_time: wall-clock time in milliseconds since the epoch, or a datetime; None is now.
+
+        Raises:
+            EventRefused: only with ``Settings(strict=True)``.
+        """
+        counters = self._counters
+        if self._outbox is None:
+            counters.add("disabled_runs")
+            return Run(None, run_id if run_id and is_run_id(run_id) else uuid.uuid4().hex, self._settings, counters)
+        if run_id is not None and not is_run_id(run_id):
+            counters.add("refused_bad_run_id")
+            msg = f"the run id {printable(repr(run_id))} is none; a new run is started instead"
+            if self._settings.strict:
+                raise OutboxError(msg)
+            counters.warn_once(("run id", str(run_id)[:80]), f"mlflow-outbox: {msg}")
+            run_id = None
+        identity = self._resumed(run_id) if run_id else RunIdentity(uuid.uuid4().hex, self.experiment_name)
+        run = Run(self._outbox.journal(identity), identity.run_id, self._settings, counters)
+        first: dict[Any, Any] = {} if run_id else _source_tags()
+        if isinstance(tags, Mapping):
+            first.update(tags)
+        elif tags is not None:
+            counters.add("refused_bad_mapping")
+            counters.warn_once("tags", f"mlflow-outbox: start_run takes tags as a mapping, not a {type(tags).__name__}")
+        run.begin(run_name, _user(), first, start_time, resumed=run_id is not None)
+        return run
+
+    def _resumed(self, run_id: str) -> RunIdentity:
+        """Find out what a run id belongs to: a run of this outbox, under either of its ids, or one of MLflow."""
+        assert self._outbox is not None  # noqa: S101 - for the type checker; the caller returned otherwise
+        directory = self._outbox.directory
+        known = run_id
+        if not (directory.runs / run_id).is_dir() and not (directory.delivered / run_id).is_dir():
+            known = delivery.reading(self._outbox).local_id(run_id) or run_id
+        for parent in (directory.runs, directory.delivered):
+            for held in RunReader(parent / known).segments().values():
+                return RunIdentity(known, held[0].header.experiment, held[0].header.remote)
+        return RunIdentity(known, self.experiment_name, remote=known == run_id)
+
+    # -- autopilot sessions
+
+    def log_data_profile(self, profile: Any) -> None:
+        """Log a dataset's profile as the run ``data_profile``.
+
+        Args:
+            profile: a DataProfile: any object or mapping with its fields.
+        """
+        self._log("a data profile", lambda: autopilot.of_profile(profile))
+
+    def log_experiment(self, result: Any) -> None:
+        """Log one experiment as a run of its own; a failed one ends FAILED.
+
+        Args:
+            result: an ExperimentResult: any object or mapping with its fields.
+        """
+        self._log("an experiment", lambda: autopilot.of_experiment(result))
+
+    def log_final_summary(self, state: Any) -> None:
+        """Log the session's outcome as the run ``final_summary``.
+
+        Args:
+            state: an ExperimentState: any object or mapping with its fields.
+        """
+        self._log("the final summary", lambda: autopilot.of_summary(state), run=self._summary_run)
+
+    def log_visualizations(self, plot_paths: Iterable[str | os.PathLike[str]]) -> None:
+        """Log plots as artifacts of the run ``final_summary``, before or after ``log_final_summary``.
+
+        Args:
+            plot_paths: image files; one that does not exist is skipped with a warning.
+        """
+        if self.disabled:
+            return
+        paths = [plot_paths] if isinstance(plot_paths, (str, os.PathLike)) else list(plot_paths)
+        run = self._summary_run(None)
+        for path in paths:
+            run.log_artifact(path)
+        run.end()
+
+    def _summary_run(self, start_time: int | None) -> Run:
+        with self._lock:
+            if self._summary is None:
+                self._summary = self.start_run(_SUMMARY, start_time=start_time)
+            return self._summary
+
+    def _log(
+        self, what: str, read: Callable[[], autopilot.RunContent], run: Callable[[int | None], Run] | None = None
+    ) -> None:
+        if self.disabled:
+            return
+        try:
+            content = read()
+        except Exception as error:  # noqa: BLE001 - a session's objects may raise anything; counted and said, never raised
+            if self._settings.strict:
+                raise
+            self._counters.add("unreadable_objects")
+            self._counters.warn_once(
+                ("unreadable", what, type(error)), f"mlflow-outbox: {what} could not be read: {printable(repr(error), 200)}"
+            )
+            return
+        for thing, reason in content.refused:
+            self._counters.add("unreadable_fields")
+            self._counters.warn_once(("field", what, thing), f"mlflow-outbox: {what}: {printable(thing)} is not logged: {reason}")
+        target = run(content.start_time_ms) if run else self.start_run(content.run_name, start_time=content.start_time_ms)
+        if content.params:
+            target.log_params(content.params)
+        if content.metrics:
+            target.log_metrics(content.metrics, timestamp=content.end_time_ms)
+        if content.tags:
+            target.set_tags(content.tags)
+        for name, text in content.texts.items():
+            target.log_text(text, name)
+        for path, folder in content.files:
+            target.log_artifact(path, folder)
+        target.end(content.status, content.end_time_ms)
+
+    # -- reading
+
+    def get_best_run(self, metric_name: str, ascending: bool = True) -> dict[str, Any] | None:  # noqa: FBT001, FBT002 - documented API
+        """Return the run with the lowest (or highest) value of a metric, or None when no run has it.
+
+        Args:
+            metric_name: the metric.
+            ascending: True when lower values are better.
+        """
+        runs = [run for run in self.get_all_runs() if _is_number(run["metrics"].get(metric_name))]
+        runs.sort(key=lambda run: run["metrics"][metric_name], reverse=not ascending)
+        return runs[0] if runs else None
+
+    def get_all_runs(self) -> list[dict[str, Any]]:
+        """Return all runs of the experiment, newest first, what has not arrived in MLflow yet included.
+
+        Each is a dict of ``run_id`` (MLflow's when it has one), ``run_name``, ``metrics``, ``params``, ``status``, and ``source``: "mlflow",
+        "outbox", or "mlflow+outbox" when the outbox knows more than MLflow.
+        """
+        if self._outbox is None:
+            return []
+        runs: list[dict[str, Any]] = self._reading().runs(self.experiment_name)
+        return runs
+
+    # -- the end
+
+    def flush(self, timeout: float | None = None) -> FlushResult:
+        """Deliver what has been logged until now.
+
+        Args:
+            timeout: seconds to wait; None waits until nothing is pending.
+
+        Returns:
+            Counts of events; true when nothing is left.
+        """
+        return self._outbox.flush(timeout) if self._outbox is not None else FlushResult()
+
+    def close(self, timeout: float | None = None) -> FlushResult:
+        """Deliver within a bounded time and let go; what is left stays on disk. Logging afterwards still works.
+
+        Args:
+            timeout: seconds to wait at most; None means the setting ``close_timeout``.
+        """
+        if self._outbox is None:
+            return FlushResult()
+        return self._outbox.close(self._settings.close_timeout if timeout is None else timeout)
+
+
+def create_tracker(
+    session_id: str,
+    dataset_name: str,
+    tracking_uri: str | os.PathLike[str] | None = None,
+    *,
+    outbox_dir: str | os.PathLike[str] | None = None,
+    worker: WorkerKind = "thread",
+    settings: Settings | None = None,
+) -> MLflowTracker:
+    """Return a tracker whose experiment is called ``autopilot_<dataset_name>_<session_id>``.
+
+    Args:
+        session_id: the session.
+        dataset_name: the data set.
+        tracking_uri: this and all further arguments are those of ``MLflowTracker``.
+    """
+    return MLflowTracker(
+        f"autopilot_{dataset_name}_{session_id}", tracking_uri, outbox_dir=outbox_dir, worker=worker, settings=settings
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and value == value  # noqa: PLR0124 - NaN is the best of nothing
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a user id without a name, as containers have it
+        return str(os.geteuid())
+
+
+def _source_tags() -> dict[str, str]:
+    """Return what MLflow's own client says about where a run comes from."""
+    return {"mlflow.source.name": sys.argv[0] if sys.argv and sys.argv[0] else "python", "mlflow.source.type": "LOCAL"}

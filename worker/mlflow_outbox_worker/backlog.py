@@ -1,0 +1,64 @@
+"""How much is left to deliver: numbers from the journals against cursors from the ledger. Reads only, touches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from mlflow_outbox.outbox import FlushResult
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.frame import SEQUENCE_MASK
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox_worker.records import RunRecord
+
+#: For every run, for every writer, the number that its next event will have.
+Targets = dict[str, dict[str, int]]
+
+
+class Left(NamedTuple):
+    """What is left of one run, in events."""
+
+    pending: int
+    parked: int
+
+
+def targets(directory: OutboxDirectory, records: Mapping[str, RunRecord]) -> Targets:
+    """Return where every run on disk ends at present.
+
+    Args:
+        directory: the outbox.
+        records: what the ledger holds, by run id.
+    """
+    result: Targets = {}
+    for run_id in directory.run_ids():
+        record = records.get(run_id)
+        result[run_id] = RunReader(directory.run(run_id)).next_numbers(record.cursors if record is not None else None)
+    return result
+
+
+def left(ends: Mapping[str, int], record: RunRecord | None, *, parked: bool) -> Left:
+    """Return what is left of a run up to its ends."""
+    events = 0
+    for writer, end in ends.items():
+        cursor = record.cursors.get(writer) if record is not None else None
+        behind = (end - (cursor.seq if cursor is not None else 0)) & SEQUENCE_MASK
+        events += behind if behind < 1 << 31 else 0
+    return Left(0, events) if parked or (record is not None and record.state == "parked") else Left(events, 0)
+
+
+def total(ends: Targets, records: Iterable[RunRecord], *, parked: bool) -> FlushResult:
+    """Return the sums over all runs.
+
+    Args:
+        ends: from ``targets``.
+        records: what the ledger holds.
+        parked: the whole destination waits for a person.
+    """
+    by_id = {record.run_id: record for record in records}
+    parts = [left(run_ends, by_id.get(run_id), parked=parked) for run_id, run_ends in ends.items()]
+    return FlushResult(
+        delivered=sum(record.delivered for record in by_id.values()),
+        pending=sum(part.pending for part in parts),
+        parked=sum(part.parked for part in parts),
+        dead=sum(record.dead for record in by_id.values()),
+    )

@@ -1,0 +1,363 @@
+"""Delivers one run: reads a window of its events, makes the planned requests, and only then records how far it got.
+
+Exactly once in effect
+----------------------
+* A run is looked for by its tag before it is created, always: whatever became of an earlier attempt, here or on another machine,
+  it is found. The map from local to MLflow id is recorded before anything else is sent.
+* The cursor moves after the answers, in one transaction with the view and the dead letters. A kill in between sends the
+  window again: the stores keep a param, a tag, an artifact or (SQL stores) a metric point once however often it is sent.
+* A store that does not deduplicate points (``file:``) gets a note in the ledger before a window is sent. If the note is still there
+  at the next attempt, the window is compared with the run's history and only what is missing is sent. For such a store two
+  identical points (key, value, time, step) are one, as they are for the others.
+* A create whose answer was lost may still be carried out after the search that did not find it. So such a run is searched once more
+  when it is complete, and an empty twin is deleted.
+
+A permanent refusal of a request is narrowed down by halving until the one event that MLflow refuses is alone: that becomes a dead
+letter, everything around it arrives.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple, TypeVar
+
+from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.errors import InvalidEvent
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory, create_private
+from mlflow_outbox.spool.events import Event, RunEnded, encode
+from mlflow_outbox.spool.reader import Broken, RunReader, Window
+from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
+from mlflow_outbox.views import RunView
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.outcome import Outcome, classify
+from mlflow_outbox_worker.planner import Batch, SetStatus, Step, Upload, plan
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
+
+#: Windows of one run in a row before other runs get their turn.
+_TURN: Final = 16
+#: Bytes of one quarantine file; damage is a block of a disk, not a gigabyte.
+_QUARANTINE_BYTES: Final = 16 * 1024 * 1024
+
+Progress = Literal["more", "idle", "live"]
+T = TypeVar("T")
+
+
+class Later(Exception):  # noqa: N818 - a turn of events, not an error
+    """Raised when a request failed in a way that passes; nothing was recorded, send the same again."""
+
+    def __init__(self, error: SinkError, outcome: Outcome) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.outcome = outcome
+
+
+class Parked(Exception):  # noqa: N818 - as above
+    """Raised when a run cannot be delivered until a person has acted; its events stay as they are."""
+
+    def __init__(self, outcome: Outcome, error: SinkError) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
+        self.error = error
+
+
+class Turn(NamedTuple):
+    """What a turn of one run has come to: "more" to send at once, "idle" with everything sent, or "live" as well but still written."""
+
+    progress: Progress
+    record: RunRecord
+    view: RunView
+    reader: RunReader
+
+
+class Courier:
+    """Delivers runs, one turn at a time; used by several threads for different runs.
+
+    Args:
+        directory: the outbox.
+        sink: the tracking store.
+        ledger: where progress is recorded.
+        settings: batch size.
+        counters: what happened, by reason.
+        now_ms: wall-clock milliseconds since the epoch.
+        stopped: asked between windows whether to leave off.
+    """
+
+    def __init__(
+        self,
+        directory: OutboxDirectory,
+        sink: Sink,
+        ledger: Ledger,
+        settings: Settings,
+        counters: Counters,
+        *,
+        now_ms: Callable[[], int],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._directory = directory
+        self._sink = sink
+        self._ledger = ledger
+        self._settings = settings
+        self._counters = counters
+        self._now_ms = now_ms
+        self._stopped = stopped
+        self._experiments: dict[str, str] = {}
+
+    def turn(self, run_id: str) -> Turn:
+        """Deliver what there is of a run, up to a fair share.
+
+        Raises:
+            Later: try again after a pause.
+            Parked: a person is needed.
+            LedgerUnavailable: the ledger could not be read or written; try again after a pause.
+            OSError: the run's files could not be read; try again after a pause.
+        """
+        record = self._ledger.record(run_id) or RunRecord(run_id)
+        view = self._ledger.view(run_id) or RunView()
+        reader = RunReader(self._directory.run(run_id))
+        for _ in range(_TURN):
+            window = reader.window(record.cursors, points=self._settings.batch_points)
+            if window.cursors == record.cursors and not window.events and not window.broken:
+                return Turn("live" if window.live else "idle", record, view, reader)
+            self._deliver(record, view, reader, window)
+            if not window.more:
+                return Turn("live" if window.live else "idle", record, view, reader)
+            if self._stopped():
+                break
+        return Turn("more", record, view, reader)
+
+    def _deliver(self, record: RunRecord, view: RunView, reader: RunReader, window: Window) -> None:
+        dead: list[DeadLetter] = []
+        if window.events:
+            self._ensure_remote(record, view, reader)
+            steps, ended = plan(window.events, view, batch_points=self._settings.batch_points)
+            if not self._sink.deduplicates_metrics:
+                steps = self._reconciled(record, steps)
+            for step in steps:
+                self._make(record, step, dead)
+            for writer, event in window.events:
+                view.fold(event, writer)
+            if ended is not None:
+                record.ended = ended
+        for broken in window.broken:
+            self._quarantine(broken)
+        record.cursors = window.cursors
+        record.uncertain = None
+        record.delivered += max(0, len(window.events) - len(dead))
+        record.dead += len(dead)
+        record.quarantined += len(window.broken)
+        record.missing += window.missing
+        record.state, record.reason = "active", ""
+        record.verified_at_ms = 0
+        self._ledger.commit(record, view=view, dead=dead)
+        self._count(window, dead)
+
+    def _count(self, window: Window, dead: list[DeadLetter]) -> None:
+        self._counters.add("delivered", len(window.events) - len(dead))
+        if dead:
+            self._counters.add("dead_letters", len(dead))
+            self._counters.warn_once(
+                ("dead", dead[0].run_id, dead[0].reason),
+                f"mlflow-outbox: MLflow refused an event of run {dead[0].run_id} for good, it is kept as a dead letter: "
+                f"{printable(dead[0].reason, 300)}",
+            )
+        if window.missing:
+            self._counters.add("missing", window.missing)
+        if window.broken:
+            self._counters.add("quarantined", len(window.broken))
+
+    # -- the run in MLflow
+
+    def _ensure_remote(self, record: RunRecord, view: RunView, reader: RunReader) -> None:
+        if record.remote_id:
+            return
+        started, header = reader.started()
+        record.experiment = header.experiment if header is not None else record.experiment
+        if header is not None and header.remote:
+            found = self._ask("get_run", lambda: self._sink.get_run(record.run_id))
+            record.remote_id, record.experiment_id = found.run_id, found.experiment_id
+            self._ledger.commit(record)
+            return
+        name = record.experiment
+        if name not in self._experiments:
+            self._experiments[name] = self._ask("create_experiment", lambda: self._sink.experiment_id(name))
+        record.experiment_id = self._experiments[name]
+        twins = self._ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))
+        if twins:
+            record.remote_id = twins[0]
+        else:
+            unknown = record.creating
+            record.creating = True
+            self._ledger.commit(record)
+            tags = dict(started.tags) if started is not None else {}
+            tags[RUN_ID_TAG] = record.run_id
+            start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
+            record.remote_id = self._ask(
+                "create_run",
+                lambda: self._sink.create_run(
+                    record.experiment_id,
+                    run_name=started.run_name if started is not None else None,
+                    start_time_ms=start_ms,
+                    user=started.user if started is not None else "",
+                    tags=tags,
+                ),
+            )
+            record.creating = unknown
+        self._ledger.commit(record)
+
+    def forget_experiment(self, name: str) -> None:
+        """Ask MLflow for an experiment again next time, because it may have been deleted."""
+        self._experiments.pop(name, None)
+
+    def _ask(self, operation: str, request: Callable[[], T]) -> T:
+        """Make a request that concerns no single event: it succeeds, or the whole run waits."""
+        try:
+            return request()
+        except SinkError as error:
+            outcome = classify(error, operation)
+            if outcome.kind == "retry":
+                raise Later(error, outcome) from error
+            raise Parked(outcome, error) from error
+
+    # -- requests
+
+    def _make(self, record: RunRecord, step: Step, dead: list[DeadLetter]) -> None:
+        if isinstance(step, Batch):
+            self._send(record, step, dead)
+        elif isinstance(step, Upload):
+            self._upload(record, step, dead)
+        else:
+            self._set_status(record, step, dead)
+
+    def _send(self, record: RunRecord, batch: Batch, dead: list[DeadLetter]) -> None:
+        try:
+            self._sink.log_batch(record.remote_id, batch.points, batch.params, batch.tags)
+        except SinkError as error:
+            outcome = self._answered(error, "log_batch")
+            if outcome.kind == "already_applied":
+                return
+            if len(batch) > 1:
+                for half in batch.halves():
+                    self._send(record, half, dead)
+                return
+            dead.append(self._letter(record, batch.event(), error, outcome))
+
+    def _upload(self, record: RunRecord, step: Upload, dead: list[DeadLetter]) -> None:
+        artifact = step.artifact
+        try:
+            path = checked_artifact_path(artifact.path)
+        except InvalidEvent as error:
+            dead.append(self._own_letter(record, artifact, str(error)))
+            return
+        file = self._directory.run(record.run_id) / "files" / artifact.sha256
+        if not is_digest(artifact.sha256) or file.is_symlink() or not file.is_file():
+            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox"))
+            return
+        if file.stat().st_size != artifact.size:
+            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} has not the size it had"))
+            return
+        try:
+            self._sink.upload(record.remote_id, file, path)
+        except SinkError as error:
+            outcome = self._answered(error, "upload")
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, artifact, error, outcome))
+
+    def _set_status(self, record: RunRecord, step: SetStatus, dead: list[DeadLetter]) -> None:
+        try:
+            self._sink.update_run(record.remote_id, status=step.status, end_time_ms=step.end_time_ms)
+        except SinkError as error:
+            outcome = self._answered(error, "update_run")
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, RunEnded(step.status, step.time_ms), error, outcome))
+
+    def _answered(self, error: SinkError, operation: str) -> Outcome:
+        """Return the outcome of a failed request that is about the events in it; raise the others."""
+        outcome = classify(error, operation)
+        if outcome.kind == "retry":
+            raise Later(error, outcome) from error
+        if outcome.kind == "parked":
+            raise Parked(outcome, error) from error
+        return outcome
+
+    def _letter(self, record: RunRecord, event: Event, error: SinkError, outcome: Outcome) -> DeadLetter:
+        return DeadLetter(
+            run_id=record.run_id,
+            remote_id=record.remote_id,
+            payload=encode(event),
+            reason=outcome.reason,
+            code=error.code,
+            status=error.status,
+            time_ms=self._now_ms(),
+        )
+
+    def _own_letter(self, record: RunRecord, event: Event, reason: str) -> DeadLetter:
+        return DeadLetter(
+            run_id=record.run_id,
+            remote_id=record.remote_id,
+            payload=encode(event),
+            reason=reason,
+            code="",
+            status=None,
+            time_ms=self._now_ms(),
+        )
+
+    # -- stores that do not deduplicate
+
+    def _reconciled(self, record: RunRecord, steps: list[Step]) -> list[Step]:
+        """Take points out that the store has already, if an earlier attempt at this window may have been carried out in part."""
+        held: set[tuple[str, str, int, int]] = set()
+        if record.uncertain == record.cursors:
+            keys = {point.key for step in steps if isinstance(step, Batch) for point in step.points}
+            for key in keys:
+                history = self._ask("metric_history", lambda key=key: self._sink.metric_history(record.remote_id, key))  # type: ignore[misc]
+                held.update(_identity(point) for point in history)
+        else:
+            record.uncertain = dict(record.cursors)
+            self._ledger.commit(record)
+        result: list[Step] = []
+        for step in steps:
+            if isinstance(step, Batch) and step.points:
+                fresh = []
+                for point in step.points:
+                    identity = _identity(point)
+                    if identity not in held:
+                        held.add(identity)
+                        fresh.append(point)
+                step = step._replace(points=fresh)  # noqa: PLW2901 - the same step, with less in it
+            if not isinstance(step, Batch) or len(step):
+                result.append(step)
+        return result
+
+    # -- damage
+
+    def _quarantine(self, broken: Broken) -> None:
+        """Keep the bytes that were no intact frames, before the cursor moves past them."""
+        name = f"{self._directory_name(broken)}-{broken.path.stem}-{broken.start}-{broken.end}-{secrets.token_hex(3)}.bin"
+        self._counters.warn_once(
+            ("broken", broken.path.name, broken.start),
+            f"mlflow-outbox: bytes {broken.start} to {broken.end} of {broken.path} are {broken.kind} ({broken.reason}); "
+            f"they are kept in {self._directory.quarantine}",
+        )
+        try:
+            os.makedirs(self._directory.quarantine, 0o700, exist_ok=True)
+            with open(broken.path, "rb") as source, os.fdopen(
+                create_private(self._directory.quarantine / name), "wb"
+            ) as copy:
+                source.seek(broken.start)
+                copy.write(source.read(min(broken.end - broken.start, _QUARANTINE_BYTES)))
+        except OSError:
+            self._counters.add("quarantine_copies_failed")  # the segment itself still holds them until it is reclaimed
+
+    @staticmethod
+    def _directory_name(broken: Broken) -> str:
+        return broken.path.parent.name
+
+
+def _identity(point: MetricPoint) -> tuple[str, str, int, int]:
+    value = "nan" if math.isnan(point.value) else repr(point.value)
+    return point.key, value, point.time_ms, point.step

@@ -1,0 +1,495 @@
+"""The loop that delivers an outbox: which run next, when again, and when to rest.
+
+One object delivers one outbox, in a thread of the experiment, in a process of its own, or for a command: the loop is the same. It works
+while it holds the lease; without it, it stands by and takes over when the holder dies.
+
+* Runs are sent side by side by as many lanes (threads) as the store can take; one run's events go in order through one lane at a time.
+  A run gets a turn of some windows, then the next one: a long backlog holds up nobody.
+* A failed run waits by its own back-off, so it never holds up another. A failure that says something about the destination (no
+  connection, a time-out, 5xx, 401, a login page) makes all runs wait by the destination's back-off, and then one run at a time
+  tries, a different one each time, until one succeeds: no storm on a server that is coming back.
+* Nothing here gives up. A parked run or destination is tried again slowly, and at once when somebody asks to hurry.
+* An idle loop looks at the doorbell and at the sizes of the segments that are being written, nothing else: ten thousand waiting runs
+  cost nothing while they wait.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.destination import Destination
+from mlflow_outbox.errors import DestinationError, LedgerUnavailable, OutboxUnusable
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox_worker.courier import Courier, Later, Parked, Turn
+from mlflow_outbox_worker.finish import finish
+from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
+from mlflow_outbox_worker.outcome import Outcome, classify
+from mlflow_outbox_worker.retention import reclaim
+from mlflow_outbox_worker.retry import Backoff
+from mlflow_outbox_worker.sink import Sink, SinkError
+
+#: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
+_STAND_BY: Final = 1.0
+#: Seconds between two looks whether the writer of an open but silent segment still lives.
+_LIFE_CHECK: Final = 2.0
+#: Seconds between two looks at the list of all runs, in case a doorbell was missed.
+_LOOK_AROUND: Final = 30.0
+#: Seconds between two rounds of reclaiming what is past retention.
+_RECLAIM: Final = 300.0
+
+OpenSink = Callable[..., Sink]
+
+
+class DestinationNote(msgspec.Struct):
+    """How the destination stands, kept in the ledger for ``status``: "ok", "away" (retried) or "parked" (a person is needed)."""
+
+    state: str
+    reason: str = ""
+    since_ms: int = 0
+
+
+class _Slot:
+    """What the loop knows of one run."""
+
+    __slots__ = ("busy", "due", "next_life_check", "pending", "retry", "tails")
+
+    def __init__(self) -> None:
+        self.pending = True
+        self.busy = False
+        self.due = 0.0
+        self.retry: Backoff | None = None
+        #: Segments that may still grow, with the offset read up to.
+        self.tails: dict[Path, int] = {}
+        self.next_life_check = 0.0
+
+
+class Delivery:
+    """Delivers one outbox until it is stopped.
+
+    Args:
+        directory: the outbox.
+        destination: where to, with credentials if there are any.
+        settings: the options.
+        counters: what happened, by reason.
+        kind: what holds the lease, for messages: "thread", "process" or "command".
+        open_sink: makes the sink; a parameter for tests and for other destinations.
+        now_ms: wall-clock milliseconds since the epoch.
+        clock: seconds of a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        directory: OutboxDirectory,
+        destination: Destination,
+        settings: Settings,
+        counters: Counters,
+        *,
+        kind: str,
+        open_sink: OpenSink | None = None,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._directory = directory
+        self._destination = destination
+        self._settings = settings
+        self._counters = counters
+        self._open_sink = open_sink
+        self._now_ms = now_ms
+        self._clock = clock
+        self._lease = Lease(directory.lock, kind)
+        self._stop = threading.Event()
+        self._wakeup = threading.Event()
+        self._condition = threading.Condition()
+        self._slots: dict[str, _Slot] = {}
+        self._ready: collections.deque[str] = collections.deque()
+        self._lanes = 0
+        self._doorbell = 0
+        self._hurry = 0
+        self._away = Backoff(settings.retry_initial, settings.retry_max, clock=clock)
+        self._parked_until = 0.0
+        self._noted = ""
+        self._ledger: Ledger | None = None
+        self._sink: Sink | None = None
+        self._courier: Courier | None = None
+
+    def __repr__(self) -> str:
+        state = "delivering" if self._lease.is_held() else "standing by"
+        return f"<Delivery of {str(self._directory.path)!r}, {state}, {len(self._ready)} runs ready>"
+
+    # -- from other threads
+
+    def wake(self) -> None:
+        """Look at the doorbell now."""
+        self._wakeup.set()
+
+    def stop(self) -> None:
+        """Leave the loop after the requests under way."""
+        self._stop.set()
+        self._wakeup.set()
+        with self._condition:
+            self._condition.notify_all()
+
+    def is_stopped(self) -> bool:
+        """Return whether the loop is to end."""
+        return self._stop.is_set()
+
+    def holds_lease(self) -> bool:
+        """Return whether this worker is the one that delivers."""
+        return self._lease.is_held()
+
+    def is_idle(self) -> bool:
+        """Return whether everything that is on disk was delivered, as far as the last look told."""
+        with self._condition:
+            return self._lease.is_held() and not self._ready and not any(s.busy or s.pending for s in self._slots.values())
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Deliver until stopped. Never raises: trouble is counted, said once, and tried again."""
+        while not self._stop.is_set():
+            try:
+                if self._lease.acquire():
+                    self._hold()
+                else:
+                    self._pause(_STAND_BY)
+            except LedgerCorrupt as error:
+                self._trouble("ledger_corrupt", error)  # opening it again sets it aside and makes a new one
+            except (LedgerUnavailable, OutboxUnusable, OSError) as error:
+                self._trouble("worker_errors", error)
+                self._pause(_STAND_BY)
+            except Exception as error:  # noqa: BLE001 - the worker must outlive its own mistakes; counted and said
+                self._trouble("worker_crashes", error)
+                self._pause(_STAND_BY)
+            finally:
+                self._let_go()
+
+    def _trouble(self, reason: str, error: BaseException) -> None:
+        self._counters.add(reason)
+        self._counters.warn_once((reason, type(error), str(error)[:80]), f"mlflow-outbox: delivery: {printable(repr(error), 300)}")
+
+    def _pause(self, seconds: float) -> None:
+        self._wakeup.wait(seconds)
+        self._wakeup.clear()
+
+    def _hold(self) -> None:
+        """Deliver as long as the lease is sound."""
+        self._ledger = Ledger.open(
+            self._settings.ledger_dir or self._directory.ledger, report=lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}")
+        )
+        self._slots, self._ready = {}, collections.deque()
+        self._hurry = self._directory.hurry_asked()
+        self._look_around()
+        next_look, next_reclaim, next_check = self._clock() + _LOOK_AROUND, self._clock(), self._clock() + _STAND_BY
+        while not self._stop.is_set():
+            now = self._clock()
+            self._listen()
+            self._watch_tails(now)
+            if now >= next_look:
+                self._look_around()
+                next_look = now + _LOOK_AROUND
+            if now >= next_check:
+                if not self._lease.is_sound():
+                    self._counters.add("leases_lost")
+                    return
+                self._directory.check_unchanged()
+                next_check = now + _STAND_BY
+            if now >= next_reclaim:
+                reclaim(self._directory, self._ledger, before_ms=self._now_ms() - int(self._settings.retention * 1000))
+                next_reclaim = now + _RECLAIM
+            if not self._dispatch(now):
+                self._pause(self._settings.poll_interval)
+
+    def _let_go(self) -> None:
+        with self._condition:
+            lanes_quiet = self._condition.wait_for(
+                lambda: not any(slot.busy for slot in self._slots.values()), timeout=self._settings.request_timeout + 5
+            )
+        if not lanes_quiet:
+            self._counters.add("lanes_abandoned")
+        self._courier = None
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            with contextlib.suppress(SinkError):
+                sink.close()
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            with contextlib.suppress(LedgerUnavailable):
+                ledger.close()
+        self._lease.release()
+
+    # -- what there is to do
+
+    def _look_around(self) -> None:
+        """Take notice of every run on disk."""
+        self._directory.answer_doorbell()
+        known = set(self._directory.run_ids())
+        for run_id in sorted(known - self._slots.keys()):
+            self._mark(run_id)
+        with self._condition:
+            for run_id in [r for r, slot in self._slots.items() if r not in known and not slot.busy]:
+                del self._slots[run_id]
+
+    def _listen(self) -> None:
+        rung = self._directory.rung(self._doorbell)
+        if rung is None:
+            self._doorbell = 0
+            for run_id in self._directory.run_ids():
+                self._mark(run_id)
+        else:
+            ids, self._doorbell = rung
+            for run_id in ids:
+                self._mark(run_id)
+        hurry = self._directory.hurry_asked()
+        if hurry != self._hurry:
+            self._hurry = hurry
+            self._away.hurry()
+            self._parked_until = 0.0
+            with self._condition:
+                for slot in self._slots.values():
+                    slot.due = 0.0
+
+    def _mark(self, run_id: str) -> None:
+        with self._condition:
+            slot = self._slots.get(run_id)
+            if slot is None:
+                slot = self._slots[run_id] = _Slot()
+                self._ready.append(run_id)
+            elif slot.busy or not slot.pending:
+                slot.pending = True
+                if not slot.busy and run_id not in self._ready:
+                    self._ready.append(run_id)
+
+    def _watch_tails(self, now: float) -> None:
+        """See whether a segment that is being written has grown, or lost its writer."""
+        for run_id, slot in list(self._slots.items()):
+            if not slot.tails or slot.busy or slot.pending:
+                continue
+            grown = any(_size(path) != offset for path, offset in slot.tails.items())
+            if not grown and now >= slot.next_life_check:
+                slot.next_life_check = now + _LIFE_CHECK
+                grown = any(not is_being_written(path) for path in slot.tails)
+            if grown:
+                self._mark(run_id)
+
+    def _dispatch(self, now: float) -> bool:
+        """Give ready runs to lanes; return whether it is worth coming back at once."""
+        if not self._ready or now < self._parked_until or not self._away.ready():
+            return False
+        if self._courier is None and not self._open():
+            return False
+        sink = self._sink
+        most = self._settings.parallel_runs if sink is not None and sink.parallel else 1
+        with self._condition:
+            busy = sum(slot.busy for slot in self._slots.values())
+            if self._away.attempts:
+                most = 1  # the destination failed last time: one run tries for all
+            chosen: list[str] = []
+            for _ in range(len(self._ready)):
+                if busy + len(chosen) >= most:
+                    break
+                run_id = self._ready.popleft()
+                slot = self._slots.get(run_id)
+                if slot is None or not slot.pending:
+                    continue
+                if slot.due > now:
+                    self._ready.append(run_id)
+                    continue
+                slot.busy, slot.pending = True, False
+                chosen.append(run_id)
+        if most == 1:
+            for run_id in chosen:
+                self._take_turn(run_id)
+            return bool(chosen)
+        for run_id in chosen:
+            self._start_lane(run_id)
+        if chosen or busy:
+            with self._condition:
+                self._condition.wait(self._settings.poll_interval)
+            return True
+        return False
+
+    def _open(self) -> bool:
+        """Open the sink; this is where mlflow is imported, when there is something to deliver and not before."""
+        assert self._ledger is not None  # noqa: S101 - for the type checker: _hold opened it
+        try:
+            if self._open_sink is None:
+                from mlflow_outbox_worker.mlflow_sink import open_sink  # imports nothing of mlflow yet
+
+                self._open_sink = open_sink
+            self._sink = self._open_sink(
+                self._destination.secret_uri or self._destination.uri,
+                artifact_root=self._destination.artifact_root or None,
+                timeout=self._settings.request_timeout,
+            )
+        except SinkError as error:
+            self._destination_failed(error, classify(error, "open"))
+            return False
+        except (DestinationError, ImportError) as error:
+            self._park_destination(f"{type(error).__name__}: {error}")
+            return False
+        self._courier = Courier(
+            self._directory, self._sink, self._ledger, self._settings, self._counters, now_ms=self._now_ms, stopped=self.is_stopped
+        )
+        return True
+
+    # -- lanes
+
+    def _start_lane(self, run_id: str) -> None:
+        self._lanes += 1
+        lane = threading.Thread(target=self._take_turn, args=(run_id,), name=f"mlflow-outbox-lane-{self._lanes}", daemon=True)
+        try:
+            lane.start()
+        except RuntimeError:  # no threads left, or the interpreter is exiting: go on in this one
+            self._counters.add("lanes_not_started")
+            self._take_turn(run_id)
+
+    def _take_turn(self, run_id: str) -> None:
+        courier, ledger, sink = self._courier, self._ledger, self._sink
+        assert courier is not None and ledger is not None and sink is not None  # noqa: S101, PT018 - opened before any lane
+        try:
+            turn = courier.turn(run_id)
+            self._turned(run_id, turn)
+            if turn.progress == "idle":
+                finish(self._directory, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+        except Later as later:
+            self._later(run_id, later)
+        except Parked as parked:
+            courier.forget_experiment(_experiment(ledger, run_id))
+            self._parked(run_id, parked)
+        except (LedgerUnavailable, OSError) as error:
+            self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
+            self._again(run_id, self._clock() + _STAND_BY)
+            if isinstance(error, LedgerCorrupt):
+                self._counters.add("ledger_corrupt")
+                self._lease.release()  # ends _hold; the next one opens a new ledger
+        except Exception as error:  # noqa: BLE001 - one run's trouble must not end the others' delivery; counted and said
+            self._trouble("run_crashes", error)
+            self._again(run_id, self._clock() + self._settings.retry_max)
+        finally:
+            with self._condition:
+                slot = self._slots.get(run_id)
+                if slot is not None:
+                    slot.busy = False
+                    if slot.pending and run_id not in self._ready:
+                        self._ready.append(run_id)
+                self._condition.notify_all()
+
+    def _turned(self, run_id: str, turn: Turn) -> None:
+        self._away.succeeded()
+        self._note("ok")
+        tails: dict[Path, int] = {}
+        if turn.progress == "live":
+            for writer, held in turn.reader.segments().items():
+                cursor = turn.record.cursors.get(writer)
+                for segment in held[-1:]:
+                    offset = cursor.offset if cursor is not None and cursor.ordinal == segment.header.ordinal else 0
+                    tails[segment.path] = offset
+        with self._condition:
+            slot = self._slots[run_id]
+            slot.retry, slot.due, slot.tails = None, 0.0, tails
+            if turn.progress == "more":
+                slot.pending = True
+
+    def _again(self, run_id: str, due: float) -> None:
+        with self._condition:
+            slot = self._slots.get(run_id)
+            if slot is not None:
+                slot.due, slot.pending = due, True
+
+    def _later(self, run_id: str, later: Later) -> None:
+        self._counters.add("retried")
+        slot = self._slots[run_id]
+        if slot.retry is None:
+            slot.retry = Backoff(self._settings.retry_initial, self._settings.retry_max, clock=self._clock)
+        self._again(run_id, self._clock() + slot.retry.failed(later.error))
+        self._destination_failed(later.error, later.outcome)
+
+    def _destination_failed(self, error: SinkError, outcome: Outcome) -> None:
+        if outcome.kind == "parked":
+            self._park_destination(outcome.reason)
+            return
+        pause = self._away.failed(error)
+        self._note("away", outcome.reason)
+        self._counters.warn_once(
+            ("away", self._directory.path),
+            f"mlflow-outbox: {self._destination.uri} does not take events now ({printable(outcome.reason, 200)}); "
+            f"they stay on disk and are sent when it does. Next try in {pause:.1f} s",
+        )
+
+    def _parked(self, run_id: str, parked: Parked) -> None:
+        self._counters.add("parked")
+        if parked.error.kind == "not_mlflow" or parked.error.status in {401, 403, 407} or parked.error.code == "TLS":
+            self._park_destination(parked.outcome.reason)
+            self._again(run_id, 0.0)
+            return
+        ledger = self._ledger
+        if ledger is not None:
+            record = ledger.record(run_id)
+            if record is not None:
+                record.state, record.reason, record.failed_at_ms = "parked", parked.outcome.reason, self._now_ms()
+                ledger.commit(record)
+        self._counters.warn_once(
+            ("parked", run_id),
+            f"mlflow-outbox: run {run_id} waits for a person: {printable(parked.outcome.reason, 300)}. Its events stay on disk",
+        )
+        self._again(run_id, self._clock() + self._settings.parked_retry)
+
+    def _park_destination(self, reason: str) -> None:
+        self._parked_until = self._clock() + self._settings.parked_retry
+        self._note("parked", reason)
+        self._counters.warn_once(
+            ("parked", self._directory.path),
+            f"mlflow-outbox: {self._destination.uri} waits for a person: {printable(reason, 300)}. Events stay on disk",
+        )
+
+    def _note(self, state: str, reason: str = "") -> None:
+        """Write down how the destination stands, when that has changed."""
+        if state == "ok":
+            self._parked_until = 0.0
+        if self._noted == state or self._ledger is None:
+            return
+        if state == "ok" and self._noted:
+            self._counters.forget(("away", self._directory.path))
+            self._counters.forget(("parked", self._directory.path))
+        self._noted = state
+        with contextlib.suppress(LedgerUnavailable):
+            self._ledger.set_meta("destination", msgspec.msgpack.encode(DestinationNote(state, reason, self._now_ms())))
+
+
+def _experiment(ledger: Ledger, run_id: str) -> str:
+    try:
+        record = ledger.record(run_id)
+    except LedgerUnavailable:
+        return ""
+    return record.experiment if record is not None else ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return -1
+
+
+def destination_note(ledger: Any) -> DestinationNote:
+    """Return how the destination stood when a worker last noted it."""
+    data = ledger.meta("destination")
+    if data is None:
+        return DestinationNote("ok")
+    try:
+        return msgspec.msgpack.decode(data, type=DestinationNote)
+    except msgspec.DecodeError:
+        return DestinationNote("ok")

@@ -1,0 +1,97 @@
+"""The end of a run's delivery: reading back, looking for twins, filing.
+
+Nothing is marked delivered because it was sent: MLflow is asked. What it lacks is sent again once, from the beginning, which
+harms nothing; what it still lacks then needs a person, and the run is parked with the differences named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.views import RunView
+from mlflow_outbox_worker.courier import Later, Parked, Turn
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.outcome import Outcome, classify
+from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.retention import file_run, file_segments
+from mlflow_outbox_worker.sink import Sink, SinkError
+from mlflow_outbox_worker.verification import differences, summary
+
+
+def finish(
+    directory: OutboxDirectory,
+    sink: Sink,
+    ledger: Ledger,
+    settings: Settings,
+    counters: Counters,
+    turn: Turn,
+    *,
+    now_ms: Callable[[], int],
+) -> None:
+    """Do what remains for a run of which everything on disk was sent and nobody writes at present.
+
+    Raises:
+        Later: MLflow could not be asked now.
+        Parked: MLflow lacks something although it was sent twice, or does not have the run any more.
+        LedgerUnavailable: the ledger could not be written.
+        OSError: a file could not be moved.
+    """
+    record = turn.record
+    if not record.remote_id or not directory.run(record.run_id).is_dir():
+        return
+    if not record.ended:
+        file_segments(directory, ledger, record.run_id, record.cursors)
+        return
+    if not record.verified_at_ms:
+        try:
+            if record.creating:
+                _delete_twins(sink, record, counters)
+            letters = list(ledger.dead_letters(record.run_id))
+            found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=turn.reader)
+        except SinkError as error:
+            outcome = classify(error, "verify")
+            if outcome.kind == "retry":
+                raise Later(error, outcome) from error
+            raise Parked(outcome, error) from error
+        if found:
+            _send_again_or_park(directory, ledger, counters, record, summary(found))
+            return
+        record.creating = False
+        record.mismatch = ""
+        record.verified_at_ms = now_ms()
+    record.state = "done"
+    ledger.commit(record)
+    if file_run(directory, ledger, record.run_id, record.cursors):
+        counters.add("runs_verified")
+
+
+def _send_again_or_park(
+    directory: OutboxDirectory, ledger: Ledger, counters: Counters, record: RunRecord, found: str
+) -> None:
+    counters.add("verification_differences")
+    again = not record.mismatch and not (directory.delivered / record.run_id).is_dir()
+    record.mismatch = found
+    if not again:
+        reason = f"MLflow lacks something of the run although it was sent: {found}"
+        raise Parked(Outcome("parked", reason), SinkError(reason, kind="answer"))
+    record.cursors = {}
+    record.uncertain = {}  # everything may be there already: a store that does not deduplicate is asked what it has
+    record.delivered = record.dead = record.quarantined = record.missing = 0
+    for letter in list(ledger.dead_letters(record.run_id)):
+        ledger.drop_dead_letter(letter.id)  # MLflow will refuse the same event again
+    ledger.commit(record, view=RunView())
+    directory.ring(record.run_id)
+
+
+def _delete_twins(sink: Sink, record: RunRecord, counters: Counters) -> None:
+    """Delete empty runs left by creates whose answers were lost and which were carried out after the search for them."""
+    for run_id in sink.find_runs(record.experiment_id, record.run_id):
+        if run_id == record.remote_id:
+            continue
+        twin = sink.get_run(run_id)
+        if twin.lifecycle == "active" and not twin.metrics and not twin.params:
+            sink.delete_run(run_id)
+            counters.add("twins_deleted")

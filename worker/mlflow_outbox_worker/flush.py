@@ -1,0 +1,113 @@
+"""Flush: have an outbox delivered now, by whichever worker holds it, and say what is left.
+
+A flush does not deliver itself. It asks the worker to hurry, which cuts back-offs short, and watches the ledger until
+the cursors have passed where the journals ended when it was called. So it works the same from the experiment, from another
+process, and while the experiment goes on logging; and a server that hangs cannot hold it up beyond its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Final
+
+from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.outbox import FlushResult
+from mlflow_outbox_worker.backlog import Targets, targets, total
+from mlflow_outbox_worker.delivery import destination_note
+from mlflow_outbox_worker.lease import holder
+from mlflow_outbox_worker.ledger import Ledger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlflow_outbox.outbox import Outbox
+    from mlflow_outbox.settings import Settings
+    from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox_worker.records import RunRecord
+
+#: Seconds between two looks at the ledger: at first, and at most.
+_LOOK: Final = 0.02
+_LOOK_MOST: Final = 0.5
+#: Seconds between two calls to hurry: a server that has just come back is tried at once.
+_HURRY: Final = 1.0
+#: Seconds without any worker after which waiting is pointless.
+_NO_WORKER: Final = 5.0
+
+
+def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
+    """Have an outbox of this process delivered; see ``Outbox.flush``."""
+    wait = outbox.worker_kind != "none"
+    return Watch(outbox.directory, outbox.settings).until_delivered(timeout if wait else 0)
+
+
+class Watch:
+    """Watches the delivery of an outbox from outside of its worker.
+
+    Args:
+        directory: the outbox.
+        settings: where its ledger is.
+    """
+
+    def __init__(self, directory: OutboxDirectory, settings: Settings) -> None:
+        self._directory = directory
+        self._path: Path = settings.ledger_dir or directory.ledger
+        self._last = FlushResult()
+
+    def until_delivered(self, timeout: float | None, *, hurry: bool = True) -> FlushResult:
+        """Wait until everything that is on disk now has been delivered, or time is up.
+
+        Args:
+            timeout: seconds; None waits without limit, as long as there is a worker.
+            hurry: cut the worker's back-offs short.
+        """
+        started = time.monotonic()
+        deadline = None if timeout is None else started + timeout
+        ends: Targets | None = None
+        look, next_hurry, seen_worker = _LOOK, started, started
+        while True:
+            now = time.monotonic()
+            result, ends = self.measure(ends)
+            if result or (result.pending == 0 and result.parked and now - started > _HURRY):
+                return result
+            if deadline is not None and now >= deadline:
+                return result
+            if holder(self._directory.lock) is not None:
+                seen_worker = now
+            elif now - seen_worker > _NO_WORKER:
+                return result  # nobody delivers, and nobody has come to do so
+            if hurry and now >= next_hurry:
+                with contextlib.suppress(OSError):
+                    self._directory.ask_hurry()
+                next_hurry = now + _HURRY
+            spent = time.monotonic() - now
+            pause = max(look, 4 * spent)  # a large backlog takes time to measure: leave most of it to the worker
+            if deadline is not None:
+                pause = min(pause, max(0.0, deadline - time.monotonic()))
+            time.sleep(pause)
+            look = min(_LOOK_MOST, look * 1.2)
+
+    def measure(self, ends: Targets | None = None) -> tuple[FlushResult, Targets]:
+        """Return the counts up to given ends of the journals, or up to their present ends, and those ends."""
+        try:
+            ledger = Ledger.open(self._path, read_only=True)
+        except LedgerUnavailable:
+            return self._unknown(ends)
+        try:
+            records: dict[str, RunRecord] = {record.run_id: record for record in ledger.records()}
+            parked = destination_note(ledger).state == "parked"
+        except LedgerUnavailable:
+            return self._unknown(ends)
+        finally:
+            with contextlib.suppress(LedgerUnavailable):
+                ledger.close()
+        known = targets(self._directory, records) if ends is None else ends
+        self._last = total(known, records.values(), parked=parked)
+        return self._last, known
+
+    def _unknown(self, ends: Targets | None) -> tuple[FlushResult, Targets]:
+        """Answer when the ledger cannot be read just now: as if nothing had been delivered since the last look."""
+        known = targets(self._directory, {}) if ends is None else ends
+        if self._last.pending or self._last.parked:
+            return self._last, known
+        return total(known, (), parked=False), known

@@ -1,0 +1,131 @@
+"""One worker per outbox: a lock that the kernel releases when its holder dies.
+
+``worker.lock`` is locked with flock and never unlinked (a lock on a file that is no longer there excludes nobody). Its content says who
+holds it, for messages only: what decides is the lock. The file's identity is checked after locking, so that somebody who removed
+or replaced it meanwhile cannot make two workers.
+
+Processes on another machine are not excluded by flock on every network file system; see ``host_lease`` for those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import weakref
+from pathlib import Path
+
+import msgspec
+
+
+class Holder(msgspec.Struct):
+    """Who holds a lease, as it wrote itself down."""
+
+    host: str
+    pid: int
+    kind: str
+
+
+class Lease:
+    """The right to deliver one outbox.
+
+    Args:
+        path: the lock file.
+        kind: what this worker is, for the message that others show: "thread", "process", "command".
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self._path = path
+        self._kind = kind
+        self._fd = -1
+        _leases.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Lease {str(self._path)!r}, {'held' if self.is_held() else 'not held'}>"
+
+    def acquire(self) -> bool:
+        """Take the lease unless another worker has it; return whether it is held now.
+
+        Raises:
+            OSError: the lock file cannot be made or locked for another reason.
+        """
+        if self._fd >= 0:
+            return True
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_same(fd, self._path):
+                os.close(fd)
+                return False
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+        note = msgspec.json.encode(Holder(socket.gethostname(), os.getpid(), self._kind))
+        with contextlib.suppress(OSError):  # a full disk must not keep a worker from making room
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, note, 0)
+        return True
+
+    def is_held(self) -> bool:
+        """Return whether this object holds the lease."""
+        return self._fd >= 0
+
+    def is_sound(self) -> bool:
+        """Return whether the lock file is still the one that was locked; if not, another worker may lock the new one."""
+        return self._fd >= 0 and _is_same(self._fd, self._path)
+
+    def release(self) -> None:
+        """Give the lease back."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def holder(self) -> Holder | None:
+        """Return who holds the lease, as far as it is known; None when nobody does."""
+        return holder(self._path)
+
+
+def holder(path: Path) -> Holder | None:
+    """Return who holds the lease at a path; None when nobody does."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        try:
+            return msgspec.json.decode(os.pread(fd, 4096, 0), type=Holder)
+        except (OSError, msgspec.DecodeError):
+            return Holder("unknown", 0, "unknown")
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return None
+
+
+def _is_same(fd: int, path: Path) -> bool:
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+_leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """Let go in the child: a lock belongs to the open file, so an inherited descriptor would outlive the parent's death."""
+    for lease in list(_leases):
+        lease.release()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,391 @@
+"""The ledger: what has been delivered, as what, and what went wrong. This docstring is its design.
+
+The journal is the truth about what was logged; the ledger only says how far it has been delivered. It is kept in
+diskcache, where the experiment never waits for it. ``database`` has the rules for using the file safely, ``dbfile``
+those for the files on disk, ``disk`` those for its rows. Nothing here is a pickle, and nothing is ever evicted or
+expires.
+
+What is stored
+--------------
+::
+
+    key                  value                            written by
+    run/<run id>         RunRecord, MessagePack map       commit
+    view/<run id>        RunView, MessagePack map         commit
+    remote/<MLflow id>   the run id, UTF-8                commit (follows RunRecord.remote_id)
+    dead/<12 digits>     DeadLetter, MessagePack map      commit; the digits are its id, given in order and never again
+    next/dead            the next such number, ASCII      commit
+    meta/<name>          bytes                            set_meta
+    bad/<random>         a quarantined row's value        whoever finds it; its former columns are in the column "tag"
+
+What one transaction covers
+---------------------------
+``commit`` stores a run's record (with its cursors), its view, the reverse map and the dead letters of one window
+**in one transaction**: either the window was delivered, folded into the view and its refusals kept, or none of it.
+``forget`` removes record, view and reverse map in one; dead letters stay until they are dropped by name. One commit
+is a few tens of kilobytes and does not wait for the disk (WAL, synchronous=NORMAL): a killed process loses nothing,
+a power cut may take the newest commits, in whole transactions, from the end.
+
+Going back in time is harmless
+------------------------------
+SQLite cuts its log silently at the first bad frame, a power cut takes unsynced commits, and a damaged file is
+replaced by an empty one. So a ledger may be older than what it once said, without a word. Each thing it holds bears
+that:
+
+* **A cursor that is behind** makes the worker send events again that MLflow has. That changes nothing: the time
+  stamps come from the journal, SQL stores keep equal points once, params and tags are the same, and other stores are
+  reconciled through the run's history. A cursor *ahead* would lose events; nothing here ever makes one, and so a
+  cursor is only committed after MLflow's answer.
+* **A cursor that is not there** stands at the first segment that is there; earlier ones were reclaimed because they
+  had been delivered.
+* **A run id that is not known yet** is searched for in MLflow by the run's tag before anything is created.
+* **A view** is folded again from the segments that are there, and MLflow has the rest; **the reverse map** is
+  written again by the run's next commit.
+* **A dead letter** of the lost time is refused by MLflow again and comes again, as long as its segment is there.
+
+The last words are why ``checkpoint`` exists. **A segment may be unlinked only after ``checkpoint()`` has returned
+True** since the commit that moved the cursor past it: then all of that is in the main file, and synced. Dead letters
+of reclaimed segments, and only these, have no other copy; when the database is set aside they are in
+``cache.db.corrupt-<n>``, which SQLite can open.
+
+What is damaged is moved, not believed and not deleted
+------------------------------------------------------
+* A **row** that this module would not write (a pickle, a file name, an expiry time, other types), or that does not
+  decode, is moved to ``bad/`` and is as if it had never been there. All rows are checked for their form when the
+  ledger is opened, each is checked in full when it is read. ``quarantined_rows`` counts them.
+* A **database** that is damaged, foreign, or has other settings raises LedgerCorrupt; opening it again sets it
+  aside.
+* A database that is **locked**, or a disk that fails or is full, raises LedgerUnavailable after ``timeout`` seconds
+  with SQLite's own reason. Nothing was written; try again later.
+
+What this module does not guess: it never mends a record, and never takes anything from a database that was set
+aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from mlflow_outbox.errors import OutboxError
+from mlflow_outbox.views import RunView
+from mlflow_outbox_worker.database import Cache, Database, LedgerCorrupt, Reader, Row
+from mlflow_outbox_worker.disk import BytesDisk, RowRefused
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+
+__all__ = ["Ledger", "LedgerCorrupt"]
+
+_log = logging.getLogger("mlflow_outbox")
+
+#: Rows read at once by records(): short reads, so that a checkpoint never waits for one.
+_RECORDS_PAGE: Final = 500
+#: Rows read at once by dead_letters(): each may have a payload of 16 MiB.
+_LETTERS_PAGE: Final = 16
+
+_COLUMNS: Final = "SELECT rowid, key, raw, mode, filename, expire_time, value, store_time FROM Cache "
+_IS_BAD: Final = (
+    "(raw IS NOT 1 OR mode IS NOT 1 OR filename IS NOT NULL OR expire_time IS NOT NULL"
+    " OR typeof(key) <> 'text' OR typeof(value) <> 'blob') "
+)
+_QUARANTINE: Final = (
+    "UPDATE Cache SET tag = 'key=' || substr(quote(key), 1, 300) || ' raw=' || quote(raw) || ' mode=' || quote(mode)"
+    " || ' filename=' || substr(quote(filename), 1, 300) || ' expire_time=' || quote(expire_time)"
+    " || ' type=' || typeof(value), key = 'bad/' || lower(hex(randomblob(8))), raw = 1, mode = 1, filename = NULL,"
+    " expire_time = NULL, size = 0, value = coalesce(CAST(value AS BLOB), x'') WHERE "
+)
+_VALUE: Final = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
+_EXISTS: Final = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
+_ROWIDS: Final = "SELECT rowid FROM Cache WHERE key > ? AND key < ? "
+
+_encode = msgspec.msgpack.Encoder().encode
+_T = TypeVar("_T")
+
+
+class _Remote(msgspec.Struct):
+    remote_id: str = ""
+
+
+_remote_decoder = msgspec.msgpack.Decoder(_Remote)
+_record_decoder = msgspec.msgpack.Decoder(RunRecord)
+_view_decoder = msgspec.msgpack.Decoder(RunView)
+_letter_decoder = msgspec.msgpack.Decoder(DeadLetter)
+
+
+class Ledger:
+    """What has been delivered; ``open`` makes it. All methods may be called from several threads.
+
+    Every method raises LedgerUnavailable when the database cannot be used now, and LedgerCorrupt, which is one, when it
+    is to be opened again.
+    """
+
+    def __init__(self, source: Database | Reader) -> None:
+        self._source = source
+        self._skipped: set[int] = set()
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        *,
+        timeout: float = 5.0,
+        report: Callable[[str], None] = _log.warning,
+        read_only: bool = False,
+    ) -> Ledger:
+        """Open the ledger of a directory; make it, or a new one beside a damaged one, as needed.
+
+        Args:
+            directory: the database's own directory; made with mode 0700 when it is missing.
+            timeout: seconds to wait for a lock that another process holds.
+            report: told in one sentence about each database that is set aside.
+            read_only: for a process beside the worker: makes, mends and locks nothing; no database reads as empty.
+
+        Raises:
+            OutboxUnusable: the directory or a file in it cannot be made, or is not safe to use.
+            LedgerUnavailable: the database is locked, or the disk fails.
+        """
+        directory = Path(os.path.abspath(directory))
+        if read_only:
+            return cls(Reader(directory, timeout))
+        database = Database.open(directory, timeout=timeout, report=report)
+        try:
+            with database.transaction() as cache:
+                moved = cache.change(_QUARANTINE + _IS_BAD)
+        except BaseException:
+            database.close()
+            raise
+        if moved:
+            report(f"{moved} rows of the ledger in {directory} were not written by it; they were put aside unread")
+        return cls(database)
+
+    def record(self, run_id: str) -> RunRecord | None:
+        """Return the delivery state of a run, or None."""
+        return next(self._decoded(self._rows_at(f"run/{run_id}"), _record), None)
+
+    def records(self) -> Iterator[RunRecord]:
+        """Yield the delivery state of every run, by run id; each is whole, though not all are of one moment."""
+        for rows in self._pages("run", _RECORDS_PAGE):
+            yield from self._decoded(rows, _record)
+
+    def view(self, run_id: str) -> RunView | None:
+        """Return what a reader of a run sees of the events delivered so far, or None."""
+        return next(self._decoded(self._rows_at(f"view/{run_id}"), _view), None)
+
+    def local_id(self, remote_id: str) -> str | None:
+        """Return the id in this outbox of the run that has an id in MLflow, or None."""
+        return next(self._decoded(self._rows_at(f"remote/{remote_id}"), _text), None)
+
+    def commit(self, record: RunRecord, *, view: RunView | None = None, dead: Sequence[DeadLetter] = ()) -> None:
+        """Store what one window of a run has come to, wholly or not at all.
+
+        Args:
+            record: replaces the run's record.
+            view: replaces the run's view; None leaves it as it is.
+            dead: new dead letters; each is given its id once it is stored.
+        """
+        encoded = _encode(record)
+        encoded_view = None if view is None else _encode(view)
+        numbers: list[int] = []
+        with self._writing() as cache:
+            self._map_remote(cache, record.run_id, record.remote_id)
+            _put(cache, f"run/{record.run_id}", encoded)
+            if encoded_view is not None:
+                _put(cache, f"view/{record.run_id}", encoded_view)
+            if dead:
+                numbers = _add_letters(cache, dead)
+        for letter, number in zip(dead, numbers, strict=True):
+            letter.id = _letter_id(number)
+
+    def forget(self, run_id: str) -> None:
+        """Remove a run's record, view and reverse map; its dead letters stay."""
+        with self._writing() as cache:
+            self._map_remote(cache, run_id, "")
+            _delete(cache, f"run/{run_id}")
+            _delete(cache, f"view/{run_id}")
+
+    def dead_letters(self, run_id: str | None = None) -> Iterator[DeadLetter]:
+        """Yield dead letters in the order in which they were stored.
+
+        Args:
+            run_id: only those of this run; None means all.
+        """
+        for rows in self._pages("dead", _LETTERS_PAGE, run_id):
+            yield from self._decoded(rows, _letter)
+
+    def dead_letter(self, letter_id: str) -> DeadLetter | None:
+        """Return one dead letter, or None."""
+        return next(self._decoded(self._rows_at(f"dead/{letter_id}"), _letter), None)
+
+    def drop_dead_letter(self, letter_id: str) -> bool:
+        """Remove one dead letter for good; return whether there was one."""
+        with self._writing() as cache:
+            return _delete(cache, f"dead/{letter_id}")
+
+    def replace_dead_letter(self, letter: DeadLetter) -> bool:
+        """Store a dead letter in the place of the one with its id; return whether there was one."""
+        key, encoded = f"dead/{letter.id}", _encode(letter)
+        with self._writing() as cache:
+            if not cache.query(_EXISTS, (key,)):
+                return False
+            _put(cache, key, encoded, tag=letter.run_id)
+            return True
+
+    def meta(self, name: str) -> bytes | None:
+        """Return the bytes stored under a name, or None."""
+        return next(self._decoded(self._rows_at(f"meta/{name}"), _bytes), None)
+
+    def set_meta(self, name: str, value: bytes) -> None:
+        """Store bytes under a name."""
+        with self._writing() as cache:
+            _put(cache, f"meta/{name}", value)
+
+    def checkpoint(self) -> bool:
+        """Bring all that was committed so far into the main file, synced; segments may be unlinked only after True.
+
+        False means that a reader was in the way: try again later.
+        """
+        return self._database().checkpoint()
+
+    @property
+    def quarantined_rows(self) -> int:
+        """How many rows lie in quarantine or, read-only, were passed over; asks the database."""
+        return len(self._source.query(_ROWIDS, ("bad/", "bad0"))) + len(self._skipped)
+
+    def close(self) -> None:
+        """Close the database; every later use finds it unavailable."""
+        self._source.close()
+
+    def _database(self) -> Database:
+        if isinstance(self._source, Reader):
+            msg = "the ledger was opened read-only"
+            raise OutboxError(msg)
+        return self._source
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Cache]:
+        with self._database().transaction() as cache:
+            yield cache
+
+    def _map_remote(self, cache: Cache, run_id: str, remote_id: str) -> None:
+        """Let the id in MLflow lead to the run, and a former one no longer."""
+        former = ""
+        for (value,) in cache.query(_VALUE, (f"run/{run_id}",)):
+            with contextlib.suppress(msgspec.DecodeError, TypeError):  # a bad record is replaced, and leads nowhere
+                former = _remote_decoder.decode(value).remote_id
+        ours = [(run_id.encode(),)]
+        if former and former != remote_id and cache.query(_VALUE, (f"remote/{former}",)) == ours:
+            _delete(cache, f"remote/{former}")
+        if remote_id and cache.query(_VALUE, (f"remote/{remote_id}",)) != ours:
+            _put(cache, f"remote/{remote_id}", run_id.encode())
+
+    def _rows_at(self, key: str) -> list[Row]:
+        return self._source.query(_COLUMNS + "WHERE key = ?", (key,))
+
+    def _pages(self, kind: str, size: int, tag: str | None = None) -> Iterator[list[Row]]:
+        """Yield the rows of a kind in the order of their keys: one scan of the index, then so many rows at once."""
+        bounds = (f"{kind}/", f"{kind}0")
+        condition, arguments = ("", bounds) if tag is None else ("AND tag = ? ", (*bounds, tag))
+        rowids = self._source.query(_ROWIDS + condition + "ORDER BY key", arguments)
+        for start in range(0, len(rowids), size):
+            chosen = tuple(rowid for (rowid,) in rowids[start : start + size])
+            marks = ",".join("?" * len(chosen))
+            sql = _COLUMNS + f"WHERE rowid IN ({marks}) AND key > ? AND key < ? ORDER BY key"
+            yield self._source.query(sql, (*chosen, *bounds))
+
+    def _decoded(self, rows: list[Row], decode: Callable[[str, bytes], _T]) -> Iterator[_T]:
+        """Yield what sound rows hold; move the others out of the way."""
+        for row in rows:
+            rowid, key, raw, mode, filename, expire_time, value, store_time = row
+            try:
+                if expire_time is not None:
+                    msg = "the row is to expire"
+                    raise RowRefused(msg)
+                sound = decode(str(_DISK.get(key, raw)), _DISK.fetch(mode, filename, value, read=False))
+            except (RowRefused, msgspec.DecodeError, UnicodeDecodeError):
+                self._put_aside(rowid, store_time)
+                continue
+            yield sound
+
+    def _put_aside(self, rowid: int, store_time: object) -> None:
+        if isinstance(self._source, Reader):
+            self._skipped.add(rowid)
+            return
+        with self._writing() as cache:
+            # The time tells that another thread has not put a sound row in its place meanwhile.
+            cache.change(_QUARANTINE + "rowid = ? AND store_time IS ?", (rowid, store_time))
+
+
+#: The judge of rows; it has no directory, because no row leads to a file.
+_DISK: Final = BytesDisk(os.devnull)
+
+
+def _record(key: str, value: bytes) -> RunRecord:
+    record = _record_decoder.decode(value)
+    _must_match(key, f"run/{record.run_id}")
+    return record
+
+
+def _view(_key: str, value: bytes) -> RunView:
+    return _view_decoder.decode(value)
+
+
+def _letter(key: str, value: bytes) -> DeadLetter:
+    letter = _letter_decoder.decode(value)
+    _must_match(key, f"dead/{letter.id}")
+    return letter
+
+
+def _text(_key: str, value: bytes) -> str:
+    return value.decode()
+
+
+def _bytes(_key: str, value: bytes) -> bytes:
+    return value
+
+
+def _must_match(key: str, own: str) -> None:
+    if key != own:
+        msg = f"the row {key!r} holds what belongs to {own!r}"
+        raise RowRefused(msg)
+
+
+def _put(cache: Cache, key: str, value: bytes, tag: str | None = None) -> None:
+    _clear_the_way(cache, key)
+    cache.set(key, value, tag=tag, retry=False)
+
+
+def _delete(cache: Cache, key: str) -> bool:
+    _clear_the_way(cache, key)
+    return bool(cache.delete(key, retry=False))
+
+
+def _clear_the_way(cache: Cache, key: str) -> None:
+    # diskcache removes the file that an overwritten row names, which BytesDisk refuses to.
+    cache.change(_QUARANTINE + _IS_BAD + "AND key = ?", (key,))
+
+
+def _letter_id(number: int) -> str:
+    return f"{number:012d}"
+
+
+def _add_letters(cache: Cache, letters: Sequence[DeadLetter]) -> list[int]:
+    """Store new dead letters, and return their numbers, which were never used before."""
+    number = 1
+    for (value,) in cache.query(_VALUE, ("next/dead",)):
+        with contextlib.suppress(ValueError, TypeError):  # not a number: begin at 1 and pass over those in use
+            number = max(1, int(value))
+    numbers = []
+    for letter in letters:
+        while cache.query(_EXISTS, (f"dead/{_letter_id(number)}",)):
+            number += 1
+        numbered = msgspec.structs.replace(letter, id=_letter_id(number))
+        _put(cache, f"dead/{numbered.id}", _encode(numbered), tag=letter.run_id)
+        numbers.append(number)
+        number += 1
+    _put(cache, "next/dead", str(number).encode())
+    return numbers

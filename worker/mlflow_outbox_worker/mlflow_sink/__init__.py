@@ -1,0 +1,94 @@
+"""MLflow as a sink, and the only importer of mlflow.
+
+``import mlflow`` costs seconds and hundreds of megabytes, so importing this package does not: ``open_sink`` and
+``open_client`` import it when they are called, in the worker.
+
+Rooms: ``stores`` opens the store of a URI, ``rest`` is the store of a tracking server with one attempt per request,
+``transport`` makes that attempt within a deadline, ``artifacts`` moves files, ``recorder`` is the ``Sink`` made of
+them, and ``boundary`` is the one place where foreign exceptions become ``SinkError``.
+
+What the host of this library is spared: the environment, the global tracking URI and the logging configuration stay
+as they are. MLflow's own loggers are silenced for the calling thread during a call, by the switch that MLflow's
+handlers have for that; a host that replaced those handlers sees MLflow's messages, as it chose to.
+
+What MLflow keeps of special values: SQL stores, also behind a server, hold NaN as NaN, and plus and minus infinity
+as plus and minus 1.7976931348623157e308; a file store holds all three as they are. Reading back returns what the
+store holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlflow_outbox.errors import TrackingUnavailable
+from mlflow_outbox_worker.sink import Sink, SinkError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["open_client", "open_sink"]
+
+
+def open_sink(
+    uri: str,
+    *,
+    artifact_root: str | None = None,
+    timeout: float = 30.0,
+    username: str | None = None,
+    password: str | None = None,
+) -> Sink:
+    """Open the tracking store of a URI; no request is made yet to a tracking server, an embedded store is opened.
+
+    Args:
+        uri: ``http(s)://``, a database URL, ``file:`` or a path, ``databricks`` or ``databricks://profile``. Relative
+            paths are taken from the working directory now.
+        artifact_root: where an embedded store keeps the artifacts of experiments it creates; None means what MLflow
+            means: ``./mlruns`` for a database, the store's own directory for a file store.
+        timeout: seconds that one request to a tracking server may take in all; an upload may take longer by the
+            time that its size needs.
+        username: user for basic authentication; None means the one in the URI, else MLflow's own sources.
+        password: password that belongs to ``username``.
+
+    Raises:
+        DestinationError: the URI has no form that MLflow knows.
+        SinkError: an embedded store cannot be opened now; ``outcome.classify(error, "open")`` tells what that means.
+    """
+    from mlflow_outbox_worker.mlflow_sink import recorder, stores  # noqa: PLC0415 - imports mlflow
+
+    opened = stores.open_store(uri, artifact_root=artifact_root, timeout=timeout, username=username, password=password)
+    return recorder.Recorder(opened)
+
+
+def open_client(
+    uri: str,
+    *,
+    artifact_root: str | None = None,
+    timeout: float = 5.0,
+    username: str | None = None,
+    password: str | None = None,
+) -> MlflowClient:
+    """Return MLflow's own client for the same store, after one request has shown that the store answers.
+
+    The client is MLflow's: its calls retry for minutes when the server goes away later. A username given here, and
+    not in MLflow's own sources, is put into the client's URI, because the client has no other place for it.
+
+    Args:
+        uri: as for ``open_sink``.
+        artifact_root: as for ``open_sink``.
+        timeout: seconds that the one request may take.
+        username: as for ``open_sink``.
+        password: as for ``open_sink``.
+
+    Raises:
+        DestinationError: the URI has no form that MLflow knows.
+        TrackingUnavailable: the store cannot be reached or opened now.
+    """
+    from mlflow_outbox_worker.mlflow_sink import stores  # noqa: PLC0415 - imports mlflow
+
+    try:
+        return stores.open_client(
+            uri, artifact_root=artifact_root, timeout=timeout, username=username, password=password
+        )
+    except SinkError as error:
+        msg = f"MLflow cannot be reached: {error}"
+        raise TrackingUnavailable(msg) from None

@@ -1,0 +1,141 @@
+"""Files of a run: where its ``artifact_uri`` points decides how they travel.
+
+``mlflow-artifacts:`` goes through the tracking server, one PUT in one attempt. Everything else (a directory,
+``s3:``, ``gs:`` and so on) goes through MLflow's repository for that scheme, which is told a file by its local
+name; ours are called by their hash, so the repository gets a link with the right name in a private directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mimetypes
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from mlflow.protos.service_pb2 import ListArtifacts
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.utils.proto_json_utils import message_to_json
+from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
+
+from mlflow_outbox_worker.mlflow_sink.rest import Host, ServerStore, checked
+from mlflow_outbox_worker.sink import SinkError
+
+#: Bytes per second below which an upload is given up: it is slower than any link that is of use for artifacts.
+LEAST_UPLOAD_RATE = 256 * 1024
+
+
+class Artifacts:
+    """Uploads and lists the files of runs of one tracking URI.
+
+    Args:
+        uri: the tracking URI, without credentials.
+        host: the tracking server; None for embedded stores and Databricks.
+        store: the store of the tracking server; None when there is none.
+    """
+
+    def __init__(self, uri: str, host: Host | None = None, store: ServerStore | None = None) -> None:
+        self._uri = uri
+        self._host = host
+        self._store = store
+
+    def upload(self, artifact_uri: str, file: Path, artifact_path: str) -> None:
+        """Store a file under a run's artifact URI."""
+        folder, name = posixpath.split(_checked_path(artifact_path))
+        _readable(file)
+        scheme = urlsplit(artifact_uri).scheme
+        if self._host is not None and scheme == "mlflow-artifacts":
+            self._put(MlflowArtifactsRepository.resolve_uri(artifact_uri, self._host.uri), file, artifact_path)
+        elif self._host is not None and scheme in {"http", "https"}:
+            self._put(artifact_uri.rstrip("/"), file, artifact_path, mlflows=False)
+        else:
+            repository = self._repository(artifact_uri)
+            with _named(file, name) as alias:
+                repository.log_artifact(str(alias), folder or None)
+                if isinstance(repository, LocalArtifactRepository):
+                    # Our copy is private (0600) and the repository keeps modes; others read artifacts as a rule.
+                    _default_mode(Path(repository.artifact_dir, folder, name), alias.parent)
+
+    def list_folder(self, run_id: str, artifact_uri: str, folder: str) -> dict[str, int | None]:
+        """Return path and size in bytes of the files directly in a folder."""
+        if self._store is not None and urlsplit(artifact_uri).scheme == "mlflow-artifacts":
+            return self._ask_server(run_id, folder)
+        files = self._repository(artifact_uri).list_artifacts(folder or None)
+        return {file.path: file.file_size for file in files if not file.is_dir}
+
+    def _put(self, url: str, file: Path, artifact_path: str, *, mlflows: bool = True) -> None:
+        host, store = self._host, self._store
+        if host is None or store is None:
+            msg = "artifacts behind a tracking server need its URI"
+            raise SinkError(msg, kind="not_mlflow", sent=False)
+        endpoint = "/" + quote(artifact_path, safe="/")
+        kind = mimetypes.guess_type(artifact_path)[0] or "application/octet-stream"
+        with file.open("rb") as content:
+            size = os.fstat(content.fileno()).st_size
+            answer = store.transport.request(
+                host.host_creds(url),
+                "PUT",
+                endpoint,
+                allowance=size / LEAST_UPLOAD_RATE,
+                # requests sends an empty file in chunks, which some servers wait for in vain.
+                data=content if size else b"",
+                extra_headers={"Content-Type": kind},
+            )
+        if mlflows or not 200 <= answer.status < 300:  # noqa: PLR2004 - success, in whatever words
+            checked(answer, f"PUT {artifact_path}")
+
+    def _ask_server(self, run_id: str, folder: str) -> dict[str, int | None]:
+        files: dict[str, int | None] = {}
+        token: str | None = None
+        while True:
+            request = ListArtifacts(run_id=run_id, run_uuid=run_id, path=folder or None, page_token=token)
+            answer = self._store._call_endpoint(ListArtifacts, message_to_json(request))  # type: ignore[union-attr]  # noqa: SLF001
+            files.update({file.path: int(file.file_size) for file in answer.files if not file.is_dir})
+            if not answer.next_page_token or answer.next_page_token == token:
+                return files
+            token = answer.next_page_token
+
+    def _repository(self, artifact_uri: str) -> Any:
+        uri = add_databricks_profile_info_to_artifact_uri(artifact_uri, self._uri)
+        return get_artifact_repository(uri, tracking_uri=self._uri)
+
+
+def _checked_path(path: str) -> str:
+    parts = path.split("/")
+    unsafe = {"", ".", ".."} & set(parts) or "\\" in path or any(ord(char) < 32 for char in path)  # noqa: PLR2004 - control
+    if unsafe:
+        msg = f"the artifact path {path!r} is not a plain relative path"
+        raise SinkError(msg, kind="answer", status=400, code="INVALID_PARAMETER_VALUE", sent=False)
+    return path
+
+
+def _readable(file: Path) -> None:
+    if not file.is_file():
+        msg = "the outbox's copy of the file is gone"
+        raise SinkError(msg, kind="answer", status=400, code="INVALID_PARAMETER_VALUE", sent=False)
+
+
+@contextlib.contextmanager
+def _named(file: Path, name: str) -> Iterator[Path]:
+    """Give a file another name, in a directory that nobody else can read, without copying where that is possible."""
+    with tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
+        alias = Path(private, name)
+        try:
+            alias.symlink_to(file.absolute())
+        except OSError:
+            shutil.copyfile(file, alias)
+        yield alias
+
+
+def _default_mode(artifact: Path, private: Path) -> None:
+    """Give a stored artifact the mode that any new file gets here, without touching the umask of the process."""
+    probe = private / ".mode"
+    os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
+    artifact.chmod(probe.stat().st_mode & 0o777)

@@ -1,0 +1,132 @@
+"""The one place where an exception of MLflow, a database or a file system becomes a ``SinkError``.
+
+Statuses are those that MLflow's server would answer with, because ``outcome`` decides by status. Where MLflow hides
+the true error (the file store wraps a conflicting param, a full disk and a bug alike as INTERNAL_ERROR), the cause
+decides. An exception that is not known here counts as a failure of the store, never of the event: it is retried,
+and nothing is discarded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+
+import requests
+import sqlalchemy.exc
+from mlflow.exceptions import MlflowException
+from mlflow.utils.logging_utils import suppress_logs_in_thread
+
+from mlflow_outbox_worker.sink import SinkError
+
+#: Characters of a foreign message that are kept: enough for a sentence of MLflow, too few for a page of HTML.
+MESSAGE_CHARS = 400
+
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+_SPACE = re.compile(r"\s+")
+
+
+class Refused(MlflowException):  # type: ignore[misc]  # mlflow is not followed by mypy
+    """Raised inside MLflow's stores when a server said no, so that they can react to its code; holds the SinkError."""
+
+    def __init__(self, error: SinkError, number: int) -> None:
+        super().__init__(str(error), error_code=number)
+        self.sink_error = error
+
+
+def clean(text: object) -> str:
+    """Return a foreign message on one line, cut to size, without the credentials of URLs in it."""
+    line = _USERINFO.sub("", _SPACE.sub(" ", str(text)).strip())
+    return line if len(line) <= MESSAGE_CHARS else f"{line[:MESSAGE_CHARS]}..."
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Let nothing but SinkError out, and keep MLflow's loggers quiet in this thread."""
+    with suppress_logs_in_thread():
+        try:
+            yield
+        except SinkError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: every one becomes a classified SinkError
+            raise translate(error) from None
+
+
+def translate(error: BaseException) -> SinkError:
+    """Return the SinkError that says what an exception means."""
+    if isinstance(error, SinkError):
+        return error
+    if isinstance(error, Refused):
+        return error.sink_error
+    if isinstance(error, MlflowException):
+        return _of_mlflow(error)
+    if isinstance(error, sqlalchemy.exc.SQLAlchemyError):
+        return _of_database(error)
+    if isinstance(error, requests.RequestException) and error.response is None:
+        return SinkError(clean(error), kind="connection")
+    status = _status_of(error)
+    if status is not None:
+        return SinkError(clean(error), kind="answer", status=status)
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, ImportError):
+        return SinkError(clean(f"a package is missing: {error}"), kind="not_mlflow", sent=False)
+    if isinstance(error, (ValueError, TypeError, OverflowError)):
+        # Only the content of a request can make its encoding fail, for instance a number that has no 64-bit form.
+        return SinkError(clean(error), kind="answer", status=400, code="INVALID_PARAMETER_VALUE")
+    return SinkError(f"{type(error).__name__}: {clean(error)}", kind="answer", status=500, code="INTERNAL_ERROR")
+
+
+def _of_mlflow(error: MlflowException) -> SinkError:
+    message = clean(error)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, sqlalchemy.exc.SQLAlchemyError):
+        return _of_database(cause)
+    if error.error_code == "INTERNAL_ERROR" and cause is not None:
+        inner = translate(cause)
+        if inner.code or inner.status != 500:  # noqa: PLR2004 - the cause says more than "internal error"
+            return inner
+    if "out-of-date database schema" in message:
+        # Retrying never helps: somebody has to run ``mlflow db upgrade``.
+        return SinkError(message, kind="answer", status=409, code="INVALID_STATE", sent=False)
+    return SinkError(message, kind="answer", status=error.get_http_status_code(), code=error.error_code)
+
+
+def _of_database(error: sqlalchemy.exc.SQLAlchemyError) -> SinkError:
+    message = clean(getattr(error, "orig", None) or error)
+    if isinstance(error, (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError)):
+        # The text would repeat the URL, and with it the password.
+        return SinkError("the database URL cannot be read", kind="not_mlflow", sent=False)
+    about_content = isinstance(error, (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.DataError)) or (
+        isinstance(error, sqlalchemy.exc.StatementError) and not isinstance(error, sqlalchemy.exc.DBAPIError)
+    )
+    if about_content:
+        return SinkError(message, kind="answer", status=400, code="BAD_REQUEST")
+    if "readonly database" in message or "password authentication failed" in message:
+        return SinkError(message, kind="answer", status=403, code="PERMISSION_DENIED")
+    return SinkError(message, kind="answer", status=503, code="TEMPORARILY_UNAVAILABLE")
+
+
+def _of_system(error: OSError) -> SinkError:
+    # The name of a file is worth more to a person than its number; a full disk empties, a missing right does not
+    # come by itself.
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return SinkError(clean(error), kind="answer", status=403, code="PERMISSION_DENIED")
+    return SinkError(clean(error), kind="answer", status=503, code="TEMPORARILY_UNAVAILABLE")
+
+
+def _status_of(error: BaseException) -> int | None:
+    """Return the HTTP status in an exception of requests, botocore, Google's or Azure's library."""
+    response = getattr(error, "response", None)
+    candidates = [
+        getattr(response, "status_code", None),
+        getattr(error, "status_code", None),
+        getattr(error, "code", None),
+    ]
+    if isinstance(response, dict):
+        candidates.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    for candidate in candidates:
+        if isinstance(candidate, int) and 400 <= candidate < 600:  # noqa: PLR2004 - the statuses of errors
+            return int(candidate)
+    return None

@@ -1,0 +1,231 @@
+"""The ``Sink`` for every store that MLflow reaches: each method is one question to the store, asked once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from mlflow.entities import Metric, Param, Run, RunStatus, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_USER
+
+from mlflow_outbox.spool.events import STATUSES
+from mlflow_outbox_worker.mlflow_sink.boundary import translate, translated
+from mlflow_outbox_worker.mlflow_sink.stores import OpenStore
+from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteRun, SinkError
+
+#: Runs in one page of a search; their params can make a run megabytes large.
+RUNS_PER_PAGE = 200
+#: Points in one page of a metric's history. Always asked for: some servers page without an end when it is left open.
+POINTS_PER_PAGE = 25_000
+#: Runs whose artifact URI is remembered, which saves one request for each file.
+_REMEMBERED_RUNS = 1024
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _translated(method: Callable[Concatenate[Recorder, _P], _T]) -> Callable[Concatenate[Recorder, _P], _T]:
+    """Make a method raise nothing but SinkError."""
+
+    @functools.wraps(method)
+    def call(self: Recorder, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._turn, translated():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+class Recorder:
+    """The sink of one open store; see ``sink.Sink`` for its methods."""
+
+    def __init__(self, opened: OpenStore) -> None:
+        self._opened = opened
+        self._store = opened.store
+        self.deduplicates_metrics = opened.deduplicates_metrics
+        self.parallel = opened.parallel
+        self._artifact_uris: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.Lock()
+        # An embedded store is a file: whatever the caller does, one request at a time touches it.
+        self._turn: contextlib.AbstractContextManager[Any] = (
+            contextlib.nullcontext() if self.parallel else threading.RLock()
+        )
+
+    def __repr__(self) -> str:
+        return f"<Recorder {type(self._store).__name__}>"
+
+    @_translated
+    def experiment_id(self, name: str) -> str:
+        """Return the id of the experiment called name, which is created when there is none."""
+        found = self._store.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return _present(self._store.create_experiment(name, artifact_location=None, tags=[]), "experiment")
+            except MlflowException as error:
+                if translate(error).code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._store.get_experiment_by_name(name)  # somebody else was faster
+        if found is None or found.lifecycle_stage != "active":
+            msg = f"the experiment {name!r} is deleted in MLflow: restore it there, or rename it"
+            raise SinkError(msg, kind="answer", status=400, code="INVALID_STATE")
+        return _present(found.experiment_id, "experiment")
+
+    @_translated
+    def find_experiment(self, name: str) -> str | None:
+        """Return the id of the active experiment called name, or None; never creates one."""
+        found = self._store.get_experiment_by_name(name)
+        return found.experiment_id if found is not None and found.lifecycle_stage == "active" else None
+
+    @_translated
+    def create_run(
+        self, experiment_id: str, *, run_name: str | None, start_time_ms: int, user: str, tags: Mapping[str, str]
+    ) -> str:
+        """Create a run and return its id; twice called, two runs. MLflow chooses a name when there is none."""
+        # Stores take the user and show it nowhere; what MLflow shows is this tag, which its clients set.
+        shown = {MLFLOW_USER: user, **tags} if user else tags
+        run_tags = [RunTag(key, value) for key, value in shown.items()]
+        run = self._store.create_run(experiment_id, user, start_time_ms, run_tags, run_name)
+        return self._remembered(run).info.run_id  # type: ignore[no-any-return]
+
+    @_translated
+    def find_runs(self, experiment_id: str, local_id: str) -> list[str]:
+        """Return the ids of all runs, deleted ones too, whose RUN_ID_TAG is local_id, oldest first.
+
+        Runs of one local id start at the same logged time, so their ids decide between them: any reader finds the
+        same order.
+        """
+        if not re.fullmatch(r"[\w.-]+", local_id):
+            return []  # it cannot be quoted in a filter, and no outbox makes such an id
+        runs = self._search(experiment_id, f"tags.`{RUN_ID_TAG}` = '{local_id}'", ViewType.ALL)
+        return [run.info.run_id for run in sorted(runs, key=lambda run: (run.info.start_time or 0, run.info.run_id))]
+
+    @_translated
+    def get_run(self, run_id: str) -> RemoteRun:
+        """Return what the store holds of a run."""
+        return _remote(self._remembered(self._store.get_run(run_id)))
+
+    @_translated
+    def search_runs(self, experiment_id: str) -> list[RemoteRun]:
+        """Return every active run of an experiment, newest first."""
+        return [_remote(run) for run in self._search(experiment_id, "", ViewType.ACTIVE_ONLY)]
+
+    @_translated
+    def log_batch(
+        self, run_id: str, points: Sequence[MetricPoint], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Send at most 1000 points, 100 params and 100 tags (1000 in all) in one request."""
+        self._store.log_batch(
+            run_id,
+            metrics=[Metric(point.key, point.value, point.time_ms, point.step) for point in points],
+            params=[Param(key, value) for key, value in params.items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+
+    @_translated
+    def update_run(self, run_id: str, *, status: str, end_time_ms: int | None) -> None:
+        """Set a run's status and its end time; MLflow keeps an end time that it has when there is no new one."""
+        if status not in STATUSES:
+            msg = f"{status!r} is no status of a run"
+            raise ValueError(msg)
+        self._store.update_run_info(run_id, RunStatus.from_string(status), end_time_ms, None)
+
+    @_translated
+    def upload(self, run_id: str, file: Path, artifact_path: str) -> None:
+        """Store the content of file as artifact_path (file name included), replacing what was there."""
+        self._opened.artifacts.upload(self._artifact_uri(run_id), file, artifact_path)
+
+    @_translated
+    def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:
+        """Return every point of one metric."""
+
+        def page(token: str | None) -> Any:
+            return self._store.get_metric_history(run_id, key, max_results=POINTS_PER_PAGE, page_token=token)
+
+        return [_point(metric) for metric in _all_pages(page)]
+
+    @_translated
+    def list_artifacts(self, run_id: str, folder: str) -> dict[str, int | None]:
+        """Return path and size in bytes of the files directly in one folder ("" is the root) of a run's artifacts."""
+        return self._opened.artifacts.list_folder(run_id, self._artifact_uri(run_id), folder)
+
+    @_translated
+    def delete_run(self, run_id: str) -> None:
+        """Mark a run deleted; used only for an empty second run left by a create whose answer was lost."""
+        self._store.delete_run(run_id)
+
+    def close(self) -> None:
+        """Give back connections; the sink is not used afterwards."""
+        with contextlib.suppress(SinkError), translated():  # there is nothing left to do for who closes
+            self._opened.close()
+
+    def _search(self, experiment_id: str, condition: str, view: int) -> list[Run]:
+        order = ["attributes.start_time DESC"]
+
+        def page(token: str | None) -> Any:
+            return self._store.search_runs([experiment_id], condition, view, RUNS_PER_PAGE, order, token)
+
+        return _all_pages(page)
+
+    def _artifact_uri(self, run_id: str) -> str:
+        with self._lock:
+            known = self._artifact_uris.get(run_id)
+        return known or str(self._remembered(self._store.get_run(run_id)).info.artifact_uri)
+
+    def _remembered(self, run: Run) -> Run:
+        run_id = _present(run.info.run_id, "run")
+        if run.info.artifact_uri:
+            with self._lock:
+                self._artifact_uris[run_id] = run.info.artifact_uri
+                self._artifact_uris.move_to_end(run_id)
+                while len(self._artifact_uris) > _REMEMBERED_RUNS:
+                    self._artifact_uris.popitem(last=False)
+        return run
+
+
+def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:
+    """Return what all pages hold; a server that gives the same page again is not followed forever."""
+    found: list[Any] = []
+    token: str | None = None
+    while True:
+        some = page(token)
+        found.extend(some)
+        if not some.token:
+            return found
+        if some.token == token:
+            msg = "the server repeats a page of its answer"
+            raise SinkError(msg, kind="not_mlflow")
+        token = some.token
+
+
+def _present(identifier: Any, what: str) -> str:
+    if not identifier:
+        msg = f"the answer names no {what}, so it is not MLflow's"
+        raise SinkError(msg, kind="not_mlflow")
+    return str(identifier)
+
+
+def _point(metric: Metric) -> MetricPoint:
+    return MetricPoint(metric.key, float(metric.value), int(metric.timestamp), int(metric.step))
+
+
+def _remote(run: Run) -> RemoteRun:
+    info, data = run.info, run.data
+    return RemoteRun(
+        run_id=info.run_id,
+        experiment_id=str(info.experiment_id),
+        run_name=info.run_name or "",
+        status=info.status,
+        start_time_ms=info.start_time or 0,
+        end_time_ms=info.end_time,
+        lifecycle=info.lifecycle_stage,
+        artifact_uri=info.artifact_uri or "",
+        params=dict(data.params),
+        tags=dict(data.tags),
+        metrics={metric.key: _point(metric) for metric in data._metric_objs},  # noqa: SLF001 - the public dict has no steps
+    )

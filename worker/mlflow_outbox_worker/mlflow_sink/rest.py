@@ -1,0 +1,174 @@
+"""The store of a tracking server: MLflow's RestStore with one attempt per request and a judgement by HTTP status.
+
+MLflow's classes build and parse the messages. That matters: a server answers 200 to malformed JSON and stores part
+of it, so nothing but protobuf may write a request.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]  # no stubs in the package
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, ErrorCode
+from mlflow.store.tracking.databricks_rest_store import DatabricksTracingRestStore
+from mlflow.store.tracking.rest_store import RestStore
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.proto_json_utils import parse_dict
+
+from mlflow_outbox_worker.mlflow_sink.boundary import Refused, clean
+from mlflow_outbox_worker.mlflow_sink.transport import Answer, Transport
+from mlflow_outbox_worker.retry import parse_retry_after
+from mlflow_outbox_worker.sink import SinkError
+
+#: Statuses that proxies and load balancers give on a server's behalf, with any body.
+_ANYBODYS_STATUSES = frozenset({401, 403, 407, 408, 413, 425, 429})
+
+
+def checked(answer: Answer, what: str) -> dict[str, Any]:
+    """Return the JSON object of a successful answer.
+
+    Args:
+        answer: what the server answered.
+        what: method and endpoint, for messages.
+
+    Raises:
+        SinkError: it was not MLflow that answered.
+        Refused: MLflow, or a proxy on its behalf, said no.
+    """
+    status, headers, body = answer
+    found = _json_object(body)
+    if 200 <= status < 300:  # noqa: PLR2004 - success
+        if not body and not {"Content-Length", "Transfer-Encoding"} & set(headers):
+            msg = f"{what}: the answer was cut off"
+            raise SinkError(msg, kind="connection", status=status)
+        if found is None:
+            msg = f"{what}: the answer is not MLflow's (a login page, a proxy or a wrong URL?): {_excerpt(body)}"
+            raise SinkError(msg, kind="not_mlflow", status=status)
+        return found
+    if 300 <= status < 400:  # noqa: PLR2004 - redirects
+        msg = f"{what}: the server redirects ({status}), which is not followed; use the URL that it redirects to"
+        raise SinkError(msg, kind="not_mlflow", status=status)
+    code = str((found or {}).get("error_code", ""))
+    text = str(found["message"]) if found and "message" in found else _excerpt(body)
+    message = clean(f"{what}: {status} {code}: {text}" if code else f"{what}: {status}: {text}")
+    if status < 500 and not _is_mlflows(status, code, found):  # noqa: PLR2004 - server errors come from anybody
+        code = code or ("ENDPOINT_NOT_FOUND" if status == 404 else "")  # noqa: PLR2004
+        raise SinkError(message, kind="not_mlflow", status=status, code=code)
+    wait = _retry_after(headers)
+    raise refused(SinkError(message, kind="answer", status=status, code=code, retry_after=wait))
+
+
+def refused(error: SinkError) -> Refused:
+    """Return the exception that MLflow's stores understand for an answer that said no."""
+    known = error.code in ErrorCode.keys()  # noqa: SIM118 - a protobuf enum, not a dict
+    return Refused(error, ErrorCode.Value(error.code) if known else INTERNAL_ERROR)
+
+
+class _OneAttempt:
+    """Replaces how MLflow's stores call a server."""
+
+    transport: Transport
+
+    def _call_endpoint(
+        self,
+        api: Any,
+        json_body: str | None = None,
+        endpoint: str | None = None,
+        retry_timeout_seconds: float | None = None,  # noqa: ARG002 - MLflow's signature
+        response_proto: Any = None,
+    ) -> Any:
+        store: Any = self
+        endpoints = store._V3_METHOD_TO_INFO if api in store._V3_APIS else store._METHOD_TO_INFO  # noqa: SLF001
+        if hasattr(store, "_validate_workspace_support_if_specified"):  # MLflow with workspaces
+            store._validate_workspace_support_if_specified()  # noqa: SLF001
+        path, method = endpoints[api]
+        path = endpoint or path
+        content = json.loads(json_body) if json_body is not None else None
+        arguments: dict[str, Any] = {"params" if method == "GET" else "json": content}
+        answer = self.transport.request(store.get_host_creds(), method, path, **arguments)
+        message = response_proto if response_proto is not None else api.Response()
+        what = f"{method} {path}"
+        try:
+            parse_dict(js_dict=checked(answer, what), message=message)
+        except ParseError as error:
+            msg = f"{what}: the answer is not MLflow's: {clean(error)}"
+            raise SinkError(msg, kind="not_mlflow", status=answer.status) from None
+        return message
+
+
+class ServerStore(_OneAttempt, RestStore):  # type: ignore[misc]  # mlflow is not followed by mypy
+    """The store of ``http(s)://``."""
+
+    def __init__(self, get_host_creds: Callable[[], Any], transport: Transport) -> None:
+        super().__init__(get_host_creds)
+        self.transport = transport
+
+
+class DatabricksStore(_OneAttempt, DatabricksTracingRestStore):  # type: ignore[misc]  # mlflow is not followed by mypy
+    """The store of ``databricks``; the Databricks SDK makes its requests."""
+
+    def __init__(self, get_host_creds: Callable[[], Any], transport: Transport) -> None:
+        super().__init__(get_host_creds)
+        self.transport = transport
+
+
+class Host:
+    """A tracking server's address without credentials, and what authenticates a request to it.
+
+    Credentials are looked up for each request, as MLflow does, so that a renewed token is used at once.
+    """
+
+    def __init__(self, uri: str, username: str | None = None, password: str | None = None) -> None:
+        parts = urlsplit(uri)
+        self.netloc = parts.netloc.rpartition("@")[2]
+        self.uri = urlunsplit((parts.scheme, self.netloc, parts.path, "", "")).rstrip("/")
+        self._username = username or unquote(parts.username or "") or None
+        self._password = password if username else unquote(parts.password or "") or None
+
+    def __repr__(self) -> str:
+        return f"<Host {self.uri}>"
+
+    @property
+    def credentials(self) -> tuple[str, str] | None:
+        """User name and password given with the address; None when MLflow's own sources have them."""
+        return (self._username, self._password or "") if self._username else None
+
+    def host_creds(self, uri: str | None = None) -> Any:
+        """Return MLflow's credentials for a URL; those given with the address go to no other host."""
+        creds = get_default_host_creds(uri or self.uri)
+        if self.credentials and (uri is None or urlsplit(uri).netloc == self.netloc):
+            creds.username, creds.password = self.credentials
+        return creds
+
+
+def _is_mlflows(status: int, code: str, found: dict[str, Any] | None) -> bool:
+    if status in _ANYBODYS_STATUSES or code:
+        return True
+    # Without MLflow's code, a 404 means a URL that the server does not know; other refusals in JSON may be a
+    # gateway's verdict.
+    return found is not None and status != 404  # noqa: PLR2004
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _excerpt(body: bytes) -> str:
+    return clean(body[:2000].decode("utf-8", "replace"))[:200]
+
+
+def _retry_after(headers: Any) -> float | None:
+    value = headers.get("Retry-After")
+    if value is None:
+        return None
+    # A date is relative to the clock of the server that wrote it.
+    age = parse_retry_after(headers.get("Date"), 0.0)
+    return parse_retry_after(value, time.time() if age is None else age)

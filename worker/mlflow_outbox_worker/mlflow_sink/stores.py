@@ -1,0 +1,217 @@
+"""Opens the store of a tracking URI, and says what kind it is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import sqlalchemy.engine
+from mlflow import MlflowClient
+from mlflow.store.db import utils as database
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.store.tracking import file_store
+from mlflow.utils.credentials import read_mlflow_creds
+from mlflow.utils.databricks_utils import get_databricks_host_creds
+from mlflow.utils.file_utils import local_file_uri_to_path, path_to_local_file_uri
+
+from mlflow_outbox.errors import DestinationError
+from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
+from mlflow_outbox_worker.mlflow_sink.boundary import translated
+from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, Host, ServerStore
+from mlflow_outbox_worker.mlflow_sink.transport import Transport
+
+#: MLflow's migrations, and the replaced name below, are state of the whole process: one store is built at a time.
+_building = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenStore:
+    """A store of MLflow and what delivery has to know about it.
+
+    Attributes:
+        uri: the tracking URI, absolute and without credentials where it is shown.
+        deduplicates_metrics: the store keeps an identical metric point once.
+        parallel: several requests may be under way at once.
+        transport: the connections to a tracking server; None for an embedded store.
+    """
+
+    uri: str
+    store: Any
+    artifacts: Artifacts
+    deduplicates_metrics: bool
+    parallel: bool
+    transport: Transport | None = None
+    host: Host | None = None
+
+    def close(self) -> None:
+        """Give back connections."""
+        if self.transport is not None:
+            self.transport.close()
+        elif hasattr(self.store, "_dispose_engine"):
+            self.store._dispose_engine()  # noqa: SLF001 - MLflow has no public way to do it
+
+
+def open_store(
+    uri: str, *, artifact_root: str | None, timeout: float, username: str | None, password: str | None
+) -> OpenStore:
+    """Open the store of a tracking URI; the arguments are those of ``open_sink``.
+
+    Raises:
+        DestinationError: the URI has no form that MLflow knows.
+        SinkError: the store cannot be opened now.
+    """
+    scheme = scheme_of(uri)
+    if scheme in {"http", "https"}:
+        return _server(uri, timeout, username, password)
+    with translated():
+        if scheme == "databricks":
+            transport = Transport(timeout)
+            store = DatabricksStore(functools.partial(get_databricks_host_creds, uri), transport)
+            return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=True, transport=transport)
+        if scheme == "file":
+            return _directory(uri, artifact_root)
+        return _database(uri, artifact_root)
+
+
+def open_client(
+    uri: str, *, artifact_root: str | None, timeout: float, username: str | None, password: str | None
+) -> MlflowClient:
+    """Return MLflow's client for a store that has answered one request; the arguments are those of ``open_sink``.
+
+    Raises:
+        DestinationError: the URI has no form that MLflow knows.
+        SinkError: the store cannot be reached or opened now.
+    """
+    opened = open_store(uri, artifact_root=artifact_root, timeout=timeout, username=username, password=password)
+    try:
+        with translated():
+            if opened.transport is not None:
+                opened.store.search_experiments(max_results=1)
+            with _file_store_allowed():  # the client builds its store when it is made, and keeps it
+                return MlflowClient(tracking_uri=_client_uri(opened))
+    finally:
+        opened.close()
+
+
+def scheme_of(uri: str) -> str:
+    """Return "http", "https", "databricks", "file" or the name of a database.
+
+    Raises:
+        DestinationError: the URI has none of these forms.
+    """
+    if uri == "databricks":
+        return uri
+    scheme = uri.partition(":")[0].lower() if ":" in uri.partition("/")[0] else ""
+    if len(scheme) <= 1:  # a path, on Windows with a drive
+        return "file"
+    if scheme in {"http", "https", "file", "databricks"}:
+        return scheme
+    if scheme.partition("+")[0] in DATABASE_ENGINES:
+        return scheme.partition("+")[0]
+    msg = f"a tracking URI that begins with {scheme!r} is not supported: use http(s), databricks, file or a database"
+    raise DestinationError(msg)
+
+
+def _server(uri: str, timeout: float, username: str | None, password: str | None) -> OpenStore:
+    try:
+        host = Host(uri, username, password)
+    except ValueError:  # its text may repeat the URI, and with it a password
+        host = None
+    if host is None or not host.netloc:
+        msg = "the tracking URI names no host"
+        raise DestinationError(msg)
+    transport = Transport(timeout)
+    store = ServerStore(host.host_creds, transport)
+    return OpenStore(
+        host.uri,
+        store,
+        Artifacts(host.uri, host, store),
+        deduplicates_metrics=True,
+        parallel=True,
+        transport=transport,
+        host=host,
+    )
+
+
+def _directory(uri: str, artifact_root: str | None) -> OpenStore:
+    root = path_to_local_file_uri(str(Path(local_file_uri_to_path(uri)).absolute()))
+    with _file_store_allowed():
+        store = file_store.FileStore(root, artifact_root or root)
+    return OpenStore(root, store, Artifacts(root), deduplicates_metrics=False, parallel=False)
+
+
+def _database(uri: str, artifact_root: str | None) -> OpenStore:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415 - only here
+
+    uri = _absolute(uri)
+    root = artifact_root or str(Path("mlruns").absolute())
+    with _building:
+        # MLflow would try for a minute to connect. One attempt is enough here, and a second process may be creating
+        # the tables.
+        engine = database.create_sqlalchemy_engine(uri)
+        try:
+            with engine.connect():
+                pass
+            database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
+        finally:
+            engine.dispose()
+        store = SqlAlchemyStore(uri, root)
+    shown = sqlalchemy.engine.make_url(uri)
+    sqlite = shown.get_backend_name() == "sqlite"
+    return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=not sqlite)
+
+
+def _absolute(uri: str) -> str:
+    """Return a database URL whose file, if any, does not depend on the working directory; create its directory."""
+    url = sqlalchemy.engine.make_url(uri)
+    name = url.database
+    if url.get_backend_name() != "sqlite" or not name or name == ":memory:" or name.startswith("file:"):
+        return uri
+    path = Path(name).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return url.set(database=str(path)).render_as_string(hide_password=False)
+
+
+@contextlib.contextmanager
+def _file_store_allowed() -> Iterator[None]:
+    """Let a FileStore be built although MLflow >= 3.13 asks for an environment variable first.
+
+    The variable is a question to the person who starts MLflow; who passes ``file:`` to this library has answered
+    it. Setting it would change the environment of the host and of all its children. So the name under which the
+    module of the store looks the variable up stands for a constant while a store is built, under a lock, and for
+    the variable again right after.
+    """
+    name = "MLFLOW_ALLOW_FILE_STORE"
+    with _building:
+        if not hasattr(file_store, name):
+            yield
+            return
+        variable = getattr(file_store, name)
+        setattr(file_store, name, _Allowed())
+        try:
+            yield
+        finally:
+            setattr(file_store, name, variable)
+
+
+class _Allowed:
+    """Stands for the environment variable of MLflow that allows file stores."""
+
+    def get(self) -> bool:
+        """Return what the variable says: file stores are allowed."""
+        return True
+
+
+def _client_uri(opened: OpenStore) -> str:
+    given = opened.host.credentials if opened.host is not None else None
+    if given is None or given == tuple(read_mlflow_creds()):
+        return opened.uri
+    parts = urlsplit(opened.uri)
+    userinfo = ":".join(quote(part, safe="") for part in given if part)
+    return urlunsplit((parts.scheme, f"{userinfo}@{parts.netloc}", parts.path, "", ""))

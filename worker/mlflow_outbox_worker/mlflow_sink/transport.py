@@ -1,0 +1,332 @@
+"""One HTTP request, made once, within a deadline.
+
+MLflow's ``http_request`` knows how to authenticate: tokens, basic authentication, certificates, signatures, header
+plugins. Its transport is not usable here. It retries, it follows redirects, and its timeout is per read, so that a
+server that sends one byte a second holds it for hours. So ``http_request`` is used with another transport
+underneath, which
+
+* makes one attempt, whatever the server answers, and follows no redirect;
+* ends at the deadline: connecting, sending and receiving share it (name resolution alone is up to the resolver);
+* remembers whether the first byte was sent, because a request that was not cannot have been carried out;
+* reads a limited number of bytes of the answer, so that no answer can fill the memory.
+
+The transport of MLflow itself stays as it is: ``_http_request_over`` makes a second function of the code of
+``http_request``, in which one global name means something else. Where a future MLflow has no such name, its own
+transport serves, without retries, and with a deadline per read only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import math
+import os
+import socket
+import threading
+import time
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import requests
+import requests.adapters
+import urllib3
+import urllib3.connection
+import urllib3.connectionpool
+import urllib3.exceptions
+from mlflow.exceptions import MlflowException
+from mlflow.utils import rest_utils
+
+from mlflow_outbox_worker.mlflow_sink.boundary import clean
+from mlflow_outbox_worker.sink import SinkError
+
+#: Bytes of an answer after which it is no answer of MLflow; a page of 200 runs with long params stays far below.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+#: Bytes read at once; small, because one read of a compressed answer can grow a thousandfold.
+_CHUNK_BYTES = 64 * 1024
+#: Connections kept to one server; more may be open, and are closed after use.
+_POOL_SIZE = 16
+
+_TRANSPORT_NAME = "_get_http_response_with_retries"
+
+
+class Answer(NamedTuple):
+    """What the server answered: status, headers, body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class _Attempt:
+    """One request under way: when it must be over, and whether any byte of it was sent."""
+
+    def __init__(self, seconds: float, stall: float, *, sent: bool) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._stall = stall
+        self.sent = sent
+
+    def remaining(self) -> float:
+        """Return the seconds that the next operation on the socket may take."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            msg = "the deadline of the request has passed"
+            raise TimeoutError(msg)
+        return min(left, self._stall)
+
+    def sending(self, sock: socket.socket) -> None:
+        sock.settimeout(self.remaining())
+        self.sent = True
+
+    def receiving(self, sock: socket.socket) -> None:
+        # A server may be silent after an upload, while it passes the file on: only the deadline counts.
+        self._stall = math.inf
+        sock.settimeout(self.remaining())
+
+
+_current = threading.local()
+
+
+def _attempt() -> _Attempt | None:
+    return getattr(_current, "attempt", None)
+
+
+class _Reader(io.RawIOBase):
+    """The receiving end of a socket, which asks before each read how long it may take."""
+
+    def __init__(self, sock: socket.socket, attempt: _Attempt) -> None:
+        super().__init__()
+        self._socket = sock
+        self._attempt = attempt
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._attempt.receiving(self._socket)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _response(sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
+    response = http.client.HTTPResponse(sock, *args, **kwargs)
+    attempt = _attempt()
+    if attempt is not None:
+        response.fp.close()
+        response.fp = io.BufferedReader(_Reader(sock, attempt))
+    return response
+
+
+class _Deadline:
+    """What both kinds of connection do about the deadline of the attempt of their thread."""
+
+    response_class = staticmethod(_response)
+    sock: Any
+    timeout: Any
+
+    def connect(self) -> None:
+        attempt = _attempt()
+        if attempt is not None:
+            self.timeout = attempt.remaining()
+        super().connect()  # type: ignore[misc]  # a mixin of HTTPConnection
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        attempt = _attempt()
+        if attempt is not None:
+            attempt.sending(self.sock)
+        super().send(data)  # type: ignore[misc]  # a mixin of HTTPConnection
+
+
+class _HTTPConnection(_Deadline, urllib3.connection.HTTPConnection):  # type: ignore[misc]  # response_class is a function
+    pass
+
+
+class _HTTPSConnection(_Deadline, urllib3.connection.HTTPSConnection):  # type: ignore[misc]  # response_class is a function
+    pass
+
+
+class _HTTPPool(urllib3.connectionpool.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """requests' adapter, with connections that keep to the deadline, also through a proxy."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        return manager
+
+
+class Transport:
+    """Makes requests to one tracking server; safe to use from several threads, and after a fork.
+
+    Args:
+        timeout: seconds that one request may take in all.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._session: requests.Session | None = None
+        self._session_pid = 0
+        self._http_request = _http_request_over(self._perform)
+
+    def request(self, host_creds: Any, method: str, endpoint: str, *, allowance: float = 0.0, **kwargs: Any) -> Answer:
+        """Make one request and return whatever was answered.
+
+        Args:
+            host_creds: MLflow's host and credentials.
+            method: HTTP method.
+            endpoint: path below the host, quoted.
+            allowance: seconds that the request may take on top of the timeout, for an upload.
+            **kwargs: what ``http_request`` and ``requests`` take: params, json, data, extra_headers.
+
+        Raises:
+            SinkError: there was no answer, or one that was too large.
+        """
+        # Transports that are not ours (the Databricks SDK, a future MLflow) do not tell whether they sent anything.
+        unseen = self._http_request is rest_utils.http_request or getattr(host_creds, "use_databricks_sdk", False)
+        attempt = _Attempt(self._timeout + allowance, self._timeout, sent=unseen)
+        _current.attempt = attempt
+        try:
+            response = self._http_request(
+                host_creds,
+                endpoint,
+                method,
+                max_retries=0,
+                raise_on_status=False,
+                respect_retry_after_header=False,
+                retry_timeout_seconds=1,  # for the Databricks SDK, where 0 means its default of minutes
+                timeout=self._timeout,
+                allow_redirects=False,
+                stream=True,
+                **kwargs,
+            )
+            return Answer(response.status_code, response.headers, _body(response))
+        except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            failure = _failure(error, attempt, f"{method} {endpoint}")
+        finally:
+            _current.attempt = None
+        raise failure
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        with self._lock:
+            session, self._session = self._session, None
+        if session is not None and self._session_pid == os.getpid():
+            session.close()
+
+    def _perform(self, method: str, url: str, *_policy: Any, **kwargs: Any) -> requests.Response:
+        taken = {name: kwargs[name] for name in _REQUEST_ARGUMENTS if name in kwargs}
+        return self._open_session().request(method, url, allow_redirects=False, **taken)
+
+    def _open_session(self) -> requests.Session:
+        with self._lock:
+            if self._session is None or self._session_pid != os.getpid():
+                # Connections are not shared with a parent process: both would read the other's answers.
+                self._session = requests.Session()
+                self._session_pid = os.getpid()
+                for prefix in ("http://", "https://"):
+                    self._session.mount(prefix, _Adapter(max_retries=0, pool_maxsize=_POOL_SIZE))
+            return self._session
+
+
+#: What of the arguments of MLflow's transport is an argument of ``requests``; the rest is about retries.
+_REQUEST_ARGUMENTS = ("headers", "verify", "timeout", "cert", "auth", "params", "json", "data", "stream")
+
+
+def _http_request_over(perform: Callable[..., requests.Response]) -> Callable[..., Any]:
+    original = rest_utils.http_request
+    code = getattr(original, "__code__", None)
+    if code is None or _TRANSPORT_NAME not in code.co_names:
+        return original  # type: ignore[no-any-return]  # mlflow is not followed by mypy
+    names = {**original.__globals__, _TRANSPORT_NAME: perform}
+    rebound = types.FunctionType(code, names, original.__name__, original.__defaults__, original.__closure__)
+    rebound.__kwdefaults__ = original.__kwdefaults__
+    return rebound
+
+
+def _body(response: requests.Response) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    try:
+        for part in response.iter_content(_CHUNK_BYTES):
+            size += len(part)
+            if size > MAX_ANSWER_BYTES:
+                msg = f"the answer is larger than {MAX_ANSWER_BYTES} bytes, which no answer of MLflow is"
+                raise SinkError(msg, kind="not_mlflow", status=response.status_code)
+            parts.append(part)
+    except BaseException:
+        response.close()
+        raise
+    return b"".join(parts)
+
+
+def _failure(error: BaseException, attempt: _Attempt, what: str) -> SinkError:
+    """Return the SinkError of a request without an answer; http_request hides the cause in its chain."""
+    chain = list(_chain(error))
+    sent = attempt.sent
+    text = f"{what}: {clean(_innermost(chain))}"
+    for cause in chain:
+        if isinstance(cause, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)) and not _cut_off(chain):
+            return SinkError(text, kind="connection", code="TLS", sent=sent)
+        if isinstance(cause, _MALFORMED):
+            return SinkError(text, kind="not_mlflow", sent=sent)
+    if any(isinstance(cause, urllib3.exceptions.NewConnectionError) for cause in chain):
+        return SinkError(text, kind="connection", sent=False)  # refused, no route, no such name; not a time-out
+    if any(isinstance(cause, requests.exceptions.ConnectTimeout) for cause in chain):
+        sent = False
+    if any(isinstance(cause, _TIMEOUTS) for cause in chain):
+        return SinkError(text, kind="timeout", sent=sent)
+    if any(isinstance(cause, (requests.RequestException, urllib3.exceptions.HTTPError, OSError)) for cause in chain):
+        return SinkError(text, kind="connection", sent=sent)
+    # http_request refused to make the request, for instance because a plugin for authentication is missing.
+    return SinkError(text, kind="not_mlflow", sent=False)
+
+
+_TIMEOUTS = (TimeoutError, requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)
+_MALFORMED = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.InvalidHeader,
+    requests.exceptions.ContentDecodingError,
+)
+
+
+def _chain(error: BaseException | None) -> Any:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        reason = getattr(error, "reason", None)
+        if isinstance(reason, BaseException):
+            yield from _chain(reason)
+        error = error.__cause__ or error.__context__
+
+
+def _innermost(chain: list[BaseException]) -> BaseException:
+    # The first one below requests names host and reason; those further down are bare socket errors.
+    for cause in chain:
+        if isinstance(cause, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ReadTimeoutError)):
+            return cause
+    return chain[-1]
+
+
+def _cut_off(chain: list[BaseException]) -> bool:
+    """Return whether a TLS failure is only a connection that broke: the peer may be restarting."""
+    return any("EOF" in str(cause) or isinstance(cause, ConnectionError) for cause in chain)

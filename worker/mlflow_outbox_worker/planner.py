@@ -1,0 +1,160 @@
+"""From the events of one run to the fewest requests that keep its meaning.
+
+* Metric points travel in batches of up to 1000, with tags beside them.
+* Params travel apart from metrics: MLflow refuses a whole batch for one conflicting param (facts, 2a). Of two values for a key the
+  first goes with the others, the second alone, so that MLflow itself gives the answer that becomes a dead letter.
+* Of several values of a tag, contents of an artifact path, or statuses only the last is sent; a value that another writer
+  has overtaken already is not sent at all.
+* The status goes last, so that a run is not shown as finished before it is complete.
+
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
+from mlflow_outbox.views import Register, RunView, wins
+from mlflow_outbox_worker.sink import MetricPoint
+
+#: Entities in one request; MLflow's limits (mlflow/utils/validation.py).
+MAX_POINTS: Final = 1000
+MAX_PARAMS: Final = 100
+MAX_TAGS: Final = 100
+MAX_ENTITIES: Final = 1000
+
+
+class Batch(NamedTuple):
+    """One log_batch request; ``time_ms`` is that of its first event, for a dead letter."""
+
+    points: Sequence[MetricPoint]
+    params: dict[str, str]
+    tags: dict[str, str]
+    time_ms: int
+
+    def __len__(self) -> int:
+        return len(self.points) + len(self.params) + len(self.tags)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Split into two batches of about the same size."""
+        items = [*self._singles()]
+        middle = len(items) // 2
+        return _joined(items[:middle]), _joined(items[middle:])
+
+    def _singles(self) -> Iterator[Batch]:
+        for point in self.points:
+            yield Batch([point], {}, {}, self.time_ms)
+        for key, value in self.params.items():
+            yield Batch((), {key: value}, {}, self.time_ms)
+        for key, value in self.tags.items():
+            yield Batch((), {}, {key: value}, self.time_ms)
+
+    def event(self) -> Event:
+        """Return the one event that a batch of a single entity is."""
+        for point in self.points:
+            return Metric(point.key, point.value, point.time_ms, point.step)
+        return Params(self.params, self.time_ms) if self.params else Tags(self.tags, self.time_ms)
+
+
+class Upload(NamedTuple):
+    """One artifact to store."""
+
+    artifact: Artifact
+
+
+class SetStatus(NamedTuple):
+    """The run's status, and when it ended."""
+
+    status: str
+    end_time_ms: int | None
+    time_ms: int
+
+
+Step = Batch | Upload | SetStatus
+
+
+class Plan(NamedTuple):
+    """Requests in the order in which to make them, and whether the run counts as ended behind them."""
+
+    steps: list[Step]
+    ended: bool | None
+
+
+def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: int = MAX_POINTS) -> Plan:
+    """Return the requests for some events of one run.
+
+    Args:
+        events: (writer, event) pairs in order.
+        view: the run as delivered before these events; not changed.
+        batch_points: metric points in one request, at most 1000.
+    """
+    points: list[MetricPoint] = []
+    params: dict[str, str] = {}
+    alone: list[Batch] = []
+    tags: dict[str, Register] = {}
+    files: dict[str, Artifact] = {}
+    status: Register | None = None
+    end_time: int | None = None
+    first_ms: int | None = None
+    for writer, event in events:
+        kind = type(event)
+        if kind is Metric:
+            points.append(MetricPoint(event.key, event.value, event.time_ms, event.step))  # type: ignore[union-attr]
+            continue
+        if first_ms is None:
+            first_ms = getattr(event, "time_ms", None)
+        if isinstance(event, Metrics):
+            points += [MetricPoint(key, value, event.time_ms, event.step) for key, value in event.values.items()]
+        elif isinstance(event, Params):
+            for key, text in event.values.items():
+                if params.setdefault(key, text) != text:
+                    alone.append(Batch((), {key: text}, {}, event.time_ms))
+        elif isinstance(event, Artifact):
+            files.pop(event.path, None)
+            files[event.path] = event
+        else:
+            if isinstance(event, (Tags, RunStarted)):
+                for key, text in (event.values if isinstance(event, Tags) else event.tags).items():
+                    held = tags.get(key) or view.tags.get(key)
+                    if held is None or wins(held, event.time_ms, writer):
+                        tags[key] = Register(text, event.time_ms, writer)
+            if isinstance(event, RunEnded) or (isinstance(event, RunStarted) and event.resumed):
+                held = status or view.status
+                if wins(held, event.time_ms, writer):
+                    status = Register(
+                        event.status if isinstance(event, RunEnded) else "RUNNING", event.time_ms, writer
+                    )
+                    end_time = event.time_ms if status.value not in {"RUNNING", "SCHEDULED"} else None
+    time_ms = first_ms if first_ms is not None else (points[0].time_ms if points else 0)
+    steps: list[Step] = []
+    steps += _batches(points, params, {key: held.value for key, held in tags.items()}, time_ms, batch_points)
+    steps += alone
+    steps += [Upload(artifact) for artifact in files.values()]
+    if status is not None:
+        steps.append(SetStatus(status.value, end_time, status.time_ms))
+    return Plan(steps, None if status is None else end_time is not None)
+
+
+def _batches(
+    points: list[MetricPoint], params: dict[str, str], tags: dict[str, str], time_ms: int, batch_points: int
+) -> Iterator[Batch]:
+    names = list(params)
+    for start in range(0, len(names), MAX_PARAMS):
+        yield Batch((), {name: params[name] for name in names[start : start + MAX_PARAMS]}, {}, time_ms)
+    labels = list(tags)
+    for start in range(0, len(points), batch_points):
+        some = points[start : start + batch_points]
+        room = min(MAX_TAGS, MAX_ENTITIES - len(some))
+        beside, labels = labels[:room], labels[room:]
+        yield Batch(some, {}, {label: tags[label] for label in beside}, time_ms)
+    for start in range(0, len(labels), MAX_TAGS):
+        yield Batch((), {}, {label: tags[label] for label in labels[start : start + MAX_TAGS]}, time_ms)
+
+
+def _joined(items: Sequence[Batch]) -> Batch:
+    points = [point for item in items for point in item.points]
+    params = {key: value for item in items for key, value in item.params.items()}
+    tags = {key: value for item in items for key, value in item.tags.items()}
+    return Batch(points, params, tags, items[0].time_ms if items else 0)

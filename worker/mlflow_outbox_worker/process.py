@@ -1,0 +1,125 @@
+"""The worker as a process of its own, which outlives the experiment for as long as there is something to deliver.
+
+The experiment starts ``python -m mlflow_outbox_worker DIRECTORY`` in a session of its own, so that neither ctrl-C nor the killing of the
+experiment's process group ends it. Settings and credentials go through a pipe to its standard input, never over a command line. The
+pipe stays open: its end of file tells the worker that the experiment is gone, whichever way it went. The worker then delivers what
+is left for at most ``linger`` seconds and exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.flush import Watch
+
+if TYPE_CHECKING:
+    from mlflow_outbox.outbox import Outbox
+
+
+class ProcessWorker:
+    """A worker process, as the experiment sees it.
+
+    Args:
+        process: the process.
+        pipe: its standard input.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], pipe: IO[bytes]) -> None:
+        self._process = process
+        self._pipe = pipe
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"<ProcessWorker {self._process.pid}, {'alive' if self.is_alive() else 'ended'}>"
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        """Return whether the process runs."""
+        return self._process.poll() is None
+
+    def wake(self) -> None:
+        """Do nothing: the process hears the doorbell by itself."""
+
+    def stop(self, timeout: float) -> None:  # noqa: ARG002 - the process decides by itself when it is done
+        """Tell the process that this one is done; it goes on until everything is delivered or its time is up."""
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+
+
+def start(outbox: Outbox) -> ProcessWorker:
+    """Start a worker process for an outbox.
+
+    Raises:
+        OSError: no process can be started.
+    """
+    settings = {
+        field.name: str(value) if isinstance(value, Path) else value
+        for field in dataclasses.fields(outbox.settings)
+        if (value := getattr(outbox.settings, field.name)) is not None
+    }
+    note = {"settings": settings, "uri": outbox.destination.secret_uri}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow_outbox_worker", str(outbox.directory.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    pipe = process.stdin
+    assert pipe is not None  # noqa: S101 - for the type checker: PIPE was asked for
+    pipe.write(json.dumps(note).encode() + b"\n")
+    pipe.flush()
+    return ProcessWorker(process, pipe)
+
+
+def serve(path: Path, source: IO[bytes]) -> int:
+    """Be the worker process: deliver an outbox until its starter is gone and nothing is left, or the time for that is up.
+
+    Args:
+        path: the outbox.
+        source: the pipe from the starter.
+
+    Returns:
+        The exit code: 0 when everything was delivered.
+    """
+    note: dict[str, Any] = json.loads(source.readline() or b"{}")
+    given = note.get("settings", {})
+    for name in ("root", "ledger_dir"):
+        if given.get(name) is not None:
+            given[name] = Path(given[name])
+    settings = Settings(**given)
+    directory = OutboxDirectory.open(path)
+    destination = dataclasses.replace(directory.destination, secret_uri=note.get("uri") or "")
+    delivery = Delivery(directory, destination, settings, Counters(), kind="process")
+    worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
+    worker.start()
+    while source.read(4096):
+        pass
+    result = Watch(directory, settings).until_delivered(settings.linger)
+    delivery.stop()
+    worker.join(1.0)
+    return 0 if result else 1
+
+
+def wait_for_exit(worker: ProcessWorker, timeout: float) -> bool:
+    """Wait for a worker process to end; return whether it did."""
+    deadline = time.monotonic() + timeout
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        worker._process.wait(max(0.0, deadline - time.monotonic()))  # noqa: SLF001 - same module
+    return not worker.is_alive()

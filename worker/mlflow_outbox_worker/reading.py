@@ -1,0 +1,208 @@
+"""Runs as a reader sees them: MLflow's answer with what has not arrived folded in, or the local one when MLflow is away.
+
+So a program reads its own writes, whether MLflow is up, down, or was never there, and each run says where it comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from mlflow_outbox.errors import LedgerUnavailable, TrackingUnavailable
+from mlflow_outbox.spool.events import Event, RunStarted
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.views import Latest, Register, RunView
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.mlflow_sink import open_client, open_sink
+from mlflow_outbox_worker.sink import RUN_ID_TAG, RemoteRun, Sink, SinkError
+
+if TYPE_CHECKING:
+    from mlflow_outbox.outbox import Outbox
+    from mlflow_outbox_worker.records import RunRecord
+
+#: Seconds that a reader waits for MLflow before it answers from the disk.
+_DEADLINE: Final = 10.0
+
+
+class LocalRun:
+    """A run as the outbox has it: what was delivered (its view), and what was not.
+
+    Attributes:
+        view: delivered and pending events together.
+        pending: (writer, event) pairs that MLflow does not have yet.
+    """
+
+    def __init__(self, run_id: str, experiment: str, record: RunRecord | None, view: RunView) -> None:
+        self.run_id = run_id
+        self.experiment = experiment
+        self.remote_id = record.remote_id if record is not None else ""
+        self.view = view
+        self.pending: list[tuple[str, Event]] = []
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the run in the form of ``get_all_runs``."""
+        return _entry(self.remote_id or self.run_id, self.view, "outbox")
+
+
+class Reading:
+    """Reads the runs of one outbox and its destination.
+
+    Args:
+        outbox: the outbox.
+    """
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._directory = outbox.directory
+        self._destination = outbox.destination
+        self._ledger_path = outbox.settings.ledger_dir or outbox.directory.ledger
+        self._timeout = min(_DEADLINE, outbox.settings.request_timeout)
+
+    def local_id(self, remote_id: str) -> str | None:
+        """Return the outbox's id of a run of MLflow, or None."""
+        with contextlib.suppress(LedgerUnavailable):
+            ledger = Ledger.open(self._ledger_path, read_only=True)
+            with contextlib.closing(ledger):
+                return ledger.local_id(remote_id)
+        return None
+
+    def experiment_id(self, name: str) -> str:
+        """Return MLflow's id of an experiment, which is made when there is none.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached now.
+        """
+        try:
+            return self._sink().experiment_id(name)
+        except SinkError as error:
+            raise self._unavailable("the id of an experiment", error) from None
+
+    def client(self) -> Any:
+        """Return an ``mlflow.MlflowClient`` for the destination.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached now.
+        """
+        return open_client(
+            self._destination.secret_uri or self._destination.uri, artifact_root=self._destination.artifact_root or None
+        )
+
+    def runs(self, experiment: str) -> list[dict[str, Any]]:
+        """Return all runs of an experiment, newest first; see ``MLflowTracker.get_all_runs``."""
+        local = self.local_runs(experiment)
+        try:
+            sink = self._sink()
+            experiment_id = sink.find_experiment(experiment)
+            remote = sink.search_runs(experiment_id) if experiment_id is not None else []
+        except SinkError:
+            entries = [run.as_dict() for run in local]
+        else:
+            entries = _merged(remote, local)
+        entries.sort(key=lambda entry: entry["start_time"], reverse=True)
+        return entries
+
+    def local_runs(self, experiment: str | None = None) -> list[LocalRun]:
+        """Return the runs that the outbox still has on disk.
+
+        Args:
+            experiment: only those of this experiment; None means all.
+        """
+        ledger: Ledger | None = None
+        with contextlib.suppress(LedgerUnavailable):
+            ledger = Ledger.open(self._ledger_path, read_only=True)
+        try:
+            ids = dict.fromkeys([*self._directory.run_ids(), *self._directory.delivered_ids()])
+            found = (self._local_run(run_id, ledger) for run_id in ids)
+            return [run for run in found if run is not None and experiment in {None, run.experiment}]
+        finally:
+            if ledger is not None:
+                with contextlib.suppress(LedgerUnavailable):
+                    ledger.close()
+
+    def _local_run(self, run_id: str, ledger: Ledger | None) -> LocalRun | None:
+        record, view = None, None
+        with contextlib.suppress(LedgerUnavailable):
+            if ledger is not None:
+                record, view = ledger.record(run_id), ledger.view(run_id)
+        pending = RunReader(self._directory.run(run_id))
+        _, header = pending.started()
+        if header is None:
+            _, header = RunReader(self._directory.delivered / run_id).started()
+        experiment = header.experiment if header is not None else record.experiment if record is not None else ""
+        run = LocalRun(run_id, experiment, record, view or RunView())
+        if record is not None and view is None:
+            record = None  # the ledger was lost in part: read everything
+        cursors = dict(record.cursors) if record is not None else {}
+        while True:
+            window = pending.window(cursors, points=100_000, items=100_000)
+            for writer, event in window.events:
+                run.view.fold(event, writer)
+            run.pending += window.events
+            if not window.more:
+                return run
+            cursors = window.cursors
+
+    def _sink(self) -> Sink:
+        key = (self._destination.secret_uri or self._destination.uri, self._destination.artifact_root)
+        with _sinks_lock:
+            if key not in _sinks:
+                _sinks[key] = open_sink(key[0], artifact_root=key[1] or None, timeout=self._timeout)
+            return _sinks[key]
+
+    def _unavailable(self, what: str, error: SinkError) -> TrackingUnavailable:
+        msg = f"{what} is known to MLflow alone, and {self._destination.uri} cannot be asked now: {error}"
+        return TrackingUnavailable(msg)
+
+
+#: Opening an embedded store costs a second, and an experiment asks more than once.
+_sinks: dict[tuple[str, str], Sink] = {}
+_sinks_lock: Final = threading.Lock()
+
+
+def _merged(remote: Iterable[RemoteRun], local: list[LocalRun]) -> list[dict[str, Any]]:
+    by_remote = {run.remote_id: run for run in local if run.remote_id}
+    by_local = {run.run_id: run for run in local}
+    entries = []
+    seen: set[str] = set()
+    for run in remote:
+        own = by_remote.get(run.run_id) or by_local.get(run.tags.get(RUN_ID_TAG, "")) or by_local.get(run.run_id)
+        if own is None or not own.pending:
+            entries.append(_entry(run.run_id, _view_of(run), "mlflow"))
+        else:
+            view = _view_of(run)
+            for writer, event in own.pending:
+                if not isinstance(event, RunStarted) or event.resumed:
+                    view.fold(event, writer)
+            entries.append(_entry(run.run_id, view, "mlflow+outbox"))
+        if own is not None:
+            seen.add(own.run_id)
+    # A run that MLflow was given and does not list any more was deleted there; it is shown only if something waits for it.
+    entries += [run.as_dict() for run in local if run.run_id not in seen and (run.pending or not run.remote_id)]
+    return entries
+
+
+def _view_of(run: RemoteRun) -> RunView:
+    view = RunView(name=run.run_name, start_time_ms=run.start_time_ms, end_time_ms=run.end_time_ms)
+    view.status = Register(run.status, 0, "")
+    view.params = dict(run.params)
+    view.tags = {key: Register(value, 0, "") for key, value in run.tags.items()}
+    view.metrics = {key: Latest(p.value, p.step, p.time_ms, 1) for key, p in run.metrics.items()}
+    return view
+
+
+def _entry(run_id: str, view: RunView, source: str) -> dict[str, Any]:
+    name = view.tags.get("mlflow.runName")
+    return {
+        "run_id": run_id,
+        "run_name": view.name or (name.value if name is not None else ""),
+        "metrics": {key: latest.value for key, latest in view.metrics.items()},
+        "params": dict(view.params),
+        "tags": {key: register.value for key, register in view.tags.items()},
+        "status": view.status.value,
+        "start_time": view.start_time_ms,
+        "end_time": view.end_time_ms,
+        "source": source,
+    }
+
+

@@ -1,0 +1,120 @@
+"""What becomes of a run's files once they are delivered: kept for the retention time, then reclaimed.
+
+Order is everything here. A segment is moved or deleted only after the ledger that says it is delivered is in the database's main
+file and synced (``Ledger.checkpoint``): SQLite may lose the end of its write-ahead log in a power cut without a word, and a ledger that
+goes back in time must still find the segments it then asks for. And it is recorded first, unlinked second: a kill in between
+leaves a file too many, never a record too few.
+
+A file is only ever deleted by its exact name and only if its segment is one that the cursor has passed. Nothing is deleted by age or
+by a directory's name alone, and nothing that is being written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox_worker.ledger import Ledger
+
+
+def file_segments(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: dict[str, Cursor]) -> int:
+    """Move the segments of a run that its cursors have passed to ``delivered``, while the run goes on.
+
+    Returns:
+        How many were moved; 0 too when the ledger could not be made durable first.
+
+    Raises:
+        OSError: a file could not be moved.
+    """
+    passed = [
+        segment.path
+        for writer, held in RunReader(directory.run(run_id)).segments().items()
+        for segment in held
+        if writer in cursors and segment.header.ordinal < cursors[writer].ordinal
+    ]
+    if not passed or not ledger.checkpoint():
+        return 0
+    target = _target(directory, run_id)
+    for path in passed:
+        os.rename(path, target / path.name)
+    return len(passed)
+
+
+def file_run(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: dict[str, Cursor]) -> bool:
+    """Move a run that is wholly delivered to ``delivered``; return False when something new has come in meanwhile.
+
+    Raises:
+        OSError: a file could not be moved.
+    """
+    if not ledger.checkpoint():
+        return False
+    source = directory.run(run_id)
+    target = _target(directory, run_id)
+    reader = RunReader(source)
+    for writer, held in reader.segments().items():
+        for segment in held:
+            cursor = cursors.get(writer)
+            if cursor is None or is_being_written(segment.path):
+                return False
+            if segment.header.ordinal == cursor.ordinal and segment.path.stat().st_size > cursor.offset:
+                return False
+    if reader.bad_headers():
+        return False  # a person may want to look; doctor names it
+    _move_content(source / "files", target / "files")
+    for held in reader.segments().values():
+        for segment in held:
+            os.rename(segment.path, target / segment.path.name)
+    with contextlib.suppress(OSError):  # a writer began a new segment in it: it stays
+        os.rmdir(source)
+    return True
+
+
+def _move_content(source: Path, target: Path) -> None:
+    try:
+        names = os.listdir(source)
+    except FileNotFoundError:
+        return
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(target, 0o700)
+    for name in names:
+        if not name.startswith("."):
+            os.rename(source / name, target / name)
+        else:
+            os.unlink(source / name)  # the draft of a copy whose writer died
+    with contextlib.suppress(OSError):
+        os.rmdir(source)
+
+
+def reclaim(directory: OutboxDirectory, ledger: Ledger, *, before_ms: int, dry_run: bool = False) -> list[str]:
+    """Delete delivered and verified runs whose verification is older than a time; return their ids.
+
+    Args:
+        before_ms: wall-clock milliseconds; runs verified before it go.
+        dry_run: only return what would go.
+
+    Raises:
+        OSError: a file could not be deleted.
+    """
+    gone = []
+    for run_id in directory.delivered_ids():
+        record = ledger.record(run_id)
+        if record is None or record.state != "done" or not record.verified_at_ms or record.verified_at_ms >= before_ms:
+            continue
+        if directory.run(run_id).exists():
+            continue  # it goes on
+        if not dry_run:
+            shutil.rmtree(directory.delivered / run_id)
+        gone.append(run_id)
+    return gone
+
+
+def _target(directory: OutboxDirectory, run_id: str) -> Path:
+    target = directory.delivered / run_id
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(target, 0o700)
+    return target

@@ -1,0 +1,188 @@
+"""Reading back: does MLflow hold what the run's events say?
+
+"latest" compares what one request tells (status, params, tags, the latest point of each metric) and lists the artifacts with
+their sizes; "full" compares every point of every metric too. What others did to the run in the meantime is no difference: a later
+point, another value of a tag, further params. What MLflow changes by rule is none either: it cuts long values, and its SQL
+stores hold infinities as the largest finite number (facts, 2a).
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import sys
+from collections.abc import Collection, Iterator
+from typing import Final
+
+import msgspec
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.settings import VerifyLevel
+from mlflow_outbox.spool.events import (
+    MAX_PARAM_CHARS,
+    Artifact,
+    Event,
+    Metric,
+    Metrics,
+    Params,
+    RunEnded,
+    Tags,
+    decode,
+)
+from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox.views import Latest, RunView
+from mlflow_outbox_worker.records import DeadLetter
+from mlflow_outbox_worker.sink import MetricPoint, RemoteRun, Sink
+
+#: Differences named in one message.
+_NAMED: Final = 5
+
+
+def differences(
+    sink: Sink,
+    remote_id: str,
+    view: RunView,
+    letters: Collection[DeadLetter],
+    level: VerifyLevel,
+    *,
+    reader: RunReader | None = None,
+) -> list[str]:
+    """Return what MLflow lacks of a run, one sentence each; empty when it holds everything.
+
+    Args:
+        sink: the tracking store.
+        remote_id: the run's id there.
+        view: the run as its events describe it.
+        letters: its dead letters, which MLflow is not expected to hold.
+        level: how deep to look.
+        reader: the run's segments, for "full".
+
+    Raises:
+        SinkError: MLflow could not be asked.
+    """
+    if level == "off":
+        return []
+    run = sink.get_run(remote_id)
+    excused = _excused(letters)
+    found = [*_of_run(run, view, excused), *_of_artifacts(sink, remote_id, view, excused)]
+    if level == "full" and reader is not None:
+        found += _of_history(sink, remote_id, reader, excused)
+    return found
+
+
+def summary(found: list[str]) -> str:
+    """Return differences as one sentence."""
+    rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return "; ".join(found[:_NAMED]) + rest
+
+
+def _excused(letters: Collection[DeadLetter]) -> set[tuple[str, str]]:
+    result: set[tuple[str, str]] = set()
+    for letter in letters:
+        try:
+            event = decode(letter.payload)
+        except msgspec.DecodeError:
+            continue
+        result.update(_names(event))
+    return result
+
+
+def _names(event: Event) -> Iterator[tuple[str, str]]:
+    if isinstance(event, Metric):
+        yield "metric", event.key
+    elif isinstance(event, Metrics):
+        yield from (("metric", key) for key in event.values)
+    elif isinstance(event, Params):
+        yield from (("param", key) for key in event.values)
+    elif isinstance(event, Tags):
+        yield from (("tag", key) for key in event.values)
+    elif isinstance(event, Artifact):
+        yield "artifact", event.path
+    elif isinstance(event, RunEnded):
+        yield "status", ""
+
+
+def _of_run(run: RemoteRun, view: RunView, excused: set[tuple[str, str]]) -> Iterator[str]:
+    status = view.status.value
+    if view.end_time_ms is not None and run.status != status and ("status", "") not in excused:
+        yield f"the status is {run.status}, not {status}"
+    for key, value in view.params.items():
+        if ("param", key) in excused:
+            continue
+        held = run.params.get(key)
+        if held is None:
+            yield f"the param {printable(key)!r} is missing"
+        elif held != value and not (len(value) > MAX_PARAM_CHARS and value.startswith(held)):
+            yield f"the param {printable(key)!r} is {printable(held, 40)!r}, not {printable(value, 40)!r}"
+    for key in view.tags:
+        if key not in run.tags and ("tag", key) not in excused:
+            yield f"the tag {printable(key)!r} is missing"
+    for key, latest in view.metrics.items():
+        point = run.metrics.get(key)
+        if ("metric", key) in excused:
+            continue
+        if point is None:
+            yield f"the metric {printable(key)!r} is missing"
+        elif not _as_late(point, latest):
+            yield f"the metric {printable(key)!r} ends at step {point.step}, not {latest.step}"
+
+
+def _as_late(point: MetricPoint, latest: Latest) -> bool:
+    if (point.step, point.time_ms) != (latest.step, latest.time_ms):
+        return (point.step, point.time_ms) > (latest.step, latest.time_ms)
+    return _same(point.value, latest.value) or point.value > latest.value or math.isnan(latest.value)
+
+
+def _same(held: float, logged: float) -> bool:
+    if math.isnan(logged):
+        return math.isnan(held) or held == 0.0
+    if math.isinf(logged):
+        return held in {logged, math.copysign(sys.float_info.max, logged)} or abs(held) > 1e308  # noqa: PLR2004 - the largest double, as a database prints it
+    return held == logged
+
+
+def _of_artifacts(sink: Sink, remote_id: str, view: RunView, excused: set[tuple[str, str]]) -> Iterator[str]:
+    folders: dict[str, dict[str, int | None]] = {}
+    for path, file in view.artifacts.items():
+        if ("artifact", path) in excused:
+            continue
+        folder = posixpath.dirname(path)
+        if folder not in folders:
+            folders[folder] = sink.list_artifacts(remote_id, folder)
+        if path not in folders[folder]:
+            yield f"the artifact {printable(path)!r} is missing"
+            continue
+        size = folders[folder][path]
+        if size is not None and size != file.size:
+            yield f"the artifact {printable(path)!r} has {size} bytes, not {file.size}"
+
+
+def _of_history(sink: Sink, remote_id: str, reader: RunReader, excused: set[tuple[str, str]]) -> Iterator[str]:
+    """Compare every point; identical ones (value, time and step) are one, as MLflow has it."""
+    logged: dict[str, set[tuple[str, int, int]]] = {}
+    cursors: dict[str, Cursor] = {}
+    while True:
+        window = reader.window(cursors, points=100_000, items=100_000)
+        for _, event in window.events:
+            if isinstance(event, Metric):
+                logged.setdefault(event.key, set()).add(_identity(event.value, event.time_ms, event.step))
+            elif isinstance(event, Metrics):
+                for key, value in event.values.items():
+                    logged.setdefault(key, set()).add(_identity(value, event.time_ms, event.step))
+        if not window.more:
+            break
+        cursors = window.cursors
+    for key, points in logged.items():
+        if ("metric", key) in excused:
+            continue
+        held = {_identity(point.value, point.time_ms, point.step) for point in sink.metric_history(remote_id, key)}
+        if points - held:
+            yield f"of the metric {printable(key)!r} {len(points - held)} of {len(points)} points are missing"
+
+
+def _identity(value: float, time_ms: int, step: int) -> tuple[str, int, int]:
+    if math.isnan(value):
+        return "nan", time_ms, step
+    if abs(value) > 1e308:  # noqa: PLR2004 - infinities, which SQL stores hold as the largest double
+        return ("inf" if value > 0 else "-inf"), time_ms, step
+    return repr(value), time_ms, step
