@@ -36,7 +36,8 @@ class TrackingServer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.database = f"sqlite:///{directory / 'mlflow.db'}"
+        self.database = directory / "mlflow.db"
+        self.artifacts = directory / "artifacts"
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -58,12 +59,12 @@ class TrackingServer:
         """
         log = self.directory / "server.log"
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", self.database]
-        command += ["--artifacts-destination", str(self.directory / "artifacts")]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
+        command += ["--artifacts-destination", str(self.artifacts)]
         started = time.monotonic()
         with log.open("ab") as output:
-            # A session of its own, so that kill() reaches its worker processes and nothing else. Without the job runner,
-            # which the demo does not use, there are eight processes less to start.
+            # A session of its own, so that kill() reaches its worker processes and nothing else. The job runner, which
+            # the demo has no use for, would be eight more processes to wait for.
             environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -94,7 +95,15 @@ class TrackingServer:
 
 def listing(title: str) -> Table:
     """Return an empty table in the demo's style, which needs little width."""
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 class Expected(NamedTuple):

@@ -15,6 +15,7 @@ import datetime as dt
 import logging
 import os
 import secrets
+import shlex
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import demo_science as science
 from demo_server import Expected, TrackingServer, check, expected_experiment, expected_profile, listing
@@ -112,7 +114,9 @@ class Session:
             self.log(self.tracker.log_experiment, result)
             self.expected.append(expected_experiment(result))
             if result.success:
-                outcome = f"rmse {result.metrics['rmse']:.2f}, r2 {result.metrics['r2']:.3f}; logged in {self._last()}"
+                outcome = (
+                    f"rmse {result.metrics['rmse']:.2f}, r2 {_number(result.metrics, 'r2')}; logged in {self._last()}"
+                )
                 _say("✓", "green", result.experiment_name, outcome)
             else:
                 kind, _, words = (result.error_message or "").strip().splitlines()[-1].partition(": ")
@@ -169,7 +173,7 @@ class Session:
 def embedded(directory: Path) -> int:
     """Log a session into an embedded SQLite store and return the exit code."""
     database = directory / "mlruns" / "mlflow.db"
-    with _session(f"sqlite:///{database}", directory) as session:
+    with _session(f"sqlite:///{quote(str(database))}", directory) as session:
         session.profile()
         session.experiments(science.SPECS[:4])
         session.training_curve(halfway=lambda: None)
@@ -179,7 +183,7 @@ def embedded(directory: Path) -> int:
         console.print(f"\nThe slowest logging call took [bold]{_milliseconds(slowest)}[/] ({name}).")
         delivered = _flush(session.tracker)
         _show_runs(session.tracker)
-        _say_where(f"sqlite:///{database}", session.tracker)
+        _say_where(database, session.tracker)
     return 0 if delivered else 1
 
 
@@ -224,9 +228,7 @@ def outage(directory: Path) -> int:
         verdict = "[bold green]Everything arrived, and once." if good else "[bold red]That is not what was logged."
         console.print(f"{verdict}[/]\n")
         _show_runs(session.tracker)
-        _say_where(
-            server.database, session.tracker, f" --artifacts-destination {_short(directory / 'server/artifacts')}"
-        )
+        _say_where(server.database, session.tracker, server.artifacts)
     return 0 if delivered and good else 1
 
 
@@ -285,16 +287,19 @@ def _show_runs(tracker: MLflowTracker) -> None:
         console.print(f"Best run: [bold]{words}[/]\n")
 
 
-def _say_where(database: str, tracker: MLflowTracker, options: str = "") -> None:
+def _say_where(database: Path, tracker: MLflowTracker, artifacts: Path | None = None) -> None:
     """Say where everything lies and how to look at it; lines to copy are never wrapped."""
-    mlflow = _short(Path(sys.executable).parent / "mlflow")
-    shown = f"sqlite:///{_short(Path(database.removeprefix('sqlite:///')))}"
-    console.print("Stored in", Text(shown, "cyan"), soft_wrap=True)
-    console.print("Outbox in", Text(_short(tracker.outbox_path or Path()), "cyan"), soft_wrap=True)
-    command = f"{mlflow} ui --backend-store-uri {shown}"
-    if options:
-        command = f"{mlflow} server --backend-store-uri {shown}{options}"
-    console.print("Look at it:", Text(command, "cyan"), soft_wrap=True)
+    store = f"sqlite:///{_short(database)}"
+    command = [_short(Path(sys.executable).parent / "mlflow"), "ui", "--backend-store-uri", store]
+    if artifacts is not None:  # where the server kept them
+        command += ["--artifacts-destination", _short(artifacts)]
+    lines = {
+        "Stored in": store,
+        "Outbox in": _short(tracker.outbox_path or Path()),
+        "Look at it": shlex.join(command),
+    }
+    for heading, words in lines.items():
+        console.print(f"{heading:<10}", Text(words, "cyan"), soft_wrap=True)
 
 
 def _say(sign: str, colour: str, name: str, words: str) -> None:
@@ -307,7 +312,7 @@ def _say(sign: str, colour: str, name: str, words: str) -> None:
 
 
 def _number(metrics: dict[str, float], name: str) -> str:
-    return f"{metrics[name]:.3f}" if name in metrics else "[dim]-[/]"
+    return f"{round(metrics[name], 3) + 0.0:.3f}" if name in metrics else "[dim]-[/]"  # + 0.0 makes -0.0 positive
 
 
 def _milliseconds(seconds: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from servers import MlflowServer, NurseryClient, forget_mlflow_variables
 
 _NURSERY = pytest.StashKey[NurseryClient]()

@@ -1,8 +1,8 @@
-"""A process that raises MLflow servers: it imports MLflow once, then forks a server in a tenth of a second whenever asked.
+"""A process that raises MLflow servers: it imports MLflow once, then forks a server in a fifth of a second when asked.
 
 Started on its own, an MLflow server spends several seconds on importing MLflow and on creating its tables. The nursery
-pays for both once per test session and serves all workers of the session; it runs MLflow's own application under uvicorn
-with the options of ``mlflow server --workers 1``, on SQLite, with artifacts served.
+pays for both once per test session and serves all workers of the session. What it runs is MLflow's own application,
+under uvicorn with the options of ``mlflow server --workers 1``, on SQLite, with artifacts served.
 
 Requests arrive on a Unix socket, one JSON object on one line per connection, and are answered by one:
 
@@ -11,7 +11,7 @@ Requests arrive on a Unix socket, one JSON object on one line per connection, an
     {"do": "shared"}                          -> {"pid", "port", "directory"}: the server all tests share
     {"do": "serve", "directory", "port"}      -> {"pid", "port"}: a server on ``directory``; port 0 picks one
     {"do": "signal", "pid", "signal"}         -> {"alive"}: to the server's whole process group
-    {"do": "end", "pid", "signal", "grace"}   -> {}: the same, then SIGKILL after ``grace`` seconds; returns when it is gone
+    {"do": "end", "pid", "signal", "grace"}   -> {}: the same, SIGKILL after ``grace`` seconds; waits until it is gone
 
 Standard input is the life line: when the session ends, however it ends, the nursery kills every server and exits.
 """
@@ -152,9 +152,6 @@ class Nursery:
 def _import_mlflow() -> None:
     # One thread for linear algebra: nobody computes here, and threads do not survive a fork.
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", DO_NOT_TRACK="true")
-    import mlflow.server.fastapi_app
-    import mlflow.store.db.utils
-    import mlflow.store.tracking.sqlalchemy_store
     import uvicorn  # noqa: F401
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
 

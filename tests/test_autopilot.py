@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import importlib.util
 import json
 import math
 import sys
@@ -14,7 +15,6 @@ import types
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import attrs
 import msgspec
 import numpy as np
 import pandas as pd
@@ -123,11 +123,6 @@ def nested_dataclass(fields: dict[str, Any]) -> Any:
     return kind(**{**fields, **({"preprocessing": types.SimpleNamespace(**inner)} if inner else {})})
 
 
-def attrs_object(fields: dict[str, Any]) -> Any:
-    """An attrs class with slots."""
-    return attrs.make_class("Result", list(fields), slots=True)(**fields)
-
-
 def named_tuple(fields: dict[str, Any]) -> Any:
     """A named tuple."""
     return collections.namedtuple("Result", list(fields))(**fields)  # noqa: PYI024 - made from a table
@@ -159,8 +154,16 @@ def slotted_object(fields: dict[str, Any]) -> Any:
     return thing
 
 
-SHAPES = [dict, types.MappingProxyType, nested_dataclass, attrs_object, named_tuple, pydantic_model, msgspec_struct]
+SHAPES = [dict, types.MappingProxyType, nested_dataclass, named_tuple, pydantic_model, msgspec_struct]
 SHAPES += [plain_object, slotted_object, lambda fields: types.SimpleNamespace(**fields)]
+if importlib.util.find_spec("attrs"):  # comes with some versions of MLflow
+    import attrs
+
+    def attrs_object(fields: dict[str, Any]) -> Any:
+        """An attrs class with slots."""
+        return attrs.make_class("Result", list(fields), slots=True)(**fields)
+
+    SHAPES.append(attrs_object)
 if sys.version_info < (3, 14):  # pydantic's version 1 ends there
     import pydantic.v1
 
@@ -522,9 +525,9 @@ class Point(NamedTuple):
     y: float
 
 
-@attrs.define
+@dataclasses.dataclass
 class Unit:
-    """An attrs class."""
+    """A dataclass."""
 
     name: str
 

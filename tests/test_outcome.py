@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from mlflow_outbox_worker.outcome import DELIVERED, EVENT_OPERATIONS, classify
 from mlflow_outbox_worker.retry import is_retryable
 from mlflow_outbox_worker.sink import SinkError
 
 
 def answer(status: int, code: str = "", message: str = "no", **more: Any) -> SinkError:
+    """What the sink raises when the store said no."""
     return SinkError(message, kind="answer", status=status, code=code, **more)
 
 

@@ -9,6 +9,7 @@ import pytest
 import tenacity
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlflow_outbox_worker.retry import Backoff, is_retryable, parse_retry_after, policy
 from mlflow_outbox_worker.sink import SinkError
 
@@ -16,10 +17,12 @@ NOW = 1_700_000_000.0
 
 
 def widest(low: float, high: float) -> float:
+    """Draw the largest number, as a source of chance that is none."""
     return high
 
 
 def refused(retry_after: float | None = None) -> SinkError:
+    """What the sink raises for a busy server."""
     return SinkError("busy", kind="answer", status=503, retry_after=retry_after)
 
 
@@ -30,6 +33,7 @@ class Clock:
         self.now = 100.0
 
     def __call__(self) -> float:
+        """Return the seconds that the test set."""
         return self.now
 
 

@@ -18,6 +18,7 @@ letter, everything around it arrives.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import secrets
@@ -328,7 +329,7 @@ class Courier:
                     if identity not in held:
                         held.add(identity)
                         fresh.append(point)
-                step = step._replace(points=fresh)  # noqa: PLW2901 - the same step, with less in it
+                step = dataclasses.replace(step, points=fresh)  # noqa: PLW2901 - the same step, with less in it
             if not isinstance(step, Batch) or len(step):
                 result.append(step)
         return result

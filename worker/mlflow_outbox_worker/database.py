@@ -13,7 +13,8 @@ Design constraints
 * **Nothing waits without a bound.** diskcache repeats "database is locked" every millisecond for a minute, and with
   ``retry=True`` any error for ever. Here SQLite's own wait is the only one: ``timeout`` seconds, once, idle.
 * **A connection that reported an error is closed,** and the next use opens a new one. It may be in the middle of a
-  transaction that diskcache could not end, or on a file that is no longer there, or behind a sync that failed.
+  transaction that diskcache could not end, or behind a sync that failed.
+* **A file that was removed or replaced is not written on.** SQLite would, without a word; so each use looks first.
 * **Creating is one transaction.** A process killed in it, or a full disk, leaves a file without tables, which is
   made use of.
 * **No memory-mapped database** (``mmap_size`` 0; diskcache maps 64 MB). Reading a mapped page that the disk cannot
@@ -104,7 +105,8 @@ class Database:
         self._timeout = timeout
         self._lock = threading.RLock()
         self._usable = True
-        self._cache = Cache(self._path, timeout)
+        with _translated(self._path):
+            self._cache = Cache(self._path, timeout)
         _DATABASES.add(self)
 
     @classmethod
@@ -124,9 +126,8 @@ class Database:
         with _translated(path):
             dbfile.make_directory(directory)
             found = dbfile.look(directory)
-            if dbfile.has_lost_its_main_file(found):
-                kept = dbfile.set_aside(directory)
-                report(f"the ledger {path} has lost its main file; the rest is kept as {kept} and a new one is begun")
+            if what := dbfile.ruin(found):
+                report(f"the ledger {path} {what}; it is kept as {dbfile.set_aside(directory)} and a new one is begun")
                 found = {}
             dbfile.make(directory)
             try:
@@ -155,6 +156,7 @@ class Database:
                 msg = f"the ledger {self._path} is closed, or was in use when this process was forked"
                 raise LedgerUnavailable(msg)
             with _translated(self._path):
+                self._cache.keep_up()
                 yield self._cache
         except BaseException:
             if self._usable:
@@ -278,6 +280,7 @@ class Cache(diskcache.Cache):  # type: ignore[misc]
         self._path = path
         self._seconds = timeout
         self._held: sqlite3.Connection | None = None
+        self._inode = 0
         try:
             ((found,), *_) = self.query("PRAGMA quick_check(1)")
             if found != "ok":
@@ -308,6 +311,11 @@ class Cache(diskcache.Cache):  # type: ignore[misc]
         # execute() would take one step of the statement, which is one page; executescript() takes all.
         self._con.executescript(f"PRAGMA incremental_vacuum({pages})")
 
+    def keep_up(self) -> None:
+        """Leave a file that was removed or replaced, which SQLite would go on writing to without a word."""
+        if self._held is not None and _inode(self._path) != self._inode:
+            self.disconnect()
+
     @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
@@ -326,6 +334,7 @@ class Cache(diskcache.Cache):  # type: ignore[misc]
     def _con(self) -> sqlite3.Connection:
         if self._held is None:
             self._held = _connect_to_write(self._path, self._seconds)
+            self._inode = _inode(self._path)
         return self._held
 
     @property
@@ -338,6 +347,13 @@ class Cache(diskcache.Cache):  # type: ignore[misc]
 
     def close(self) -> None:
         """Do nothing: diskcache calls this to connect anew with another timeout; ``disconnect`` closes."""
+
+
+def _inode(path: Path) -> int:
+    try:
+        return os.lstat(path).st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def _connect(path: Path, options: str, timeout: float) -> sqlite3.Connection:
@@ -357,8 +373,9 @@ def _connect_to_write(path: Path, timeout: float) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("PRAGMA cell_size_check = ON")
-        _verified(connection, path)
-        for name in ("auto_vacuum", "cache_size", "mmap_size", "synchronous"):
+        if not _verified(connection, path):  # setting it needs the lock, and has an effect before the first table only
+            connection.execute(f"PRAGMA auto_vacuum = {SETTINGS['sqlite_auto_vacuum']}")
+        for name in ("cache_size", "mmap_size", "synchronous"):
             connection.execute(f"PRAGMA {name} = {SETTINGS[f'sqlite_{name}']}").fetchall()
         ((mode,),) = connection.execute("PRAGMA journal_mode = wal").fetchall()
         if mode != "wal":

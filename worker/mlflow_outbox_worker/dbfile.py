@@ -23,6 +23,8 @@ from mlflow_outbox.errors import OutboxUnusable
 #: Name of the database; diskcache's.
 NAME: Final = "cache.db"
 _SUFFIXES: Final = ("", "-wal", "-shm")
+#: Bytes of the smallest page that SQLite can be told to use; a shorter file it takes for an empty one.
+_LEAST_SIZE: Final = 512
 
 
 class FileState(NamedTuple):
@@ -68,12 +70,16 @@ def look(directory: Path) -> dict[str, FileState]:
     return found
 
 
-def has_lost_its_main_file(found: dict[str, FileState]) -> bool:
-    """Return whether SQLite would delete what is left, or take it for a new database's: not to be opened."""
+def ruin(found: dict[str, FileState]) -> str:
+    """Return what is wrong with files that SQLite would delete, or take for a new database's; "" for all others."""
     main, log = found.get(""), found.get("-wal")
+    if any(state.is_directory for state in found.values()):
+        return "is a directory"
     if main is None:
-        return bool(found)
-    return any(state.is_directory for state in found.values()) or (main.size == 0 and log is not None and log.size > 0)
+        return "has lost its main file" if found else ""
+    if main.size < _LEAST_SIZE and (main.size or (log and log.size)):
+        return f"was cut to {main.size} bytes"
+    return ""
 
 
 def make_directory(directory: Path) -> None:

@@ -18,6 +18,9 @@ What is stored
     meta/<name>          bytes                            set_meta
     bad/<random>         a quarantined row's value        whoever finds it; its former columns are in the column "tag"
 
+Before each value stands a CRC-32 (4 bytes, little-endian) of its key and the value. SQLite has no checksums of its
+own in the main file, and a cursor with a flipped bit would be a cursor that nobody ever committed.
+
 What one transaction covers
 ---------------------------
 ``commit`` stores a run's record (with its cursors), its view, the reverse map and the dead letters of one window
@@ -67,6 +70,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -165,20 +169,20 @@ class Ledger:
 
     def record(self, run_id: str) -> RunRecord | None:
         """Return the delivery state of a run, or None."""
-        return next(self._decoded(self._rows_at(f"run/{run_id}"), _record), None)
+        return next(self._decoded(self._rows_at(f"run/{run_id}"), _record_decoder.decode), None)
 
     def records(self) -> Iterator[RunRecord]:
         """Yield the delivery state of every run, by run id; each is whole, though not all are of one moment."""
         for rows in self._pages("run", _RECORDS_PAGE):
-            yield from self._decoded(rows, _record)
+            yield from self._decoded(rows, _record_decoder.decode)
 
     def view(self, run_id: str) -> RunView | None:
         """Return what a reader of a run sees of the events delivered so far, or None."""
-        return next(self._decoded(self._rows_at(f"view/{run_id}"), _view), None)
+        return next(self._decoded(self._rows_at(f"view/{run_id}"), _view_decoder.decode), None)
 
     def local_id(self, remote_id: str) -> str | None:
         """Return the id in this outbox of the run that has an id in MLflow, or None."""
-        return next(self._decoded(self._rows_at(f"remote/{remote_id}"), _text), None)
+        return next(self._decoded(self._rows_at(f"remote/{remote_id}"), bytes.decode), None)
 
     def commit(self, record: RunRecord, *, view: RunView | None = None, dead: Sequence[DeadLetter] = ()) -> None:
         """Store what one window of a run has come to, wholly or not at all.
@@ -215,11 +219,11 @@ class Ledger:
             run_id: only those of this run; None means all.
         """
         for rows in self._pages("dead", _LETTERS_PAGE, run_id):
-            yield from self._decoded(rows, _letter)
+            yield from self._decoded(rows, _letter_decoder.decode)
 
     def dead_letter(self, letter_id: str) -> DeadLetter | None:
         """Return one dead letter, or None."""
-        return next(self._decoded(self._rows_at(f"dead/{letter_id}"), _letter), None)
+        return next(self._decoded(self._rows_at(f"dead/{letter_id}"), _letter_decoder.decode), None)
 
     def drop_dead_letter(self, letter_id: str) -> bool:
         """Remove one dead letter for good; return whether there was one."""
@@ -237,7 +241,7 @@ class Ledger:
 
     def meta(self, name: str) -> bytes | None:
         """Return the bytes stored under a name, or None."""
-        return next(self._decoded(self._rows_at(f"meta/{name}"), _bytes), None)
+        return next(self._decoded(self._rows_at(f"meta/{name}"), bytes), None)
 
     def set_meta(self, name: str, value: bytes) -> None:
         """Store bytes under a name."""
@@ -273,15 +277,13 @@ class Ledger:
 
     def _map_remote(self, cache: Cache, run_id: str, remote_id: str) -> None:
         """Let the id in MLflow lead to the run, and a former one no longer."""
-        former = ""
-        for (value,) in cache.query(_VALUE, (f"run/{run_id}",)):
-            with contextlib.suppress(msgspec.DecodeError, TypeError):  # a bad record is replaced, and leads nowhere
-                former = _remote_decoder.decode(value).remote_id
-        ours = [(run_id.encode(),)]
-        if former and former != remote_id and cache.query(_VALUE, (f"remote/{former}",)) == ours:
+        ours, former, stored = run_id.encode(), "", _stored(cache, f"run/{run_id}")
+        if stored is not None:
+            former = _remote_decoder.decode(stored).remote_id
+        if former and former != remote_id and _stored(cache, f"remote/{former}") == ours:
             _delete(cache, f"remote/{former}")
-        if remote_id and cache.query(_VALUE, (f"remote/{remote_id}",)) != ours:
-            _put(cache, f"remote/{remote_id}", run_id.encode())
+        if remote_id and _stored(cache, f"remote/{remote_id}") != ours:
+            _put(cache, f"remote/{remote_id}", ours)
 
     def _rows_at(self, key: str) -> list[Row]:
         return self._source.query(_COLUMNS + "WHERE key = ?", (key,))
@@ -297,7 +299,7 @@ class Ledger:
             sql = _COLUMNS + f"WHERE rowid IN ({marks}) AND key > ? AND key < ? ORDER BY key"
             yield self._source.query(sql, (*chosen, *bounds))
 
-    def _decoded(self, rows: list[Row], decode: Callable[[str, bytes], _T]) -> Iterator[_T]:
+    def _decoded(self, rows: list[Row], decode: Callable[[bytes], _T]) -> Iterator[_T]:
         """Yield what sound rows hold; move the others out of the way."""
         for row in rows:
             rowid, key, raw, mode, filename, expire_time, value, store_time = row
@@ -305,7 +307,7 @@ class Ledger:
                 if expire_time is not None:
                     msg = "the row is to expire"
                     raise RowRefused(msg)
-                sound = decode(str(_DISK.get(key, raw)), _DISK.fetch(mode, filename, value, read=False))
+                sound = decode(_unseal(_DISK.get(key, raw), _DISK.fetch(mode, filename, value, read=False)))
             except (RowRefused, msgspec.DecodeError, UnicodeDecodeError):
                 self._put_aside(rowid, store_time)
                 continue
@@ -324,39 +326,29 @@ class Ledger:
 _DISK: Final = BytesDisk(os.devnull)
 
 
-def _record(key: str, value: bytes) -> RunRecord:
-    record = _record_decoder.decode(value)
-    _must_match(key, f"run/{record.run_id}")
-    return record
+def _seal(key: str, value: bytes) -> bytes:
+    return zlib.crc32(value, zlib.crc32(key.encode(errors="surrogateescape"))).to_bytes(4, "little") + value
 
 
-def _view(_key: str, value: bytes) -> RunView:
-    return _view_decoder.decode(value)
+def _unseal(key: object, sealed: bytes) -> bytes:
+    value = sealed[4:]
+    if isinstance(key, str) and sealed == _seal(key, value):
+        return value
+    msg = f"the row {key!r} does not have the checksum of its value"
+    raise RowRefused(msg)
 
 
-def _letter(key: str, value: bytes) -> DeadLetter:
-    letter = _letter_decoder.decode(value)
-    _must_match(key, f"dead/{letter.id}")
-    return letter
-
-
-def _text(_key: str, value: bytes) -> str:
-    return value.decode()
-
-
-def _bytes(_key: str, value: bytes) -> bytes:
-    return value
-
-
-def _must_match(key: str, own: str) -> None:
-    if key != own:
-        msg = f"the row {key!r} holds what belongs to {own!r}"
-        raise RowRefused(msg)
+def _stored(cache: Cache, key: str) -> bytes | None:
+    """Return a value inside a transaction; None when it is not there, or not sound and about to be replaced."""
+    for (value,) in cache.query(_VALUE, (key,)):
+        with contextlib.suppress(RowRefused):
+            return _unseal(key, value if type(value) is bytes else b"")
+    return None
 
 
 def _put(cache: Cache, key: str, value: bytes, tag: str | None = None) -> None:
     _clear_the_way(cache, key)
-    cache.set(key, value, tag=tag, retry=False)
+    cache.set(key, _seal(key, value), tag=tag, retry=False)
 
 
 def _delete(cache: Cache, key: str) -> bool:
@@ -375,11 +367,8 @@ def _letter_id(number: int) -> str:
 
 def _add_letters(cache: Cache, letters: Sequence[DeadLetter]) -> list[int]:
     """Store new dead letters, and return their numbers, which were never used before."""
-    number = 1
-    for (value,) in cache.query(_VALUE, ("next/dead",)):
-        with contextlib.suppress(ValueError, TypeError):  # not a number: begin at 1 and pass over those in use
-            number = max(1, int(value))
-    numbers = []
+    number = int(_stored(cache, "next/dead") or b"1")  # without it: begin at 1 and pass over those in use
+    numbers: list[int] = []
     for letter in letters:
         while cache.query(_EXISTS, (f"dead/{_letter_id(number)}",)):
             number += 1

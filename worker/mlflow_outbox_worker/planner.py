@@ -12,6 +12,7 @@ Pure: no I/O, no clock.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -26,7 +27,8 @@ MAX_TAGS: Final = 100
 MAX_ENTITIES: Final = 1000
 
 
-class Batch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Batch:
     """One log_batch request; ``time_ms`` is that of its first event, for a dead letter."""
 
     points: Sequence[MetricPoint]

@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import mlflow_outbox
+import mlflow_outbox_worker
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.settings import Settings
+from mlflow_outbox.settings import Settings, environment_for_child
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.flush import Watch
@@ -79,6 +81,7 @@ def start(outbox: Outbox) -> ProcessWorker:
         [sys.executable, "-m", "mlflow_outbox_worker", str(outbox.directory.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        env=environment_for_child(PYTHONPATH=os.pathsep.join(_import_roots())),
         start_new_session=True,
     )
     pipe = process.stdin
@@ -86,6 +89,13 @@ def start(outbox: Outbox) -> ProcessWorker:
     pipe.write(json.dumps(note).encode() + b"\n")
     pipe.flush()
     return ProcessWorker(process, pipe)
+
+
+def _import_roots() -> list[str]:
+    """Return where a child must look for both halves of this package: the experiment may have found them its own way."""
+    roots = [str(Path(package.__file__).parent.parent) for package in (mlflow_outbox, mlflow_outbox_worker) if package.__file__]
+    added = [root for root in dict.fromkeys(roots) if "site-packages" not in root and "dist-packages" not in root]
+    return [*added, *filter(None, [environment_for_child().get("PYTHONPATH")])]
 
 
 def serve(path: Path, source: IO[bytes]) -> int:

@@ -9,7 +9,9 @@ them, and ``boundary`` is the one place where foreign exceptions become ``SinkEr
 
 What the host of this library is spared: the environment, the global tracking URI and the logging configuration stay
 as they are. MLflow's own loggers are silenced for the calling thread during a call, by the switch that MLflow's
-handlers have for that; a host that replaced those handlers sees MLflow's messages, as it chose to.
+handlers have for that; a host that replaced those handlers sees MLflow's messages, as it chose to. What ``import
+mlflow`` itself does is not undone: it gives its own loggers handlers, and some versions set a variable of their own in
+the environment.
 
 What MLflow keeps of special values: SQL stores, also behind a server, hold NaN as NaN, and plus and minus infinity
 as plus and minus 1.7976931348623157e308; a file store holds all three as they are. Reading back returns what the

@@ -89,7 +89,7 @@ class Artifacts:
                 extra_headers={"Content-Type": kind},
             )
         if mlflows or not 200 <= answer.status < 300:  # noqa: PLR2004 - success, in whatever words
-            checked(answer, f"PUT {artifact_path}")
+            checked(answer, f"PUT {artifact_path}", empty_is_success=True)
 
     def _ask_server(self, run_id: str, folder: str) -> dict[str, int | None]:
         files: dict[str, int | None] = {}

@@ -28,12 +28,13 @@ from mlflow_outbox_worker.sink import SinkError
 _ANYBODYS_STATUSES = frozenset({401, 403, 407, 408, 413, 425, 429})
 
 
-def checked(answer: Answer, what: str) -> dict[str, Any]:
+def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dict[str, Any]:
     """Return the JSON object of a successful answer.
 
     Args:
         answer: what the server answered.
         what: method and endpoint, for messages.
+        empty_is_success: take a success without a body for one; MLflow answers so to an upload, and to nothing else.
 
     Raises:
         SinkError: it was not MLflow that answered.
@@ -42,9 +43,11 @@ def checked(answer: Answer, what: str) -> dict[str, Any]:
     status, headers, body = answer
     found = _json_object(body)
     if 200 <= status < 300:  # noqa: PLR2004 - success
-        if not body and not {"Content-Length", "Transfer-Encoding"} & set(headers):
+        if not body and not ("Content-Length" in headers or "Transfer-Encoding" in headers):
             msg = f"{what}: the answer was cut off"
             raise SinkError(msg, kind="connection", status=status)
+        if found is None and empty_is_success and not body:
+            return {}
         if found is None:
             msg = f"{what}: the answer is not MLflow's (a login page, a proxy or a wrong URL?): {_excerpt(body)}"
             raise SinkError(msg, kind="not_mlflow", status=status)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,32 +181,28 @@ def _absolute(uri: str) -> str:
 
 @contextlib.contextmanager
 def _file_store_allowed() -> Iterator[None]:
-    """Let a FileStore be built although MLflow >= 3.13 asks for an environment variable first.
+    """Let a FileStore be built although MLflow >= 3.13 asks for an environment variable first, and older ones warn.
 
-    The variable is a question to the person who starts MLflow; who passes ``file:`` to this library has answered
-    it. Setting it would change the environment of the host and of all its children. So the name under which the
-    module of the store looks the variable up stands for a constant while a store is built, under a lock, and for
-    the variable again right after.
+    The variable is a question to the person who starts MLflow; who passes ``file:`` to this library has answered it.
+    Setting it would change the environment of the host and of all its children, and a filter for the warning is
+    state of the whole process too. So two names in the module of the store stand for something else while a store is built,
+    under a lock, and for what they were right after.
     """
-    name = "MLFLOW_ALLOW_FILE_STORE"
     with _building:
-        if not hasattr(file_store, name):
-            yield
-            return
-        variable = getattr(file_store, name)
-        setattr(file_store, name, _Allowed())
+        held = {name: getattr(file_store, name) for name in _STAND_INS if hasattr(file_store, name)}
+        for name in held:
+            setattr(file_store, name, _STAND_INS[name])
         try:
             yield
         finally:
-            setattr(file_store, name, variable)
+            for name, value in held.items():
+                setattr(file_store, name, value)
 
 
-class _Allowed:
-    """Stands for the environment variable of MLflow that allows file stores."""
-
-    def get(self) -> bool:
-        """Return what the variable says: file stores are allowed."""
-        return True
+_STAND_INS = {
+    "MLFLOW_ALLOW_FILE_STORE": types.SimpleNamespace(get=lambda: True),
+    "warnings": types.SimpleNamespace(warn=lambda *_args, **_kwargs: None),
+}
 
 
 def _client_uri(opened: OpenStore) -> str:

@@ -1,0 +1,58 @@
+"""What the tests of the ledger share: things to store, and scripts that use a ledger in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mlflow_outbox.views import Latest, Register, RunView
+from mlflow_outbox_worker.records import Cursor, DeadLetter, RunRecord
+
+PRELUDE = """
+import os, signal, sys, threading
+from pathlib import Path
+from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
+from mlflow_outbox_worker.records import Cursor, DeadLetter, RunRecord
+directory = Path(sys.argv[1])
+"""
+
+
+def script(text: str, *arguments: object) -> list[str]:
+    """The command that runs a script which knows the ledger's names."""
+    return [sys.executable, "-c", PRELUDE + text, *map(str, arguments)]
+
+
+def run(text: str, *arguments: object) -> str:
+    """Run such a script to its end and return what it printed."""
+    done = subprocess.run(script(text, *arguments), capture_output=True, text=True, timeout=60, check=False)
+    assert (0, "") == (done.returncode, done.stderr)
+    return done.stdout
+
+
+def record(run_id: str, seq: int = 0, remote_id: str = "") -> RunRecord:
+    """A record whose one writer has been delivered up to seq."""
+    return RunRecord(run_id, experiment="e", remote_id=remote_id, cursors={"w": Cursor(0, 100 * seq, seq)})
+
+
+def letter(run_id: str, reason: str = "no") -> DeadLetter:
+    """A dead letter of a run."""
+    return DeadLetter(run_id, "remote", b"\x92\x02", reason, "INVALID_PARAMETER_VALUE", 400, 1)
+
+
+def view() -> RunView:
+    """A view with something of everything."""
+    return RunView(
+        name="n",
+        params={f"p{i}": "v" * 50 for i in range(50)},
+        tags={"t": Register("v", 1, "w")},
+        metrics={f"m{i}": Latest(float(i), i, i, 1) for i in range(100)},
+    )
+
+
+def open_descriptors(directory: Path) -> list[str]:
+    """The files under directory that this process has open."""
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return [os.readlink(link) for link in links if link.exists() and os.readlink(link).startswith(str(directory))]

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from mlflow_outbox.testing import faults
+from mlflow_outbox.testing.proxy import FaultProxy
+from servers import MlflowServer, eventually
+
+HEALTH = "/health"
+CREATE = "/api/2.0/mlflow/experiments/create"
+
+
+@pytest.fixture
+def proxy(mlflow_server: MlflowServer) -> Iterator[FaultProxy]:
+    """A proxy in front of the shared MLflow server."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        yield proxy
+
+
+def connect(proxy: FaultProxy) -> http.client.HTTPConnection:
+    """Open a keep-alive connection to the proxy."""
+    parts = urlsplit(proxy.url)
+    return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
+
+
+def ask(proxy: FaultProxy, method: str = "GET", path: str = HEALTH, body: object = None) -> tuple[int, bytes]:
+    """Send one request on a connection of its own; return the status and the body of the answer."""
+    with closing(connect(proxy)) as connection:
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def ask_in_vain(proxy: FaultProxy, failures: list[type[ConnectionError]]) -> None:
+    """Send a request that ends in an error, from a thread of its own, and note the error."""
+    try:
+        ask(proxy)
+    except ConnectionError as error:
+        failures.append(type(error))
+
+
+def experiment_exists(server: MlflowServer, name: str) -> bool:
+    """Ask the server itself, not through the proxy."""
+    parts = urlsplit(server.url)
+    with closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)) as connection:
+        connection.request("GET", f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")
+        return connection.getresponse().status == http.HTTPStatus.OK
+
+
+class TestForwarding:
+    def test_an_answer_passes_through_unchanged(
+        self, proxy: FaultProxy, mlflow_server: MlflowServer, experiment_name: str
+    ) -> None:
+        """Status, body and effect are those of the server behind."""
+        status, body = ask(proxy, "POST", CREATE, {"name": experiment_name})
+        assert (200, True) == (status, "experiment_id" in json.loads(body))
+        assert experiment_exists(mlflow_server, experiment_name)
+
+    def test_an_error_of_the_server_passes_through_too(self, proxy: FaultProxy) -> None:
+        """A 404 with MLflow's error code arrives as it was sent."""
+        status, body = ask(proxy, path="/api/2.0/mlflow/runs/get?run_id=nothing")
+        assert (404, "RESOURCE_DOES_NOT_EXIST") == (status, json.loads(body)["error_code"])
+
+    def test_one_connection_serves_many_requests(self, proxy: FaultProxy) -> None:
+        """A kept-alive connection stays usable through answers of every kind."""
+        proxy.script(faults.forward(), faults.status(503), faults.html_page())
+        with closing(connect(proxy)) as connection:
+            connection.connect()
+            port = connection.sock.getsockname()[1]
+            statuses = []
+            for method in ("GET", "GET", "GET", "HEAD", "GET"):
+                connection.request(method, HEALTH)
+                answer = connection.getresponse()
+                answer.read()
+                statuses.append(answer.status)
+            assert [200, 503, 200, 200, 200] == statuses
+            assert port == connection.sock.getsockname()[1]
+
+    def test_a_chunked_body_is_passed_on_whole(self, proxy: FaultProxy, experiment_name: str) -> None:
+        """A body sent in chunks is recorded and forwarded as one."""
+        parts = [b'{"name": "', experiment_name.encode(), b'"}']
+        with closing(connect(proxy)) as connection:
+            connection.request("POST", CREATE, iter(parts), {"Content-Type": "application/json"}, encode_chunked=True)
+            assert connection.getresponse().status == http.HTTPStatus.OK
+        assert b"".join(parts) == proxy.requests[0].body
+
+    def test_an_idle_connection_outlives_the_servers_own_patience(self, mlflow_server: MlflowServer) -> None:
+        """A request after the server behind has closed its idle connection is served and sent once."""
+        with FaultProxy(mlflow_server.url) as proxy, closing(connect(proxy)) as connection:
+            connection.request("GET", HEALTH)
+            connection.getresponse().read()
+            assert not threading.Event().wait(1.2)  # longer than the proxy reuses an idle connection
+            connection.request("GET", HEALTH)
+            assert connection.getresponse().status == http.HTTPStatus.OK
+            assert [200, 200] == [request.backend_status for request in proxy.requests]
+
+    def test_the_proxy_costs_less_than_two_milliseconds(self, proxy: FaultProxy) -> None:
+        """The median overhead of the proxy itself is small enough not to disturb what is measured through it."""
+        proxy.on(HEALTH, faults.status(200), times=None)
+        durations = []
+        with closing(connect(proxy)) as connection:
+            for _ in range(200):
+                start = time.perf_counter()
+                connection.request("GET", HEALTH)
+                connection.getresponse().read()
+                durations.append(time.perf_counter() - start)
+        assert statistics.median(durations) < 0.002
+
+    def test_many_connections_are_served_at_once(self, proxy: FaultProxy) -> None:
+        """Requests of several threads are all forwarded and all recorded."""
+        threads = [threading.Thread(target=ask, args=(proxy,)) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [(number, 200) for number in range(16)] == [(each.ordinal, each.status) for each in proxy.requests]
+
+
+class TestChoosing:
+    def test_the_script_goes_by_the_order_of_requests(self, proxy: FaultProxy) -> None:
+        """The first requests get the script's actions, the later ones are forwarded."""
+        proxy.script(faults.status(500), faults.status(429, {"Retry-After": "7"}))
+        assert [500, 429, 200, 200] == [ask(proxy)[0] for _ in range(4)]
+
+    def test_a_rule_goes_by_method_and_path_and_before_the_script(self, proxy: FaultProxy) -> None:
+        """A request that a rule takes leaves the script where it was."""
+        proxy.script(faults.status(500))
+        proxy.on(lambda method, path: method == "GET" and path.startswith("/version"), faults.status(418), times=2)
+        assert [418, 500, 418, 200] == [
+            ask(proxy, path=path)[0] for path in ("/version", HEALTH, "/version", "/version")
+        ]
+
+    def test_clear_forwards_everything_from_then_on(self, proxy: FaultProxy) -> None:
+        """Rules without an end and scripts are forgotten."""
+        proxy.on("/", faults.status(500), times=None)
+        proxy.script(faults.status(500))
+        before = ask(proxy)[0]
+        proxy.clear()
+        assert (500, 200) == (before, ask(proxy)[0])
+
+
+class TestRecording:
+    def test_a_record_tells_what_was_sent_and_what_became_of_it(self, proxy: FaultProxy, experiment_name: str) -> None:
+        """Method, path, headers, body and both statuses are there."""
+        proxy.script(faults.forward_then_drop_response())
+        with pytest.raises(ConnectionError):
+            ask(proxy, "POST", CREATE, {"name": experiment_name})
+        (request,) = proxy.requests
+        assert ("POST", CREATE, "application/json") == (request.method, request.path, request.header("content-type"))
+        assert {"name": experiment_name} == json.loads(request.body)
+        assert (200, None) == (request.backend_status, request.status)
+
+    def test_a_record_shows_no_secrets_when_printed(self, proxy: FaultProxy) -> None:
+        """Headers and bodies stay out of repr, so out of logs and failed assertions."""
+        with closing(connect(proxy)) as connection:
+            connection.request("GET", HEALTH, headers={"Authorization": "Bearer canary"})
+            connection.getresponse().read()
+        assert "canary" not in repr(proxy.requests)
+        assert "Bearer canary" == proxy.requests[0].header("authorization")
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        ("action", "error"),
+        [
+            (faults.drop(), http.client.RemoteDisconnected),
+            (faults.forward_then_drop_response(), http.client.RemoteDisconnected),
+            (faults.rst_after(0), ConnectionResetError),
+            (faults.forward_then_truncate_body(), http.client.IncompleteRead),
+            (faults.forward_then_truncate_body(keep=0), http.client.IncompleteRead),
+            (faults.garbage(), http.client.BadStatusLine),
+            (faults.refuse(), ConnectionResetError),
+        ],
+        ids=lambda value: getattr(value, "name", ""),
+    )
+    def test_the_client_sees_the_fault_that_was_asked_for(
+        self, proxy: FaultProxy, action: Any, error: type[Exception]
+    ) -> None:
+        """Each action that breaks the connection breaks it in its own way."""
+        proxy.script(action)
+        with pytest.raises(error) as caught:
+            ask(proxy)
+        assert error is caught.type
+
+    def test_a_reset_in_the_middle_of_an_answer_follows_its_first_bytes(self, proxy: FaultProxy) -> None:
+        """The client gets n bytes, and then the reset."""
+        proxy.script(faults.rst_after(12))
+        parts = urlsplit(proxy.url)
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=20) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            received = b""
+            with pytest.raises(ConnectionResetError):
+                while data := client.recv(4096):
+                    received += data
+        # A reset may overtake bytes that the client has not read yet, as it does on a real network.
+        assert b"HTTP/1.1 200".startswith(received)
+
+    def test_a_reset_in_the_middle_of_a_request_keeps_it_from_the_server(
+        self, proxy: FaultProxy, mlflow_server: MlflowServer, experiment_name: str
+    ) -> None:
+        """The part that arrived is recorded, and the server behind never sees it."""
+        proxy.script(faults.rst_request_after(10))
+        with pytest.raises(ConnectionError):
+            ask(proxy, "POST", CREATE, {"name": experiment_name})
+        assert b'{"name": "' == proxy.requests[0].body
+        assert not experiment_exists(mlflow_server, experiment_name)
+
+    @pytest.mark.parametrize(
+        ("make", "committed"),
+        [
+            (faults.forward_then_drop_response, True),
+            (lambda: faults.rst_after(0), True),
+            (faults.forward_then_truncate_body, True),
+            (faults.drop, False),
+            (lambda: faults.status(503), False),
+        ],
+    )
+    def test_the_server_behind_has_carried_it_out_or_has_not(
+        self,
+        proxy: FaultProxy,
+        mlflow_server: MlflowServer,
+        experiment_name: str,
+        make: Callable[[], Any],
+        committed: bool,
+    ) -> None:
+        """Actions that forward first leave the effect behind; the others leave none."""
+        proxy.script(make())
+        try:
+            ask(proxy, "POST", CREATE, {"name": experiment_name})
+        except (ConnectionError, http.client.HTTPException):
+            assert None is proxy.requests[0].status or committed
+        assert committed is experiment_exists(mlflow_server, experiment_name)
+
+    def test_a_hanging_request_is_recorded_and_ends_with_the_proxy(self, mlflow_server: MlflowServer) -> None:
+        """Nothing is answered while the proxy is up; going down resets the connection."""
+        failures: list[type[ConnectionError]] = []
+        with FaultProxy(mlflow_server.url, [faults.accept_hang()]) as proxy:
+            client = threading.Thread(target=ask_in_vain, args=(proxy, failures))
+            client.start()
+            eventually(lambda: proxy.requests, message="the request is recorded")
+            assert client.is_alive()
+        client.join(10)
+        assert [ConnectionResetError] == failures
+
+    def test_a_dripping_answer_takes_as_long_as_its_bytes(self, proxy: FaultProxy) -> None:
+        """The whole answer arrives, slowly."""
+        proxy.script(faults.drip(500))
+        start = time.monotonic()
+        assert (200, b"OK") == ask(proxy)
+        assert time.monotonic() - start > 0.2  # about 150 bytes
+
+    def test_a_delay_comes_before_the_request_is_passed_on(self, proxy: FaultProxy) -> None:
+        """After the delay the action that follows is carried out."""
+        proxy.script(faults.delay(0.1, faults.status(504)))
+        start = time.monotonic()
+        assert ask(proxy)[0] == http.HTTPStatus.GATEWAY_TIMEOUT
+        assert time.monotonic() - start >= 0.1
+
+    def test_a_redirect_names_the_other_host_with_the_same_path(self, proxy: FaultProxy) -> None:
+        """A location without a path gets the path of the request."""
+        proxy.script(faults.redirect("http://other.example", 307))
+        with closing(connect(proxy)) as connection:
+            connection.request("GET", HEALTH)
+            answer = connection.getresponse()
+            assert (307, "http://other.example/health") == (answer.status, answer.getheader("Location"))
+
+    def test_a_gzip_bomb_is_small_on_the_wire(self, proxy: FaultProxy) -> None:
+        """Ten million bytes are announced as compressed, and few are sent."""
+        proxy.script(faults.gzip_bomb(10_000_000))
+        status, body = ask(proxy)
+        assert (200, True) == (status, len(body) < 20_000)
+
+
+class TestBackend:
+    def test_down_refuses_and_up_serves_at_the_same_address(self, proxy: FaultProxy) -> None:
+        """Connections are refused while the proxy is down, as often as it goes down."""
+        for _ in range(3):
+            assert ask(proxy)[0] == http.HTTPStatus.OK
+            proxy.down()
+            with pytest.raises(ConnectionRefusedError):
+                ask(proxy)
+            proxy.up()
+
+    def test_down_resets_connections_that_are_open(self, proxy: FaultProxy) -> None:
+        """A kept-alive connection does not survive."""
+        with closing(connect(proxy)) as connection:
+            connection.request("GET", HEALTH)
+            connection.getresponse().read()
+            proxy.down()
+            eventually(lambda: not proxy._connections, message="the connection's thread ends")
+            with pytest.raises(ConnectionError):
+                connection.request("GET", HEALTH)
+                connection.getresponse()
+
+    def test_another_backend_takes_over_at_once(
+        self, proxy: FaultProxy, own_mlflow_server: Callable[[], MlflowServer], experiment_name: str
+    ) -> None:
+        """After swap_backend the same connection reaches the other server, which knows other things."""
+        other = own_mlflow_server()
+        assert ask(proxy, "POST", CREATE, {"name": experiment_name})[0] == http.HTTPStatus.OK
+        path = f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={experiment_name}"
+        with closing(connect(proxy)) as connection:
+            statuses = []
+            for action in (faults.forward(), faults.swap_backend(other.url), faults.forward()):
+                proxy.script(action)
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                answer.read()
+                statuses.append(answer.status)
+        assert [200, 404, 404] == statuses
+
+    def test_a_killed_backend_looks_like_a_reset_until_it_is_back(
+        self, own_mlflow_server: Callable[[], MlflowServer]
+    ) -> None:
+        """The proxy invents no answers for a server that is gone."""
+        server = own_mlflow_server()
+        with FaultProxy(server.url) as proxy:
+            assert ask(proxy)[0] == http.HTTPStatus.OK
+            server.kill()
+            with pytest.raises(ConnectionResetError):
+                ask(proxy)
+            server.start()
+            assert ask(proxy)[0] == http.HTTPStatus.OK
+            assert [200, None, 200] == [request.backend_status for request in proxy.requests]
+
+    def test_going_down_ends_a_request_that_a_paused_backend_holds_up(
+        self, own_mlflow_server: Callable[[], MlflowServer]
+    ) -> None:
+        """Closing the proxy does not wait for a server that does not answer."""
+        server = own_mlflow_server()
+        server.pause()
+        proxy = FaultProxy(server.url)
+        client = threading.Thread(target=ask_in_vain, args=(proxy, []))
+        client.start()
+        eventually(lambda: proxy.requests, message="the request is recorded")
+        start = time.monotonic()
+        proxy.close()
+        client.join(10)
+        assert not client.is_alive()
+        assert time.monotonic() - start < 5
+
+    def test_a_closed_proxy_leaves_no_thread_behind(self, mlflow_server: MlflowServer) -> None:
+        """All threads have ended when close returns."""
+        with FaultProxy(mlflow_server.url) as proxy, closing(connect(proxy)) as connection:
+            connection.request("GET", HEALTH)
+            connection.getresponse().read()
+            connections = list(proxy._connections)
+            assert 1 == len(connections)
+        assert [] == [each.thread for each in connections if each.thread.is_alive()]

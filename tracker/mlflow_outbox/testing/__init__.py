@@ -1,0 +1,1 @@
+"""Doubles for the tests of programs that log through an outbox."""
