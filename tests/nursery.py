@@ -19,6 +19,7 @@ Standard input is the life line: when the session ends, however it ends, the nur
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -152,7 +153,8 @@ class Nursery:
 def _import_mlflow() -> None:
     # One thread for linear algebra: nobody computes here, and threads do not survive a fork.
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", DO_NOT_TRACK="true")
-    import uvicorn  # noqa: F401
+    for name in ("uvicorn", "mlflow.server.fastapi_app", "mlflow.store.tracking.sqlalchemy_store"):
+        importlib.import_module(name)
 
 
 def _send(pid: int, signal: int) -> None:

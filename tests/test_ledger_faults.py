@@ -233,7 +233,7 @@ class TestDamagedFile:
 
     @pytest.mark.parametrize("damage", ["zeroed", "cut", "random"])
     def test_damage_at_every_page_is_survived(self, clean: Path, directory: Path, damage: str) -> None:
-        """Whichever page is zeroed, cut off or overwritten: a record is as it was or absent, and the ledger works on."""
+        """Whichever page is zeroed, cut off or overwritten: records are as they were or gone, and the ledger works."""
         pages = os.path.getsize(clean / "cache.db") // 4096
         noise = random.Random(31)
         for page in range(pages):

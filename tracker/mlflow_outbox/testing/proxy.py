@@ -215,8 +215,10 @@ class FaultProxy:
         self.down()
         self._port_holder.close()
         for connection in self._open_connections():
-            connection.close()
             if connection.thread is not threading.current_thread():
+                connection.thread.join(_IDLE)
+                # Still there: it waits for a client that does not read what it is sent.
+                connection.close()
                 connection.thread.join(_PATIENCE)
 
     def __enter__(self) -> FaultProxy:

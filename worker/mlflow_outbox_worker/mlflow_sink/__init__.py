@@ -20,6 +20,7 @@ store holds.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from mlflow_outbox.errors import TrackingUnavailable
@@ -55,6 +56,7 @@ def open_sink(
         DestinationError: the URI has no form that MLflow knows.
         SinkError: an embedded store cannot be opened now; ``outcome.classify(error, "open")`` tells what that means.
     """
+    _import_mlflow()
     from mlflow_outbox_worker.mlflow_sink import recorder, stores  # noqa: PLC0415 - imports mlflow
 
     opened = stores.open_store(uri, artifact_root=artifact_root, timeout=timeout, username=username, password=password)
@@ -85,6 +87,7 @@ def open_client(
         DestinationError: the URI has no form that MLflow knows.
         TrackingUnavailable: the store cannot be reached or opened now.
     """
+    _import_mlflow()
     from mlflow_outbox_worker.mlflow_sink import stores  # noqa: PLC0415 - imports mlflow
 
     try:
@@ -94,3 +97,11 @@ def open_client(
     except SinkError as error:
         msg = f"MLflow cannot be reached: {error}"
         raise TrackingUnavailable(msg) from None
+
+
+def _import_mlflow() -> None:
+    """Import mlflow and what lies under it, quietly: some of it announces itself to MLflow's loggers."""
+    from mlflow_outbox_worker.mlflow_sink.boundary import quiet  # noqa: PLC0415 - imports mlflow
+
+    with quiet():
+        importlib.import_module("mlflow_outbox_worker.mlflow_sink.recorder")

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 import requests
 import sqlalchemy.exc
 from mlflow.exceptions import MlflowException
-from mlflow.utils.logging_utils import suppress_logs_in_thread
+from mlflow.utils.logging_utils import suppress_logs_in_thread as quiet
 
 from mlflow_outbox_worker.sink import SinkError
 
 #: Characters of a foreign message that are kept: enough for a sentence of MLflow, too few for a page of HTML.
 MESSAGE_CHARS = 400
+
+__all__ = ["Refused", "clean", "quiet", "translate", "translated"]
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SPACE = re.compile(r"\s+")
@@ -44,7 +46,7 @@ def clean(text: object) -> str:
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
     """Let nothing but SinkError out, and keep MLflow's loggers quiet in this thread."""
-    with suppress_logs_in_thread():
+    with quiet():
         try:
             yield
         except SinkError:

@@ -185,8 +185,8 @@ def _file_store_allowed() -> Iterator[None]:
 
     The variable is a question to the person who starts MLflow; who passes ``file:`` to this library has answered it.
     Setting it would change the environment of the host and of all its children, and a filter for the warning is
-    state of the whole process too. So two names in the module of the store stand for something else while a store is built,
-    under a lock, and for what they were right after.
+    state of the whole process too. So two names in the module of the store stand for something else while a store
+    is built, under a lock, and for what they were right after.
     """
     with _building:
         held = {name: getattr(file_store, name) for name in _STAND_INS if hasattr(file_store, name)}
