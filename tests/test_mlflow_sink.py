@@ -653,3 +653,15 @@ def test_a_client_for_a_server_that_is_away_fails_soon() -> None:
     with pytest.raises(TrackingUnavailable):
         open_client(f"http://ada:{SECRET}@127.0.0.1:{unused_port()}", timeout=1.0)
     assert time.monotonic() - begun < 10
+
+
+def test_a_name_that_a_server_refuses_is_a_dead_letter(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A server takes no '#' in a name; the answer is final, and no file is stored under half of the name."""
+    (tmp_path / "copy").write_bytes(b"x")
+    with closing(open_sink(mlflow_server.url)) as sink:
+        run_id = new_run(sink, sink.experiment_id(experiment_name))
+        error = fails(lambda: sink.upload(run_id, tmp_path / "copy", "a#b.txt"))
+        assert "dead_letter" == classify(error, "upload").kind
+        assert {} == sink.list_artifacts(run_id, "")

@@ -233,7 +233,12 @@ class MLflowTracker:
         """
         if self.disabled:
             return
-        paths = [plot_paths] if isinstance(plot_paths, (str, os.PathLike)) else list(plot_paths)
+        try:
+            paths = [plot_paths] if isinstance(plot_paths, (str, os.PathLike)) else list(plot_paths)
+        except TypeError:
+            self._counters.add("refused_bad_mapping")
+            self._counters.warn_once("plots", f"mlflow-outbox: log_visualizations takes paths, not a {type(plot_paths).__name__}")
+            return
         run = self._summary_run(None)
         for path in paths:
             run.log_artifact(path)

@@ -76,7 +76,7 @@ class Reading:
         try:
             return self._sink().experiment_id(name)
         except SinkError as error:
-            raise self._unavailable("the id of an experiment", error) from None
+            raise self._unavailable("the id of an experiment is known to MLflow alone", error) from None
 
     def client(self) -> Any:
         """Return an ``mlflow.MlflowClient`` for the destination.
@@ -84,9 +84,13 @@ class Reading:
         Raises:
             TrackingUnavailable: MLflow cannot be reached now.
         """
-        return open_client(
-            self._destination.secret_uri or self._destination.uri, artifact_root=self._destination.artifact_root or None
-        )
+        try:
+            return open_client(
+                self._destination.secret_uri or self._destination.uri,
+                artifact_root=self._destination.artifact_root or None,
+            )
+        except TrackingUnavailable as error:
+            raise self._unavailable("MLflow's client asks MLflow alone", error) from None
 
     def runs(self, experiment: str) -> list[dict[str, Any]]:
         """Return all runs of an experiment, newest first; see ``MLflowTracker.get_all_runs``."""
@@ -150,8 +154,8 @@ class Reading:
                 _sinks[key] = open_sink(key[0], artifact_root=key[1] or None, timeout=self._timeout)
             return _sinks[key]
 
-    def _unavailable(self, what: str, error: SinkError) -> TrackingUnavailable:
-        msg = f"{what} is known to MLflow alone, and {self._destination.uri} cannot be asked now: {error}"
+    def _unavailable(self, what: str, error: Exception) -> TrackingUnavailable:
+        msg = f"{what}, and {self._destination.uri} cannot be asked now: {error}"
         return TrackingUnavailable(msg)
 
 

@@ -13,6 +13,7 @@ import posixpath
 import sys
 from collections.abc import Collection, Iterator
 from typing import Final
+from urllib.parse import unquote
 
 import msgspec
 
@@ -149,10 +150,11 @@ def _of_artifacts(sink: Sink, remote_id: str, view: RunView, excused: set[tuple[
         folder = posixpath.dirname(path)
         if folder not in folders:
             folders[folder] = sink.list_artifacts(remote_id, folder)
-        if path not in folders[folder]:
+        held = next((name for name in (path, unquote(path)) if name in folders[folder]), None)  # servers decode names
+        if held is None:
             yield f"the artifact {printable(path)!r} is missing"
             continue
-        size = folders[folder][path]
+        size = folders[folder][held]
         if size is not None and size != file.size:
             yield f"the artifact {printable(path)!r} has {size} bytes, not {file.size}"
 

@@ -3,6 +3,9 @@
 ``mlflow-artifacts:`` goes through the tracking server, one PUT in one attempt. Everything else (a directory,
 ``s3:``, ``gs:`` and so on) goes through MLflow's repository for that scheme, which is told a file by its local
 name; ours are called by their hash, so the repository gets a link with the right name in a private directory.
+
+Two limits are the server's: it decodes percent escapes until none are left, so that ``a%20b`` is stored as ``a b``, and
+it refuses names with ``#``. Other characters are quoted here and arrive.
 """
 
 from __future__ import annotations

@@ -31,12 +31,12 @@ from mlflow_outbox_worker.mlflow_sink.transport import Transport
 _building = threading.Lock()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # the URL of a database may hold a password
 class OpenStore:
     """A store of MLflow and what delivery has to know about it.
 
     Attributes:
-        uri: the tracking URI, absolute and without credentials where it is shown.
+        uri: the tracking URI, with absolute paths; without credentials for a tracking server.
         deduplicates_metrics: the store keeps an identical metric point once.
         parallel: several requests may be under way at once.
         transport: the connections to a tracking server; None for an embedded store.

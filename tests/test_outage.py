@@ -1,0 +1,192 @@
+"""The server is down from the start, dies in the middle, comes back: logging does not notice, and everything arrives once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import QUICK, artifact_text, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.testing import faults
+from mlflow_outbox.testing.proxy import Action, FaultProxy
+from servers import MlflowServer, eventually
+
+
+def log_session(tracker: MLflowTracker, first: int, last: int) -> list[float]:
+    """Log some runs of numbered points with params, tags and files; return how long each call took, in seconds."""
+    took: list[float] = []
+
+    def timed(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        begun = time.perf_counter()
+        result = call(*arguments, **named)
+        took.append(time.perf_counter() - begun)
+        return result
+
+    for number in range(first, last):
+        run = timed(tracker.start_run, f"run{number}", tags={"number": str(number)})
+        for i in range(150):
+            timed(run.log_metric, "loss", i / 2, step=i)
+        timed(run.log_params, {"depth": number, "kind": "tree"})
+        timed(run.set_tag, "stage", "last")
+        timed(run.log_text, f"text of run {number}", "notes/text.txt")
+        timed(run.end)
+    return took
+
+
+def check_session(uri: str, experiment: str, count: int) -> None:
+    """Check that MLflow holds every run of ``log_session`` once and whole."""
+    held = {run.info.run_name: run for run in runs(uri, experiment)}
+    listed = [run.info.run_name for run in runs(uri, experiment)]
+    assert sorted(f"run{n}" for n in range(count)) == sorted(listed)
+    for number in range(count):
+        run = held[f"run{number}"]
+        assert numbered(150) == points(uri, run.info.run_id, "loss")
+        assert {"depth": str(number), "kind": "tree"} == run.data.params
+        assert "last" == run.data.tags["stage"]
+        assert "FINISHED" == run.info.status
+        assert f"text of run {number}" == artifact_text(uri, run.info.run_id, "notes/text.txt")
+
+
+def test_down_from_the_start(
+    own_mlflow_server: Callable[..., MlflowServer], experiment_name: str, tmp_path: Path
+) -> None:
+    """A session that never saw the server delivers all of it once the server is there."""
+    server = own_mlflow_server()
+    server.kill()
+    tracker = MLflowTracker(experiment_name, server.url, outbox_dir=tmp_path, settings=QUICK)
+    assert not tracker.disabled
+    took = log_session(tracker, 0, 5)
+    assert max(took) < 1.0
+    left = tracker.flush(0.5)
+    assert not left
+    assert (left.pending, 0, 0) == (left.pending, left.parked, left.dead)
+    server.start()
+    assert tracker.close(60)
+    check_session(server.url, experiment_name, 5)
+    assert 0 == tracker.counters.get("dead_letters", 0)
+
+
+def test_killed_in_the_middle_and_back_again(
+    own_mlflow_server: Callable[..., MlflowServer], experiment_name: str, tmp_path: Path
+) -> None:
+    """The server is killed twice with SIGKILL while events are under way."""
+    server = own_mlflow_server()
+    tracker = MLflowTracker(experiment_name, server.url, outbox_dir=tmp_path, settings=QUICK)
+    log_session(tracker, 0, 3)
+    eventually(lambda: runs(server.url, experiment_name))
+    server.kill()
+    log_session(tracker, 3, 6)
+    eventually(lambda: tracker.counters.get("retried", 0) > 0)
+    server.restart()
+    eventually(lambda: len(runs(server.url, experiment_name)) > 3, 30)
+    server.kill()
+    log_session(tracker, 6, 8)
+    server.restart()
+    assert tracker.close(60)
+    check_session(server.url, experiment_name, 8)
+    assert 0 == tracker.counters.get("dead_letters", 0)
+
+
+def test_a_server_that_hangs_holds_up_neither_logging_nor_flush(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Requests are accepted and never answered; flush keeps its time, and everything arrives afterwards."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lambda method, path: True, faults.accept_hang(), times=None)
+        settings = QUICK.__class__(poll_interval=0.02, retry_initial=0.02, retry_max=0.2, request_timeout=1.0)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=settings)
+        took = log_session(tracker, 0, 2)
+        assert max(took) < 1.0
+        begun = time.monotonic()
+        assert not tracker.flush(1.5)
+        assert 1.5 <= time.monotonic() - begun < 2.5
+        proxy.clear()
+        assert tracker.close(60)
+    check_session(mlflow_server.url, experiment_name, 2)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [faults.status(500), faults.status(502), faults.status(503, {"Retry-After": "0"}), faults.status(504), faults.status(429)],
+    ids=["500", "502", "503", "504", "429"],
+)
+def test_errors_of_the_server_are_retried_and_never_a_dead_letter(
+    answer: Action, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Each answer that says "later", at the first three requests of each kind, delays and loses nothing."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        for path in ("experiments/get-by-name", "runs/create", "runs/log-batch", "runs/update", "mlflow-artifacts"):
+            proxy.on(path, answer, times=3)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
+        log_session(tracker, 0, 2)
+        assert tracker.close(60)
+    check_session(mlflow_server.url, experiment_name, 2)
+    assert 0 == tracker.counters.get("dead_letters", 0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [faults.status(401), faults.status(403), faults.html_page()],
+    ids=["401", "403", "login page"],
+)
+def test_a_refused_login_parks_everything_until_a_person_has_acted(
+    answer: Action, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Events are counted as parked, none becomes a dead letter, and all arrive when the login works again."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lambda method, path: True, answer, times=None)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
+        log_session(tracker, 0, 2)
+        result = tracker.flush(20)
+        assert not result
+        assert (0, 0) == (result.pending, result.dead)
+        assert result.parked > 300
+        proxy.clear()
+        assert eventually(lambda: tracker.flush(10), 60)
+        tracker.close()
+    check_session(mlflow_server.url, experiment_name, 2)
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("lost", ["runs/create", "runs/log-batch", "runs/update", "mlflow-artifacts", "experiments/create"])
+def test_an_answer_lost_after_the_server_committed_doubles_nothing(
+    lost: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The server carried the request out and the connection broke: one run, each point once."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lost, faults.forward_then_drop_response(), times=3)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
+        log_session(tracker, 0, 2)
+        assert tracker.close(60)
+        assert [r for r in proxy.requests if lost in r.path and r.backend_status == 200 and r.status is None], "none was lost"
+    check_session(mlflow_server.url, experiment_name, 2)
+
+
+@pytest.mark.compatibility
+def test_a_batch_of_unknown_fate_is_not_doubled_on_a_file_store(
+    file_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file store writes half of a batch and the whole of another, and fails each time: every point is there once."""
+    from mlflow.store.tracking.file_store import FileStore
+
+    whole = FileStore.log_batch
+    left_to_fail = iter(["half", "all", "half", "all"])
+
+    def fails(self: FileStore, run_id: str, metrics: list[Any], params: list[Any], tags: list[Any]) -> None:
+        how = next(left_to_fail, "") if metrics else ""
+        whole(self, run_id, metrics[: len(metrics) // 2] if how == "half" else metrics, params, tags)
+        if how:
+            raise OSError(5, "the disk of the file store failed")
+
+    monkeypatch.setattr(FileStore, "log_batch", fails)
+    tracker = MLflowTracker(experiment_name, file_uri, outbox_dir=tmp_path / "outbox", settings=QUICK)
+    with tracker.start_run("uncertain") as run:
+        for i in range(2500):
+            run.log_metric("loss", i / 2, step=i)
+    assert tracker.close(60)
+    assert "" == next(left_to_fail, ""), "all failures were used"
+    assert numbered(2500) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")

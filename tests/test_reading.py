@@ -1,0 +1,133 @@
+"""A session reads its own writes, with MLflow up, down, and down from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import QUICK, the_run
+from mlflow_outbox import MLflowTracker, TrackingUnavailable
+from mlflow_outbox.testing.proxy import FaultProxy
+from servers import MlflowServer
+
+
+def summary(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, float], dict[str, str], str]]:
+    """Return what both sources must agree on."""
+    return [(run["run_name"], run["metrics"], run["params"], run["status"]) for run in runs]
+
+
+def log_three(tracker: MLflowTracker) -> None:
+    """Log three runs, a second apart."""
+    for number, status in enumerate(["FINISHED", "FAILED", "FINISHED"]):
+        run = tracker.start_run(f"run{number}", start_time=1_700_000_000_000 + 1000 * number)
+        run.log_metrics({"rmse": 3.0 - number, "f1": number / 10}, step=1)
+        run.log_param("depth", number)
+        run.end(status)
+
+
+EXPECTED = [
+    ("run2", {"rmse": 1.0, "f1": 0.2}, {"depth": "2"}, "FINISHED"),
+    ("run1", {"rmse": 2.0, "f1": 0.1}, {"depth": "1"}, "FAILED"),
+    ("run0", {"rmse": 3.0, "f1": 0.0}, {"depth": "0"}, "FINISHED"),
+]
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("store", ["server", "sqlite", "file"])
+def test_up_the_answer_is_mlflows(
+    store: str, mlflow_server: MlflowServer, sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Newest first, with MLflow's ids, from each kind of store."""
+    uri = {"server": mlflow_server.url, "sqlite": sqlite_uri, "file": file_uri}[store]
+    with MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
+        log_three(tracker)
+        assert tracker.flush(60)
+        runs = tracker.get_all_runs()
+        assert EXPECTED == summary(runs)
+        assert {"mlflow"} == {run["source"] for run in runs}
+        best, worst = tracker.get_best_run("rmse"), tracker.get_best_run("rmse", ascending=False)
+        assert best is not None
+        assert worst is not None
+        assert ("run2", "run0") == (best["run_name"], worst["run_name"])
+        assert tracker.get_best_run("no such metric") is None
+        held = {run.info.run_id for run in tracker.client.search_runs([tracker.experiment_id])}
+        assert held == {run["run_id"] for run in runs}
+
+
+def test_down_from_the_start_the_answer_is_local(experiment_name: str, tmp_path: Path) -> None:
+    """Everything logged can be read without MLflow; what only MLflow knows says so."""
+    tracker = MLflowTracker(experiment_name, "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none", settings=QUICK)
+    log_three(tracker)
+    runs = tracker.get_all_runs()
+    assert EXPECTED == summary(runs)
+    assert {"outbox"} == {run["source"] for run in runs}
+    best = tracker.get_best_run("f1", ascending=False)
+    assert best is not None
+    assert "run2" == best["run_name"]
+    with pytest.raises(TrackingUnavailable, match="http://127.0.0.1:9"):
+        _ = tracker.experiment_id
+    with pytest.raises(TrackingUnavailable, match=r"http://127.0.0.1:9"):
+        _ = tracker.client
+
+
+def test_down_after_delivery_the_local_view_still_knows_everything(
+    own_mlflow_server: Callable[..., MlflowServer], experiment_name: str, tmp_path: Path
+) -> None:
+    """What has been delivered and filed can be read while the server is away, with MLflow's ids."""
+    server = own_mlflow_server()
+    tracker = MLflowTracker(experiment_name, server.url, outbox_dir=tmp_path, settings=QUICK)
+    log_three(tracker)
+    assert tracker.flush(60)
+    ids = [run["run_id"] for run in tracker.get_all_runs()]
+    server.kill()
+    runs = tracker.get_all_runs()
+    assert EXPECTED == summary(runs)
+    assert ids == [run["run_id"] for run in runs]
+    tracker.close(0.1)
+
+
+def test_up_again_what_has_not_arrived_is_folded_in(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A run that MLflow has in part is shown whole, and says where it comes from."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
+        run = tracker.start_run("growing")
+        run.log_metric("loss", 2.0, step=1)
+        assert tracker.flush(60)
+        tracker.close()
+        offline = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=QUICK)
+        again = offline.start_run(run_id=run.run_id)
+        again.log_metric("loss", 1.0, step=2)
+        again.log_param("late", "yes")
+        shown = offline.get_all_runs()
+        assert [("growing", {"loss": 1.0}, {"late": "yes"}, "RUNNING")] == summary(shown)
+        assert ["mlflow+outbox"] == [run["source"] for run in shown]
+        assert the_run(mlflow_server.url, experiment_name).info.run_id == shown[0]["run_id"]
+        assert {"loss": 2.0} == the_run(mlflow_server.url, experiment_name).data.metrics
+
+
+def test_a_run_of_mlflow_is_gone_on_with_by_its_id(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """start_run(run_id=...) takes MLflow's id of a run of this outbox, and of a run that MLflow alone knows."""
+    from contents import client, points
+
+    uri = mlflow_server.url
+    with client(uri) as mlflow:
+        foreign = mlflow.create_run(mlflow.create_experiment(experiment_name)).info.run_id
+    with MLflowTracker(experiment_name, uri, outbox_dir=tmp_path, settings=QUICK) as tracker:
+        tracker.start_run(run_id=foreign).log_metric("loss", 1.0, step=1)
+        own = tracker.start_run("own")
+        own.log_metric("loss", 1.0, step=1)
+        assert tracker.flush(60)
+        remote = next(run["run_id"] for run in tracker.get_all_runs() if run["run_name"] == "own")
+        resumed = tracker.start_run(run_id=remote)
+        assert own.run_id == resumed.run_id
+        resumed.log_metric("loss", 2.0, step=2)
+        assert tracker.flush(60)
+    assert {(1, 1.0): 1} == points(uri, foreign, "loss")
+    assert {(1, 1.0): 1, (2, 2.0): 1} == points(uri, remote, "loss")
