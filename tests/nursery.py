@@ -13,7 +13,8 @@ Requests arrive on a Unix socket, one JSON object on one line per connection, an
     {"do": "signal", "pid", "signal"}         -> {"alive"}: to the server's whole process group
     {"do": "end", "pid", "signal", "grace"}   -> {}: the same, SIGKILL after ``grace`` seconds; waits until it is gone
 
-Standard input is the life line: when the session ends, however it ends, the nursery kills every server and exits.
+Standard input is the life line: when the session ends, however it ends, the nursery kills every server, removes
+its directory and exits.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Nursery:
             finally:
                 for pid in list(self._servers):
                     self.end(pid, signal.SIGKILL, 0)
+                shutil.rmtree(self._directory, ignore_errors=True)
 
     def _answer(self) -> None:
         connection, _ = self._listener.accept()

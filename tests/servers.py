@@ -77,7 +77,6 @@ class NurseryClient:
             if process.stdin:
                 process.stdin.close()
             process.wait(30)
-            shutil.rmtree(directory, ignore_errors=True)
 
         return cls(str(directory / "nursery")), end
 

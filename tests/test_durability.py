@@ -19,7 +19,6 @@ from mlflow_outbox import MLflowTracker
 from servers import MlflowServer, eventually
 
 
-
 def program(body: str, *arguments: str) -> subprocess.Popen[bytes]:
     """Start a Python program of its own."""
     return subprocess.Popen(
@@ -174,9 +173,8 @@ def test_an_exit_with_the_server_away_is_bounded_and_says_what_is_left(experimen
         import atexit, sys, time
         atexit.register(lambda: print(time.monotonic() - logged))  # registered first, so it runs last
         from mlflow_outbox import MLflowTracker, Settings
-        tracker = MLflowTracker(sys.argv[1], "http://127.0.0.1:9", outbox_dir=sys.argv[2], settings=Settings(exit_timeout=1.0))
-        run = tracker.start_run("offline")
-        for i in range(300):
+        tracker = MLflowTracker(sys.argv[1], "http://127.0.0.1:9", outbox_dir=sys.argv[2],
+        settings=Settings(exit_timeout=1.0)) run = tracker.start_run("offline") for i in range(300):
             run.log_metric("loss", i / 2, step=i)
         logged = time.monotonic()
         """,
@@ -270,9 +268,11 @@ def test_a_worker_process_outlives_a_killed_program(
     )
     child.wait(30)
     eventually(
-        lambda: runs(mlflow_server.url, experiment_name)
-        and numbered(2000)
-        == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss"),
+        lambda: (
+            runs(mlflow_server.url, experiment_name)
+            and numbered(2000)
+            == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
+        ),
         30,
     )
 

@@ -9,24 +9,22 @@ from pathlib import Path
 
 _PROBE = """
 import json, logging, os, signal, sys, threading, warnings
-before = (dict(os.environ), logging.root.level, list(logging.root.handlers), signal.getsignal(signal.SIGINT), os.umask(0o22))
-os.umask(before[-1])
-import mlflow_outbox
-tracker = mlflow_outbox.MLflowTracker("experiment", "http://127.0.0.1:9", outbox_dir=sys.argv[1])
-created = sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split()))
-threads = threading.active_count()
-run = mlflow_outbox.MLflowTracker("experiment", "http://127.0.0.1:9", outbox_dir=sys.argv[1], worker="none").start_run()
-run.log_metric("loss", 1.0)
-logged = sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split()))
-after = (dict(os.environ), logging.root.level, list(logging.root.handlers), signal.getsignal(signal.SIGINT), os.umask(0o22))
-print(json.dumps({"created": created, "logged": logged, "threads": threads, "same": before == after}))
-os._exit(0)
+before = (dict(os.environ), logging.root.level, list(logging.root.handlers), signal.getsignal(signal.SIGINT),
+os.umask(0o22)) os.umask(before[-1]) import mlflow_outbox tracker = mlflow_outbox.MLflowTracker("experiment",
+"http://127.0.0.1:9", outbox_dir=sys.argv[1]) created = sorted({name.split(".")[0] for name in sys.modules} &
+set(sys.argv[2].split())) threads = threading.active_count() run = mlflow_outbox.MLflowTracker("experiment",
+"http://127.0.0.1:9", outbox_dir=sys.argv[1], worker="none").start_run() run.log_metric("loss", 1.0) logged =
+sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split())) after = (dict(os.environ),
+logging.root.level, list(logging.root.handlers), signal.getsignal(signal.SIGINT), os.umask(0o22))
+print(json.dumps({"created": created, "logged": logged, "threads": threads, "same": before == after})) os._exit(0)
 """
 _HEAVY = "mlflow diskcache sqlalchemy pandas numpy requests rich typer tenacity sqlite3 asyncio mlflow_outbox_worker"
 
 
 def test_import_creation_and_logging_load_nothing_heavy_and_change_nothing(tmp_path: Path) -> None:
     """mlflow, diskcache, sqlalchemy, pandas and numpy stay out; environment, logging, signals and umask are as before."""
-    output = subprocess.run([sys.executable, "-c", _PROBE, str(tmp_path), _HEAVY], capture_output=True, check=True, timeout=60)
+    output = subprocess.run(
+        [sys.executable, "-c", _PROBE, str(tmp_path), _HEAVY], capture_output=True, check=True, timeout=60
+    )
     seen = json.loads(output.stdout)
     assert {"created": [], "logged": [], "threads": 1, "same": True} == seen

@@ -445,7 +445,7 @@ class TestReadingBesideAWriter:
         with subprocess.Popen(
             script(
                 """
-for seq in range(1, 201):
+for seq in range(1, 101):
     ledger = Ledger.open(directory)
     ledger.commit(RunRecord("a", cursors={"w": Cursor(0, 0, seq)}))
     ledger.checkpoint()
@@ -463,7 +463,7 @@ for seq in range(1, 201):
                     seen = found.cursors["w"].seq
         assert 0 == process.returncode
         assert 0 < seen
-        assert record("a", 200).cursors["w"].seq == reader.record("a").cursors["w"].seq  # type: ignore[union-attr]
+        assert record("a", 100).cursors["w"].seq == reader.record("a").cursors["w"].seq  # type: ignore[union-attr]
 
 
 class TestFork:

@@ -111,7 +111,13 @@ def test_a_server_that_hangs_holds_up_neither_logging_nor_flush(
 
 @pytest.mark.parametrize(
     "answer",
-    [faults.status(500), faults.status(502), faults.status(503, {"Retry-After": "0"}), faults.status(504), faults.status(429)],
+    [
+        faults.status(500),
+        faults.status(502),
+        faults.status(503, {"Retry-After": "0"}),
+        faults.status(504),
+        faults.status(429),
+    ],
     ids=["500", "502", "503", "504", "429"],
 )
 def test_errors_of_the_server_are_retried_and_never_a_dead_letter(
@@ -152,7 +158,9 @@ def test_a_refused_login_parks_everything_until_a_person_has_acted(
 
 
 @pytest.mark.compatibility
-@pytest.mark.parametrize("lost", ["runs/create", "runs/log-batch", "runs/update", "mlflow-artifacts", "experiments/create"])
+@pytest.mark.parametrize(
+    "lost", ["runs/create", "runs/log-batch", "runs/update", "mlflow-artifacts", "experiments/create"]
+)
 def test_an_answer_lost_after_the_server_committed_doubles_nothing(
     lost: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
@@ -162,7 +170,9 @@ def test_an_answer_lost_after_the_server_committed_doubles_nothing(
         tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
         log_session(tracker, 0, 2)
         assert tracker.close(60)
-        assert [r for r in proxy.requests if lost in r.path and r.backend_status == 200 and r.status is None], "none was lost"
+        assert [r for r in proxy.requests if lost in r.path and r.backend_status == 200 and r.status is None], (
+            "none was lost"
+        )
     check_session(mlflow_server.url, experiment_name, 2)
 
 

@@ -43,7 +43,9 @@ def test_a_conflicting_param_alone_is_a_dead_letter(
     assert result
     assert 1 == result.dead
     letters = dead_letters(tracker)
-    assert [{"p7": "other"}] == [event.values for event in map(decode, (x.payload for x in letters)) if isinstance(event, Params)]
+    assert [{"p7": "other"}] == [
+        event.values for event in map(decode, (x.payload for x in letters)) if isinstance(event, Params)
+    ]
     assert "p7" in letters[0].reason
     held = the_run(uri, experiment_name)
     assert {f"p{n}": str(n) for n in range(30)} | {f"q{n}": str(n) for n in range(30)} == held.data.params
@@ -150,4 +152,7 @@ def test_a_wiped_server_parks_its_runs_and_takes_new_ones(
     old.log_metric("loss", 0.5, step=1)
     eventually(lambda: tracker.flush(5).parked == 1, 30)
     assert 0 == tracker.flush(5).dead
-    tracker.close()
+    with tracker.start_run("new") as new:
+        new.log_metric("loss", 1.0, step=1)
+    eventually(lambda: ["new"] == [run.info.run_name for run in runs(server.url, experiment_name)], 30)
+    tracker.close(5)

@@ -1,7 +1,7 @@
 """Counters with reasons, and warnings that do not storm: every loss, refusal and delay passes through here.
 
-The counters are plain integers in a dict, guarded by the interpreter's own atomicity being not enough for ``+=``; they are
-touched on rare paths only, never by a logging call that goes well.
+The counters are plain integers in a dict, guarded by the interpreter's own atomicity being not enough for ``+=``;
+they are touched on rare paths only, never by a logging call that goes well.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Tracking URIs: where an outbox delivers to, without the credentials that open it.
 
-A destination is what identifies an outbox, so two spellings of one place must give one destination: relative paths are made
-absolute against the current directory, user names, passwords and secret query arguments are taken off. What was taken off
-stays in memory for a worker thread, and reaches a worker process through its environment; it is never written, logged or
-shown.
+A destination is what identifies an outbox, so two spellings of one place must give one destination: relative paths
+are made absolute against the current directory, user names, passwords and secret query arguments are taken off. What
+was taken off stays in memory for a worker thread, and reaches a worker process through its environment; it is never
+written, logged or shown.
 
-The default follows MLflow: ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory. Since MLflow 3.13 that directory
-holds a SQLite store (``mlruns/mlflow.db``, artifacts beside it) unless it already holds a file store's experiments.
+The default follows MLflow: ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory. Since MLflow 3.13 that
+directory holds a SQLite store (``mlruns/mlflow.db``, artifacts beside it) unless it already holds a file store's
+experiments.
 """
 
 from __future__ import annotations
@@ -160,4 +161,6 @@ def with_credentials(destination: Destination, environment_uri: str | None) -> D
         candidate = resolve(environment_uri)
     except DestinationError:
         return destination
-    return dataclasses.replace(destination, secret_uri=candidate.secret_uri) if candidate == destination else destination
+    return (
+        dataclasses.replace(destination, secret_uri=candidate.secret_uri) if candidate == destination else destination
+    )

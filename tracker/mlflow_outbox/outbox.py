@@ -1,11 +1,11 @@
 """One process's end of an outbox: its journals, its counters, and the worker it starts for delivery.
 
-There is one ``Outbox`` object per outbox directory, worker kind and settings in a process, however many trackers use it. It costs a
-directory check to make; threads, processes and imports come with the first event.
+There is one ``Outbox`` object per outbox directory, worker kind and settings in a process, however many trackers use
+it. It costs a directory check to make; threads, processes and imports come with the first event.
 
-At the exit of the interpreter every outbox gets the chance to deliver what is left, for ``exit_timeout`` seconds in all, and says
-in one line what stays on disk and how to send it. A forked child does not wait: what it wrote is on disk, and its parent's
-worker, or the next one, delivers it.
+At the exit of the interpreter every outbox gets the chance to deliver what is left, for ``exit_timeout`` seconds in
+all, and says in one line what stays on disk and how to send it. A forked child does not wait: what it wrote is on
+disk, and its parent's worker, or the next one, delivers it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Outbox:
         self.worker_kind = worker
         self.counters = Counters()
         self.guard = DiskGuard(directory, settings)
-        self._caretaker = Caretaker(settings.sync_interval, self.counters, each_round=self.guard.look)
+        self._caretaker = Caretaker(settings.sync_interval, self.counters, each_round=self._look)
         self._pid = os.getpid()
         self._begin()
         _outboxes.add(self)
@@ -116,6 +116,14 @@ class Outbox:
                     self.counters.warn_once(
                         "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
                     )
+
+    def _look(self) -> None:
+        """Look at the disk budget, and replace a worker that has died, in the background."""
+        self.guard.look()
+        worker = self._worker
+        if worker is not None and not worker.is_alive():
+            self.counters.add("workers_replaced")
+            self._wake()
 
     def sync(self) -> None:
         """Make everything logged so far survive a power cut."""
@@ -176,7 +184,10 @@ def _say_what_is_left(outbox: Outbox, pending: int, parked: int) -> None:
     if not pending and not parked:
         return
     path = outbox.directory.path
-    parts = [f"{pending:,} events wait" if pending else "", f"{parked:,} events are parked for a person" if parked else ""]
+    parts = [
+        f"{pending:,} events wait" if pending else "",
+        f"{parked:,} events are parked for a person" if parked else "",
+    ]
     logger.warning(
         "mlflow-outbox: %s in %s; nothing is lost. To send them: mlflow-outbox flush --outbox-dir %s",
         " and ".join(part for part in parts if part),

@@ -1,7 +1,7 @@
 """A run as the experiment holds it: every method writes to the journal and returns.
 
-No method raises (unless ``Settings(strict=True)``), waits for MLflow, or imports anything. What cannot be kept is refused with
-one warning per kind and key, and counted.
+No method raises (unless ``Settings(strict=True)``), waits for MLflow, or imports anything. What cannot be kept is
+refused with one warning per kind and key, and counted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ _time_ns = time.time_ns
 class Run:
     """One run. Made by ``MLflowTracker.start_run``; may be used from any thread, and in forked processes.
 
-    Used as a context manager it ends FINISHED, FAILED when an exception leaves the block, or KILLED on KeyboardInterrupt.
+    Used as a context manager it ends FINISHED, FAILED when an exception leaves the block, or KILLED on
+    KeyboardInterrupt.
 
     Attributes:
         run_id: the run's id in the outbox, 32 hex digits; MLflow's own id when the run is one that existed in MLflow.
@@ -83,7 +84,9 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end(_status_after(error))
 
     # -- metrics
@@ -132,7 +135,9 @@ class Run:
 
     def _metric(self, key: object, value: object, step: object, timestamp: Time | None) -> bool:
         name = self._key(key, "metric")
-        return self._keep(Metric(name, checked_value(name, value), self._time(name, timestamp), checked_step(name, step)))
+        return self._keep(
+            Metric(name, checked_value(name, value), self._time(name, timestamp), checked_step(name, step))
+        )
 
     def _metrics(self, metrics: object, step: object, timestamp: Time | None) -> bool:
         given = checked_mapping(metrics, "log_metrics")
@@ -249,7 +254,8 @@ class Run:
                 msg = f"{printable(root)!r} is not a directory; use log_artifact for a file"
                 raise ArtifactRefused("bad_file", msg)
             results = [
-                self.log_artifact(file, posixpath.join(folder, below) if below else folder) for file, below in _walk(root)
+                self.log_artifact(file, posixpath.join(folder, below) if below else folder)
+                for file, below in _walk(root)
             ]
             return all(results)
 
@@ -359,9 +365,7 @@ class Run:
 
         return self._attempt(log)
 
-    def begin(
-        self, run_name: object, user: str, tags: Mapping[str, Any], time: Time | None, *, resumed: bool
-    ) -> bool:
+    def begin(self, run_name: object, user: str, tags: Mapping[str, Any], time: Time | None, *, resumed: bool) -> bool:
         """Write the event with which a writer begins; called once, by the tracker.
 
         Args:
@@ -398,7 +402,8 @@ class Run:
                 raise
             self._counters.add("internal_errors")
             self._counters.warn_once(
-                ("internal", type(error), str(error)[:80]), f"mlflow-outbox: a logging call failed: {printable(repr(error), 300)}"
+                ("internal", type(error), str(error)[:80]),
+                f"mlflow-outbox: a logging call failed: {printable(repr(error), 300)}",
             )
             return False
 
@@ -451,7 +456,8 @@ class Run:
             return self._now_ms()
         if looks_like_seconds(given):
             self._counters.warn_once(
-                ("seconds", what), f"mlflow-outbox: the time {given!r} of {printable(what)!r} looks like seconds; times are ms"
+                ("seconds", what),
+                f"mlflow-outbox: the time {given!r} of {printable(what)!r} looks like seconds; times are ms",
             )
         return checked_time_ms(what, given)
 

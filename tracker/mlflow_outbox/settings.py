@@ -77,6 +77,14 @@ class Settings:
     #: Seconds that a worker process goes on delivering after the last program that logs has ended.
     linger: float = 60.0
 
+    #: Seconds that MLflow's own API, through an ``outbox+`` tracking URI, waits for the server to create or name a
+    #: run, an experiment or a model before it goes on with a provisional id; 0 never asks.
+    create_timeout: float = 2.0
+    #: Seconds that any other read through such a URI may wait for one answer before the local one is given.
+    read_timeout: float = 10.0
+    #: What delivers for such a URI: "thread", "process", or "none" to only write, offline.
+    worker: WorkerKind = "thread"
+
     #: Directory under which outboxes are made, one per destination; None means ``./.mlflow-outbox``.
     root: Path | None = None
     #: Exact directory for the ledger, when it must not be inside the outbox; None decides by file system.
@@ -93,7 +101,7 @@ class Settings:
         if self.batch_points > 1000:
             msg = f"the setting batch_points={self.batch_points} must be at most 1000, MLflow's limit for one request"
             raise InvalidSettings(msg)
-        for name, kind in (("sync", SyncLevel), ("verify", VerifyLevel)):
+        for name, kind in (("sync", SyncLevel), ("verify", VerifyLevel), ("worker", WorkerKind)):
             value = getattr(self, name)
             if value not in get_args(kind):
                 allowed = ", ".join(repr(choice) for choice in get_args(kind))
@@ -143,6 +151,8 @@ _LEAST: dict[str, float] = {
     "parked_retry": 0.001,
     "retention": 0,
     "linger": 0,
+    "create_timeout": 0,
+    "read_timeout": 0.001,
 }
 
 

@@ -1,7 +1,8 @@
 """The API that autopilot sessions call, and the way to runs of one's own.
 
-Making a tracker checks its outbox directory and does nothing else: no network, no thread, no import of mlflow. Everything that logs goes to
-the journal; the three calls that ask MLflow something (``experiment_id``, ``client``, ``get_*``) say clearly when they cannot reach it.
+Making a tracker checks its outbox directory and does nothing else: no network, no thread, no import of mlflow.
+Everything that logs goes to the journal; the three calls that ask MLflow something (``experiment_id``, ``client``,
+``get_*``) say clearly when they cannot reach it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class MLflowTracker:
         tracking_uri: where to deliver; None means ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory.
         outbox_dir: directory under which outboxes are made, one per destination; None means ``MLFLOW_OUTBOX_DIR``, else
             ``./.mlflow-outbox``.
-        worker: "thread" delivers in the background of this process, "process" in one of its own that outlives this one, "none" only
-            writes: offline, to be delivered later.
+        worker: "thread" delivers in the background of this process, "process" in one of its own that outlives this
+            one, "none" only writes: offline, to be delivered later.
         settings: the options; None reads them from the environment.
 
     Raises:
@@ -95,7 +96,9 @@ class MLflowTracker:
     def __enter__(self) -> MLflowTracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # -- what it is
@@ -158,7 +161,8 @@ class MLflowTracker:
 
         Args:
             run_name: its name; None lets MLflow choose one.
-            run_id: a run of this outbox (also one of an earlier process, offline too) or an existing run of MLflow to go on with.
+            run_id: a run of this outbox (also one of an earlier process, offline too) or an existing run of MLflow to
+                go on with.
             tags: its first tags.
             start_time: wall-clock time in milliseconds since the epoch, or a datetime; None is now.
 
@@ -237,7 +241,9 @@ class MLflowTracker:
             paths = [plot_paths] if isinstance(plot_paths, (str, os.PathLike)) else list(plot_paths)
         except TypeError:
             self._counters.add("refused_bad_mapping")
-            self._counters.warn_once("plots", f"mlflow-outbox: log_visualizations takes paths, not a {type(plot_paths).__name__}")
+            self._counters.warn_once(
+                "plots", f"mlflow-outbox: log_visualizations takes paths, not a {type(plot_paths).__name__}"
+            )
             return
         run = self._summary_run(None)
         for path in paths:
@@ -262,13 +268,18 @@ class MLflowTracker:
                 raise
             self._counters.add("unreadable_objects")
             self._counters.warn_once(
-                ("unreadable", what, type(error)), f"mlflow-outbox: {what} could not be read: {printable(repr(error), 200)}"
+                ("unreadable", what, type(error)),
+                f"mlflow-outbox: {what} could not be read: {printable(repr(error), 200)}",
             )
             return
         for thing, reason in content.refused:
             self._counters.add("unreadable_fields")
-            self._counters.warn_once(("field", what, thing), f"mlflow-outbox: {what}: {printable(thing)} is not logged: {reason}")
-        target = run(content.start_time_ms) if run else self.start_run(content.run_name, start_time=content.start_time_ms)
+            self._counters.warn_once(
+                ("field", what, thing), f"mlflow-outbox: {what}: {printable(thing)} is not logged: {reason}"
+            )
+        target = (
+            run(content.start_time_ms) if run else self.start_run(content.run_name, start_time=content.start_time_ms)
+        )
         if content.params:
             target.log_params(content.params)
         if content.metrics:
@@ -297,8 +308,8 @@ class MLflowTracker:
     def get_all_runs(self) -> list[dict[str, Any]]:
         """Return all runs of the experiment, newest first, what has not arrived in MLflow yet included.
 
-        Each is a dict of ``run_id`` (MLflow's when it has one), ``run_name``, ``metrics``, ``params``, ``status``, and ``source``: "mlflow",
-        "outbox", or "mlflow+outbox" when the outbox knows more than MLflow.
+        Each is a dict of ``run_id`` (MLflow's when it has one), ``run_name``, ``metrics``, ``params``, ``status``,
+        and ``source``: "mlflow", "outbox", or "mlflow+outbox" when the outbox knows more than MLflow.
         """
         if self._outbox is None:
             return []

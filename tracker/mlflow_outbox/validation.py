@@ -1,10 +1,10 @@
 """What a logging call accepts, turned into what an event holds; the limits are MLflow's own.
 
-The functions raise one of the ``EventRefused`` errors with a sentence that names the key and the remedy; the caller decides
-whether that is raised or warned about and counted.
+The functions raise one of the ``EventRefused`` errors with a sentence that names the key and the remedy; the caller
+decides whether that is raised or warned about and counted.
 
-Limits and the key pattern: mlflow/utils/validation.py (MLflow 3.9 to 3.18). Steps and times outside int64 are refused here
-because MLflow's server answers them with 200 and stores something else.
+Limits and the key pattern: mlflow/utils/validation.py (MLflow 3.9 to 3.18). Steps and times outside int64 are refused
+here because MLflow's server answers them with 200 and stores something else.
 """
 
 from __future__ import annotations

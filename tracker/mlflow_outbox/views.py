@@ -1,17 +1,33 @@
 """Events folded into what a reader of runs sees: the same answer that MLflow gives once everything has arrived.
 
-The rules are MLflow's own: a param keeps its first value, a tag its last, the latest point of a metric is the one with the
-largest (step, time, value). "Last" across several writers of one run (ranks, a resumed job) means the later wall-clock time;
-within one writer it means the order of its calls, whatever its clock did.
+The rules are MLflow's own: a param keeps its first value, a tag its last, the latest point of a metric is the one
+with the largest (step, time, value). "Last" across several writers of one run (ranks, a resumed job) means the later
+wall-clock time; within one writer it means the order of its calls, whatever its clock did.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, Final
 
 import msgspec
 
-from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
+from mlflow_outbox.spool.events import (
+    Artifact,
+    Event,
+    FileFor,
+    Metric,
+    Metrics,
+    Params,
+    Request,
+    RunEnded,
+    RunStarted,
+    Tags,
+)
+
+#: Requests that are folded at once and need not be kept; the bulk of traces, which no reader of runs asks for, is
+#: dropped too.
+_NOT_KEPT: Final = frozenset({"delete_tag", "update_run_info", "delete_run", "restore_run", "log_spans"})
 
 
 class Register(msgspec.Struct, array_like=True):
@@ -39,8 +55,23 @@ class File(msgspec.Struct, array_like=True):
     time_ms: int
 
 
+class Kept(msgspec.Struct, array_like=True):
+    """A request that readers fold themselves: operation, arguments as JSON, time in ms, id that MLflow gave."""
+
+    operation: str
+    arguments: bytes
+    time_ms: int
+    known: str
+
+
 class RunView(msgspec.Struct):
-    """One run as its events so far describe it; ``status`` is RUNNING until an event says otherwise."""
+    """One run as its events so far describe it; ``status`` is RUNNING until an event says otherwise.
+
+    Attributes:
+        lifecycle: "active" or "deleted".
+        files: of models and traces, by owner and path.
+        requests: in order; what they mean is known to who reads them.
+    """
 
     name: str = ""
     user: str = ""
@@ -51,6 +82,9 @@ class RunView(msgspec.Struct):
     tags: dict[str, Register] = {}
     metrics: dict[str, Latest] = {}
     artifacts: dict[str, File] = {}
+    lifecycle: str = "active"
+    files: dict[str, dict[str, File]] = {}
+    requests: list[Kept] = []
 
     def fold(self, event: Event, writer: str) -> None:
         """Take one event of a writer into account; events of one writer must come in their order."""
@@ -70,9 +104,35 @@ class RunView(msgspec.Struct):
             self.artifacts[event.path] = File(event.sha256, event.size, event.time_ms)
         elif isinstance(event, RunStarted):
             self._started(event, writer)
+        elif isinstance(event, Request):
+            self._requested(event, writer)
+        elif isinstance(event, FileFor):
+            self.files.setdefault(event.owner, {})[event.path] = File(event.sha256, event.size, event.time_ms)
         elif isinstance(event, RunEnded) and wins(self.status, event.time_ms, writer):
             self.status = Register(event.status, event.time_ms, writer)
             self.end_time_ms = event.time_ms if event.status not in {"RUNNING", "SCHEDULED"} else None
+
+    def _requested(self, event: Request, writer: str) -> None:
+        if event.operation not in _NOT_KEPT:
+            self.requests.append(Kept(event.operation, event.arguments, event.time_ms, event.known))
+            return
+        if event.operation == "delete_run":
+            self.lifecycle = "deleted"
+        elif event.operation == "restore_run":
+            self.lifecycle = "active"
+        elif event.operation == "delete_tag":
+            self.tags.pop(str(self._arguments(event).get("key")), None)
+        elif event.operation == "update_run_info":
+            self.name = str(self._arguments(event).get("run_name") or self.name)
+            self.set_tag("mlflow.runName", self.name, event.time_ms, writer)
+
+    @staticmethod
+    def _arguments(event: Request) -> dict[str, Any]:
+        try:
+            found = msgspec.json.decode(event.arguments)
+        except msgspec.DecodeError:  # delivery makes a dead letter of it
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def set_tag(self, key: str, value: str, time_ms: int, writer: str) -> bool:
         """Set a tag unless another writer set it later; return whether it was set."""

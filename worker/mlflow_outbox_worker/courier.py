@@ -2,18 +2,19 @@
 
 Exactly once in effect
 ----------------------
-* A run is looked for by its tag before it is created, always: whatever became of an earlier attempt, here or on another machine,
-  it is found. The map from local to MLflow id is recorded before anything else is sent.
+* A run is looked for by its tag before it is created, always: whatever became of an earlier attempt, here or on
+  another machine, it is found. The map from local to MLflow id is recorded before anything else is sent.
 * The cursor moves after the answers, in one transaction with the view and the dead letters. A kill in between sends the
-  window again: the stores keep a param, a tag, an artifact or (SQL stores) a metric point once however often it is sent.
-* A store that does not deduplicate points (``file:``) gets a note in the ledger before a window is sent. If the note is still there
-  at the next attempt, the window is compared with the run's history and only what is missing is sent. For such a store two
-  identical points (key, value, time, step) are one, as they are for the others.
-* A create whose answer was lost may still be carried out after the search that did not find it. So such a run is searched once more
-  when it is complete, and an empty twin is deleted.
+  window again: the stores keep a param, a tag, an artifact or (SQL stores) a metric point once however often it is
+  sent.
+* A store that does not deduplicate points (``file:``) gets a note in the ledger before a window is sent. If the note
+  is still there at the next attempt, the window is compared with the run's history and only what is missing is sent.
+  For such a store two identical points (key, value, time, step) are one, as they are for the others.
+* A create whose answer was lost may still be carried out after the search that did not find it. So such a run is
+  searched once more when it is complete, and an empty twin is deleted.
 
-A permanent refusal of a request is narrowed down by halving until the one event that MLflow refuses is alone: that becomes a dead
-letter, everything around it arrives.
+A permanent refusal of a request is narrowed down by halving until the one event that MLflow refuses is alone: that
+becomes a dead letter, everything around it arrives.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory, create_private
-from mlflow_outbox.spool.events import Event, RunEnded, encode
+from mlflow_outbox.spool.events import Event, RunEnded, RunStarted, encode
+from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import Broken, RunReader, Window
 from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
 from mlflow_outbox.views import RunView
@@ -184,6 +186,18 @@ class Courier:
             self._ledger.commit(record)
             return
         name = record.experiment
+        remembered = name in self._experiments
+        try:
+            self._find_or_create(record, started, header)
+        except Parked:
+            if not remembered:
+                raise
+            self._experiments.pop(name, None)  # it was deleted, or the server's database replaced, since we asked
+            self._find_or_create(record, started, header)
+        self._ledger.commit(record)
+
+    def _find_or_create(self, record: RunRecord, started: RunStarted | None, header: SegmentHeader | None) -> None:
+        name = record.experiment
         if name not in self._experiments:
             self._experiments[name] = self._ask("create_experiment", lambda: self._sink.experiment_id(name))
         record.experiment_id = self._experiments[name]
@@ -208,11 +222,6 @@ class Courier:
                 ),
             )
             record.creating = unknown
-        self._ledger.commit(record)
-
-    def forget_experiment(self, name: str) -> None:
-        """Ask MLflow for an experiment again next time, because it may have been deleted."""
-        self._experiments.pop(name, None)
 
     def _ask(self, operation: str, request: Callable[[], T]) -> T:
         """Make a request that concerns no single event: it succeeds, or the whole run waits."""
@@ -338,7 +347,9 @@ class Courier:
 
     def _quarantine(self, broken: Broken) -> None:
         """Keep the bytes that were no intact frames, before the cursor moves past them."""
-        name = f"{self._directory_name(broken)}-{broken.path.stem}-{broken.start}-{broken.end}-{secrets.token_hex(3)}.bin"
+        name = (
+            f"{self._directory_name(broken)}-{broken.path.stem}-{broken.start}-{broken.end}-{secrets.token_hex(3)}.bin"
+        )
         self._counters.warn_once(
             ("broken", broken.path.name, broken.start),
             f"mlflow-outbox: bytes {broken.start} to {broken.end} of {broken.path} are {broken.kind} ({broken.reason}); "
@@ -346,9 +357,10 @@ class Courier:
         )
         try:
             os.makedirs(self._directory.quarantine, 0o700, exist_ok=True)
-            with open(broken.path, "rb") as source, os.fdopen(
-                create_private(self._directory.quarantine / name), "wb"
-            ) as copy:
+            with (
+                open(broken.path, "rb") as source,
+                os.fdopen(create_private(self._directory.quarantine / name), "wb") as copy,
+            ):
                 source.seek(broken.start)
                 copy.write(source.read(min(broken.end - broken.start, _QUARANTINE_BYTES)))
         except OSError:

@@ -44,6 +44,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,7 +89,9 @@ CHECKPOINT_PATIENCE: Final = 0.5
 #: Pages given back by one checkpoint: 4 MB, a few milliseconds.
 _VACUUM_PAGES: Final = 1000
 #: Attempts of a Reader to see the same file before and after a query.
-_READ_ATTEMPTS: Final = 5
+_READ_ATTEMPTS: Final = 8
+#: Seconds between two of them: a writer opens or closes the file in about a millisecond.
+_READ_PAUSE: Final = 0.002
 
 Row = tuple[Any, ...]
 
@@ -255,10 +258,12 @@ class Reader:
                     rows = self._query_once(sql, arguments, shared=shared)
                     if shared or dbfile.look(self._directory) == before:
                         return rows
-                except (sqlite3.Error, LedgerUnavailable):
-                    # Tried again when the writer came, went or began anew meanwhile.
-                    if not attempts or dbfile.look(self._directory) == before:
+                except (sqlite3.Error, LedgerUnavailable) as error:
+                    # Tried again when the writer came, went or began anew meanwhile, or is just about to.
+                    passing = isinstance(error, sqlite3.OperationalError) or dbfile.look(self._directory) != before
+                    if not attempts or not passing:
                         raise
+                    time.sleep(_READ_PAUSE)
                 if not attempts:
                     msg = f"the ledger {self._path} changes too fast to be read"
                     raise LedgerUnavailable(msg)

@@ -1,16 +1,17 @@
 """The loop that delivers an outbox: which run next, when again, and when to rest.
 
-One object delivers one outbox, in a thread of the experiment, in a process of its own, or for a command: the loop is the same. It works
-while it holds the lease; without it, it stands by and takes over when the holder dies.
+One object delivers one outbox, in a thread of the experiment, in a process of its own, or for a command: the loop is
+the same. It works while it holds the lease; without it, it stands by and takes over when the holder dies.
 
-* Runs are sent side by side by as many lanes (threads) as the store can take; one run's events go in order through one lane at a time.
-  A run gets a turn of some windows, then the next one: a long backlog holds up nobody.
-* A failed run waits by its own back-off, so it never holds up another. A failure that says something about the destination (no
-  connection, a time-out, 5xx, 401, a login page) makes all runs wait by the destination's back-off, and then one run at a time
-  tries, a different one each time, until one succeeds: no storm on a server that is coming back.
+* Runs are sent side by side by as many lanes (threads) as the store can take; one run's events go in order through
+  one lane at a time. A run gets a turn of some windows, then the next one: a long backlog holds up nobody.
+* A failed run waits by its own back-off, so it never holds up another. A failure that says something about the
+  destination (no connection, a time-out, 5xx, 401, a login page) makes all runs wait by the destination's back-off,
+  and then one run at a time tries, a different one each time, until one succeeds: no storm on a server that is coming
+  back.
 * Nothing here gives up. A parked run or destination is tried again slowly, and at once when somebody asks to hurry.
-* An idle loop looks at the doorbell and at the sizes of the segments that are being written, nothing else: ten thousand waiting runs
-  cost nothing while they wait.
+* An idle loop looks at the doorbell and at the sizes of the segments that are being written, nothing else: ten
+  thousand waiting runs cost nothing while they wait.
 """
 
 from __future__ import annotations
@@ -153,7 +154,9 @@ class Delivery:
     def is_idle(self) -> bool:
         """Return whether everything that is on disk was delivered, as far as the last look told."""
         with self._condition:
-            return self._lease.is_held() and not self._ready and not any(s.busy or s.pending for s in self._slots.values())
+            return (
+                self._lease.is_held() and not self._ready and not any(s.busy or s.pending for s in self._slots.values())
+            )
 
     # -- the loop
 
@@ -178,7 +181,9 @@ class Delivery:
 
     def _trouble(self, reason: str, error: BaseException) -> None:
         self._counters.add(reason)
-        self._counters.warn_once((reason, type(error), str(error)[:80]), f"mlflow-outbox: delivery: {printable(repr(error), 300)}")
+        self._counters.warn_once(
+            (reason, type(error), str(error)[:80]), f"mlflow-outbox: delivery: {printable(repr(error), 300)}"
+        )
 
     def _pause(self, seconds: float) -> None:
         self._wakeup.wait(seconds)
@@ -187,7 +192,8 @@ class Delivery:
     def _hold(self) -> None:
         """Deliver as long as the lease is sound."""
         self._ledger = Ledger.open(
-            self._settings.ledger_dir or self._directory.ledger, report=lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}")
+            self._settings.ledger_dir or self._directory.ledger,
+            report=lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
         )
         self._slots, self._ready = {}, collections.deque()
         self._hurry = self._directory.hurry_asked()
@@ -341,7 +347,13 @@ class Delivery:
             self._park_destination(f"{type(error).__name__}: {error}")
             return False
         self._courier = Courier(
-            self._directory, self._sink, self._ledger, self._settings, self._counters, now_ms=self._now_ms, stopped=self.is_stopped
+            self._directory,
+            self._sink,
+            self._ledger,
+            self._settings,
+            self._counters,
+            now_ms=self._now_ms,
+            stopped=self.is_stopped,
         )
         return True
 
@@ -349,7 +361,9 @@ class Delivery:
 
     def _start_lane(self, run_id: str) -> None:
         self._lanes += 1
-        lane = threading.Thread(target=self._take_turn, args=(run_id,), name=f"mlflow-outbox-lane-{self._lanes}", daemon=True)
+        lane = threading.Thread(
+            target=self._take_turn, args=(run_id,), name=f"mlflow-outbox-lane-{self._lanes}", daemon=True
+        )
         try:
             lane.start()
         except RuntimeError:  # no threads left, or the interpreter is exiting: go on in this one
@@ -367,7 +381,6 @@ class Delivery:
         except Later as later:
             self._later(run_id, later)
         except Parked as parked:
-            courier.forget_experiment(_experiment(ledger, run_id))
             self._parked(run_id, parked)
         except (LedgerUnavailable, OSError) as error:
             self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
@@ -467,14 +480,6 @@ class Delivery:
         self._noted = state
         with contextlib.suppress(LedgerUnavailable):
             self._ledger.set_meta("destination", msgspec.msgpack.encode(DestinationNote(state, reason, self._now_ms())))
-
-
-def _experiment(ledger: Ledger, run_id: str) -> str:
-    try:
-        record = ledger.record(run_id)
-    except LedgerUnavailable:
-        return ""
-    return record.experiment if record is not None else ""
 
 
 def _size(path: Path) -> int:

@@ -1,7 +1,8 @@
 """The end of a run's delivery: reading back, looking for twins, filing.
 
-Nothing is marked delivered because it was sent: MLflow is asked. What it lacks is sent again once, from the beginning, which
-harms nothing; what it still lacks then needs a person, and the run is parked with the differences named.
+Nothing is marked delivered because it was sent: MLflow is asked. What it lacks is sent again once, from the
+beginning, which harms nothing; what it still lacks then needs a person, and the run is parked with the differences
+named.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Flush: have an outbox delivered now, by whichever worker holds it, and say what is left.
 
 A flush does not deliver itself. It asks the worker to hurry, which cuts back-offs short, and watches the ledger until
-the cursors have passed where the journals ended when it was called. So it works the same from the experiment, from another
-process, and while the experiment goes on logging; and a server that hangs cannot hold it up beyond its time.
+the cursors have passed where the journals ended when it was called. So it works the same from the experiment, from
+another process, and while the experiment goes on logging; and a server that hangs cannot hold it up beyond its time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One worker per outbox: a lock that the kernel releases when its holder dies.
 
-``worker.lock`` is locked with flock and never unlinked (a lock on a file that is no longer there excludes nobody). Its content says who
-holds it, for messages only: what decides is the lock. The file's identity is checked after locking, so that somebody who removed
-or replaced it meanwhile cannot make two workers.
+``worker.lock`` is locked with flock and never unlinked (a lock on a file that is no longer there excludes nobody).
+Its content says who
+holds it, for messages only: what decides is the lock. The file's identity is checked after locking, so that somebody
+who removed or replaced it meanwhile cannot make two workers.
 
 Processes on another machine are not excluded by flock on every network file system; see ``host_lease`` for those.
 """

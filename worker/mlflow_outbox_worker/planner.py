@@ -1,11 +1,14 @@
 """From the events of one run to the fewest requests that keep its meaning.
 
 * Metric points travel in batches of up to 1000, with tags beside them.
-* Params travel apart from metrics: MLflow refuses a whole batch for one conflicting param (facts, 2a). Of two values for a key the
-  first goes with the others, the second alone, so that MLflow itself gives the answer that becomes a dead letter.
-* Of several values of a tag, contents of an artifact path, or statuses only the last is sent; a value that another writer
-  has overtaken already is not sent at all.
+* Params travel apart from metrics: MLflow refuses a whole batch for one conflicting param (facts, 2a). Of two values
+  for a key the first goes with the others, the second alone, so that MLflow itself gives the answer that becomes a
+  dead letter.
+* Of several values of a tag, contents of an artifact path, or statuses only the last is sent; a value that another
+  writer has overtaken already is not sent at all.
 * The status goes last, so that a run is not shown as finished before it is complete.
+* A request of MLflow's own (a deleted tag, a logged model) is a barrier: it goes after all that precedes it, before
+  all that follows.
 
 Pure: no I/O, no clock.
 """
@@ -16,7 +19,18 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
+from mlflow_outbox.spool.events import (
+    Artifact,
+    Event,
+    FileFor,
+    Metric,
+    Metrics,
+    Params,
+    Request,
+    RunEnded,
+    RunStarted,
+    Tags,
+)
 from mlflow_outbox.views import Register, RunView, wins
 from mlflow_outbox_worker.sink import MetricPoint
 
@@ -74,7 +88,19 @@ class SetStatus(NamedTuple):
     time_ms: int
 
 
-Step = Batch | Upload | SetStatus
+class Call(NamedTuple):
+    """A request of MLflow's own, made in its place."""
+
+    request: Request
+
+
+class UploadFor(NamedTuple):
+    """A file of something that is no run."""
+
+    file: FileFor
+
+
+Step = Batch | Upload | SetStatus | Call | UploadFor
 
 
 class Plan(NamedTuple):
@@ -92,6 +118,32 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
         view: the run as delivered before these events; not changed.
         batch_points: metric points in one request, at most 1000.
     """
+    if not any(type(event) in {Request, FileFor} for _, event in events):
+        return _plan(events, view, batch_points)
+    steps: list[Step] = []
+    ended: bool | None = None
+    # What was decided before a barrier holds after it: a scratch view knows tags and status, and no points.
+    scratch = RunView(status=view.status, tags=dict(view.tags))
+    begin = 0
+    for index, (writer, event) in enumerate([*events, ("", None)]):
+        if event is not None and not isinstance(event, (Request, FileFor)):
+            continue
+        part = _plan(events[begin:index], scratch, batch_points)
+        steps += part.steps
+        ended = part.ended if part.ended is not None else ended
+        for earlier_writer, earlier in events[begin:index]:
+            if isinstance(earlier, (Tags, RunStarted, RunEnded)):
+                scratch.fold(earlier, earlier_writer)
+        if isinstance(event, Request):
+            steps.append(Call(event))
+            scratch.fold(event, writer)
+        elif event is not None:
+            steps.append(UploadFor(event))
+        begin = index + 1
+    return Plan(steps, ended)
+
+
+def _plan(events: Sequence[tuple[str, Event]], view: RunView, batch_points: int) -> Plan:
     points: list[MetricPoint] = []
     params: dict[str, str] = {}
     alone: list[Batch] = []
@@ -125,9 +177,7 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
             if isinstance(event, RunEnded) or (isinstance(event, RunStarted) and event.resumed):
                 held = status or view.status
                 if wins(held, event.time_ms, writer):
-                    status = Register(
-                        event.status if isinstance(event, RunEnded) else "RUNNING", event.time_ms, writer
-                    )
+                    status = Register(event.status if isinstance(event, RunEnded) else "RUNNING", event.time_ms, writer)
                     end_time = event.time_ms if status.value not in {"RUNNING", "SCHEDULED"} else None
     time_ms = first_ms if first_ms is not None else (points[0].time_ms if points else 0)
     steps: list[Step] = []

@@ -1,9 +1,10 @@
 """The worker as a process of its own, which outlives the experiment for as long as there is something to deliver.
 
-The experiment starts ``python -m mlflow_outbox_worker DIRECTORY`` in a session of its own, so that neither ctrl-C nor the killing of the
-experiment's process group ends it. Settings and credentials go through a pipe to its standard input, never over a command line. The
-pipe stays open: its end of file tells the worker that the experiment is gone, whichever way it went. The worker then delivers what
-is left for at most ``linger`` seconds and exits.
+The experiment starts ``python -m mlflow_outbox_worker DIRECTORY`` in a session of its own, so that neither ctrl-C nor
+the killing of the experiment's process group ends it. Settings and credentials go through a pipe to its standard
+input, never over a command line. The
+pipe stays open: its end of file tells the worker that the experiment is gone, whichever way it went. The worker then
+delivers what is left for at most ``linger`` seconds and exits.
 """
 
 from __future__ import annotations
@@ -93,7 +94,11 @@ def start(outbox: Outbox) -> ProcessWorker:
 
 def _import_roots() -> list[str]:
     """Return where a child must look for both halves of this package: the experiment may have found them its own way."""
-    roots = [str(Path(package.__file__).parent.parent) for package in (mlflow_outbox, mlflow_outbox_worker) if package.__file__]
+    roots = [
+        str(Path(package.__file__).parent.parent)
+        for package in (mlflow_outbox, mlflow_outbox_worker)
+        if package.__file__
+    ]
     added = [root for root in dict.fromkeys(roots) if "site-packages" not in root and "dist-packages" not in root]
     return [*added, *filter(None, [environment_for_child().get("PYTHONPATH")])]
 

@@ -1,6 +1,8 @@
-"""Runs as a reader sees them: MLflow's answer with what has not arrived folded in, or the local one when MLflow is away.
+"""Runs as a reader sees them: MLflow's answer with what has not arrived folded in, or the local one when MLflow is
+away.
 
-So a program reads its own writes, whether MLflow is up, down, or was never there, and each run says where it comes from.
+So a program reads its own writes, whether MLflow is up, down, or was never there, and each run says where it comes
+from.
 """
 
 from __future__ import annotations
@@ -181,7 +183,8 @@ def _merged(remote: Iterable[RemoteRun], local: list[LocalRun]) -> list[dict[str
             entries.append(_entry(run.run_id, view, "mlflow+outbox"))
         if own is not None:
             seen.add(own.run_id)
-    # A run that MLflow was given and does not list any more was deleted there; it is shown only if something waits for it.
+    # A run that MLflow was given and does not list any more was deleted there; it is shown only if something waits
+    # for it.
     entries += [run.as_dict() for run in local if run.run_id not in seen and (run.pending or not run.remote_id)]
     return entries
 
@@ -208,5 +211,3 @@ def _entry(run_id: str, view: RunView, source: str) -> dict[str, Any]:
         "end_time": view.end_time_ms,
         "source": source,
     }
-
-

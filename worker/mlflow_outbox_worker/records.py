@@ -22,10 +22,11 @@ class RunRecord(msgspec.Struct):
         run_id: the run's id in this outbox.
         experiment: name of its experiment.
         remote_id: its id in MLflow; "" until the run has been created or found there.
-        creating: a create was tried whose fate may be unknown: search before the next one, and look for twins at the end.
+        creating: a create was tried whose fate may be unknown: search before the next one, and look for twins at the
+            end.
         cursors: how far each writer (by writer id) was delivered.
-        uncertain: where the window began (cursors) whose requests may have been carried out in part; None when all before
-            the cursors is known to have been answered. Only kept for stores that do not deduplicate.
+        uncertain: where the window began (cursors) whose requests may have been carried out in part; None when all
+            before the cursors is known to have been answered. Only kept for stores that do not deduplicate.
         delivered, dead, quarantined, missing: counts of events.
         reason: why the run is parked, or the last error.
         failed_at_ms: wall-clock time of that error.

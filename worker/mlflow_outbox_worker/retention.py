@@ -1,12 +1,12 @@
 """What becomes of a run's files once they are delivered: kept for the retention time, then reclaimed.
 
-Order is everything here. A segment is moved or deleted only after the ledger that says it is delivered is in the database's main
-file and synced (``Ledger.checkpoint``): SQLite may lose the end of its write-ahead log in a power cut without a word, and a ledger that
-goes back in time must still find the segments it then asks for. And it is recorded first, unlinked second: a kill in between
-leaves a file too many, never a record too few.
+Order is everything here. A segment is moved or deleted only after the ledger that says it is delivered is in the
+database's main file and synced (``Ledger.checkpoint``): SQLite may lose the end of its write-ahead log in a power cut
+without a word, and a ledger that goes back in time must still find the segments it then asks for. And it is recorded
+first, unlinked second: a kill in between leaves a file too many, never a record too few.
 
-A file is only ever deleted by its exact name and only if its segment is one that the cursor has passed. Nothing is deleted by age or
-by a directory's name alone, and nothing that is being written.
+A file is only ever deleted by its exact name and only if its segment is one that the cursor has passed. Nothing is
+deleted by age or by a directory's name alone, and nothing that is being written.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-# Imported here, where the worker starts, because it cannot be imported for the first time while the interpreter exits: a script that logs
-# and ends at once would otherwise lose its flush to "can't register atexit after shutdown" somewhere inside of mlflow.
+# Imported here, where the worker starts, because it cannot be imported for the first time while the interpreter
+# exits: a script that logs and ends at once would otherwise lose its flush to "can't register atexit after shutdown"
+# somewhere inside of mlflow.
 import concurrent.futures.thread  # noqa: F401 - see above
 import threading
 from typing import TYPE_CHECKING

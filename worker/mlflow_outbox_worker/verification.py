@@ -1,9 +1,9 @@
 """Reading back: does MLflow hold what the run's events say?
 
-"latest" compares what one request tells (status, params, tags, the latest point of each metric) and lists the artifacts with
-their sizes; "full" compares every point of every metric too. What others did to the run in the meantime is no difference: a later
-point, another value of a tag, further params. What MLflow changes by rule is none either: it cuts long values, and its SQL
-stores hold infinities as the largest finite number (facts, 2a).
+"latest" compares what one request tells (status, params, tags, the latest point of each metric) and lists the
+artifacts with their sizes; "full" compares every point of every metric too. What others did to the run in the
+meantime is no difference: a later point, another value of a tag, further params. What MLflow changes by rule is none
+either: it cuts long values, and its SQL stores hold infinities as the largest finite number (facts, 2a).
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The background thread that makes journals durable: one per process, started by the first event, gone when idle.
 
-Every ``sync_interval`` seconds it syncs what was appended since, writes out what waits in memory for a disk that failed, and
-closes full segments. It holds on to a journal until there is nothing left to do for it, so an experiment may drop its run
-objects at once.
+Every ``sync_interval`` seconds it syncs what was appended since, writes out what waits in memory for a disk that
+failed, and closes full segments. It holds on to a journal until there is nothing left to do for it, so an experiment
+may drop its run objects at once.
 
-A fork leaves the thread behind in the parent; the child starts its own with its first event. At the exit of the interpreter no thread
+A fork leaves the thread behind in the parent; the child starts its own with its first event. At the exit of the
+interpreter no thread
 can be started any more: then the journals are synced by ``close``.
 """
 
@@ -31,9 +32,7 @@ class Caretaker:
         each_round: called at the beginning of each round, for whatever else is looked at in the background.
     """
 
-    def __init__(
-        self, interval: float, counters: Counters, *, each_round: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, interval: float, counters: Counters, *, each_round: Callable[[], None] = lambda: None) -> None:
         self._interval = interval
         self._each_round = each_round
         self._counters = counters
@@ -56,7 +55,7 @@ class Caretaker:
         with self._lock:
             if self._thread is not None:
                 return
-            thread = threading.Thread(target=self._rounds, name="mlflow-outbox-sync", daemon=True)
+            thread = threading.Thread(target=self._rounds, args=(self._stop,), name="mlflow-outbox-sync", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # at interpreter exit, or no threads left: close() syncs instead
@@ -64,8 +63,8 @@ class Caretaker:
                 return
             self._thread = thread
 
-    def _rounds(self) -> None:
-        while not self._stop.wait(self._interval):
+    def _rounds(self, stop: threading.Event) -> None:
+        while not stop.wait(self._interval):
             self.round()
 
     def round(self) -> None:
@@ -83,8 +82,10 @@ class Caretaker:
                     self._watched[key] = journal
 
     def stop(self) -> None:
-        """Do a last round and end the thread."""
-        self._stop.set()
+        """Do a last round and end the thread; a journal that is used again starts a new one."""
+        with self._lock:
+            self._stop.set()
+            self._stop, self._thread = threading.Event(), None
         self.round()
 
 

@@ -12,9 +12,9 @@ Layout::
       doorbell            a line with the run's id for each segment that a writer opened
       hurry               its modification time changes when somebody wants delivery at once
 
-The directory is a trust boundary: whoever may write to it decides what is sent under the user's name. So it is refused when
-it belongs to somebody else, when group or others may enter it, or when it is a symbolic link; and ``outbox.json`` alone says
-where events go, never a segment (rows F90 and F92 of the fault list).
+The directory is a trust boundary: whoever may write to it decides what is sent under the user's name. So it is
+refused when it belongs to somebody else, when group or others may enter it, or when it is a symbolic link; and
+``outbox.json`` alone says where events go, never a segment (rows F90 and F92 of the fault list).
 """
 
 from __future__ import annotations
@@ -343,7 +343,9 @@ def _write_once(path: Path, data: bytes) -> None:
 def _touch(path: Path) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        now = time.time_ns()  # exact, where the file system's own clock has ticks of milliseconds that can hide a change
+        now = (
+            time.time_ns()
+        )  # exact, where the file system's own clock has ticks of milliseconds that can hide a change
         os.utime(fd, ns=(now, now))
     finally:
         os.close(fd)

@@ -8,8 +8,8 @@ Compatibility: numbers are never used again, fields are only ever added at the e
 fields that it does not know (a newer minor version wrote them) and reports kinds that it does not know.
 
 Events carry no run id (a segment belongs to one run) and no sequence number (the frame has it). Times are wall-clock
-milliseconds since the epoch, taken when the logging call was made: they are what makes a metric point the same point when
-it is sent a second time.
+milliseconds since the epoch, taken when the logging call was made: they are what makes a metric point the same point
+when it is sent a second time.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class RunStarted(msgspec.Struct, array_like=True, tag=1, frozen=True, omit_defau
         user: who ran it, as MLflow's ``mlflow.user`` tag.
         tags: the run's first tags.
         resumed: the run existed before, here or in MLflow; it goes on with status RUNNING.
+        experiment_id: MLflow's id of the experiment, or a provisional one; "" when only its name is known.
+        attempted: the caller asked MLflow to create the run and does not know whether that was carried out.
     """
 
     time_ms: int
@@ -46,6 +48,8 @@ class RunStarted(msgspec.Struct, array_like=True, tag=1, frozen=True, omit_defau
     user: str = ""
     tags: dict[str, str] = {}
     resumed: bool = False
+    experiment_id: str = ""
+    attempted: bool = False
 
 
 class Metric(msgspec.Struct, array_like=True, tag=2, frozen=True, gc=False):
@@ -111,7 +115,39 @@ class SegmentClosed(msgspec.Struct, array_like=True, tag=8, frozen=True, gc=Fals
     rotated: bool
 
 
-Event = Union[RunStarted, Metric, Metrics, Params, Tags, Artifact, RunEnded, SegmentClosed]  # noqa: UP007 - msgspec needs the runtime object on 3.10
+class Request(msgspec.Struct, array_like=True, tag=9, frozen=True, gc=False):
+    """A call of MLflow's tracking store that has no event of its own; it is made in its place among the other events.
+
+    Attributes:
+        operation: the store's method, for instance "log_inputs".
+        arguments: its arguments, a JSON object; entities of MLflow are written as ``plugin.codec`` says.
+        known: the id that MLflow gave to what the call creates, which it did already; "" when it is to be made.
+    """
+
+    operation: str
+    arguments: bytes
+    time_ms: int
+    known: str = ""
+
+
+class FileFor(msgspec.Struct, array_like=True, tag=10, frozen=True):
+    """A file of something that is no run, copied when it was logged.
+
+    Attributes:
+        owner: "model:<model id>", or "uri:<artifact URI of MLflow>".
+        path: relative POSIX path below the owner's artifacts, the file name included.
+        sha256: hex digest of the content, which is also the copy's name under ``files/``.
+        size: bytes.
+    """
+
+    owner: str
+    path: str
+    sha256: str
+    size: int
+    time_ms: int
+
+
+Event = Union[RunStarted, Metric, Metrics, Params, Tags, Artifact, RunEnded, SegmentClosed, Request, FileFor]  # noqa: UP007 - msgspec needs the runtime object on 3.10
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)

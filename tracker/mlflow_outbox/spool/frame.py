@@ -9,17 +9,18 @@ A segment is a header followed by frames, all integers little-endian::
     frame     CRC-32 (u32) | sequence number (u32) | length (u16) | payload
     long      CRC-32 (u32) | sequence number (u32) | 0xFFFF | length (u32) | payload of 65,535 bytes or more
 
-The header lies there twice because everything behind it hangs on it: a single damaged sector or bit costs at most the frames
-in it, never the segment.
+The header lies there twice because everything behind it hangs on it: a single damaged sector or bit costs at most the
+frames in it, never the segment.
 
-The CRC of a frame covers everything behind it (sequence number, length, payload) and starts from the segment's *seed*, a random number
-in the header. A frame of another segment, of another run or of a former life of the disk block therefore never passes,
-however intact it is. A payload is never empty, so a run of zeros (what file systems leave after a power cut) is no frame.
+The CRC of a frame covers everything behind it (sequence number, length, payload) and starts from the segment's
+*seed*, a random number in the header. A frame of another segment, of another run or of a former life of the disk
+block therefore never passes, however intact it is. A payload is never empty, so a run of zeros (what file systems
+leave after a power cut) is no frame.
 
 A plain metric event of a four-letter key takes 38 bytes: 10 of framing, 28 of MessagePack.
 
-Sequence numbers count the events of one writer in one run, across its segments, from 0, and wrap at 2**32. A reader knows
-from them that nothing between two frames is missing, and recognises a frame that was written twice.
+Sequence numbers count the events of one writer in one run, across its segments, from 0, and wrap at 2**32. A reader
+knows from them that nothing between two frames is missing, and recognises a frame that was written twice.
 """
 
 from __future__ import annotations
@@ -198,7 +199,9 @@ def _header_at(data: bytes | bytearray, at: int) -> tuple[SegmentHeader, int] | 
 
 def _supported(header: SegmentHeader) -> SegmentHeader:
     if header.version > FORMAT_VERSION:
-        msg = f"the segment has format version {header.version}, this is version {FORMAT_VERSION}; upgrade to deliver it"
+        msg = (
+            f"the segment has format version {header.version}, this is version {FORMAT_VERSION}; upgrade to deliver it"
+        )
         raise NewerFormat(msg)
     return header
 

@@ -1,7 +1,8 @@
 """The disk budget: when new events are refused so that neither the outbox nor the disk overflows.
 
-Looked at in the background, never by a logging call; a call only reads the last verdict. What is undelivered is never deleted to make room: at
-the cap the newest events are refused and counted, and logging goes on by itself as soon as delivery has made room.
+Looked at in the background, never by a logging call; a call only reads the last verdict. What is undelivered is never
+deleted to make room: at the cap the newest events are refused and counted, and logging goes on by itself as soon as
+delivery has made room.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Final
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 
-#: Seconds between two measurements of the outbox's size, which walks its directories; free space is looked at every time.
+#: Seconds between two measurements of the outbox's size, which walks its directories; free space is looked at every
+#: time.
 _MEASURE_EVERY: Final = 10.0
 
 

@@ -4,31 +4,32 @@ Invariants
 ----------
 * ``append`` makes one ``write(2)`` and returns; when it returned True the event is in the page cache (or, with the disk
   failing, in bounded memory) and survives any death of the process.
-* A segment file has one writer, is only appended to, and is cut back to a frame boundary when a write was short. Sequence
-  numbers rise by one from frame to frame and from segment to segment of a writer.
-* No call made by a user waits for an fsync (except at ``sync="always"``, whose meaning that is), for SQLite, for the network,
-  or for another process.
+* A segment file has one writer, is only appended to, and is cut back to a frame boundary when a write was short.
+  Sequence numbers rise by one from frame to frame and from segment to segment of a writer.
+* No call made by a user waits for an fsync (except at ``sync="always"``, whose meaning that is), for SQLite, for the
+  network, or for another process.
 
 Threads, signals, forks
 -----------------------
-One re-entrant lock per journal orders the threads. A signal handler or a ``__del__`` can interrupt ``append`` inside the lock
-in its own thread; such a nested call must neither wait nor disturb the sequence, so it writes to a journal of its own: another
-writer of the same run, made on demand. A forked child drops the inherited descriptor and goes on as a new writer too. So
-whatever happens, each sequence of numbers has exactly one author.
+One re-entrant lock per journal orders the threads. A signal handler or a ``__del__`` can interrupt ``append`` inside
+the lock in its own thread; such a nested call must neither wait nor disturb the sequence, so it writes to a journal
+of its own: another writer of the same run, made on demand. A forked child drops the inherited descriptor and goes on
+as a new writer too. So whatever happens, each sequence of numbers has exactly one author.
 
-An exception that a signal handler raises (KeyboardInterrupt) can arrive between the write and the count. The journal then asks
-the file how long it is, so that the number of a frame that was written is never given twice.
+An exception that a signal handler raises (KeyboardInterrupt) can arrive between the write and the count. The journal
+then asks the file how long it is, so that the number of a frame that was written is never given twice.
 
 When the disk fails
 -------------------
-A write that fails or is short sends the event to a ring in memory, ``memory_bytes`` large. While the ring holds anything, new
-events queue behind it (order is kept) and the disk is tried again by the background sync and, at most every 50 ms, by a call. A full
-ring refuses the newest event and counts it.
+A write that fails or is short sends the event to a ring in memory, ``memory_bytes`` large. While the ring holds
+anything, new events queue behind it (order is kept) and the disk is tried again by the background sync and, at most
+every 50 ms, by a call. A full ring refuses the newest event and counts it.
 
-A failed fsync means that the kernel has dropped pages it could not write and will not say so again (Rebello et al., ATC 2020),
-so the same descriptor is never synced a second time: the segment is retired, a new one is begun, and the payloads since the
-last good sync, which are kept in memory for this, are written again under their old sequence numbers. A reader that has seen
-them already skips them by number.
+A failed fsync means that the kernel has dropped pages it could not write and will not say so again (Rebello et al.,
+ATC 2020),
+so the same descriptor is never synced a second time: the segment is retired, a new one is begun, and the payloads
+since the last good sync, which are kept in memory for this, are written again under their old sequence numbers. A
+reader that has seen them already skips them by number.
 
 The closing frame of a segment counts as no event: it carries the number that the next event will have.
 

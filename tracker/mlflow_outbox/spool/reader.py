@@ -1,11 +1,12 @@
 """Reading the journals of one run: all its writers, from where reading stopped last time.
 
-A reader never opens a file for writing, takes no lock that a writer could meet, and keeps no descriptor: it may run in another
-process, on another machine, on read-only media, while the run is still being written.
+A reader never opens a file for writing, takes no lock that a writer could meet, and keeps no descriptor: it may run
+in another process, on another machine, on read-only media, while the run is still being written.
 
-The segments of a writer are read in the order of their first number. A segment is *final* once its closing frame was read, once
-the same writer has begun a later one, or once its writer is gone: no living process of this machine holds it (flock), and, if
-it came from another machine or the file system knows no locks, nothing was added for ``settle`` seconds.
+The segments of a writer are read in the order of their first number. A segment is *final* once its closing frame was
+read, once
+the same writer has begun a later one, or once its writer is gone: no living process of this machine holds it (flock),
+and, if it came from another machine or the file system knows no locks, nothing was added for ``settle`` seconds.
 """
 
 from __future__ import annotations

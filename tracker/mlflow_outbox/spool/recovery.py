@@ -4,19 +4,19 @@ Policy
 ------
 A segment is read from its header on, frame by frame. Where no intact frame begins:
 
-* **At the end of a segment whose writer may still be alive** the reader stops and comes back later. A writer appends a frame
-  with one write, so what is there is a frame on its way.
-* **A later intact frame exists.** Everything up to it is *corrupt*: the bytes are reported, to be set aside as they are, and
-  reading goes on behind them. An intact frame is one whose CRC, started from this segment's random seed, is right and whose
-  number is not absurd: a stale block of another file, zeros, or the inside of a payload do not pass.
-* **No later intact frame exists and the writer is gone.** The rest is *torn*: what a power cut or a full disk left of the
-  last write. It is reported too, and the segment is at its end.
+* **At the end of a segment whose writer may still be alive** the reader stops and comes back later. A writer appends
+  a frame with one write, so what is there is a frame on its way.
+* **A later intact frame exists.** Everything up to it is *corrupt*: the bytes are reported, to be set aside as they
+  are, and reading goes on behind them. An intact frame is one whose CRC, started from this segment's random seed, is
+  right and whose number is not absurd: a stale block of another file, zeros, or the inside of a payload do not pass.
+* **No later intact frame exists and the writer is gone.** The rest is *torn*: what a power cut or a full disk left of
+  the last write. It is reported too, and the segment is at its end.
 
-Numbers rise by one. A number that was passed already is a frame that was written again after a failed sync: it is skipped. A
-number that is too high means that frames are *missing*: they are counted, then reading goes on.
+Numbers rise by one. A number that was passed already is a frame that was written again after a failed sync: it is
+skipped. A number that is too high means that frames are *missing*: they are counted, then reading goes on.
 
-This code does not guess: it never repairs a frame, never shortens or rewrites a file, and never declares bytes damaged while
-their writer may still be writing them.
+This code does not guess: it never repairs a frame, never shortens or rewrites a file, and never declares bytes
+damaged while their writer may still be writing them.
 """
 
 from __future__ import annotations

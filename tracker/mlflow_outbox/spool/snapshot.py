@@ -1,11 +1,11 @@
 """Copies of artifact files, named by their content, made when the file is logged.
 
-What MLflow gets is the file as it was at the call: the experiment may go on writing, move or delete it. A copy lies inside the
-run's directory (``files/<sha256>``), so that the directory can be moved to another machine as a whole; the same content
-logged twice is kept once.
+What MLflow gets is the file as it was at the call: the experiment may go on writing, move or delete it. A copy lies
+inside the run's directory (``files/<sha256>``), so that the directory can be moved to another machine as a whole; the
+same content logged twice is kept once.
 
-The source is opened without blocking and must be a regular file: a FIFO would stop the experiment, a device would never end. A
-file that changes while it is copied is taken as read; its digest is that of the copy.
+The source is opened without blocking and must be a regular file: a FIFO would stop the experiment, a device would
+never end. A file that changes while it is copied is taken as read; its digest is that of the copy.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class SnapshotStore:
             limit: bytes; a larger file is refused.
 
         Raises:
-            ArtifactRefused: it is missing, unreadable, not a regular file or too large, or the outbox has no room for it.
+            ArtifactRefused: it is missing, unreadable, not a regular file or too large, or the outbox has no room for
+                it.
         """
         shown = printable(os.fspath(source))
         try:
@@ -145,9 +146,9 @@ def is_digest(text: str) -> bool:
 def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact path") -> str:
     """Return an artifact path in MLflow's form, checked to stay inside the run's artifacts.
 
-    The checks are made at the call and again before delivery, because the journal may come from another machine. Percent
-    signs are decoded as often as they decode to something else, since a server may do so too (mlflow/utils/uri.py,
-    validate_path_is_safe).
+    The checks are made at the call and again before delivery, because the journal may come from another machine.
+    Percent signs are decoded as often as they decode to something else, since a server may do so too
+    (mlflow/utils/uri.py, validate_path_is_safe).
 
     Raises:
         InvalidEvent: it is absolute, climbs out, or has characters that MLflow's servers refuse.

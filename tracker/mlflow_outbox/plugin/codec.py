@@ -1,0 +1,135 @@
+"""MLflow's entities as JSON and back, for the arguments of calls that travel through the journal.
+
+An entity is written as ``{"$": <class>, "v": <content>}``. Content is the JSON form of the protobuf message that MLflow itself sends, so
+it is complete and compatible between MLflow's versions; only metrics (floats that JSON has no word for) and spans, whose
+message does not hold their trace's id, have a form of their own. Only the classes named here are ever made from what is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Final
+
+from google.protobuf.json_format import MessageToDict, ParseDict
+from mlflow.entities import (
+    DatasetInput,
+    ExperimentTag,
+    LoggedModelInput,
+    LoggedModelOutput,
+    LoggedModelParameter,
+    LoggedModelTag,
+    Metric,
+    Param,
+    RunTag,
+    Span,
+    TraceInfo,
+)
+from mlflow.entities.logged_model_status import LoggedModelStatus
+from mlflow.protos import service_pb2
+
+_MESSAGES: Final[dict[str, tuple[Any, Any]]] = {
+    "DatasetInput": (DatasetInput, service_pb2.DatasetInput),
+    "LoggedModelInput": (LoggedModelInput, service_pb2.ModelInput),
+    "LoggedModelOutput": (LoggedModelOutput, service_pb2.ModelOutput),
+    "LoggedModelParameter": (LoggedModelParameter, service_pb2.LoggedModelParameter),
+    "LoggedModelTag": (LoggedModelTag, service_pb2.LoggedModelTag),
+}
+_PAIRS: Final[dict[str, Any]] = {"RunTag": RunTag, "ExperimentTag": ExperimentTag, "Param": Param}
+_METRIC: Final = ("key", "value", "timestamp", "step", "model_id", "dataset_name", "dataset_digest", "run_id")
+
+
+def dumps(arguments: dict[str, Any]) -> bytes:
+    """Return the arguments of a call as JSON.
+
+    Raises:
+        TypeError: a value is of a kind that cannot be written.
+    """
+    return json.dumps({key: _encoded(value) for key, value in arguments.items()}, allow_nan=False).encode()
+
+
+def loads(data: bytes | str) -> dict[str, Any]:
+    """Return the arguments of a call from JSON.
+
+    Raises:
+        ValueError: it is no JSON, or not that of arguments.
+    """
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        msg = "the arguments of a call are a JSON object"
+        raise TypeError(msg)
+    return {key: _decoded(value) for key, value in found.items()}
+
+
+def _encoded(value: Any) -> Any:
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$": "float", "v": repr(value)}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _encoded(item) for key, item in value.items()}
+    return {"$": _name(value), "v": _content(value)}
+
+
+def _name(value: Any) -> str:
+    for base in type(value).__mro__:
+        if base.__name__ in _NAMES:
+            return base.__name__
+    msg = f"a {type(value).__name__} cannot be written to the journal"
+    raise TypeError(msg)
+
+
+def _content(value: Any) -> Any:
+    name = _name(value)
+    if name == "Metric":
+        return {field: _encoded(getattr(value, field, None)) for field in _METRIC}
+    if name in _PAIRS:
+        return {"key": value.key, "value": value.value}
+    if name == "Span":
+        return value.to_dict()
+    if name == "LoggedModelStatus":
+        return value.name
+    if name == "TraceInfo":
+        return value.to_dict()
+    if name == "Assessment":
+        return value.to_dictionary()
+    return MessageToDict(value.to_proto(), preserving_proto_field_name=True)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"$", "v"}:
+        return {key: _decoded(item) for key, item in value.items()}
+    return _made(value["$"], value["v"])
+
+
+def _made(name: str, content: Any) -> Any:
+    if name == "float":
+        return float(content)
+    if name == "Metric":
+        return Metric(**{field: _decoded(content[field]) for field in _METRIC if field in content})
+    if name in _PAIRS:
+        return _PAIRS[name](content["key"], content["value"])
+    if name == "Span":
+        return Span.from_dict(content)
+    if name == "LoggedModelStatus":
+        return LoggedModelStatus[content]
+    if name == "TraceInfo":
+        return TraceInfo.from_dict(content)
+    if name == "Assessment":
+        from mlflow.entities import Assessment
+
+        return Assessment.from_dictionary(content)
+    if name in _MESSAGES:
+        entity, message = _MESSAGES[name]
+        return entity.from_proto(ParseDict(content, message(), ignore_unknown_fields=True))
+    msg = f"{name!r} is no entity that a journal holds"
+    raise ValueError(msg)
+
+
+_NAMES: Final = frozenset({*_MESSAGES, *_PAIRS, "Metric", "Span", "LoggedModelStatus", "TraceInfo", "Assessment"})
