@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from mlflow_outbox import Settings
 
@@ -19,11 +20,9 @@ def client(uri: str) -> Iterator[Any]:
     """Yield MLflow's client for a store; a file store is allowed meanwhile."""
     from mlflow import MlflowClient
 
-    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
         yield MlflowClient(tracking_uri=uri)
-    finally:
-        del os.environ["MLFLOW_ALLOW_FILE_STORE"]
 
 
 def runs(uri: str, experiment: str) -> list[Any]:

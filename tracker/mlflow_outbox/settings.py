@@ -172,6 +172,17 @@ def _parse(variable: str, text: str, kind: Any) -> Any:
     return Path(text) if kind == (Path | None) else text
 
 
+def state_directory() -> Path:
+    """Return where this machine keeps what must not lie on a network file system or beside read-only data.
+
+    That is ``$XDG_STATE_HOME/mlflow-outbox``, or ``~/.local/state/mlflow-outbox``.
+    """
+    given = os.environ.get("XDG_STATE_HOME", "")
+    # The specification of these directories says to ignore a relative path.
+    base = Path(given) if os.path.isabs(given) else Path("~/.local/state").expanduser()
+    return base / "mlflow-outbox"
+
+
 def tracking_uri_from_environment() -> str | None:
     """Return ``MLFLOW_TRACKING_URI``, or None when it is unset or empty."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None

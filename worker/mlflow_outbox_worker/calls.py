@@ -10,10 +10,14 @@ that exists), or carry a tag of the outbox by which what they create is found be
 
 from __future__ import annotations
 
+import contextlib
+import posixpath
 import re
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -27,6 +31,8 @@ from mlflow_outbox_worker.sink import Sink, SinkError
 
 #: Seconds after which an id that no journal seems to explain is sent as it is, for MLflow to judge.
 _PATIENCE: Final = 600.0
+#: Bytes; a larger file of this name is none that MLflow wrote.
+_MLMODEL_BYTES: Final = 16 * 1024 * 1024
 _ROW_EXISTS: Final = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|already been logged", re.IGNORECASE)
 #: Operations whose list argument is sent one by one, so that one row that exists does not hold back the others.
 _ONE_BY_ONE: Final = {"log_outputs": "models", "log_logged_model_params": "params"}
@@ -117,9 +123,30 @@ class Calls:
                 return remote
         return ""
 
-    def forget(self) -> None:
-        """Look every id up again next time."""
-        self._known.clear()
+    @contextlib.contextmanager
+    def content(self, file: Path, path: str) -> Iterator[Path]:
+        """Yield a file with MLflow's ids in it: an ``MLmodel`` names its run, its model and where it lies.
+
+        Args:
+            file: the outbox's copy.
+            path: what it is called in MLflow.
+
+        Raises:
+            Waits: one of the ids is not known yet.
+            SinkError: MLflow had to be asked and could not be.
+        """
+        if posixpath.basename(path) != "MLmodel" or file.stat().st_size > _MLMODEL_BYTES:
+            yield file
+            return
+        text = file.read_bytes().decode("utf-8", "surrogateescape")
+        rewritten = self.rewritten(text)
+        if rewritten == text:
+            yield file
+            return
+        with tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
+            changed = Path(private, "MLmodel")
+            changed.write_bytes(rewritten.encode("utf-8", "surrogateescape"))
+            yield changed
 
     # -- requests
 

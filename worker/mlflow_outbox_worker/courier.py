@@ -29,15 +29,17 @@ from typing import Final, Literal, NamedTuple, TypeVar
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, create_private
-from mlflow_outbox.spool.events import Event, RunEnded, RunStarted, encode
+from mlflow_outbox.spool.events import Event, FileFor, Request, RunEnded, RunStarted, encode
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import Broken, RunReader, Window
 from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
 from mlflow_outbox.views import RunView
+from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
-from mlflow_outbox_worker.planner import Batch, SetStatus, Step, Upload, plan
+from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor, plan
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
 
@@ -109,6 +111,7 @@ class Courier:
         self._now_ms = now_ms
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
+        self._calls = Calls(directory, sink, ledger)
 
     def turn(self, run_id: str) -> Turn:
         """Deliver what there is of a run, up to a fair share.
@@ -185,6 +188,13 @@ class Courier:
             record.remote_id, record.experiment_id = found.run_id, found.experiment_id
             self._ledger.commit(record)
             return
+        if provisional.is_room(record.run_id):
+            local = provisional.experiment_of(record.run_id)
+            if local:
+                record.experiment_id = self._ask("create_experiment", lambda: self._calls.resolved(local))
+            record.remote_id = record.run_id  # it stays a room: there is no run behind it
+            self._ledger.commit(record)
+            return
         name = record.experiment
         remembered = name in self._experiments
         try:
@@ -198,17 +208,24 @@ class Courier:
 
     def _find_or_create(self, record: RunRecord, started: RunStarted | None, header: SegmentHeader | None) -> None:
         name = record.experiment
-        if name not in self._experiments:
-            self._experiments[name] = self._ask("create_experiment", lambda: self._sink.experiment_id(name))
-        record.experiment_id = self._experiments[name]
+        given = started.experiment_id if started is not None else ""
+        if given:
+            record.experiment_id = self._ask("create_experiment", lambda: self._calls.resolved(given))
+        else:
+            if name not in self._experiments:
+                self._experiments[name] = self._ask("create_experiment", lambda: self._sink.experiment_id(name))
+            record.experiment_id = self._experiments[name]
         twins = self._ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))
         if twins:
             record.remote_id = twins[0]
         else:
-            unknown = record.creating
+            unknown = record.creating or (started is not None and started.attempted)
             record.creating = True
             self._ledger.commit(record)
-            tags = dict(started.tags) if started is not None else {}
+            first = started.tags if started is not None else {}
+            tags = self._ask(
+                "create_run", lambda: {key: self._calls.rewritten(value) for key, value in first.items()}
+            )
             tags[RUN_ID_TAG] = record.run_id
             start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
             record.remote_id = self._ask(
@@ -240,12 +257,17 @@ class Courier:
             self._send(record, step, dead)
         elif isinstance(step, Upload):
             self._upload(record, step, dead)
+        elif isinstance(step, Call):
+            self._call(record, step.request, dead)
+        elif isinstance(step, UploadFor):
+            self._upload_for(record, step.file, dead)
         else:
             self._set_status(record, step, dead)
 
     def _send(self, record: RunRecord, batch: Batch, dead: list[DeadLetter]) -> None:
         try:
-            self._sink.log_batch(record.remote_id, batch.points, batch.params, batch.tags)
+            tags = {key: self._calls.rewritten(value) for key, value in batch.tags.items()}
+            self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
         except SinkError as error:
             outcome = self._answered(error, "log_batch")
             if outcome.kind == "already_applied":
@@ -276,6 +298,36 @@ class Courier:
             outcome = self._answered(error, "upload")
             if outcome.kind != "already_applied":
                 dead.append(self._letter(record, artifact, error, outcome))
+
+    def _call(self, record: RunRecord, request: Request, dead: list[DeadLetter]) -> None:
+        def refuse(part: Request, error: SinkError) -> None:
+            outcome = self._answered(error, request.operation)
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, part, error, outcome))
+
+        try:
+            self._calls.make(request, refuse)
+        except (ValueError, TypeError) as error:  # the arguments are no JSON of ours: a newer or damaged journal
+            dead.append(self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
+        except SinkError as error:  # an id in it had to be asked for
+            refuse(request, error)
+
+    def _upload_for(self, record: RunRecord, file: FileFor, dead: list[DeadLetter]) -> None:
+        kind, _, owner = file.owner.partition(":")
+        copy = self._directory.run(record.run_id) / "files" / file.sha256
+        if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
+            dead.append(self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox"))
+            return
+        try:
+            path = checked_artifact_path(file.path)
+            with self._calls.content(copy, path) as content:
+                self._sink.upload_for(kind, self._calls.rewritten(owner), content, path)
+        except InvalidEvent as error:
+            dead.append(self._own_letter(record, file, str(error)))
+        except SinkError as error:
+            outcome = self._answered(error, "upload")
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, file, error, outcome))
 
     def _set_status(self, record: RunRecord, step: SetStatus, dead: list[DeadLetter]) -> None:
         try:

@@ -33,6 +33,7 @@ from mlflow_outbox.errors import DestinationError, LedgerUnavailable, OutboxUnus
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox_worker.calls import Waits
 from mlflow_outbox_worker.courier import Courier, Later, Parked, Turn
 from mlflow_outbox_worker.finish import finish
 from mlflow_outbox_worker.lease import Lease
@@ -378,6 +379,8 @@ class Delivery:
             self._turned(run_id, turn)
             if turn.progress == "idle":
                 finish(self._directory, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+        except Waits:  # for another run's turn; nothing is wrong with the destination
+            self._again(run_id, self._clock() + self._settings.poll_interval)
         except Later as later:
             self._later(run_id, later)
         except Parked as parked:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.courier import Later, Parked, Turn
@@ -42,6 +43,11 @@ def finish(
     """
     record = turn.record
     if not record.remote_id or not directory.run(record.run_id).is_dir():
+        return
+    if provisional.is_room(record.run_id):
+        record.state, record.verified_at_ms = "done", now_ms()
+        ledger.commit(record)
+        file_run(directory, ledger, record.run_id, record.cursors)
         return
     if not record.ended:
         file_segments(directory, ledger, record.run_id, record.cursors)

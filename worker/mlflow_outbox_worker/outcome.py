@@ -25,12 +25,12 @@ import re
 from http import HTTPStatus
 from typing import Literal
 
-from mlflow_outbox_worker.sink import SinkError
+from mlflow_outbox_worker.sink import OPERATIONS, SinkError
 
 OutcomeKind = Literal["delivered", "retry", "parked", "already_applied", "dead_letter", "split"]
 
 #: Requests that carry events of a run, one or many: only their events can become dead letters.
-EVENT_OPERATIONS = frozenset({"log_batch", "update_run", "upload"})
+EVENT_OPERATIONS = frozenset({"log_batch", "update_run", "upload", *OPERATIONS})
 
 _LATER_STATUSES = frozenset({408, 425, 429})
 _LATER_CODES = frozenset({"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED"})

@@ -11,10 +11,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 #: The tag by which a run of an outbox is found in MLflow, whoever created it.
 RUN_ID_TAG = "mlflow_outbox.run_id"
+
+#: The methods of MLflow's tracking store that ``Sink.call`` makes: each concerns what its arguments name, and nothing else.
+OPERATIONS: Final = frozenset(
+    {"delete_tag", "update_run_info", "delete_run", "restore_run", "log_inputs", "log_outputs", "log_batch"}
+    | {"set_experiment_tag", "delete_experiment_tag", "delete_experiment", "restore_experiment", "rename_experiment"}
+    | {"create_logged_model", "finalize_logged_model", "set_logged_model_tags", "delete_logged_model_tag"}
+    | {"log_logged_model_params", "delete_logged_model"}
+    | {"start_trace", "log_spans", "set_trace_tag", "delete_trace_tag", "link_traces_to_run", "unlink_traces_from_run"}
+)
 
 #: How an attempt failed: no answer at all, an answer with a status, or an answer that no MLflow server gives.
 FailureKind = Literal["connection", "timeout", "answer", "not_mlflow"]
@@ -128,6 +137,26 @@ class Sink(Protocol):
 
     def upload(self, run_id: str, file: Path, artifact_path: str) -> None:
         """Store the content of file as artifact_path (file name included), replacing what was there."""
+        ...
+
+    def create_experiment(self, name: str, artifact_location: str | None, tags: Mapping[str, str]) -> str:
+        """Return the id of the experiment called name, which is created with location and tags when there is none."""
+        ...
+
+    def call(self, operation: str, arguments: str) -> str:
+        """Call a method of MLflow's tracking store with arguments in JSON; return the id of what it created, or ""."""
+        ...
+
+    def find_model(self, experiment_id: str, local_id: str) -> str:
+        """Return the id of the logged model whose ``mlflow_outbox.model_id`` tag is local_id, or ""."""
+        ...
+
+    def artifact_location(self, kind: str, subject: str) -> str:
+        """Return MLflow's artifact URI of a "run", a "model" or an "experiment"."""
+        ...
+
+    def upload_for(self, kind: str, owner: str, file: Path, artifact_path: str) -> None:
+        """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
         ...
 
     def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:

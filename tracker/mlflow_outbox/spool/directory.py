@@ -12,6 +12,9 @@ Layout::
       doorbell            a line with the run's id for each segment that a writer opened
       hurry               its modification time changes when somebody wants delivery at once
 
+On a network file system the ledger and the lock lie in the local state directory instead, and ``host.lease`` says which machine
+delivers (see ``mlflow_outbox_worker.host_lease``).
+
 The directory is a trust boundary: whoever may write to it decides what is sent under the user's name. So it is
 refused when it belongs to somebody else, when group or others may enter it, or when it is a symbolic link; and
 ``outbox.json`` alone says where events go, never a segment (rows F90 and F92 of the fault list).
@@ -32,6 +35,8 @@ import msgspec
 
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
+from mlflow_outbox.settings import state_directory
+from mlflow_outbox.spool.filesystem import is_network
 
 FORMAT: Final = 1
 #: Run ids: what MLflow itself accepts (mlflow/utils/validation.py), and safe as a directory name.
@@ -61,8 +66,12 @@ class OutboxDirectory:
         self.runs = path / "runs"
         self.delivered = path / "delivered"
         self.quarantine = path / "quarantine"
-        self.ledger = path / "delivery"
-        self.lock = path / "worker.lock"
+        #: Other machines may see this directory too, and neither locks nor SQLite can be relied on in it.
+        self.network = is_network(path)
+        own = state_directory() / self.destination.slug / identity.id if self.network else path
+        self.ledger = own / "delivery"
+        self.lock = own / "worker.lock"
+        self.host_lease = path / "host.lease"
         self._doorbell = path / "doorbell"
         self._hurry = path / "hurry"
 

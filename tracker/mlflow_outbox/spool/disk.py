@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from mlflow_outbox.spool.directory import create_private, sync_directory
+from mlflow_outbox.spool.filesystem import is_network
 
 
 class SystemDisk:
@@ -21,8 +22,13 @@ class SystemDisk:
     sync_directory = staticmethod(sync_directory)
 
     def create(self, path: Path) -> int:
-        """Create a segment file, append-only and locked: the lock tells readers on this machine that its writer lives."""
+        """Create a segment file, append-only and locked: the lock tells readers on this machine that its writer lives.
+
+        On a network file system there is no lock: one could wait for a server that is not there.
+        """
         fd = create_private(path, os.O_WRONLY | os.O_APPEND)
+        if is_network(path.parent):
+            return fd
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -32,7 +38,12 @@ class SystemDisk:
 
 
 def is_being_written(path: Path) -> bool:
-    """Return whether a living process of this machine holds a segment open for writing."""
+    """Return whether a living process of this machine holds a segment open for writing.
+
+    On a network file system nobody can tell, and the answer is False; see ``writer.writer_state``.
+    """
+    if is_network(path.parent):
+        return False
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

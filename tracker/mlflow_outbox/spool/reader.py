@@ -12,10 +12,9 @@ and, if it came from another machine or the file system knows no locks, nothing 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -24,6 +23,9 @@ from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox.spool.events import Event, RunStarted, SegmentClosed, decode, points_of
 from mlflow_outbox.spool.frame import MAX_HEADER, MAX_PAYLOAD, SEQUENCE_MASK, SegmentHeader, unpack_header, wanted
 from mlflow_outbox.spool.recovery import Cut, Damage, frames
+from mlflow_outbox.spool.writer import is_gone
+
+E = TypeVar("E", bound=Event)
 
 #: Bytes read at once; grown when a frame is longer.
 _CHUNK: Final = 256 * 1024
@@ -91,29 +93,30 @@ class Window(NamedTuple):
 
 
 class RunReader:
-    """Reads one run's directory.
+    """Reads one run's directory, or several that together hold one run.
+
+    Of files of one name the longest is read: segments are only ever appended to, so the others are older copies.
 
     Args:
         path: the run's directory.
+        others: further directories with segments and files of the same run; a segment may move to a later one meanwhile.
         settle: seconds without growth after which a segment without a lock counts as left by its writer.
     """
 
-    def __init__(self, path: Path, *, settle: float = 60.0) -> None:
+    def __init__(self, path: Path, *others: Path, settle: float = 60.0) -> None:
         self.path = path
+        self.paths = (path, *others)
         self._settle = settle
         self._headers: dict[str, SegmentFile] = {}
         self._bad: dict[str, Broken] = {}
 
     def segments(self) -> dict[str, list[SegmentFile]]:
         """Return the segments by writer, each writer's in reading order; unreadable headers are left to ``bad_headers``."""
-        try:
-            names = {n for n in os.listdir(self.path) if n.endswith(".log")}
-        except FileNotFoundError:
-            names = set()
-        for gone in self._headers.keys() - names:
-            del self._headers[gone]
-        for name in names - self._headers.keys():
-            self._read_header(name)
+        found = self._listed()
+        for name in [n for n, held in self._headers.items() if found.get(n) != held.path]:
+            del self._headers[name]
+        for name in found.keys() - self._headers.keys():
+            self._read_header(found[name])
         by_writer: dict[str, list[SegmentFile]] = {}
         for segment in self._headers.values():
             by_writer.setdefault(segment.header.writer, []).append(segment)
@@ -126,8 +129,26 @@ class RunReader:
         """Return the files that ``segments`` could not use."""
         return list(self._bad.values())
 
-    def _read_header(self, name: str) -> None:
-        path = self.path / name
+    def _listed(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for folder in self.paths:
+            try:
+                names = [n for n in os.listdir(folder) if n.endswith(".log")]
+            except FileNotFoundError:
+                continue
+            for name in names:
+                path = folder / name
+                if name not in found or _size(path) > _size(found[name]):
+                    found[name] = path
+        return found
+
+    def file(self, name: str) -> Path:
+        """Return where a file of the run is, or would be; names come from ``is_digest``."""
+        places = [folder / "files" / name for folder in self.paths]
+        return next((place for place in places if os.path.lexists(place)), places[0])
+
+    def _read_header(self, path: Path) -> None:
+        name = path.name
         try:
             data = _read(path, 0, MAX_HEADER + 64)
             header, body = unpack_header(data)
@@ -159,6 +180,20 @@ class RunReader:
                 break
         return None, first
 
+    def first(self, kind: type[E]) -> E | None:
+        """Return the first event of a kind with which a writer begins, or None."""
+        for held in self.segments().values():
+            if held[0].header.first_seq != 0:
+                continue
+            data = _read(held[0].path, held[0].body, _CHUNK)
+            for found in frames(data, 0, held[0].header.seed, next_seq=0, final=False, complete=False):
+                if not isinstance(found, (Damage, Cut)):
+                    event = _decoded(found.payload)
+                    if isinstance(event, kind):
+                        return event
+                break
+        return None
+
     def window(
         self, cursors: Mapping[str, Cursor], *, points: int = 1000, items: int = 2000, size: int = 4 * 1024 * 1024
     ) -> Window:
@@ -177,7 +212,7 @@ class RunReader:
         missing = 0
         live = False
         for writer, held in self.segments().items():
-            part = _WriterPass(writer, held, after.get(writer), budget, self._settle)
+            part = _WriterPass(writer, held, after.get(writer), budget, self._settle, self.paths)
             part.read()
             events += part.events
             broken += part.broken
@@ -224,7 +259,13 @@ class _WriterPass:
     """One writer's share of a window."""
 
     def __init__(
-        self, writer: str, held: list[SegmentFile], cursor: Cursor | None, budget: _Budget, settle: float
+        self,
+        writer: str,
+        held: list[SegmentFile],
+        cursor: Cursor | None,
+        budget: _Budget,
+        settle: float,
+        paths: tuple[Path, ...],
     ) -> None:
         self.writer = writer
         self.events: list[tuple[str, Event]] = []
@@ -235,7 +276,9 @@ class _WriterPass:
         self._held = held
         self._budget = budget
         self._settle = settle
-        self._seq = cursor.seq if cursor is not None else 0
+        self._paths = paths
+        # Without a cursor what is there is read; earlier segments were delivered and moved before the ledger was lost.
+        self._seq = cursor.seq if cursor is not None else held[0].header.first_seq
 
     def read(self) -> None:
         """Read this writer's segments, from the cursor's on."""
@@ -262,13 +305,16 @@ class _WriterPass:
         here = self.cursor is not None and self.cursor.ordinal == header.ordinal
         offset = max(self.cursor.offset, segment.body) if here and self.cursor is not None else segment.body
         # Looked at before reading: a writer that is gone now cannot have appended anything after this.
-        gone = not is_last or self._writer_is_gone(segment)
+        gone = not is_last or is_gone(segment.path, header, self._settle)
         chunk = _CHUNK
         while True:
             try:
                 data = _read(segment.path, offset, chunk)
             except FileNotFoundError:
-                return True  # reclaimed by a worker while this reader looked
+                if any(os.path.lexists(folder / segment.path.name) for folder in self._paths):
+                    self._budget.spent = True  # moved while this reader looked: the next window finds it
+                    return False
+                return True  # reclaimed by a worker meanwhile
             at_end = len(data) < chunk
             base, cut, closed = offset, False, False
             for found in frames(data, 0, header.seed, next_seq=self._seq, final=gone, complete=at_end):
@@ -316,16 +362,6 @@ class _WriterPass:
         self._budget.take(event, len(payload))
         return False
 
-    def _writer_is_gone(self, segment: SegmentFile) -> bool:
-        if is_being_written(segment.path):
-            return False
-        if segment.header.boot_id and segment.header.boot_id == _boot_id():
-            return True
-        try:
-            return time.time() - os.stat(segment.path).st_mtime > self._settle
-        except FileNotFoundError:
-            return True
-
 
 def _count_frames(path: Path, offset: int, seq: int) -> int:
     """Return the number behind the last whole frame, hopping from head to head."""
@@ -369,13 +405,8 @@ def _read(path: Path, offset: int, size: int) -> bytes:
         os.close(fd)
 
 
-_BOOT: list[str] = []
-
-
-def _boot_id() -> str:
-    if not _BOOT:
-        try:
-            _BOOT.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        except OSError:
-            _BOOT.append("")
-    return _BOOT[0]
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return -1

@@ -63,7 +63,7 @@ class SnapshotStore:
             ArtifactRefused: it is missing, unreadable, not a regular file or too large, or the outbox has no room for
                 it.
         """
-        shown = printable(os.fspath(source))
+        shown = printable(os.fspath(source), 400)
         try:
             fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError) as error:

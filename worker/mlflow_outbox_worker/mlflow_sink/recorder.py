@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from mlflow.entities import Metric, Param, Run, RunStatus, RunTag, ViewType
+from mlflow.entities import ExperimentTag, Metric, Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
 from mlflow_outbox.spool.events import STATUSES
+from mlflow_outbox_worker.mlflow_sink import calls
 from mlflow_outbox_worker.mlflow_sink.boundary import translate, translated
 from mlflow_outbox_worker.mlflow_sink.stores import OpenStore
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteRun, SinkError
@@ -139,6 +140,40 @@ class Recorder:
     def upload(self, run_id: str, file: Path, artifact_path: str) -> None:
         """Store the content of file as artifact_path (file name included), replacing what was there."""
         self._opened.artifacts.upload(self._artifact_uri(run_id), file, artifact_path)
+
+    @_translated
+    def create_experiment(self, name: str, artifact_location: str | None, tags: Mapping[str, str]) -> str:
+        """Return the id of the experiment called name, which is created with location and tags when there is none."""
+        if self._store.get_experiment_by_name(name) is None:
+            labels = [ExperimentTag(key, value) for key, value in tags.items()]
+            try:
+                made = self._store.create_experiment(name, artifact_location=artifact_location or None, tags=labels)
+                return _present(made, "experiment")
+            except MlflowException as error:
+                if translate(error).code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+        return self.experiment_id(name)
+
+    @_translated
+    def call(self, operation: str, arguments: str) -> str:
+        """Call a method of the store with arguments in JSON; return the id of what it created, or ""."""
+        return calls.call(self._store, operation, arguments)
+
+    @_translated
+    def find_model(self, experiment_id: str, local_id: str) -> str:
+        """Return the id of the logged model whose ``mlflow_outbox.model_id`` tag is local_id, or ""."""
+        return calls.find_model(self._store, experiment_id, local_id)
+
+    @_translated
+    def artifact_location(self, kind: str, subject: str) -> str:
+        """Return the artifact URI of a "run", a "model" or an "experiment"."""
+        return self._artifact_uri(subject) if kind == "run" else calls.artifact_location(self._store, kind, subject)
+
+    @_translated
+    def upload_for(self, kind: str, owner: str, file: Path, artifact_path: str) -> None:
+        """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
+        uri = owner if kind == "uri" else calls.artifact_location(self._store, kind, owner)
+        self._opened.artifacts.upload(uri, file, artifact_path)
 
     @_translated
     def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:

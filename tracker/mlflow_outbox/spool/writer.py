@@ -1,0 +1,109 @@
+"""Does the writer of a segment live? What can be told without touching its file.
+
+=============  ===========================================================================================
+writing        a process of this machine holds the segment's lock, however long it has logged nothing
+died           no process holds it and it was written under this machine's present boot, on a local file system
+silent         another machine wrote it, or an earlier boot, or the file system is a network's, where locks
+               say nothing: only the time since its last change tells, and that is an estimate
+=============  ===========================================================================================
+
+A clock of a file server may be wrong, so on a network file system a segment counts as left only when this process has itself
+seen it unchanged for the time in question, or when its last change is ten times as long ago.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox.spool.filesystem import is_network
+from mlflow_outbox.spool.frame import SegmentHeader
+
+#: Segments of network file systems whose size this process remembers.
+_REMEMBERED: Final = 10_000
+#: Times the settling time after which the clock of a file server is believed.
+_SURELY: Final = 10
+
+
+class WriterState(NamedTuple):
+    """What is known of a segment's writer.
+
+    Attributes:
+        kind: see the module's table.
+        idle: seconds since the segment last changed, by the clocks of this machine and of the file system.
+    """
+
+    kind: Literal["writing", "died", "silent"]
+    idle: float
+
+
+def writer_state(path: Path, header: SegmentHeader, *, now: float | None = None) -> WriterState:
+    """Return what is known of the writer of a segment.
+
+    Args:
+        path: the segment.
+        header: its header.
+        now: wall-clock seconds since the epoch; None is now.
+    """
+    if is_being_written(path):
+        return WriterState("writing", _idle(path, now))
+    ours = header.boot_id != "" and header.boot_id == boot_id()
+    if ours and not is_network(path.parent):
+        return WriterState("died", _idle(path, now))
+    return WriterState("silent", _idle(path, now))
+
+
+def is_gone(path: Path, header: SegmentHeader, settle: float) -> bool:
+    """Return whether a segment's writer counts as gone, so that nothing will be appended.
+
+    Args:
+        path: the segment.
+        header: its header.
+        settle: seconds without a change after which a silent writer counts as gone.
+    """
+    state = writer_state(path, header)
+    if state.kind != "silent":
+        return state.kind == "died"
+    if not is_network(path.parent):
+        return state.idle > settle
+    return state.idle > _SURELY * settle or _unchanged(path) > settle
+
+
+def boot_id() -> str:
+    """Return what the kernel calls its present boot; "" where it does not say."""
+    if not _boot:
+        try:
+            _boot.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        except OSError:
+            _boot.append("")
+    return _boot[0]
+
+
+_boot: list[str] = []
+#: Size of a segment, and since when (monotonic seconds) this process has seen it.
+_seen: OrderedDict[Path, tuple[int, float]] = OrderedDict()
+
+
+def _unchanged(path: Path) -> float:
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        return 0.0
+    now = time.monotonic()
+    held = _seen.get(path)
+    if held is None or held[0] != size:
+        held = _seen[path] = (size, now)
+        while len(_seen) > _REMEMBERED:
+            _seen.popitem(last=False)
+    return now - held[1]
+
+
+def _idle(path: Path, now: float | None) -> float:
+    try:
+        return max(0.0, (time.time() if now is None else now) - os.stat(path).st_mtime)
+    except OSError:
+        return float("inf")  # it was moved or reclaimed: nobody writes to it

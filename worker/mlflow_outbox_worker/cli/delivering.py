@@ -1,0 +1,74 @@
+"""Being the worker oneself, for as long as a command runs."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from mlflow_outbox.settings import Settings
+    from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox_worker.delivery import Delivery
+    from mlflow_outbox_worker.metrics import Meter
+
+#: Seconds that the end of a command waits for the requests under way.
+_PARTING: Final = 0.5
+
+#: Workers whose thread did not end when it was asked to.
+_hanging: list[CommandWorker] = []
+
+
+class CommandWorker:
+    """Delivers an outbox in a thread of this command; stands by while another worker holds the lease.
+
+    Args:
+        directory: the outbox.
+        settings: the options.
+        meter: measures the requests; None measures nothing.
+    """
+
+    def __init__(self, directory: OutboxDirectory, settings: Settings, meter: Meter | None = None) -> None:
+        from mlflow_outbox.counters import Counters  # noqa: PLC0415 - imported on demand, as the next
+        from mlflow_outbox_worker.cli.outboxes import destination_of  # noqa: PLC0415
+        from mlflow_outbox_worker.delivery import Delivery  # noqa: PLC0415 - tenacity and diskcache, not for --help
+
+        self.directory = directory
+        self.counters = Counters()
+        self.delivery: Delivery = Delivery(
+            directory,
+            destination_of(directory),
+            settings,
+            self.counters,
+            kind="command",
+            open_sink=meter.open_sink if meter is not None else None,
+        )
+        self._thread = threading.Thread(target=self.delivery.run, name="mlflow-outbox-worker", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"<CommandWorker {self.delivery!r}>"
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        """Let it end after the requests under way, without waiting."""
+        self.delivery.stop()
+
+    def stop(self, timeout: float = _PARTING) -> bool:
+        """End it; return whether it ended in time.
+
+        Args:
+            timeout: seconds to wait for the requests under way.
+        """
+        self.delivery.stop()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            _hanging.append(self)
+            return False
+        return True
+
+
+def hangs() -> bool:
+    """Return whether a worker of this command is in a request that does not end."""
+    return bool(_hanging)

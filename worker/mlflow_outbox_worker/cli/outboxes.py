@@ -1,0 +1,130 @@
+"""Which outboxes a command is about, and how to open what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.destination import Destination, with_credentials
+from mlflow_outbox.settings import Settings, tracking_uri_from_environment
+from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
+from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.ledger import Ledger
+
+_DEFAULT_ROOT: Final = Path(".mlflow-outbox")
+
+
+def settings_for(outbox_dir: Path | None) -> Settings:
+    """Return the options from the environment, with the directory given on the command line.
+
+    Raises:
+        InvalidSettings: a variable of the environment is wrong.
+    """
+    return Settings.from_environment(root=outbox_dir) if outbox_dir is not None else Settings.from_environment()
+
+
+def find(settings: Settings) -> list[Path]:
+    """Return the paths of the outboxes that a command is about.
+
+    Raises:
+        CommandFailed: there is none.
+    """
+    root = settings.root or _DEFAULT_ROOT
+    paths = find_outboxes(root)
+    if not paths:
+        msg = f"there is no outbox in {printable(root, 300)}; name its directory with --outbox-dir or MLFLOW_OUTBOX_DIR"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    return paths
+
+
+def open_all(settings: Settings) -> list[OutboxDirectory]:
+    """Open every outbox that a command is about.
+
+    Raises:
+        CommandFailed: there is none.
+        OutboxUnusable: one is not safe to use.
+    """
+    return [OutboxDirectory.open(path) for path in find(settings)]
+
+
+def open_one(settings: Settings) -> OutboxDirectory:
+    """Open the one outbox that a command is about.
+
+    Raises:
+        CommandFailed: there is none, or there are several to choose from.
+        OutboxUnusable: it is not safe to use.
+    """
+    paths = find(settings)
+    if len(paths) > 1:
+        names = ", ".join(printable(path.name) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")  # noqa: PLR2004 - enough to recognise them
+        msg = f"there are {len(paths)} outboxes in {printable(paths[0].parent, 300)} ({names}); name one with --outbox-dir"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    return OutboxDirectory.open(paths[0])
+
+
+def destination_of(directory: OutboxDirectory) -> Destination:
+    """Return where an outbox delivers to, with the credentials that MLFLOW_TRACKING_URI has for that place."""
+    return with_credentials(directory.destination, tracking_uri_from_environment())
+
+
+def ledger_path(directory: OutboxDirectory, settings: Settings) -> Path:
+    """Return the directory of an outbox's ledger."""
+    return settings.ledger_dir or directory.ledger
+
+
+@contextlib.contextmanager
+def ledger_of(directory: OutboxDirectory, settings: Settings, *, write: bool = False) -> Iterator[Ledger]:
+    """Open the ledger of an outbox, beside a worker that uses it too, and close it again.
+
+    Args:
+        directory: the outbox.
+        settings: where its ledger is.
+        write: False makes, mends and locks nothing.
+
+    Raises:
+        LedgerUnavailable: it cannot be used now.
+    """
+    from mlflow_outbox_worker.ledger import Ledger  # noqa: PLC0415 - diskcache and SQLite, which --help does not need
+
+    ledger = Ledger.open(ledger_path(directory, settings), read_only=not write)
+    with contextlib.closing(ledger):
+        yield ledger
+
+
+def find_run(directories: list[OutboxDirectory], settings: Settings, name: str) -> tuple[OutboxDirectory, str]:
+    """Return the outbox and the id of the one run that a person means.
+
+    Args:
+        directories: where to look.
+        settings: where the ledgers are.
+        name: the run's id in the outbox or in MLflow, or the beginning of the former.
+
+    Raises:
+        CommandFailed: no run is called so, or several are.
+        LedgerUnavailable: a ledger cannot be read now.
+    """
+    found: list[tuple[OutboxDirectory, str]] = []
+    for directory in directories:
+        ids = sorted({*directory.run_ids(), *directory.delivered_ids()})
+        if name in ids:
+            return directory, name
+        with ledger_of(directory, settings) as ledger:
+            local = ledger.local_id(name)
+            if local is None and ledger.record(name) is not None:
+                local = name
+        if local is not None:
+            return directory, local
+        found += [(directory, run_id) for run_id in ids if run_id.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    shown = printable(repr(name))
+    if found:
+        msg = f"{len(found)} runs begin with {shown}; give more of the id: mlflow-outbox runs lists them"
+    else:
+        msg = f"no run {shown} is in this outbox; mlflow-outbox runs lists those that are"
+    raise CommandFailed(msg, ExitCode.USAGE)

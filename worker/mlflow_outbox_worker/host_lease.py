@@ -1,0 +1,259 @@
+"""One machine per outbox on a network file system, where flock excludes nobody on other machines.
+
+``host.lease`` in the outbox says which machine delivers. It is made whole under another name and linked into place, which is atomic on
+every network file system that has links (exclusive creation serves those that have none). Its holder changes it every ``beat``
+seconds. Who finds it looks at its modification time against that of a file made just now on the same file system, so that only the
+file server's clock counts: after ``missed`` beats the holder is dead, its file is moved away, and the content of what was moved is
+compared, so that of two successors only one believes that it was first.
+
+On one machine the lock of the local state directory decides (``Lease``), as it does for a local outbox. So a file that names this lock
+was left by a process of this machine that has died, and is replaced at once.
+
+A holder that was stopped or cut off for longer than its beats allow finds its file gone or changed and lets go. What it may have sent
+meanwhile does no harm: runs are found by their tag, and sending something twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.spool.directory import OutboxDirectory, create_private
+from mlflow_outbox.spool.writer import boot_id
+from mlflow_outbox_worker.lease import Holder, Lease, holder
+
+#: Seconds between two signs of life.
+BEAT: Final = 10.0
+#: Signs of life that are missed before a holder counts as dead; together a minute, more than attributes are cached for.
+MISSED: Final = 6
+
+
+class WorkerLease(Protocol):
+    """The right to deliver; ``Lease`` and ``HostLease`` are the two kinds."""
+
+    def acquire(self) -> bool:
+        """Take it unless another worker has it; return whether it is held now."""
+        ...
+
+    def is_held(self) -> bool:
+        """Return whether this object holds it."""
+        ...
+
+    def is_sound(self) -> bool:
+        """Return whether it is still this object's."""
+        ...
+
+    def release(self) -> None:
+        """Give it back."""
+        ...
+
+    def holder(self) -> Holder | None:
+        """Return who holds it; None when nobody does."""
+        ...
+
+
+class HostNote(msgspec.Struct, frozen=True):
+    """The content of ``host.lease``; ``lock`` is the identity of the holder's local lock file."""
+
+    host: str
+    pid: int
+    kind: str
+    boot_id: str
+    lock: str
+    token: str
+
+
+class HostLease:
+    """The right to deliver one outbox that several machines see.
+
+    Args:
+        path: the lease file, in the outbox.
+        lock: the local lock file; its directory is made.
+        kind: what this worker is: "thread", "process", "command".
+        host: this machine's name.
+        beat: seconds between two signs of life.
+        missed: signs of life after which a silent holder is dead.
+    """
+
+    def __init__(
+        self, path: Path, lock: Path, kind: str, *, host: str | None = None, beat: float = BEAT, missed: int = MISSED
+    ) -> None:
+        self._path = path
+        self._lock_path = lock
+        self._kind = kind
+        self._host = socket.gethostname() if host is None else host
+        self._beat = beat
+        self._dead_after = beat * missed
+        self._local = Lease(lock, kind)
+        self._note: HostNote | None = None
+        self._last_beat = 0.0
+        self._stop = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<HostLease {str(self._path)!r}, {'held' if self.is_held() else 'not held'}>"
+
+    def acquire(self) -> bool:
+        """Take the lease unless another worker, here or on another machine, has it; return whether it is held now.
+
+        Raises:
+            OSError: the outbox or the local state directory cannot be written.
+        """
+        if self.is_held():
+            return True
+        os.makedirs(self._lock_path.parent, 0o700, exist_ok=True)
+        if not self._local.acquire():
+            return False
+        try:
+            taken = self._take()
+        except BaseException:
+            self._local.release()
+            raise
+        if not taken:
+            self._local.release()
+        return taken
+
+    def _take(self) -> bool:
+        found = os.stat(self._lock_path)
+        note = HostNote(
+            self._host, os.getpid(), self._kind, boot_id(), f"{found.st_dev}:{found.st_ino}", secrets.token_hex(8)
+        )
+        draft = self._path.with_name(f".{self._path.name}-{note.token}")
+        with os.fdopen(create_private(draft), "wb") as file:
+            file.write(msgspec.json.encode(note))
+            file.flush()
+            os.fsync(file.fileno())
+            now = os.fstat(file.fileno()).st_mtime
+        try:
+            if not self._link(draft):
+                if not self._is_left_behind(note, now) or not self._link(draft):
+                    return False
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+        self._note, self._last_beat = note, time.monotonic()
+        self._stop = threading.Event()
+        threading.Thread(target=self._beats, args=(self._stop, note), name="mlflow-outbox-beat", daemon=True).start()
+        return True
+
+    def _link(self, draft: Path) -> bool:
+        try:
+            os.link(draft, self._path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: exclusive creation, whose content comes a moment later
+            with contextlib.suppress(FileExistsError), os.fdopen(create_private(self._path), "wb") as file:
+                file.write(draft.read_bytes())
+                return True
+            return False
+        return True
+
+    def _is_left_behind(self, note: HostNote, now: float) -> bool:
+        """Return whether the holder was dead, and its file has been moved away by us."""
+        held, changed = _look(self._path)
+        if held is None and changed is None:
+            return True  # given back meanwhile
+        here = held is not None and (held.boot_id, held.lock) == (note.boot_id, note.lock) and note.boot_id != ""
+        if not here and (changed is None or now - changed <= self._dead_after):
+            return False
+        aside = self._path.with_name(f".{self._path.name}-left-{note.token}")
+        try:
+            os.rename(self._path, aside)
+        except FileNotFoundError:
+            return True
+        moved, _ = _look(aside)
+        if moved != held:  # another successor was faster, and this is its file: give it back
+            with contextlib.suppress(OSError):
+                os.link(aside, self._path)
+        os.unlink(aside)
+        return moved == held
+
+    def _beats(self, stop: threading.Event, note: HostNote) -> None:
+        while not stop.wait(self._beat):
+            try:
+                if _look(self._path)[0] != note:
+                    return
+                os.utime(self._path)
+                self._last_beat = time.monotonic()
+            except OSError:
+                continue  # the file server is away; ``is_sound`` counts what was missed
+
+    def is_held(self) -> bool:
+        """Return whether this object holds the lease."""
+        return self._note is not None and self._local.is_held()
+
+    def is_sound(self) -> bool:
+        """Return whether no other machine can have taken the lease."""
+        if not self.is_held() or not self._local.is_sound():
+            return False
+        if time.monotonic() - self._last_beat > self._dead_after:
+            return False
+        return _look(self._path)[0] == self._note
+
+    def release(self) -> None:
+        """Give the lease back."""
+        note, self._note = self._note, None
+        self._stop.set()
+        if note is not None and self._local.is_held():  # a forked child has let go of the lock, and owns nothing
+            with contextlib.suppress(OSError):
+                if _look(self._path)[0] == note:
+                    os.unlink(self._path)
+        self._local.release()
+
+    def holder(self) -> Holder | None:
+        """Return who holds the lease, here or on another machine; None when nobody does."""
+        return holder(self._lock_path) or _other(self._path)
+
+
+def lease_of(directory: OutboxDirectory, kind: str) -> WorkerLease:
+    """Return the lease of an outbox: of the kind that its file system needs.
+
+    Args:
+        directory: the outbox.
+        kind: what the worker is: "thread", "process", "command".
+    """
+    if directory.network:
+        return HostLease(directory.host_lease, directory.lock, kind)
+    return Lease(directory.lock, kind)
+
+
+def worker_of(directory: OutboxDirectory) -> Holder | None:
+    """Return who delivers an outbox at present, on this machine or another; None when nobody does."""
+    return holder(directory.lock) or (_other(directory.host_lease) if directory.network else None)
+
+
+def described(found: Holder) -> str:
+    """Return who holds a lease, in words."""
+    where = "this machine" if found.host == socket.gethostname() else f"the machine {printable(found.host)}"
+    return f"a worker ({printable(found.kind)}, process {found.pid}) on {where}"
+
+
+def _look(path: Path) -> tuple[HostNote | None, float | None]:
+    """Return a lease file's content and time; opening it makes a network file system fetch both anew."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None, None
+    try:
+        changed = os.fstat(fd).st_mtime
+        return msgspec.json.decode(os.read(fd, 4096), type=HostNote), changed
+    except (OSError, msgspec.DecodeError):
+        return None, os.fstat(fd).st_mtime
+    finally:
+        os.close(fd)
+
+
+def _other(path: Path) -> Holder | None:
+    note, changed = _look(path)
+    # Only for a message, so this machine's clock will do; a dead holder's file is old beyond doubt.
+    if changed is None or time.time() - changed > 2 * BEAT * MISSED:
+        return None
+    return Holder(note.host, note.pid, note.kind) if note is not None else Holder("unknown", 0, "unknown")

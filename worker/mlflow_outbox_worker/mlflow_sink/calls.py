@@ -1,0 +1,69 @@
+"""Calls of the tracking store's own methods, with arguments from a journal."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mlflow.tracing.utils.otlp import MLFLOW_EXPERIMENT_ID_HEADER, OTLP_TRACES_PATH, resource_to_otel_proto
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from mlflow_outbox.plugin import codec
+from mlflow_outbox.spool.provisional import MODEL_ID_TAG
+from mlflow_outbox_worker.mlflow_sink.rest import ServerStore, checked
+from mlflow_outbox_worker.sink import OPERATIONS
+
+
+def call(store: Any, operation: str, arguments: str) -> str:
+    """Call one method; return the id of the model that it created, or "".
+
+    Raises:
+        ValueError: the operation is not one that a journal may ask for, or its arguments cannot be read.
+    """
+    if operation not in OPERATIONS:
+        msg = f"{operation!r} is no operation that a journal may ask for"
+        raise ValueError(msg)
+    given = codec.loads(arguments)
+    if operation == "log_spans" and isinstance(store, ServerStore):
+        _log_spans(store, **given)
+        return ""
+    try:
+        answer = getattr(store, operation)(**given)
+    except NotImplementedError as error:  # a file store has no traces of this kind, and never will
+        msg = f"the store has no {operation}"
+        raise ValueError(msg) from error
+    return str(answer.model_id) if operation == "create_logged_model" else ""
+
+
+def find_model(store: Any, experiment_id: str, local_id: str) -> str:
+    """Return the id of the logged model that carries the outbox's id for it, or ""."""
+    if not re.fullmatch(r"[\w.-]+", local_id):
+        return ""
+    found = store.search_logged_models([experiment_id], filter_string=f"tags.`{MODEL_ID_TAG}` = '{local_id}'", max_results=2)
+    return min((str(model.model_id) for model in found), default="")
+
+
+def artifact_location(store: Any, kind: str, subject: str) -> str:
+    """Return the artifact URI of a "run", a "model" or an "experiment"."""
+    if kind == "run":
+        return str(store.get_run(subject).info.artifact_uri)
+    if kind == "model":
+        return str(store.get_logged_model(subject).artifact_location)
+    return str(store.get_experiment(subject).artifact_location)
+
+
+def _log_spans(store: ServerStore, location: str, spans: list[Any]) -> None:
+    """Send spans in one attempt; MLflow's own store asks for the server's version first and then tries for minutes."""
+    request = ExportTraceServiceRequest()
+    resource = request.resource_spans.add()
+    resource.resource.CopyFrom(resource_to_otel_proto(getattr(spans[0]._span, "resource", None)))  # noqa: SLF001 - as MLflow's store
+    resource.scope_spans.add().spans.extend(span.to_otel_proto() for span in spans)
+    answer = store.transport.request(
+        store.get_host_creds(),
+        "POST",
+        OTLP_TRACES_PATH,
+        data=request.SerializeToString(),
+        extra_headers={"Content-Type": "application/x-protobuf", MLFLOW_EXPERIMENT_ID_HEADER: location},
+    )
+    if answer.status >= 300:  # noqa: PLR2004 - anything but success; a successful answer is no JSON
+        checked(answer, f"POST {OTLP_TRACES_PATH}")
