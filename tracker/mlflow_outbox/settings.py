@@ -123,7 +123,7 @@ class Settings:
         types = get_type_hints(cls)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            variable = _VARIABLES.get(field.name, f"MLFLOW_OUTBOX_{field.name.upper()}")
+            variable = variable_name(field.name)
             text = environ.get(variable)
             if text is not None and text.strip() != "" and field.name not in given:
                 values[field.name] = _parse(variable, text.strip(), types[field.name])
@@ -154,6 +154,11 @@ _LEAST: dict[str, float] = {
     "create_timeout": 0,
     "read_timeout": 0.001,
 }
+
+
+def variable_name(option: str) -> str:
+    """Return the environment variable that sets an option."""
+    return _VARIABLES.get(option, f"MLFLOW_OUTBOX_{option.upper()}")
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:

@@ -23,10 +23,10 @@ from typing import Any, Final
 import msgspec
 
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.sink import Sink, SinkError
 
 #: Seconds after which an id that no journal seems to explain is sent as it is, for MLflow to judge.
@@ -47,13 +47,13 @@ class Calls:
     """Makes the requests of one outbox; used by several threads.
 
     Args:
-        directory: the outbox.
+        source: where the runs come from.
         sink: the tracking store.
         ledger: where ids are recorded.
     """
 
-    def __init__(self, directory: OutboxDirectory, sink: Sink, ledger: Ledger) -> None:
-        self._directory = directory
+    def __init__(self, source: Source, sink: Sink, ledger: Ledger) -> None:
+        self._source = source
         self._sink = sink
         self._ledger = ledger
         self._lock = threading.Lock()
@@ -93,7 +93,7 @@ class Calls:
             self._known[local] = remote
             self._since.pop(local, None)
             return remote
-        if time.monotonic() - self._since.setdefault(local, time.monotonic()) > _PATIENCE and not self._directory.run(local).is_dir():
+        if time.monotonic() - self._since.setdefault(local, time.monotonic()) > _PATIENCE and not any(folder.is_dir() for folder in self._source.folders(local)):
             return local
         msg = f"waits for {local}"
         raise Waits(msg)
@@ -113,8 +113,8 @@ class Calls:
             if held is not None:
                 return held.decode()
             room = provisional.room_of(local)
-            for parent in (self._directory.runs, self._directory.delivered):
-                request = RunReader(parent / room).first(Request)
+            for folder in self._source.everywhere(room):
+                request = RunReader(folder).first(Request)
                 if request is None or request.operation != "create_experiment":
                     continue
                 wanted: dict[str, Any] = msgspec.json.decode(request.arguments)

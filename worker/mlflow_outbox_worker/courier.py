@@ -30,7 +30,7 @@ from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.directory import OutboxDirectory, create_private
+from mlflow_outbox.spool.directory import create_private
 from mlflow_outbox.spool.events import Event, FileFor, Request, RunEnded, RunStarted, encode
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import Broken, RunReader, Window
@@ -42,6 +42,7 @@ from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor, plan
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
+from mlflow_outbox_worker.sources import Source
 
 #: Windows of one run in a row before other runs get their turn.
 _TURN: Final = 16
@@ -83,7 +84,7 @@ class Courier:
     """Delivers runs, one turn at a time; used by several threads for different runs.
 
     Args:
-        directory: the outbox.
+        source: where the runs come from.
         sink: the tracking store.
         ledger: where progress is recorded.
         settings: batch size.
@@ -94,7 +95,7 @@ class Courier:
 
     def __init__(
         self,
-        directory: OutboxDirectory,
+        source: Source,
         sink: Sink,
         ledger: Ledger,
         settings: Settings,
@@ -103,7 +104,7 @@ class Courier:
         now_ms: Callable[[], int],
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._directory = directory
+        self._source = source
         self._sink = sink
         self._ledger = ledger
         self._settings = settings
@@ -111,7 +112,7 @@ class Courier:
         self._now_ms = now_ms
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
-        self._calls = Calls(directory, sink, ledger)
+        self._calls = Calls(source, sink, ledger)
 
     def turn(self, run_id: str) -> Turn:
         """Deliver what there is of a run, up to a fair share.
@@ -124,7 +125,7 @@ class Courier:
         """
         record = self._ledger.record(run_id) or RunRecord(run_id)
         view = self._ledger.view(run_id) or RunView()
-        reader = RunReader(self._directory.run(run_id))
+        reader = RunReader(*self._source.folders(run_id))
         for _ in range(_TURN):
             window = reader.window(record.cursors, points=self._settings.batch_points)
             if window.cursors == record.cursors and not window.events and not window.broken:
@@ -285,7 +286,7 @@ class Courier:
         except InvalidEvent as error:
             dead.append(self._own_letter(record, artifact, str(error)))
             return
-        file = self._directory.run(record.run_id) / "files" / artifact.sha256
+        file = RunReader(*self._source.folders(record.run_id)).file(artifact.sha256)
         if not is_digest(artifact.sha256) or file.is_symlink() or not file.is_file():
             dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox"))
             return
@@ -314,7 +315,7 @@ class Courier:
 
     def _upload_for(self, record: RunRecord, file: FileFor, dead: list[DeadLetter]) -> None:
         kind, _, owner = file.owner.partition(":")
-        copy = self._directory.run(record.run_id) / "files" / file.sha256
+        copy = RunReader(*self._source.folders(record.run_id)).file(file.sha256)
         if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
             dead.append(self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox"))
             return
@@ -405,13 +406,13 @@ class Courier:
         self._counters.warn_once(
             ("broken", broken.path.name, broken.start),
             f"mlflow-outbox: bytes {broken.start} to {broken.end} of {broken.path} are {broken.kind} ({broken.reason}); "
-            f"they are kept in {self._directory.quarantine}",
+            f"they are kept in {self._source.quarantine}",
         )
         try:
-            os.makedirs(self._directory.quarantine, 0o700, exist_ok=True)
+            os.makedirs(self._source.quarantine, 0o700, exist_ok=True)
             with (
                 open(broken.path, "rb") as source,
-                os.fdopen(create_private(self._directory.quarantine / name), "wb") as copy,
+                os.fdopen(create_private(self._source.quarantine / name), "wb") as copy,
             ):
                 source.seek(broken.start)
                 copy.write(source.read(min(broken.end - broken.start, _QUARANTINE_BYTES)))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -36,12 +37,13 @@ from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox_worker.calls import Waits
 from mlflow_outbox_worker.courier import Courier, Later, Parked, Turn
 from mlflow_outbox_worker.finish import finish
-from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.retention import reclaim
 from mlflow_outbox_worker.retry import Backoff
 from mlflow_outbox_worker.sink import Sink, SinkError
+from mlflow_outbox_worker.sources import OutboxSource, Source
 
 #: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
 _STAND_BY: Final = 1.0
@@ -82,7 +84,7 @@ class Delivery:
     """Delivers one outbox until it is stopped.
 
     Args:
-        directory: the outbox.
+        directory: the outbox, or whatever else holds runs.
         destination: where to, with credentials if there are any.
         settings: the options.
         counters: what happened, by reason.
@@ -94,7 +96,7 @@ class Delivery:
 
     def __init__(
         self,
-        directory: OutboxDirectory,
+        directory: OutboxDirectory | Source,
         destination: Destination,
         settings: Settings,
         counters: Counters,
@@ -104,14 +106,14 @@ class Delivery:
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._directory = directory
+        self._source: Source = OutboxSource(directory) if isinstance(directory, OutboxDirectory) else directory
         self._destination = destination
         self._settings = settings
         self._counters = counters
         self._open_sink = open_sink
         self._now_ms = now_ms
         self._clock = clock
-        self._lease = Lease(directory.lock, kind)
+        self._lease = self._source.lease(kind)
         self._stop = threading.Event()
         self._wakeup = threading.Event()
         self._condition = threading.Condition()
@@ -129,7 +131,7 @@ class Delivery:
 
     def __repr__(self) -> str:
         state = "delivering" if self._lease.is_held() else "standing by"
-        return f"<Delivery of {str(self._directory.path)!r}, {state}, {len(self._ready)} runs ready>"
+        return f"<Delivery of {str(self._source.path)!r}, {state}, {len(self._ready)} runs ready>"
 
     # -- from other threads
 
@@ -168,6 +170,7 @@ class Delivery:
                 if self._lease.acquire():
                     self._hold()
                 else:
+                    self._say_who_delivers()
                     self._pause(_STAND_BY)
             except LedgerCorrupt as error:
                 self._trouble("ledger_corrupt", error)  # opening it again sets it aside and makes a new one
@@ -179,6 +182,14 @@ class Delivery:
                 self._pause(_STAND_BY)
             finally:
                 self._let_go()
+
+    def _say_who_delivers(self) -> None:
+        """Say once that another machine delivers; that another process here does needs no words."""
+        found = self._lease.holder() if self._source.remote else None
+        if found is not None and found.host != socket.gethostname():
+            self._counters.warn_once(
+                ("host", found.host), f"mlflow-outbox: {described(found)} delivers {self._source.path}; this one stands by"
+            )
 
     def _trouble(self, reason: str, error: BaseException) -> None:
         self._counters.add(reason)
@@ -193,11 +204,11 @@ class Delivery:
     def _hold(self) -> None:
         """Deliver as long as the lease is sound."""
         self._ledger = Ledger.open(
-            self._settings.ledger_dir or self._directory.ledger,
+            self._settings.ledger_dir or self._source.ledger,
             report=lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
         )
         self._slots, self._ready = {}, collections.deque()
-        self._hurry = self._directory.hurry_asked()
+        self._hurry = self._source.hurry_asked()
         self._look_around()
         next_look, next_reclaim, next_check = self._clock() + _LOOK_AROUND, self._clock(), self._clock() + _STAND_BY
         while not self._stop.is_set():
@@ -211,10 +222,12 @@ class Delivery:
                 if not self._lease.is_sound():
                     self._counters.add("leases_lost")
                     return
-                self._directory.check_unchanged()
+                self._source.check_unchanged()
                 next_check = now + _STAND_BY
             if now >= next_reclaim:
-                reclaim(self._directory, self._ledger, before_ms=self._now_ms() - int(self._settings.retention * 1000))
+                if self._source.filing is not None:
+                    before_ms = self._now_ms() - int(self._settings.retention * 1000)
+                    reclaim(self._source.filing, self._ledger, before_ms=before_ms)
                 next_reclaim = now + _RECLAIM
             if not self._dispatch(now):
                 self._pause(self._settings.poll_interval)
@@ -241,8 +254,8 @@ class Delivery:
 
     def _look_around(self) -> None:
         """Take notice of every run on disk."""
-        self._directory.answer_doorbell()
-        known = set(self._directory.run_ids())
+        self._source.answer_doorbell()
+        known = set(self._source.run_ids())
         for run_id in sorted(known - self._slots.keys()):
             self._mark(run_id)
         with self._condition:
@@ -250,16 +263,16 @@ class Delivery:
                 del self._slots[run_id]
 
     def _listen(self) -> None:
-        rung = self._directory.rung(self._doorbell)
+        rung = self._source.rung(self._doorbell)
         if rung is None:
             self._doorbell = 0
-            for run_id in self._directory.run_ids():
+            for run_id in self._source.run_ids():
                 self._mark(run_id)
         else:
             ids, self._doorbell = rung
             for run_id in ids:
                 self._mark(run_id)
-        hurry = self._directory.hurry_asked()
+        hurry = self._source.hurry_asked()
         if hurry != self._hurry:
             self._hurry = hurry
             self._away.hurry()
@@ -348,7 +361,7 @@ class Delivery:
             self._park_destination(f"{type(error).__name__}: {error}")
             return False
         self._courier = Courier(
-            self._directory,
+            self._source,
             self._sink,
             self._ledger,
             self._settings,
@@ -378,7 +391,7 @@ class Delivery:
             turn = courier.turn(run_id)
             self._turned(run_id, turn)
             if turn.progress == "idle":
-                finish(self._directory, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+                finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
         except Waits:  # for another run's turn; nothing is wrong with the destination
             self._again(run_id, self._clock() + self._settings.poll_interval)
         except Later as later:
@@ -440,7 +453,7 @@ class Delivery:
         pause = self._away.failed(error)
         self._note("away", outcome.reason)
         self._counters.warn_once(
-            ("away", self._directory.path),
+            ("away", self._source.path),
             f"mlflow-outbox: {self._destination.uri} does not take events now ({printable(outcome.reason, 200)}); "
             f"they stay on disk and are sent when it does. Next try in {pause:.1f} s",
         )
@@ -467,7 +480,7 @@ class Delivery:
         self._parked_until = self._clock() + self._settings.parked_retry
         self._note("parked", reason)
         self._counters.warn_once(
-            ("parked", self._directory.path),
+            ("parked", self._source.path),
             f"mlflow-outbox: {self._destination.uri} waits for a person: {printable(reason, 300)}. Events stay on disk",
         )
 
@@ -478,8 +491,8 @@ class Delivery:
         if self._noted == state or self._ledger is None:
             return
         if state == "ok" and self._noted:
-            self._counters.forget(("away", self._directory.path))
-            self._counters.forget(("parked", self._directory.path))
+            self._counters.forget(("away", self._source.path))
+            self._counters.forget(("parked", self._source.path))
         self._noted = state
         with contextlib.suppress(LedgerUnavailable):
             self._ledger.set_meta("destination", msgspec.msgpack.encode(DestinationNote(state, reason, self._now_ms())))

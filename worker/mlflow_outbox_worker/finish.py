@@ -12,7 +12,6 @@ from collections.abc import Callable
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.courier import Later, Parked, Turn
 from mlflow_outbox_worker.ledger import Ledger
@@ -20,11 +19,12 @@ from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.retention import file_run, file_segments
 from mlflow_outbox_worker.sink import Sink, SinkError
+from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.verification import differences, summary
 
 
 def finish(
-    directory: OutboxDirectory,
+    source: Source,
     sink: Sink,
     ledger: Ledger,
     settings: Settings,
@@ -42,15 +42,17 @@ def finish(
         OSError: a file could not be moved.
     """
     record = turn.record
-    if not record.remote_id or not directory.run(record.run_id).is_dir():
+    if not record.remote_id or not any(folder.is_dir() for folder in turn.reader.paths):
         return
     if provisional.is_room(record.run_id):
         record.state, record.verified_at_ms = "done", now_ms()
         ledger.commit(record)
-        file_run(directory, ledger, record.run_id, record.cursors)
+        if source.filing is not None:
+            file_run(source.filing, ledger, record.run_id, record.cursors)
         return
     if not record.ended:
-        file_segments(directory, ledger, record.run_id, record.cursors)
+        if source.filing is not None:
+            file_segments(source.filing, ledger, record.run_id, record.cursors)
         return
     if not record.verified_at_ms:
         try:
@@ -64,22 +66,24 @@ def finish(
                 raise Later(error, outcome) from error
             raise Parked(outcome, error) from error
         if found:
-            _send_again_or_park(directory, ledger, counters, record, summary(found))
+            _send_again_or_park(source, ledger, counters, record, summary(found))
             return
         record.creating = False
         record.mismatch = ""
         record.verified_at_ms = now_ms()
     record.state = "done"
     ledger.commit(record)
-    if file_run(directory, ledger, record.run_id, record.cursors):
+    if source.filing is None or file_run(source.filing, ledger, record.run_id, record.cursors):
         counters.add("runs_verified")
 
 
 def _send_again_or_park(
-    directory: OutboxDirectory, ledger: Ledger, counters: Counters, record: RunRecord, found: str
+    source: Source, ledger: Ledger, counters: Counters, record: RunRecord, found: str
 ) -> None:
     counters.add("verification_differences")
-    again = not record.mismatch and not (directory.delivered / record.run_id).is_dir()
+    read = source.folders(record.run_id)
+    filed = any(folder.is_dir() for folder in source.everywhere(record.run_id) if folder not in read)
+    again = not record.mismatch and not filed
     record.mismatch = found
     if not again:
         reason = f"MLflow lacks something of the run although it was sent: {found}"
@@ -90,7 +94,7 @@ def _send_again_or_park(
     for letter in list(ledger.dead_letters(record.run_id)):
         ledger.drop_dead_letter(letter.id)  # MLflow will refuse the same event again
     ledger.commit(record, view=RunView())
-    directory.ring(record.run_id)
+    source.ring(record.run_id)
 
 
 def _delete_twins(sink: Sink, record: RunRecord, counters: Counters) -> None:

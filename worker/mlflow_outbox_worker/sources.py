@@ -56,6 +56,10 @@ class Source(Protocol):
         """Return the directories that together hold a run, at least one."""
         ...
 
+    def everywhere(self, run_id: str) -> tuple[Path, ...]:
+        """Return all directories in which something of a run may be, filed as delivered or not."""
+        ...
+
     def experiment(self, name: str) -> str:
         """Return the experiment to which a run goes that was logged for the one called name."""
         ...
@@ -118,6 +122,10 @@ class OutboxSource:
         """Return a run's directory; segments that were filed before are delivered, so they are not read again."""
         return (self._directory.run(run_id),)
 
+    def everywhere(self, run_id: str) -> tuple[Path, ...]:
+        """Return a run's directory and that of its filed segments."""
+        return self._directory.run(run_id), self._directory.delivered / run_id
+
     def experiment(self, name: str) -> str:
         """Return the name itself."""
         return name
@@ -176,7 +184,11 @@ class RunsSource:
 
     def folders(self, run_id: str) -> tuple[Path, ...]:
         """Return the directories that together hold a run."""
-        return self._runs[run_id]
+        return self._runs.get(run_id, ())
+
+    def everywhere(self, run_id: str) -> tuple[Path, ...]:
+        """Return the same directories."""
+        return self.folders(run_id)
 
     def experiment(self, name: str) -> str:
         """Return the chosen experiment, or the run's own."""

@@ -1,0 +1,269 @@
+"""Manners at the terminal: who reads the output decides how it looks, and nothing that is shown can give the terminal orders.
+
+A terminal gets tables that fit its width, and colours unless ``NO_COLOR`` says otherwise (rich sees to that). A pipe or a file gets plain
+lines, whole and without escape sequences. Everything that comes from a run (keys, names, answers of servers) is shown with its control
+characters escaped. What a command was asked for goes to standard output, what it has to say about itself to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from mlflow_outbox.counters import printable
+
+#: Characters of one cell or line; longer ones are cut, so that a value of a megabyte does not scroll everything away.
+_CELL: Final = 300
+_LINE: Final = 4000
+#: Seconds between two lines of progress where lines cannot be written over.
+_PROGRESS: Final = 10.0
+
+
+class _State:
+    quiet = False
+    verbose = False
+
+
+class Column(NamedTuple):
+    """One column of a table.
+
+    Attributes:
+        title: its heading.
+        right: align to the right, for numbers.
+        rank: columns of a higher rank are left out first on a narrow terminal; 0 is never left out.
+    """
+
+    title: str
+    right: bool = False
+    rank: int = 0
+
+
+class Styled(NamedTuple):
+    """Text with a style of rich's, for a terminal with colours."""
+
+    text: str
+    style: str
+
+
+Cell = str | Styled
+
+
+class _ToStandardError(logging.Handler):
+    """Shows the library's warnings as plain lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage().removeprefix("mlflow-outbox: "))
+
+
+def prepare() -> None:
+    """Set the streams up at the start of a command; may be called again in one process."""
+    _State.quiet = _State.verbose = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # a stream of a test or of a notebook
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def behave(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Take note of ``--quiet`` and ``--verbose``."""
+    _State.quiet, _State.verbose = quiet, verbose
+    log = logging.getLogger("mlflow_outbox")
+    if not any(isinstance(handler, _ToStandardError) for handler in log.handlers):
+        log.addHandler(_ToStandardError())
+        log.propagate = False
+    for noisy in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def is_verbose() -> bool:
+    """Return whether ``--verbose`` was given."""
+    return _State.verbose
+
+
+def is_quiet() -> bool:
+    """Return whether ``--quiet`` was given."""
+    return _State.quiet
+
+
+def say(text: str) -> None:
+    """Print a line, unless ``--quiet`` was given."""
+    if not _State.quiet:
+        data(text)
+
+
+def data(text: str) -> None:
+    """Print a line that was asked for, ``--quiet`` or not."""
+    sys.stdout.write(printable(text, _LINE) + "\n")
+
+
+def raw(text: str) -> None:
+    """Print a line that holds no control characters already, in full: JSON."""
+    sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """Print a line about the command itself to standard error, unless ``--quiet`` was given."""
+    if not _State.quiet:
+        _to_stderr(f"mlflow-outbox: {text}")
+
+
+def error(text: str) -> None:
+    """Print what went wrong to standard error."""
+    _to_stderr(f"mlflow-outbox: error: {text}")
+
+
+def _to_stderr(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        sys.stderr.write(printable(text, _LINE) + "\n")
+        sys.stderr.flush()
+
+
+def is_terminal() -> bool:
+    """Return whether standard output is a terminal."""
+    return sys.stdout.isatty()
+
+
+def styled(*cells: Cell) -> None:
+    """Print a line with styles, unless ``--quiet`` was given."""
+    if _State.quiet:
+        return
+    if not is_terminal():
+        data("".join(_text(cell) for cell in cells))
+        return
+    _console().print(*(_rich_text(cell) for cell in cells), sep="", soft_wrap=True)
+
+
+def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
+    """Print a table: fitted to a terminal, in full to a pipe."""
+    texts = [[printable(_text(cell), _CELL) for cell in row] for row in rows]
+    widths = [max(len(c.title), *(len(row[i]) for row in texts), 0) for i, c in enumerate(columns)]
+    shown = list(range(len(columns)))
+    if not is_terminal():
+        _plain_line([column.title.upper() for column in columns], columns, widths)
+        for row in texts:
+            _plain_line(row, columns, widths)
+        return
+    room = shutil.get_terminal_size().columns
+    while sum(widths[i] + 2 for i in shown) - 2 > room and any(columns[i].rank for i in shown):
+        shown.remove(max(shown, key=lambda i: (columns[i].rank, i)))
+    from rich.table import Table  # noqa: PLC0415 - a pipe does not need rich
+
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i in shown:
+        justify: Any = "right" if columns[i].right else "left"
+        drawn.add_column(columns[i].title, justify=justify, no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        drawn.add_row(*(_rich_text(row[i]) for i in shown))
+    _console().print(drawn)
+
+
+def _plain_line(texts: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> None:
+    cells = [
+        text.rjust(width) if column.right else text.ljust(width)
+        for text, column, width in zip(texts, columns, widths, strict=True)
+    ]
+    sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def pairs(items: Sequence[tuple[str, Cell]]) -> None:
+    """Print names and values below each other, aligned."""
+    width = max((len(name) for name, _ in items), default=0)
+    for name, value in items:
+        styled(Styled(f"{printable(name):<{width}}  ", "dim"), value)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows how far a long command is: on one line of a terminal, or now and then as a line of its own."""
+    if _State.quiet:
+        yield lambda _text: None
+        return
+    if not sys.stderr.isatty():
+        last = [time.monotonic()]
+
+        def line(text: str) -> None:
+            if time.monotonic() - last[0] >= _PROGRESS:
+                last[0] = time.monotonic()
+                note(text)
+
+        yield line
+        return
+    from rich.console import Console  # noqa: PLC0415 - a pipe does not need rich
+    from rich.text import Text  # noqa: PLC0415
+
+    with Console(stderr=True).status(Text("")) as shown:
+        yield lambda text: shown.update(Text(printable(text, _LINE)))
+
+
+def confirm(question: str, *, assume_yes: bool) -> bool:
+    """Ask a yes-or-no question; where nobody can answer, only ``assume_yes`` is a yes."""
+    if assume_yes:
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"{printable(question, _LINE)} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def clear() -> None:
+    """Clear a terminal before something is drawn anew."""
+    if is_terminal():
+        _console().clear()
+
+
+def _console() -> Any:
+    from rich.console import Console  # noqa: PLC0415 - a pipe does not need rich
+
+    return Console(highlight=False, emoji=False, markup=False)
+
+
+def _text(cell: Cell) -> str:
+    return cell.text if isinstance(cell, Styled) else cell
+
+
+def _rich_text(cell: Cell) -> Any:
+    from rich.text import Text  # noqa: PLC0415 - a pipe does not need rich
+
+    return Text(printable(_text(cell), _CELL), style=cell.style if isinstance(cell, Styled) else "")
+
+
+# -- numbers for people
+
+
+def count(number: int, noun: str = "") -> str:
+    """Return a number with separators, and a noun in the right number behind it."""
+    text = f"{number:,}"
+    return f"{text} {noun if number == 1 else noun + 's'}" if noun else text
+
+
+def size(number: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:  # noqa: PLR2004 - the step of the units
+            return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"  # noqa: PLR2004 - three digits tell enough
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def span(seconds: float) -> str:
+    """Return a time span for people."""
+    seconds = max(0.0, seconds)
+    for limit, unit, per in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / per:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} d"
+
+
+def moment(time_ms: int) -> str:
+    """Return a wall-clock time of this machine's zone; "-" for none."""
+    if not time_ms:
+        return "-"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ms / 1000))
+    except (ValueError, OverflowError, OSError):  # a time that a program made up
+        return f"{time_ms} ms"
