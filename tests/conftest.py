@@ -15,6 +15,9 @@ from servers import MlflowServer, NurseryClient, forget_mlflow_variables
 _NURSERY = pytest.StashKey[NurseryClient]()
 _SERVER_FIXTURES = {"mlflow_server", "own_mlflow_server", "sqlite_uri", "empty_database"}
 
+# Helpers that assert on behalf of tests show their values as tests do.
+pytest.register_assert_rewrite("contents", "ledgers", "sink_contract")
+
 # Tests change directory; what their child processes import must not depend on it.
 if "PYTHONPATH" in os.environ:
     os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    from mlflow_outbox.destination import Destination
     from mlflow_outbox.outbox import FlushResult, Outbox
 
 
@@ -47,6 +48,22 @@ def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
 def reading(outbox: Outbox) -> Any:
     """Return a ``mlflow_outbox_worker.reading.Reading`` of an outbox: runs as MLflow and the journals together have them."""
     return _half("reading").Reading(outbox)
+
+
+def open_store(destination: Destination, timeout: float) -> Any:
+    """Return the worker's ``OpenStore`` of a destination, whose requests are made once and take at most timeout seconds."""
+    return _half("mlflow_sink.stores").open_store(
+        destination.secret_uri or destination.uri,
+        artifact_root=destination.artifact_root or None,
+        timeout=timeout,
+        username=None,
+        password=None,
+    )
+
+
+def translate(error: BaseException) -> Any:
+    """Return the worker's ``SinkError`` that says what an exception of MLflow, a database or a connection means."""
+    return _half("mlflow_sink.boundary").translate(error)
 
 
 def command_line() -> int:

@@ -20,11 +20,17 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
+from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import DestinationError
 
 _SQL: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
 _SECRET: Final = re.compile(r"pass|secret|token|key|cred", re.IGNORECASE)
 _PREFIX: Final = "outbox+"
+_PORTS: Final = {"http": 80, "https": 443}
+#: User and password as SQLAlchemy reads them: the password ends at the first "@", whatever is in it.
+_USER: Final = re.compile(r"//[^:/]*(?::[^@]*)?@")
+#: Characters of a slug before its digest.
+_SLUG_CHARS: Final = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +55,10 @@ class Destination:
     @property
     def slug(self) -> str:
         """A directory name for the destination: readable, and unique by a digest of the whole URI."""
-        words = re.sub(r"[^A-Za-z0-9]+", "-", self.uri).strip("-")[-40:].strip("-")
-        return f"{words}-{hashlib.sha256(self.uri.encode()).hexdigest()[:8]}"
+        words = re.sub(r"[^A-Za-z0-9]+", " ", unquote(self.uri)).split()
+        while len(words) > 2 and len("-".join(words)) > _SLUG_CHARS:  # noqa: PLR2004 - the scheme and the last word stay
+            del words[1]
+        return f"{'-'.join(words)[:_SLUG_CHARS]}-{hashlib.sha256(self.uri.encode()).hexdigest()[:8]}"
 
 
 def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None = None) -> Destination:
@@ -70,6 +78,8 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
         return _file_store(Path(given))
     text = given.strip().removeprefix(_PREFIX)
     scheme, colon, rest = text.partition(":")
+    if scheme.lower() in {"http", "https", "file"}:
+        scheme = scheme.lower()
     if text == "databricks" or (scheme == "databricks" and rest.startswith("//")):
         return Destination(text)
     if not colon or os.path.isabs(text):
@@ -82,9 +92,8 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
         return _sqlite(text)
     if scheme.split("+", 1)[0] in _SQL:
         return _database(text)
-    shown = re.sub(r"//[^/@]*@", "//***@", text)
     msg = (
-        f"the tracking URI {shown!r} has the scheme {scheme!r}; "
+        f"the tracking URI has the scheme {printable(scheme)!r}; "
         "use http(s)://, sqlite:///, postgresql://, file:, a directory, or databricks"
     )
     raise DestinationError(msg)
@@ -117,11 +126,12 @@ def _server(text: str) -> Destination:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if not host:
-        msg = f"the tracking URI {parts.scheme}://{parts.netloc.rpartition('@')[2]} names no host with a valid port"
+    if not host or "@" in parts.path + parts.fragment:
+        # What was given is not shown: of a password with a "/" or "#" in it, some may be left.
+        msg = f"the {parts.scheme} tracking URI names no host with a valid port; write special characters as %XX"
         raise DestinationError(msg)
     netloc = f"[{host}]" if ":" in host else host
-    netloc = f"{netloc}:{port}" if port else netloc
+    netloc = f"{netloc}:{port}" if port and port != _PORTS[parts.scheme] else netloc
     path = parts.path.rstrip("/")
     return Destination(
         urlunsplit((parts.scheme, netloc, path, "", "")), "", urlunsplit((parts.scheme, parts.netloc, path, "", ""))
@@ -142,7 +152,7 @@ def _sqlite(text: str) -> Destination:
 
 
 def _database(text: str) -> Destination:
-    parts = urlsplit(text)
+    parts = urlsplit(_USER.sub("//", text, count=1))  # a "#" or "/" in a password would end the host here
     query = urlencode([pair for pair in parse_qsl(parts.query) if not _SECRET.search(pair[0])])
     bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
     return Destination(bare, str(Path.cwd() / "mlruns"), text)
@@ -161,6 +171,5 @@ def with_credentials(destination: Destination, environment_uri: str | None) -> D
         candidate = resolve(environment_uri)
     except DestinationError:
         return destination
-    return (
-        dataclasses.replace(destination, secret_uri=candidate.secret_uri) if candidate == destination else destination
-    )
+    same = candidate.uri == destination.uri  # its artifact root depends on where this process was started
+    return dataclasses.replace(destination, secret_uri=candidate.secret_uri) if same else destination

@@ -24,6 +24,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import (
     INT64_MAX,
     INT64_MIN,
+    MAX_KEY_CHARS,
     MAX_PARAM_CHARS,
     MAX_TAG_CHARS,
     Artifact,
@@ -118,7 +119,7 @@ class Run:
             if self._append_event(event):
                 return True
             return self._not_kept()
-        return self._attempt(lambda: self._metric(key, value, step, timestamp))
+        return self._attempt(lambda: self._metric(key, value, step, timestamp), key)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: Any = None, timestamp: Time | None = None) -> bool:
         """Log several metric points of one step and time; a value that is refused does not hold back the others.
@@ -154,7 +155,7 @@ class Run:
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        self._attempt(lambda: self._params([(key, value)]))
+        self._attempt(lambda: self._params([(key, value)]), key)
         return value
 
     def log_params(self, params: Mapping[str, Any]) -> bool:
@@ -174,7 +175,7 @@ class Run:
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._attempt(lambda: self._tags([(key, value)]))
+        return self._attempt(lambda: self._tags([(key, value)]), key)
 
     def set_tags(self, tags: Mapping[str, Any]) -> bool:
         """Set tags; the last value of each stays.
@@ -225,16 +226,32 @@ class Run:
             EventRefused: only with ``Settings(strict=True)``.
         """
 
-        def log() -> bool:
-            folder = checked_artifact_path(artifact_path or "")
-            name = os.path.basename(os.path.abspath(_path_text(path)))
-            target = checked_artifact_path(posixpath.join(folder, name), what="file name")
-            store = self._files()
-            return store is not None and self._keep_file(
-                target, store.add_file(path, limit=self._settings.artifact_bytes), store
-            )
+        return self._attempt(lambda: self._file(path, artifact_path), _shown(path))
 
-        return self._attempt(log)
+    def _file(self, path: str | os.PathLike[str], artifact_path: str | None) -> bool:
+        folder = checked_artifact_path(artifact_path or "")
+        name = os.path.basename(os.path.abspath(_path_text(path)))
+        target = checked_artifact_path(posixpath.join(folder, name), what="file name")
+        store = self._files()
+        return store is not None and self._keep_file(
+            target, store.add_file(path, limit=self._settings.artifact_bytes), store
+        )
+
+    def _each_file(self, path: str, artifact_path: str) -> bool:
+        """Keep one file of several: one that is refused does not hold back the others, unless strict."""
+        try:
+            return self._file(path, artifact_path)
+        except EventRefused as refused:
+            if self._settings.strict:
+                raise
+            return self._refuse(refused, _shown(path))
+
+    def _unreadable(self, error: OSError) -> None:
+        msg = f"the directory {printable(error.filename)!r} cannot be read: {error.strerror}"
+        refused = ArtifactRefused("bad_file", msg)
+        if self._settings.strict:
+            raise refused
+        self._refuse(refused, _shown(error.filename))
 
     def log_artifacts(self, directory: str | os.PathLike[str], artifact_path: str | None = None) -> bool:
         """Copy all files of a directory and those below it; a file that is refused does not hold back the others.
@@ -254,8 +271,8 @@ class Run:
                 msg = f"{printable(root)!r} is not a directory; use log_artifact for a file"
                 raise ArtifactRefused("bad_file", msg)
             results = [
-                self.log_artifact(file, posixpath.join(folder, below) if below else folder)
-                for file, below in _walk(root)
+                self._each_file(file, posixpath.join(folder, below) if below else folder)
+                for file, below in _walk(root, self._unreadable)
             ]
             return all(results)
 
@@ -386,32 +403,37 @@ class Run:
         try:
             return check()
         except EventRefused as refused:
-            self._refuse(refused)
+            self._refuse(refused, "start_run")
             return None
 
     # -- common ground
 
-    def _attempt(self, log: Callable[[], bool]) -> bool:
-        """Run one logging call; a refusal is counted and said, or raised when strict."""
+    def _attempt(self, log: Callable[[], bool], about: object = "") -> bool:
+        """Run one logging call; a refusal is counted and said once per reason and key, or raised when strict.
+
+        Args:
+            log: the call.
+            about: the key, or path, that it is about.
+        """
         try:
             return bool(log())
         except EventRefused as refused:
-            return self._refuse(refused)
+            return self._refuse(refused, about)
         except Exception as error:  # noqa: BLE001 - a logging call never raises into the experiment; counted and said
             if self._settings.strict:
                 raise
             self._counters.add("internal_errors")
             self._counters.warn_once(
-                ("internal", type(error), str(error)[:80]),
+                ("internal", type(error), _about(about)),
                 f"mlflow-outbox: a logging call failed: {printable(repr(error), 300)}",
             )
             return False
 
-    def _refuse(self, refused: EventRefused) -> bool:
+    def _refuse(self, refused: EventRefused, about: object) -> bool:
         self._counters.add(f"refused_{refused.reason}")
         if self._settings.strict:
             raise refused
-        self._counters.warn_once((refused.reason, str(refused)[:160]), f"mlflow-outbox: not logged: {refused}")
+        self._counters.warn_once((refused.reason, _about(about)), f"mlflow-outbox: not logged: {refused}")
         return False
 
     def _not_kept(self) -> bool:
@@ -446,7 +468,7 @@ class Run:
                 if self._settings.strict:
                     first = first or refused
                 else:
-                    self._refuse(refused)
+                    self._refuse(refused, key)
         if first is not None:
             raise first
         return good, len(good) == number
@@ -477,6 +499,18 @@ def _status_after(error: BaseException | None) -> str:
     return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
 
 
+def _about(key: object) -> str:
+    """Return a key that a warning is remembered under; of what is no string, which may have no text, its type."""
+    return key[:MAX_KEY_CHARS] if type(key) is str else type(key).__name__
+
+
+def _shown(path: object) -> str:
+    try:
+        return printable(os.fspath(path))  # type: ignore[call-overload]
+    except TypeError:
+        return type(path).__name__
+
+
 def _path_text(path: object) -> str:
     try:
         text = os.fspath(path)  # type: ignore[call-overload]
@@ -486,9 +520,9 @@ def _path_text(path: object) -> str:
     return os.fsdecode(text)
 
 
-def _walk(root: str) -> Iterator[tuple[str, str]]:
+def _walk(root: str, unreadable: Callable[[OSError], None]) -> Iterator[tuple[str, str]]:
     """Yield every file below root with its folder relative to root, in a stable order."""
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=unreadable):
         folders.sort()
         below = os.path.relpath(folder, root)
         for name in sorted(files):

@@ -95,8 +95,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-                msg = f"the setting {name}={value!r} must be a number of at least {least}"
+            whole = isinstance(getattr(type(self), name), int)
+            kinds = (int,) if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < _ENDLESS:
+                msg = f"the setting {name}={value!r} must be a {'whole ' if whole else ''}number of at least {least}"
                 raise InvalidSettings(msg)
         if self.batch_points > 1000:
             msg = f"the setting batch_points={self.batch_points} must be at most 1000, MLflow's limit for one request"
@@ -132,6 +134,9 @@ class Settings:
 
 #: ``root`` is what users know as the outbox directory; all other variables follow the option's name.
 _VARIABLES = {"root": "MLFLOW_OUTBOX_DIR"}
+
+#: No option is as large: what is meant to last for ever takes some centuries of seconds, which every clock can add.
+_ENDLESS = 1e18
 
 _LEAST: dict[str, float] = {
     "sync_interval": 0.001,

@@ -49,7 +49,7 @@ def checked_key(key: object, what: str) -> str:
     if posixpath.normpath(key) != key or key == "." or key.startswith(("..", "/")):
         msg = f"the {what} key {shown!r} is not a plain relative path; use for instance {_plain(key)!r}"
         raise InvalidEvent("bad_key", msg)
-    return str(key)
+    return str.__str__(key)  # its characters: str() of an enumeration's member, which is a string too, is its name
 
 
 def _plain(key: str) -> str:
@@ -91,8 +91,11 @@ def checked_step(key: str, step: object) -> int:
 def checked_time_ms(what: str, time: object) -> int:
     """Return a wall-clock time as milliseconds since the epoch: an int or float of milliseconds, or a datetime."""
     if isinstance(time, dt.datetime):
-        aware = time if time.tzinfo is not None else time.astimezone()
-        time = (aware - _EPOCH) // dt.timedelta(milliseconds=1)
+        try:
+            aware = time if time.tzinfo is not None else time.astimezone()
+            time = (aware - _EPOCH) // dt.timedelta(milliseconds=1)
+        except (OverflowError, OSError, ValueError, TypeError):  # the year 1 in a local time, pandas' "not a time"
+            time = None
     number = _whole(time, truncate=True)
     if number is None:
         msg = f"the time of {printable(what)!r} is {printable(repr(time))}; use milliseconds since the epoch, or a datetime"
@@ -111,7 +114,7 @@ def looks_like_seconds(time: object) -> bool:
 def _whole(number: object, *, truncate: bool = False) -> int | None:
     try:
         return operator.index(number)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # noqa: BLE001, S110 - __index__ of any object may raise anything; it may still have a float
         pass
     if isinstance(number, (str, bytes, bytearray)):
         return None
@@ -127,7 +130,7 @@ def _whole(number: object, *, truncate: bool = False) -> int | None:
 def checked_text(key: str, value: object, what: str) -> str:
     """Return a param's or tag's value as text, as MLflow does: str(value)."""
     try:
-        text = value if type(value) is str else str(value)
+        text = value if type(value) is str else str.__str__(str(value))
         text.encode()
     except UnicodeEncodeError:
         msg = f"the {what} {printable(key)!r} has a value that is not valid Unicode (a lone surrogate); encode it"

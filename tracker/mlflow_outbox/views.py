@@ -85,6 +85,7 @@ class RunView(msgspec.Struct):
     lifecycle: str = "active"
     files: dict[str, dict[str, File]] = {}
     requests: list[Kept] = []
+    experiment_id: str = ""
 
     def fold(self, event: Event, writer: str) -> None:
         """Take one event of a writer into account; events of one writer must come in their order."""
@@ -156,6 +157,7 @@ class RunView(msgspec.Struct):
             self.start_time_ms = event.time_ms
             self.name = event.run_name or self.name
             self.user = event.user or self.user
+            self.experiment_id = event.experiment_id or self.experiment_id
         elif wins(self.status, event.time_ms, writer):
             self.status = Register("RUNNING", event.time_ms, writer)
             self.end_time_ms = None

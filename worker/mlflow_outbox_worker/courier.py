@@ -24,6 +24,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Final, Literal, NamedTuple, TypeVar
 
 from mlflow_outbox.counters import Counters, printable
@@ -183,10 +184,9 @@ class Courier:
         if record.remote_id:
             return
         started, header = reader.started()
-        record.experiment = header.experiment if header is not None else record.experiment
-        if header is not None and header.remote:
-            found = self._ask("get_run", lambda: self._sink.get_run(record.run_id))
-            record.remote_id, record.experiment_id = found.run_id, found.experiment_id
+        own = header.experiment if header is not None else record.experiment
+        record.experiment = self._source.experiment(own)
+        if header is not None and header.remote and record.experiment == own and self._find_existing(record):
             self._ledger.commit(record)
             return
         if provisional.is_room(record.run_id):
@@ -207,9 +207,36 @@ class Courier:
             self._find_or_create(record, started, header)
         self._ledger.commit(record)
 
+    def _find_existing(self, record: RunRecord) -> bool:
+        """Find a run that was gone on with here and began elsewhere: in MLflow, or in another outbox."""
+        try:
+            found = self._sink.get_run(record.run_id)
+        except SinkError as error:
+            outcome = classify(error, "get_run")
+            if outcome.kind == "retry":
+                raise Later(error, outcome) from error
+            if error.status != HTTPStatus.NOT_FOUND and error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise Parked(outcome, error) from error
+            missing = error
+        else:
+            record.remote_id, record.experiment_id = found.run_id, found.experiment_id
+            return True
+        experiment_id = self._ask("find_experiment", lambda: self._sink.find_experiment(record.experiment))
+        if experiment_id is not None:
+            twins = self._ask("find_runs", lambda: self._sink.find_runs(experiment_id, record.run_id))
+            if twins:
+                record.remote_id, record.experiment_id = twins[0], experiment_id
+                return True
+        if self._source.elsewhere:
+            return False
+        reason = f"the run {record.run_id} did not begin in this outbox, and MLflow does not have it; if it began in another, send that first"
+        raise Parked(Outcome("parked", reason), missing)
+
     def _find_or_create(self, record: RunRecord, started: RunStarted | None, header: SegmentHeader | None) -> None:
         name = record.experiment
-        given = started.experiment_id if started is not None else ""
+        # An id of another server's experiment says nothing here; its name does.
+        by_name = self._source.elsewhere or (header is not None and name != header.experiment)
+        given = "" if started is None or by_name else started.experiment_id
         if given:
             record.experiment_id = self._ask("create_experiment", lambda: self._calls.resolved(given))
         else:
@@ -224,9 +251,7 @@ class Courier:
             record.creating = True
             self._ledger.commit(record)
             first = started.tags if started is not None else {}
-            tags = self._ask(
-                "create_run", lambda: {key: self._calls.rewritten(value) for key, value in first.items()}
-            )
+            tags = self._ask("create_run", lambda: {key: self._calls.rewritten(value) for key, value in first.items()})
             tags[RUN_ID_TAG] = record.run_id
             start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
             record.remote_id = self._ask(

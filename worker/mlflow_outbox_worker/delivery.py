@@ -24,9 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import Final, Literal, NamedTuple
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.destination import Destination
@@ -39,6 +37,7 @@ from mlflow_outbox_worker.courier import Courier, Later, Parked, Turn
 from mlflow_outbox_worker.finish import finish
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
+from mlflow_outbox_worker.notes import Notes
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.retention import reclaim
 from mlflow_outbox_worker.retry import Backoff
@@ -51,24 +50,34 @@ _STAND_BY: Final = 1.0
 _LIFE_CHECK: Final = 2.0
 #: Seconds between two looks at the list of all runs, in case a doorbell was missed.
 _LOOK_AROUND: Final = 30.0
+#: The same where other machines write, whose doorbell may not be heard.
+_LOOK_AT_OTHERS: Final = 5.0
 #: Seconds between two rounds of reclaiming what is past retention.
 _RECLAIM: Final = 300.0
 
 OpenSink = Callable[..., Sink]
 
 
-class DestinationNote(msgspec.Struct):
-    """How the destination stands, kept in the ledger for ``status``: "ok", "away" (retried) or "parked" (a person is needed)."""
+class Standing(NamedTuple):
+    """How a run stands.
 
-    state: str
+    Attributes:
+        state: "waiting" for its first turn or for more of its events to be sent, "sent" with everything that was on disk at its last
+            turn, "away" because the destination does not take events, "parked" for a person, "broken" because its files or
+            the ledger cannot be read.
+        reason: of the last failure; "" without one.
+        failures: turns in a row that failed.
+    """
+
+    state: Literal["waiting", "sent", "away", "parked", "broken"] = "waiting"
     reason: str = ""
-    since_ms: int = 0
+    failures: int = 0
 
 
 class _Slot:
     """What the loop knows of one run."""
 
-    __slots__ = ("busy", "due", "next_life_check", "pending", "retry", "tails")
+    __slots__ = ("busy", "due", "live", "next_life_check", "pending", "retry", "stamp", "standing", "tails")
 
     def __init__(self) -> None:
         self.pending = True
@@ -77,7 +86,12 @@ class _Slot:
         self.retry: Backoff | None = None
         #: Segments that may still grow, with the offset read up to.
         self.tails: dict[Path, int] = {}
+        #: They are being written, so a missing writer is news.
+        self.live = False
         self.next_life_check = 0.0
+        #: When its directories last changed; only known where other machines write.
+        self.stamp: tuple[int, ...] = ()
+        self.standing = Standing()
 
 
 class Delivery:
@@ -124,7 +138,7 @@ class Delivery:
         self._hurry = 0
         self._away = Backoff(settings.retry_initial, settings.retry_max, clock=clock)
         self._parked_until = 0.0
-        self._noted = ""
+        self._notes = Notes(clock())
         self._ledger: Ledger | None = None
         self._sink: Sink | None = None
         self._courier: Courier | None = None
@@ -161,6 +175,11 @@ class Delivery:
                 self._lease.is_held() and not self._ready and not any(s.busy or s.pending for s in self._slots.values())
             )
 
+    def standings(self) -> dict[str, Standing]:
+        """Return how every run stands that the loop has taken notice of."""
+        with self._condition:
+            return {run_id: slot.standing for run_id, slot in self._slots.items()}
+
     # -- the loop
 
     def run(self) -> None:
@@ -188,7 +207,8 @@ class Delivery:
         found = self._lease.holder() if self._source.remote else None
         if found is not None and found.host != socket.gethostname():
             self._counters.warn_once(
-                ("host", found.host), f"mlflow-outbox: {described(found)} delivers {self._source.path}; this one stands by"
+                ("host", found.host),
+                f"mlflow-outbox: {described(found)} delivers {self._source.path}; this one stands by",
             )
 
     def _trouble(self, reason: str, error: BaseException) -> None:
@@ -210,19 +230,21 @@ class Delivery:
         self._slots, self._ready = {}, collections.deque()
         self._hurry = self._source.hurry_asked()
         self._look_around()
-        next_look, next_reclaim, next_check = self._clock() + _LOOK_AROUND, self._clock(), self._clock() + _STAND_BY
+        look_around = _LOOK_AT_OTHERS if self._source.remote else _LOOK_AROUND
+        next_look, next_reclaim, next_check = self._clock() + look_around, self._clock(), self._clock() + _STAND_BY
         while not self._stop.is_set():
             now = self._clock()
             self._listen()
             self._watch_tails(now)
             if now >= next_look:
                 self._look_around()
-                next_look = now + _LOOK_AROUND
+                next_look = now + look_around
             if now >= next_check:
                 if not self._lease.is_sound():
                     self._counters.add("leases_lost")
                     return
                 self._source.check_unchanged()
+                self._notes.pace(self._ledger, self._counters["delivered"], now, self._now_ms())
                 next_check = now + _STAND_BY
             if now >= next_reclaim:
                 if self._source.filing is not None:
@@ -277,6 +299,7 @@ class Delivery:
             self._hurry = hurry
             self._away.hurry()
             self._parked_until = 0.0
+            self._notes.hurried()
             with self._condition:
                 for slot in self._slots.values():
                     slot.due = 0.0
@@ -295,14 +318,19 @@ class Delivery:
     def _watch_tails(self, now: float) -> None:
         """See whether a segment that is being written has grown, or lost its writer."""
         for run_id, slot in list(self._slots.items()):
-            if not slot.tails or slot.busy or slot.pending:
+            if not (slot.tails or slot.stamp) or slot.busy or slot.pending:
                 continue
             grown = any(_size(path) != offset for path, offset in slot.tails.items())
             if not grown and now >= slot.next_life_check:
                 slot.next_life_check = now + _LIFE_CHECK
-                grown = any(not is_being_written(path) for path in slot.tails)
+                grown = slot.live and any(not is_being_written(path) for path in slot.tails)
+                grown = grown or (self._source.remote and self._stamp(run_id) != slot.stamp)
             if grown:
                 self._mark(run_id)
+
+    def _stamp(self, run_id: str) -> tuple[int, ...]:
+        """Return when a run's directories last changed, where no doorbell tells."""
+        return tuple(_modified(folder) for folder in self._source.folders(run_id)) if self._source.remote else ()
 
     def _dispatch(self, now: float) -> bool:
         """Give ready runs to lanes; return whether it is worth coming back at once."""
@@ -388,10 +416,14 @@ class Delivery:
         courier, ledger, sink = self._courier, self._ledger, self._sink
         assert courier is not None and ledger is not None and sink is not None  # noqa: S101, PT018 - opened before any lane
         try:
+            stamp = self._stamp(run_id)
             turn = courier.turn(run_id)
             self._turned(run_id, turn)
-            if turn.progress == "idle":
-                finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+            if turn.progress == "live" or (
+                turn.progress == "idle"
+                and finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+            ):
+                self._sent(run_id, stamp)
         except Waits:  # for another run's turn; nothing is wrong with the destination
             self._again(run_id, self._clock() + self._settings.poll_interval)
         except Later as later:
@@ -400,13 +432,13 @@ class Delivery:
             self._parked(run_id, parked)
         except (LedgerUnavailable, OSError) as error:
             self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
-            self._again(run_id, self._clock() + _STAND_BY)
+            self._again(run_id, self._clock() + _STAND_BY, Standing("broken", str(error)))
             if isinstance(error, LedgerCorrupt):
                 self._counters.add("ledger_corrupt")
                 self._lease.release()  # ends _hold; the next one opens a new ledger
         except Exception as error:  # noqa: BLE001 - one run's trouble must not end the others' delivery; counted and said
             self._trouble("run_crashes", error)
-            self._again(run_id, self._clock() + self._settings.retry_max)
+            self._again(run_id, self._clock() + self._settings.retry_max, Standing("broken", repr(error)))
         finally:
             with self._condition:
                 slot = self._slots.get(run_id)
@@ -420,7 +452,7 @@ class Delivery:
         self._away.succeeded()
         self._note("ok")
         tails: dict[Path, int] = {}
-        if turn.progress == "live":
+        if turn.progress == "live" or (self._source.remote and turn.progress == "idle" and not turn.record.ended):
             for writer, held in turn.reader.segments().items():
                 cursor = turn.record.cursors.get(writer)
                 for segment in held[-1:]:
@@ -429,21 +461,31 @@ class Delivery:
         with self._condition:
             slot = self._slots[run_id]
             slot.retry, slot.due, slot.tails = None, 0.0, tails
+            slot.live = turn.progress == "live"
+            slot.standing = Standing()
             if turn.progress == "more":
                 slot.pending = True
 
-    def _again(self, run_id: str, due: float) -> None:
+    def _sent(self, run_id: str, stamp: tuple[int, ...]) -> None:
+        with self._condition:
+            slot = self._slots[run_id]
+            slot.stamp, slot.standing = stamp, Standing("sent")
+
+    def _again(self, run_id: str, due: float, failed: Standing | None = None) -> None:
         with self._condition:
             slot = self._slots.get(run_id)
             if slot is not None:
                 slot.due, slot.pending = due, True
+                if failed is not None:
+                    slot.standing = failed._replace(failures=slot.standing.failures + 1)
 
     def _later(self, run_id: str, later: Later) -> None:
         self._counters.add("retried")
         slot = self._slots[run_id]
         if slot.retry is None:
             slot.retry = Backoff(self._settings.retry_initial, self._settings.retry_max, clock=self._clock)
-        self._again(run_id, self._clock() + slot.retry.failed(later.error))
+        pause = slot.retry.failed(later.error)
+        self._again(run_id, self._clock() + pause, Standing("away", later.outcome.reason))
         self._destination_failed(later.error, later.outcome)
 
     def _destination_failed(self, error: SinkError, outcome: Outcome) -> None:
@@ -462,7 +504,7 @@ class Delivery:
         self._counters.add("parked")
         if parked.error.kind == "not_mlflow" or parked.error.status in {401, 403, 407} or parked.error.code == "TLS":
             self._park_destination(parked.outcome.reason)
-            self._again(run_id, 0.0)
+            self._again(run_id, 0.0, Standing("parked", parked.outcome.reason))
             return
         ledger = self._ledger
         if ledger is not None:
@@ -474,7 +516,7 @@ class Delivery:
             ("parked", run_id),
             f"mlflow-outbox: run {run_id} waits for a person: {printable(parked.outcome.reason, 300)}. Its events stay on disk",
         )
-        self._again(run_id, self._clock() + self._settings.parked_retry)
+        self._again(run_id, self._clock() + self._settings.parked_retry, Standing("parked", parked.outcome.reason))
 
     def _park_destination(self, reason: str) -> None:
         self._parked_until = self._clock() + self._settings.parked_retry
@@ -485,17 +527,21 @@ class Delivery:
         )
 
     def _note(self, state: str, reason: str = "") -> None:
-        """Write down how the destination stands, when that has changed."""
+        """Write down how the destination stands, when that is news."""
         if state == "ok":
             self._parked_until = 0.0
-        if self._noted == state or self._ledger is None:
-            return
-        if state == "ok" and self._noted:
-            self._counters.forget(("away", self._source.path))
-            self._counters.forget(("parked", self._source.path))
-        self._noted = state
-        with contextlib.suppress(LedgerUnavailable):
-            self._ledger.set_meta("destination", msgspec.msgpack.encode(DestinationNote(state, reason, self._now_ms())))
+            if self._notes.state not in {"", "ok"}:
+                self._counters.forget(("away", self._source.path))
+                self._counters.forget(("parked", self._source.path))
+        if self._ledger is not None:
+            self._notes.destination(self._ledger, state, reason, self._now_ms())
+
+
+def _modified(path: Path) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _size(path: Path) -> int:
@@ -503,14 +549,3 @@ def _size(path: Path) -> int:
         return os.stat(path, follow_symlinks=False).st_size
     except OSError:
         return -1
-
-
-def destination_note(ledger: Any) -> DestinationNote:
-    """Return how the destination stood when a worker last noted it."""
-    data = ledger.meta("destination")
-    if data is None:
-        return DestinationNote("ok")
-    try:
-        return msgspec.msgpack.decode(data, type=DestinationNote)
-    except msgspec.DecodeError:
-        return DestinationNote("ok")

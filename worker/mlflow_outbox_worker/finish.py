@@ -32,8 +32,11 @@ def finish(
     turn: Turn,
     *,
     now_ms: Callable[[], int],
-) -> None:
+) -> bool:
     """Do what remains for a run of which everything on disk was sent and nobody writes at present.
+
+    Returns:
+        False when the run is to be sent again.
 
     Raises:
         Later: MLflow could not be asked now.
@@ -43,22 +46,22 @@ def finish(
     """
     record = turn.record
     if not record.remote_id or not any(folder.is_dir() for folder in turn.reader.paths):
-        return
+        return True
     if provisional.is_room(record.run_id):
         record.state, record.verified_at_ms = "done", now_ms()
         ledger.commit(record)
         if source.filing is not None:
             file_run(source.filing, ledger, record.run_id, record.cursors)
-        return
+        return True
     if not record.ended:
         if source.filing is not None:
             file_segments(source.filing, ledger, record.run_id, record.cursors)
-        return
+        return True
     if not record.verified_at_ms:
         try:
             if record.creating:
                 _delete_twins(sink, record, counters)
-            letters = list(ledger.dead_letters(record.run_id))
+            letters = [*ledger.dead_letters(record.run_id), *ledger.settled_letters(record.run_id)]
             found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=turn.reader)
         except SinkError as error:
             outcome = classify(error, "verify")
@@ -67,7 +70,7 @@ def finish(
             raise Parked(outcome, error) from error
         if found:
             _send_again_or_park(source, ledger, counters, record, summary(found))
-            return
+            return False
         record.creating = False
         record.mismatch = ""
         record.verified_at_ms = now_ms()
@@ -75,11 +78,10 @@ def finish(
     ledger.commit(record)
     if source.filing is None or file_run(source.filing, ledger, record.run_id, record.cursors):
         counters.add("runs_verified")
+    return True
 
 
-def _send_again_or_park(
-    source: Source, ledger: Ledger, counters: Counters, record: RunRecord, found: str
-) -> None:
+def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, record: RunRecord, found: str) -> None:
     counters.add("verification_differences")
     read = source.folders(record.run_id)
     filed = any(folder.is_dir() for folder in source.everywhere(record.run_id) if folder not in read)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.outbox import FlushResult
 from mlflow_outbox_worker.backlog import Targets, targets, total
-from mlflow_outbox_worker.delivery import destination_note
-from mlflow_outbox_worker.lease import holder
+from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.notes import destination_note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +72,7 @@ class Watch:
                 return result
             if deadline is not None and now >= deadline:
                 return result
-            if holder(self._directory.lock) is not None:
+            if worker_of(self._directory) is not None:
                 seen_worker = now
             elif now - seen_worker > _NO_WORKER:
                 return result  # nobody delivers, and nobody has come to do so

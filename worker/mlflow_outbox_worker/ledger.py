@@ -15,6 +15,7 @@ What is stored
     remote/<MLflow id>   the run id, UTF-8                commit (follows RunRecord.remote_id)
     dead/<12 digits>     DeadLetter, MessagePack map      commit; the digits are its id, given in order and never again
     next/dead            the next such number, ASCII      commit
+    settled/<12 digits>  DeadLetter, MessagePack map      settle_dead_letter: what a person dropped or replaced
     meta/<name>          bytes                            set_meta
     bad/<random>         a quarantined row's value        whoever finds it; its former columns are in the column "tag"
 
@@ -105,6 +106,7 @@ _QUARANTINE: Final = (
 )
 _VALUE: Final = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _EXISTS: Final = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
+_LETTER_COUNTS: Final = "SELECT tag, COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1 GROUP BY tag"
 _ROWIDS: Final = "SELECT rowid FROM Cache WHERE key > ? AND key < ? "
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -229,6 +231,27 @@ class Ledger:
         """Remove one dead letter for good; return whether there was one."""
         with self._writing() as cache:
             return _delete(cache, f"dead/{letter_id}")
+
+    def dead_letter_counts(self) -> dict[str, int]:
+        """Return how many dead letters each run has, without reading them."""
+        return dict(self._source.query(_LETTER_COUNTS, ("dead/", "dead0")))
+
+    def settle_dead_letter(self, letter: DeadLetter) -> bool:
+        """Take one dead letter out of the queue for good; return whether it was there.
+
+        It is remembered that a person did so: MLflow is not expected to hold its event.
+        """
+        encoded = _encode(letter)
+        with self._writing() as cache:
+            if not _delete(cache, f"dead/{letter.id}"):
+                return False
+            _put(cache, f"settled/{letter.id}", encoded, tag=letter.run_id)
+            return True
+
+    def settled_letters(self, run_id: str) -> Iterator[DeadLetter]:
+        """Yield the dead letters of a run that a person has dropped or replaced."""
+        for rows in self._pages("settled", _LETTERS_PAGE, run_id):
+            yield from self._decoded(rows, _letter_decoder.decode)
 
     def replace_dead_letter(self, letter: DeadLetter) -> bool:
         """Store a dead letter in the place of the one with its id; return whether there was one."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.errors import LedgerUnavailable, TrackingUnavailable
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Event, RunStarted
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.views import Latest, Register, RunView
@@ -118,13 +119,49 @@ class Reading:
         with contextlib.suppress(LedgerUnavailable):
             ledger = Ledger.open(self._ledger_path, read_only=True)
         try:
-            ids = dict.fromkeys([*self._directory.run_ids(), *self._directory.delivered_ids()])
+            on_disk = dict.fromkeys([*self._directory.run_ids(), *self._directory.delivered_ids()])
+            ids = [run_id for run_id in on_disk if not provisional.is_room(run_id)]
             found = (self._local_run(run_id, ledger) for run_id in ids)
             return [run for run in found if run is not None and experiment in {None, run.experiment}]
         finally:
             if ledger is not None:
                 with contextlib.suppress(LedgerUnavailable):
                     ledger.close()
+
+    def local_run(self, run_id: str) -> LocalRun | None:
+        """Return one run as the outbox has it, or None when it has nothing of it.
+
+        Args:
+            run_id: the outbox's id of the run, which is MLflow's when it existed there first.
+        """
+        ledger: Ledger | None = None
+        with contextlib.suppress(LedgerUnavailable):
+            ledger = Ledger.open(self._ledger_path, read_only=True)
+        try:
+            run = self._local_run(run_id, ledger)
+        finally:
+            if ledger is not None:
+                with contextlib.suppress(LedgerUnavailable):
+                    ledger.close()
+        known = (self._directory.runs / run_id).is_dir() or (self._directory.delivered / run_id).is_dir()
+        return run if run is not None and (known or run.remote_id) else None
+
+    def meta(self, name: str) -> str:
+        """Return a text that the worker noted in the ledger, or ""."""
+        with contextlib.suppress(LedgerUnavailable), contextlib.closing(
+            Ledger.open(self._ledger_path, read_only=True)
+        ) as ledger:
+            return (ledger.meta(name) or b"").decode()
+        return ""
+
+    def remote_id(self, run_id: str) -> str:
+        """Return MLflow's id of a run of this outbox, or "" while it has none."""
+        with contextlib.suppress(LedgerUnavailable), contextlib.closing(
+            Ledger.open(self._ledger_path, read_only=True)
+        ) as ledger:
+            record = ledger.record(run_id)
+            return record.remote_id if record is not None else ""
+        return ""
 
     def _local_run(self, run_id: str, ledger: Ledger | None) -> LocalRun | None:
         record, view = None, None

@@ -17,8 +17,8 @@ import shutil
 from pathlib import Path
 
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
 
 
@@ -59,7 +59,7 @@ def file_run(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: d
     for writer, held in reader.segments().items():
         for segment in held:
             cursor = cursors.get(writer)
-            if cursor is None or is_being_written(segment.path):
+            if cursor is None or writer_state(segment.path, segment.header).kind == "writing":
                 return False
             if segment.header.ordinal == cursor.ordinal and segment.path.stat().st_size > cursor.offset:
                 return False

@@ -262,7 +262,9 @@ def find_runs(path: Path) -> Found:
     folders = {path: None}
     if outbox is not None and path.parent in {outbox.runs, outbox.delivered}:
         # A run that is filed in part lies in both.
-        folders.update((place, None) for place in (outbox.runs / path.name, outbox.delivered / path.name) if _is_directory(place))
+        folders.update(
+            (place, None) for place in (outbox.runs / path.name, outbox.delivered / path.name) if _is_directory(place)
+        )
     return Found(outbox, {run_id: tuple(folders)}, whole=False, problems=problems)
 
 

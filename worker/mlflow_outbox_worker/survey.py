@@ -20,15 +20,15 @@ from mlflow_outbox.spool.events import decode
 from mlflow_outbox.spool.frame import SEQUENCE_MASK, unpack, wanted
 from mlflow_outbox.spool.reader import Cursor, RunReader, SegmentFile
 from mlflow_outbox_worker.backlog import left
-from mlflow_outbox_worker.lease import Holder, holder
+from mlflow_outbox_worker.host_lease import worker_of
+from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.pace import Pace, noted_pace
+from mlflow_outbox_worker.notes import DestinationNote, Pace, destination_note, noted_pace
 from mlflow_outbox_worker.records import RunRecord
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
-    from mlflow_outbox_worker.delivery import DestinationNote
 
 #: Bytes read for the first frame behind a cursor; a longer one is read in a second go.
 _PEEK: Final = 4096
@@ -42,10 +42,10 @@ class RunSurvey:
         pending, parked: events that wait for the destination, or for a person.
         waiting_bytes: bytes of segments that they take.
         oldest_ms: wall-clock time of the oldest of them in ms; 0 when nothing waits.
-        live: a process holds a segment of the run open for writing.
     """
 
     run_id: str
+    experiment: str
     record: RunRecord | None
     pending: int
     parked: int
@@ -57,6 +57,17 @@ class RunSurvey:
     def waiting(self) -> int:
         """Events that wait, parked or not."""
         return self.pending + self.parked
+
+    @property
+    def state(self) -> str:
+        """One word for how it stands: "parked", "waiting", "dead letters", "done" or "sent"."""
+        if self.parked or (self.record is not None and self.record.state == "parked"):
+            return "parked"
+        if self.pending:
+            return "waiting"
+        if self.dead:
+            return "dead letters"
+        return "done" if self.record is not None and self.record.state == "done" else "sent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +120,14 @@ class OutboxSurvey:
         return max(0.0, (self.at_ms - oldest) / 1000) if oldest else 0.0
 
     @property
+    def last_error(self) -> str:
+        """What keeps events from arriving at present: of the destination, else of the run that failed last; "" for nothing."""
+        if self.note.state != "ok":
+            return self.note.reason
+        failed = [run.record for run in self.runs if run.record is not None and run.record.reason]
+        return max(failed, key=lambda record: record.failed_at_ms).reason if failed else ""
+
+    @property
     def rate(self) -> float:
         """Events that arrive in a second at present; 0 when none do or it is not known."""
         return self.pace.rate(self.at_ms) if self.pace is not None and self.holder is not None else 0.0
@@ -127,8 +146,6 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
         settings: where its ledger is.
         now_ms: wall-clock milliseconds since the epoch; None is now.
     """
-    from mlflow_outbox_worker.notes import DestinationNote, destination_note
-
     records: dict[str, RunRecord] = {}
     letters: Mapping[str, int] = {}
     note, pace, unread = DestinationNote("ok"), None, ""
@@ -143,7 +160,7 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
     on_disk = directory.run_ids()
     runs = [_run(directory, run_id, records.get(run_id), letters.get(run_id, 0), parked=parked) for run_id in on_disk]
     runs += [
-        RunSurvey(run_id, records.get(run_id), 0, 0, number, 0, 0)
+        RunSurvey(run_id, records[run_id].experiment if run_id in records else "", records.get(run_id), 0, 0, number, 0, 0)
         for run_id, number in letters.items()
         if run_id not in set(on_disk)
     ]
@@ -151,7 +168,7 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
         path=directory.path,
         destination=directory.destination.uri,
         runs=runs,
-        holder=holder(directory.lock),
+        holder=worker_of(directory),
         note=note,
         pace=pace,
         delivered=sum(record.delivered for record in records.values()),
@@ -166,8 +183,10 @@ def _run(directory: OutboxDirectory, run_id: str, record: RunRecord | None, dead
     ends = reader.next_numbers(cursors)
     some = left(ends, record, parked=parked)
     waiting_bytes = oldest = 0
+    segments = reader.segments()
+    experiment = next((held[0].header.experiment for held in segments.values()), record.experiment if record else "")
     if some.pending or some.parked:
-        for writer, held in reader.segments().items():
+        for writer, held in segments.items():
             cursor = cursors.get(writer, Cursor())
             if writer not in ends or not 0 < (ends[writer] - cursor.seq) & SEQUENCE_MASK < 1 << 31:
                 continue
@@ -175,7 +194,7 @@ def _run(directory: OutboxDirectory, run_id: str, record: RunRecord | None, dead
             waiting_bytes += sum(max(0, _size(segment.path) - max(offset, segment.body)) for segment, offset in rest)
             first = next(filter(None, (_time_of(segment, max(offset, segment.body)) for segment, offset in rest)), 0)
             oldest = min(oldest or first, first or oldest)
-    return RunSurvey(run_id, record, some.pending, some.parked, dead, waiting_bytes, oldest)
+    return RunSurvey(run_id, experiment, record, some.pending, some.parked, dead, waiting_bytes, oldest)
 
 
 def _time_of(segment: SegmentFile, offset: int) -> int:

@@ -12,15 +12,19 @@ can be started any more: then the journals are synced by ``close``.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox.counters import Counters
 
 if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal
+
+#: Rounds without anything to watch after which the thread ends.
+_IDLE_ROUNDS: Final = 20
 
 
 class Caretaker:
@@ -53,7 +57,7 @@ class Caretaker:
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is not None:
+            if self._thread is not None or sys.is_finalizing():  # a thread started now would be waited for forever
                 return
             thread = threading.Thread(target=self._rounds, args=(self._stop,), name="mlflow-outbox-sync", daemon=True)
             try:
@@ -64,8 +68,23 @@ class Caretaker:
             self._thread = thread
 
     def _rounds(self, stop: threading.Event) -> None:
+        idle = 0
         while not stop.wait(self._interval):
             self.round()
+            idle = 0 if self._watched else idle + 1
+            if idle >= _IDLE_ROUNDS and self._retires(stop):
+                return
+
+    def _retires(self, stop: threading.Event) -> bool:
+        """End this thread unless there is something to watch again."""
+        with self._lock:
+            if self._stop is not stop:
+                return True
+            self._thread = None  # first this, then another look: who watches looks in the opposite order
+            if not self._watched:
+                return True
+            self._thread = threading.current_thread()
+            return False
 
     def round(self) -> None:
         """Sync all watched journals once, and let go of those that are closed and clean."""

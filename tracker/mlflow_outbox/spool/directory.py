@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Final
 
 import msgspec
 
+from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
 from mlflow_outbox.settings import state_directory
@@ -96,7 +96,7 @@ class OutboxDirectory:
             OutboxUnusable: it cannot be made, or is not safe to use.
             OutboxMismatch: the directory holds an outbox of another destination or a newer format.
         """
-        root = Path(os.path.abspath(root.expanduser()))
+        root = _absolute(root)
         path = root if os.path.lexists(root / _IDENTITY) else root / destination.slug
         try:
             _make(root)
@@ -109,7 +109,7 @@ class OutboxDirectory:
                 _check(path / part)
             if not os.path.lexists(path / _IDENTITY):
                 identity = OutboxIdentity(
-                    FORMAT, secrets.token_hex(16), destination.uri, now_ms, destination.artifact_root
+                    FORMAT, os.urandom(16).hex(), destination.uri, now_ms, destination.artifact_root
                 )
                 _write_once(path / _IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
         except OutboxUnusable:
@@ -131,7 +131,7 @@ class OutboxDirectory:
             OutboxUnusable: it is missing, unreadable, or not safe to use.
             OutboxMismatch: a newer version made it.
         """
-        path = Path(os.path.abspath(path.expanduser()))
+        path = _absolute(path)
         try:
             found = _check(path)
             data = _read_regular(path / _IDENTITY)
@@ -243,6 +243,20 @@ def is_run_id(text: str) -> bool:
     return isinstance(text, str) and _RUN_ID.fullmatch(text) is not None
 
 
+def _absolute(path: Path) -> Path:
+    try:
+        found = Path(os.path.abspath(path.expanduser()))
+        os.lstat(found)
+    except FileNotFoundError:
+        pass
+    except (RuntimeError, ValueError) as error:  # the home of an unknown user; a NUL character
+        msg = f"{printable(path)!r} cannot be an outbox directory: {error}"
+        raise OutboxUnusable(msg) from None
+    except OSError:
+        pass  # whatever it is, it is said when the directory is used
+    return found
+
+
 def find_outboxes(root: Path) -> list[Path]:
     """Return the outboxes at or directly under a directory, sorted by name."""
     root = Path(os.path.abspath(root.expanduser()))
@@ -329,7 +343,7 @@ def _read_regular(path: Path) -> bytes:
 
 
 def _write_once(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    draft = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
     fd = create_private(draft)
     try:
         with os.fdopen(fd, "wb") as file:

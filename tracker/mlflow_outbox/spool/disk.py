@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
+from typing import Final
 
 from mlflow_outbox.spool.directory import create_private, sync_directory
 from mlflow_outbox.spool.filesystem import is_network
+
+#: Tries to lock a new segment, half a millisecond apart; readers hold its lock for microseconds.
+_LOCK_TRIES: Final = 100
 
 
 class SystemDisk:
@@ -29,11 +34,15 @@ class SystemDisk:
         fd = create_private(path, os.O_WRONLY | os.O_APPEND)
         if is_network(path.parent):
             return fd
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            # A reader looked at this very moment, or the file system has no locks; then age decides whether we live.
-            pass
+        for _ in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.0005)  # a reader looks at this very moment; without the lock it would take us for dead
+            except OSError:
+                break  # a file system without locks; there age decides whether we live
+            else:
+                break
         return fd
 
 
@@ -45,7 +54,7 @@ def is_being_written(path: Path) -> bool:
     if is_network(path.parent):
         return False
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:

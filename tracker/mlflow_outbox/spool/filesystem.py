@@ -16,9 +16,50 @@ from typing import Final, NamedTuple
 
 #: Types of file systems that other machines may have mounted too. FUSE types are judged by the part behind "fuse.".
 NETWORK_TYPES: Final = frozenset(
-    {"nfs", "nfs3", "nfs4", "lustre", "gpfs", "mmfs", "beegfs", "fhgfs", "cifs", "smb", "smb2", "smb3", "smbfs", "ncpfs"}
-    | {"sshfs", "ceph", "ceph-fuse", "cephfs", "glusterfs", "9p", "afs", "afs_osd", "orangefs", "pvfs2", "panfs", "wekafs"}
-    | {"gfs", "gfs2", "ocfs2", "coda", "davfs", "davfs2", "s3fs", "gcsfuse", "goofys", "rclone", "mountpoint-s3", "juicefs"}
+    {
+        "nfs",
+        "nfs3",
+        "nfs4",
+        "lustre",
+        "gpfs",
+        "mmfs",
+        "beegfs",
+        "fhgfs",
+        "cifs",
+        "smb",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "ncpfs",
+    }
+    | {
+        "sshfs",
+        "ceph",
+        "ceph-fuse",
+        "cephfs",
+        "glusterfs",
+        "9p",
+        "afs",
+        "afs_osd",
+        "orangefs",
+        "pvfs2",
+        "panfs",
+        "wekafs",
+    }
+    | {
+        "gfs",
+        "gfs2",
+        "ocfs2",
+        "coda",
+        "davfs",
+        "davfs2",
+        "s3fs",
+        "gcsfuse",
+        "goofys",
+        "rclone",
+        "mountpoint-s3",
+        "juicefs",
+    }
     | {"moosefs", "lizardfs", "quobyte", "virtiofs", "vboxsf", "prl_fs", "curlftpfs", "blobfuse", "blobfuse2", "hdfs"}
 )
 

@@ -16,8 +16,11 @@ the lock in its own thread; such a nested call must neither wait nor disturb the
 of its own: another writer of the same run, made on demand. A forked child drops the inherited descriptor and goes on
 as a new writer too. So whatever happens, each sequence of numbers has exactly one author.
 
-An exception that a signal handler raises (KeyboardInterrupt) can arrive between the write and the count. The journal
-then asks the file how long it is, so that the number of a frame that was written is never given twice.
+An exception that a signal handler raises (KeyboardInterrupt, a TimeoutError) can arrive after any of the journal's
+calls, between the write and the count above all. So what belongs together is changed by assignments alone, which
+nothing interrupts, and after such an exception the journal trusts nothing but the file: before its next event it reads
+back what lies behind the last frame that it counted. The number of a frame that was written is never given twice, and
+an event that waits in memory is not written twice.
 
 When the disk fails
 -------------------
@@ -26,10 +29,10 @@ anything, new events queue behind it (order is kept) and the disk is tried again
 every 50 ms, by a call. A full ring refuses the newest event and counts it.
 
 A failed fsync means that the kernel has dropped pages it could not write and will not say so again (Rebello et al.,
-ATC 2020),
-so the same descriptor is never synced a second time: the segment is retired, a new one is begun, and the payloads
-since the last good sync, which are kept in memory for this, are written again under their old sequence numbers. A
-reader that has seen them already skips them by number.
+ATC 2020), so the same descriptor is never synced a second time: the segment is left, a new one is begun, and the
+payloads since the last good sync, which are kept in memory for this, are written again under their old sequence
+numbers. A reader that has seen them already skips them by number. When the new segment cannot be synced either, the
+next try waits, longer each time, up to a minute: a dying disk must not be filled with copies.
 
 The closing frame of a segment counts as no event: it carries the number that the next event will have.
 
@@ -41,8 +44,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
-import socket
 import threading
 import time
 import weakref
@@ -52,24 +53,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
+import msgspec
+
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk
-from mlflow_outbox.spool.events import Event, SegmentClosed, encode
+from mlflow_outbox.spool.events import Event, SegmentClosed, decode, encode
 from mlflow_outbox.spool.snapshot import SnapshotStore
 
 #: After these the descriptor is not worth another try; after others (a full disk above all) it is.
 _SEGMENT_GONE: Final = frozenset({errno.EIO, errno.EBADF, errno.EROFS, errno.ESTALE})
+#: After these the segment is kept, so that a full disk is not filled with headers.
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 #: Seconds between two tries of a logging call at a disk that failed; a full disk answers at once, a dying one may not.
 _RETRY_DISK: Final = 0.05
+#: Seconds before the second try at a disk that cannot sync; doubled for each further one, up to the last.
+_RETRY_SYNC: Final = (0.5, 60.0)
 
 _short = frame._SHORT.pack  # noqa: SLF001 - the logging call inlines frame.pack: a call less is a tenth of its time
 _crc_pack = frame._CRC.pack  # noqa: SLF001 - as above
 _crc32 = zlib.crc32
 _ESCAPE: Final = 0xFFFF
+_OVERHEAD: Final = frame.SHORT_OVERHEAD
 
 
 class RunIdentity(NamedTuple):
@@ -89,7 +97,7 @@ class Registry(Protocol):
 
 
 class Retired(NamedTuple):
-    """A segment that is full but not yet synced: its descriptor and the payloads in it since the last sync."""
+    """A segment that is complete but not yet synced: its descriptor and the payloads in it since the last sync."""
 
     fd: int
     payloads: list[bytes]
@@ -141,23 +149,32 @@ class Journal:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._busy = False
+        self._suspect = False  # an exception arrived in the middle: the file says what was written
         self._nested: Journal | None = None
-        self.writer = secrets.token_hex(8)
+        self._closed = False
+        self.writer = os.urandom(8).hex()
         self._ordinal = 0
         self._fd = -1
         self._path: Path | None = None
         self._seed = 0
         self._seq = 0
+        self._newest_first = 0  # largest first number of a segment: the live one's, so that it is read last
         self._offset = 0
         self._limit = 0
-        self._synced = 0  # offset up to which the segment is known to be durable
-        self._unsynced: list[bytes] = []
-        self._retired: list[Retired] = []
-        self._new_names = False
-        self._copies: list[tuple[SnapshotStore, str]] = []
         self._ring: deque[bytes] = deque()
         self._ring_bytes = 0
+        self._draining: tuple[bytes, int] | None = None  # from the ring to the file: payload, and the number it gets
         self._try_again = 0.0
+        self._sync_lock = threading.RLock()
+        self._syncing = False
+        self._synced = 0  # offset up to which the segment is known to be durable
+        self._unsynced: list[bytes] = []  # always the tail of the sequence
+        self._retired: list[Retired] = []
+        self._tainted = False  # a sync of this segment failed
+        self._sync_failures = 0
+        self._sync_again = 0.0
+        self._new_names = False
+        self._copies: list[tuple[SnapshotStore, str]] = []
 
     def __repr__(self) -> str:
         state = "closed" if self._fd < 0 else f"at byte {self._offset} of segment {self._ordinal}"
@@ -186,8 +203,9 @@ class Journal:
         """
         payload = encode(event)
         lock = self._lock
-        lock.acquire()
+        # Not `with`, which costs 80 ns more, and not before `try`, where an exception would leave the lock held.
         try:
+            lock.acquire()
             if self._busy:
                 return self._append_nested(event)
             self._busy = True
@@ -197,72 +215,137 @@ class Journal:
                     return self._append_slowly(payload)
                 seq = self._seq
                 body = _short(seq & 0xFFFFFFFF, length) + payload
-                data = _crc_pack(_crc32(body, self._seed)) + body
-                written = self._write(self._fd, data)
-                self._seq = seq + 1
+                written = self._write(self._fd, _crc_pack(_crc32(body, self._seed)) + body)
+                if written != length + _OVERHEAD:
+                    raise _short_write()
+                self._seq = seq + 1  # no call between the two: nothing can interrupt here
                 self._offset += written
-                if written != len(data):
-                    self._seq = seq
-                    return self._cut_short(payload, written)
                 if self._remember:
                     self._unsynced.append(payload)
                     if self._always:
                         self._sync_now()
                 return True
-            except OSError as error:
-                return self._keep(payload, error)
-            except BaseException:
-                self._interrupted()
+            except BaseException as error:
+                self._suspect, self._limit = True, 0
+                if isinstance(error, OSError) and not _is_foreign(error):
+                    return self._keep(payload, error)
                 raise
             finally:
                 self._busy = False
         finally:
-            lock.release()
+            try:  # noqa: SIM105 - free where contextlib.suppress costs a microsecond
+                lock.release()
+            except RuntimeError:  # the exception came while this thread waited: it never had the lock
+                pass
 
     def sync(self) -> None:
-        """Make everything appended so far survive a power cut, as far as the disk takes it; called in the background."""
+        """Make what was appended so far survive a power cut, as far as the disk takes it; called in the background."""
         with self._lock:
             if self._busy:
+                return  # called by what interrupted an append of this very thread
+        with self._sync_lock:
+            if self._syncing:
                 return
+            self._syncing = True
+            try:
+                self._sync_all()
+            finally:
+                self._syncing = False
+        if self._nested is not None:
+            self._nested.sync()
+
+    def _sync_all(self) -> None:
+        with self._lock:
             self._busy = True
             try:
+                self._settle()
                 self._drain_ring()
+                self._replace_segment()
+                if self._always:
+                    self._sync_now()
                 self._refresh_limit()
-                fd, offset, payloads = self._fd, self._offset, self._unsynced
-                first_seq = self._seq - len(payloads)
-                retired, self._retired = self._retired, []
-                names, self._new_names = self._new_names, False
+                if self._closed and self._fd >= 0 and not self._ring:
+                    self._end_segment(rotated=False)
+                fd, offset, held = self._fd, self._offset, self._unsynced
+                count = len(held)
                 copies, self._copies = self._copies, []
-                dirty = fd >= 0 and offset > self._synced
-                removed = fd >= 0 and _is_unlinked(fd)
-                if dirty or removed:
-                    self._unsynced = []
+                names, self._new_names = self._new_names, False
+                dirty = fd >= 0 and offset > self._synced and not self._tainted
+            except BaseException:
+                self._suspect, self._limit = True, 0
+                raise
             finally:
                 self._busy = False
-        # Copies first: a durable event must not name a file that is not. And all of it without the lock: an fsync can take seconds,
-        # and a logging call must not wait for it.
+        # Copies first: a durable event must not name a file that is not. And all of it without the lock: an fsync can
+        # take seconds, and a logging call must not wait for it.
         for store, sha256 in copies:
             try:
                 store.sync(sha256)
             except OSError:
                 self._counters.add("sync_errors")
-        for old in retired:
-            if not self._datasync(old.fd):
-                self._rewrite(old.payloads, old.first_seq)
-            with contextlib.suppress(OSError):
-                self._disk.close(old.fd)
-        if removed:
-            self._counters.add("segments_removed")
-            self._retire_and_rewrite(fd, payloads, first_seq)
-        elif dirty:
-            if self._datasync(fd):
-                self._synced = max(self._synced, offset) if fd == self._fd else self._synced
+        for old in self._retired[:]:
+            self._finish(old)
+        if dirty:
+            good = self._datasync(fd)
+            if good:
+                self._synced_until(fd, offset, held, count)
             else:
-                self._retire_and_rewrite(fd, payloads, first_seq)
+                self._sync_failed(fd)
         if names:
             self._sync_names()
-        if self._nested is not None:
-            self._nested.sync()
+
+    def _replace_segment(self) -> None:
+        """Leave the segment if it was removed, or if its sync failed and another may be tried by now."""
+        removed = self._fd >= 0 and _is_unlinked(self._fd)
+        if removed:
+            self._counters.add("segments_removed")
+        if removed or (self._tainted and time.monotonic() >= self._sync_again):
+            self._leave_and_rewrite()
+
+    def _finish(self, old: Retired) -> None:
+        """Sync and close a complete segment; outside the lock, and listed until then, for a fork to close."""
+        good = self._datasync(old.fd)
+        with self._lock:
+            self._busy = True
+            try:
+                self._retired = [other for other in self._retired if other is not old]
+                if not good:
+                    self._rewrite(old.payloads, old.first_seq)
+            except BaseException:
+                self._suspect, self._limit = True, 0
+                raise
+            finally:
+                self._busy = False
+        with contextlib.suppress(OSError):
+            self._disk.close(old.fd)
+
+    def _synced_until(self, fd: int, offset: int, held: list[bytes], count: int) -> None:
+        with self._lock:
+            if fd == self._fd:
+                self._synced = max(self._synced, offset)
+                if held is self._unsynced:
+                    del held[:count]
+
+    def _sync_failed(self, fd: int) -> None:
+        """Leave the segment whose sync failed, or that has been completed meanwhile, and write its events again."""
+        with self._lock:
+            self._busy = True
+            try:
+                if fd == self._fd:
+                    self._tainted = True
+                    if time.monotonic() >= self._sync_again:
+                        self._leave_and_rewrite()
+                    return
+                for old in [other for other in self._retired if other.fd == fd]:
+                    self._retired.remove(old)
+                    self._rewrite(old.payloads, old.first_seq)
+                    with contextlib.suppress(OSError):
+                        self._disk.close(old.fd)
+            except BaseException:
+                self._suspect, self._limit = True, 0
+                raise
+            finally:
+                self._busy = False
 
     def sync_later(self, store: SnapshotStore, sha256: str) -> None:
         """Make a copied file survive a power cut with the next background sync."""
@@ -274,13 +357,20 @@ class Journal:
     def close(self) -> None:
         """Mark the segment as complete, sync it and give its descriptor back; a later append begins a new segment."""
         with self._lock:
+            self._closed = True  # what this cannot do now, because the disk fails, the background does later
             if self._busy:
                 return
             self._busy = True
             try:
+                self._settle()
                 self._drain_ring()
-                if self._fd >= 0:
-                    self._end_segment(rotated=bool(self._ring))
+                if self._fd >= 0 and not self._ring:
+                    self._end_segment(rotated=False)
+                if self._registry is None:
+                    self._flush_retired()
+            except BaseException:
+                self._suspect, self._limit = True, 0
+                raise
             finally:
                 self._busy = False
         if self._nested is not None:
@@ -296,6 +386,8 @@ class Journal:
                 ("lost", self.run.run_id),
                 f"mlflow-outbox: the disk never took {lost} events of run {self.run.run_id}; they are lost",
             )
+        if self._nested is not None:
+            self._nested.release()
 
     # -- the slow paths; all of them under the lock with _busy set, unless they say otherwise
 
@@ -311,54 +403,85 @@ class Journal:
         if reason is not None:
             self._counters.add("refused_full")
             self._counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
+            if self._registry is not None:
+                self._registry.watch(self)  # so that somebody looks whether there is room again
             return False
+        self._settle()
+        self._closed = False
         if self._ring:
             if time.monotonic() >= self._try_again:
                 self._drain_ring()
             if self._ring:
                 return self._remember_in_ring(payload)
-        try:
-            if self._fd >= 0 and self._offset >= self._settings.segment_bytes:
-                self._rotate()
-            if self._fd < 0:
-                self._open_segment()
-            self._refresh_limit()
-        except OSError as error:
-            return self._keep(payload, error)
-        try:
-            self._write_frame(payload)
-        except OSError as error:
-            return self._keep(payload, error)
+        if self._fd >= 0 and self._offset >= self._settings.segment_bytes:
+            self._rotate()
+        if self._fd < 0:
+            self._open_segment()
+        self._refresh_limit()
+        self._write_frame(payload)
+        if self._always:
+            self._sync_now()
         return True
 
     def _write_frame(self, payload: bytes) -> None:
         data = frame.pack(payload, self._seq & frame.SEQUENCE_MASK, self._seed)
         written = self._write(self._fd, data)
-        self._offset += written
         if written != len(data):
-            self._cut_back(written)
-            msg = "the disk is full: a write was short"
-            raise OSError(errno.ENOSPC, msg)
-        self._seq += 1
+            self._suspect = True
+            self._settle()
+            raise _short_write()
+        self._seq += 1  # as in append
+        self._offset += written
         if self._remember:
             self._unsynced.append(payload)
-            if self._always:
-                self._sync_now()
 
-    def _cut_short(self, payload: bytes, written: int) -> bool:
-        self._cut_back(written)
-        return self._keep(payload, OSError(errno.ENOSPC, "the disk is full: a write was short"))
+    def _settle(self) -> bytes | None:
+        """Find out what the file holds behind the last frame that was counted; return the event found there, if any.
 
-    def _cut_back(self, written: int) -> None:
-        """Take the beginning of a frame off the file again, or leave the segment for good when that fails too."""
+        An event is counted, the beginning of one is cut off, a closing frame ends the segment. There is nothing to
+        find unless an exception arrived in the middle.
+        """
+        if not self._suspect:
+            return None
+        payload = None
+        if self._fd >= 0:
+            try:
+                tail = self._tail()
+                found = frame.unpack(tail, 0, self._seed)
+                if found is None and tail:
+                    self._disk.truncate(self._fd, self._offset)
+                elif found is not None and _is_closing(found.payload):
+                    self._retire_segment()
+                elif found is not None:
+                    payload = found.payload
+                    self._seq += 1  # as in append
+                    self._offset += found.end
+                    if self._remember:
+                        self._unsynced.append(payload)
+            except OSError:
+                self._counters.add("torn_frames_left")
+                self._retire_segment()
+        if self._draining is not None:
+            head, number = self._draining
+            if self._ring and self._ring[0] is head and self._seq > number:
+                self._ring.popleft()
+            self._draining = None
+        self._suspect = False
+        return payload
+
+    def _tail(self) -> bytes:
+        """Return the bytes behind the last frame that was counted."""
+        if os.fstat(self._fd).st_size <= self._offset or self._path is None:
+            return b""
+        fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            self._disk.truncate(self._fd, self._offset - written)
-            self._offset -= written
-        except OSError:
-            self._counters.add("torn_frames_left")
-            self._abandon_segment()
+            return os.pread(fd, frame.MAX_PAYLOAD + frame.LONG_OVERHEAD, self._offset)
+        finally:
+            os.close(fd)
 
     def _keep(self, payload: bytes, error: OSError) -> bool:
+        if self._settle() == payload:
+            return True  # what failed came after the write
         self._counters.add("disk_errors")
         self._counters.warn_once(
             "disk",
@@ -367,7 +490,7 @@ class Journal:
         )
         self._try_again = time.monotonic() + _RETRY_DISK
         if isinstance(error, OutboxUnusable) or error.errno in _SEGMENT_GONE:
-            self._abandon_segment()
+            self._retire_segment()
         return self._remember_in_ring(payload)
 
     def _remember_in_ring(self, payload: bytes) -> bool:
@@ -387,19 +510,27 @@ class Journal:
         if not self._ring:
             return
         try:
-            if self._fd < 0:
-                self._open_segment()
             while self._ring:
-                if self._offset >= self._settings.segment_bytes:
+                if self._fd >= 0 and self._offset >= self._settings.segment_bytes:
                     self._rotate()
+                    continue  # which may have put events of the old segment before these
+                if self._fd < 0:
                     self._open_segment()
-                self._write_frame(self._ring[0])
-                self._ring_bytes -= len(self._ring.popleft())
+                head = self._ring[0]
+                self._draining = (head, self._seq)
+                self._write_frame(head)
+                self._ring.popleft()
+                self._draining = None
+                self._ring_bytes = self._ring_bytes - len(head) if self._ring else 0
         except OSError as error:
+            if _is_foreign(error):
+                raise
+            self._suspect = True
+            self._settle()
             self._counters.add("disk_errors")
             self._try_again = time.monotonic() + _RETRY_DISK
-            if isinstance(error, OutboxUnusable) or error.errno != errno.ENOSPC:
-                self._abandon_segment()
+            if isinstance(error, OutboxUnusable) or error.errno not in _NO_ROOM:
+                self._retire_segment()
             return
         self._counters.forget("disk")
         self._counters.forget("refused_disk")
@@ -418,7 +549,7 @@ class Journal:
         if self._remember:
             self._limit = min(self._limit, self._offset + max(self._settings.memory_bytes, 4096))
 
-    def _open_segment(self, *, first_seq: int | None = None) -> None:
+    def _open_segment(self) -> None:
         run = self.run
         folder = self.directory.make_run(run.run_id)
         path = folder / f"{self.writer}-{self._ordinal:06d}.log"
@@ -429,7 +560,7 @@ class Journal:
                 experiment=run.experiment,
                 writer=self.writer,
                 ordinal=self._ordinal,
-                first_seq=(self._seq if first_seq is None else first_seq) & frame.SEQUENCE_MASK,
+                first_seq=self._seq & frame.SEQUENCE_MASK,
                 seed=seed,
                 created_ms=self._clock_ms(),
                 remote=run.remote,
@@ -438,20 +569,20 @@ class Journal:
                 pid=os.getpid(),
             )
         )
+        self._ordinal += 1  # before the file: what interrupts its creation must not leave a name in the way
         fd = self._disk.create(path)
-        self._ordinal += 1
         try:
             if self._write(fd, header) != len(header):
-                msg = "the disk is full: a header was cut short"
-                raise OSError(errno.ENOSPC, msg)
-        except OSError:
+                raise _short_write()
+        except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             with contextlib.suppress(OSError):
                 self._disk.close(fd)
             raise
+        newest = max(self._newest_first, self._seq)
         self._fd, self._path, self._seed, self._offset, self._synced = fd, path, seed, len(header), 0
-        self._new_names = True
+        self._newest_first, self._tainted, self._new_names = newest, False, True
         if self._always:
             self._sync_names()
         if self._registry is not None:
@@ -459,7 +590,13 @@ class Journal:
         with contextlib.suppress(OSError):  # a worker that is not told finds the segment at its next full look
             self.directory.ring(run.run_id)
         if self._wake is not None:
-            self._wake()
+            try:
+                self._wake()
+            except Exception as error:  # noqa: BLE001 - whatever keeps a worker from starting must not cost an event
+                self._counters.add("worker_not_started")
+                self._counters.warn_once(
+                    "worker", f"mlflow-outbox: no worker could be started ({error!r}); events stay on disk"
+                )
 
     def _rotate(self) -> None:
         self._end_segment(rotated=True)
@@ -470,29 +607,34 @@ class Journal:
             written = self._write(self._fd, closing)
             if 0 < written < len(closing):
                 self._disk.truncate(self._fd, self._offset)
-        except OSError:
+        except OSError as error:
+            if _is_foreign(error):
+                raise
             self._counters.add("segments_not_closed")  # the reader takes it for the segment of a writer that died
-        payloads, self._unsynced = self._unsynced, []
-        self._retired.append(Retired(self._fd, payloads, self._seq - len(payloads)))
-        self._fd, self._limit = -1, 0
-        if self._registry is None or self._settings.sync != "interval":
+        self._retire_segment()
+
+    def _retire_segment(self) -> None:
+        """Leave the segment; it is synced and closed in the background, or here where no background does."""
+        if self._fd < 0:
+            return
+        if self._tainted:
+            self._leave_and_rewrite(again=False)
+            return
+        unsynced: list[bytes] = []
+        retired = [*self._retired, Retired(self._fd, self._unsynced, self._seq - len(self._unsynced))]
+        self._retired, self._unsynced, self._fd, self._limit = retired, unsynced, -1, 0
+        if self._settings.sync != "interval":
             self._flush_retired()
 
     def _flush_retired(self) -> None:
-        """Sync and close full segments here and now, where no background sync does."""
-        retired, self._retired = self._retired, []
-        for old in retired:
-            if self._settings.sync != "os" and not self._datasync(old.fd):
-                self._rewrite(old.payloads, old.first_seq)
+        """Sync and close complete segments here and now."""
+        while self._retired:
+            old, self._retired = self._retired[0], self._retired[1:]
+            good = self._datasync(old.fd)
             with contextlib.suppress(OSError):
                 self._disk.close(old.fd)
-
-    def _abandon_segment(self) -> None:
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                self._disk.close(self._fd)
-        self._fd, self._limit = -1, 0
-        self._unsynced = []
+            if not good:
+                self._rewrite(old.payloads, old.first_seq)
 
     def _append_nested(self, event: Event) -> bool:
         if self._nested is None:
@@ -509,29 +651,21 @@ class Journal:
             )
         return self._nested.append(event)
 
-    def _interrupted(self) -> None:
-        """Find out whether the frame that an exception interrupted was written, and count it if so."""
-        if self._fd < 0:
-            return
-        try:
-            size = os.fstat(self._fd).st_size
-        except OSError:
-            self._abandon_segment()
-            return
-        if size > self._offset:
-            self._seq += 1
-            self._offset = size
-            self._unsynced = []  # its payload is not at hand, and the list must stay the tail of the sequence
-
     # -- syncing
 
     def _sync_now(self) -> None:
-        payloads, self._unsynced = self._unsynced, []
-        if self._datasync(self._fd):
-            self._synced = self._offset
-            return
-        self._abandon_segment()
-        self._rewrite(payloads, self._seq - len(payloads))
+        """Make the segment durable before the call returns; twice at most, so that it always does return."""
+        for _ in range(2):
+            if self._tainted and time.monotonic() >= self._sync_again:
+                self._leave_and_rewrite()
+            if self._tainted or self._fd < 0 or self._offset <= self._synced:
+                break
+            if self._datasync(self._fd):
+                self._synced, self._unsynced = self._offset, []
+                return
+            self._tainted = True
+        if self._tainted:
+            self._counters.add("acknowledged_unsynced")
 
     def _datasync(self, fd: int) -> bool:
         if self._settings.sync == "os":
@@ -539,6 +673,12 @@ class Journal:
         try:
             self._disk.datasync(fd)
         except OSError as error:
+            if _is_foreign(error):
+                raise
+            self._sync_failures += 1
+            first, most = _RETRY_SYNC
+            pause = 0.0 if self._sync_failures == 1 else min(most, first * 2.0 ** min(self._sync_failures - 2, 10))
+            self._sync_again = time.monotonic() + pause
             self._counters.add("sync_errors")
             self._counters.warn_once(
                 "sync",
@@ -546,6 +686,9 @@ class Journal:
                 f"({error.strerror or error}); its last events are written again to a new one",
             )
             return False
+        if self._sync_failures:
+            self._sync_failures, self._sync_again = 0, 0.0
+            self._counters.forget("sync")
         return True
 
     def _sync_names(self) -> None:
@@ -555,62 +698,67 @@ class Journal:
         except OSError:
             self._counters.add("sync_errors")
 
-    def _retire_and_rewrite(self, fd: int, payloads: list[bytes], first_seq: int) -> None:
-        """Leave a segment whose sync failed, and write again what may be lost with it. Takes the lock itself."""
-        with self._lock:
-            if fd != self._fd:
-                return  # rotated meanwhile; its own sync will find the same error
-            self._busy = True
-            try:
-                payloads = payloads + self._unsynced
-                self._abandon_segment()
-                self._rewrite(payloads, first_seq)
-            finally:
-                self._busy = False
+    def _leave_and_rewrite(self, *, again: bool = True) -> None:
+        """Leave the segment without another sync, and write again what may be lost with it."""
+        fd, payloads = self._fd, self._unsynced
+        first_seq = self._seq - len(payloads)
+        unsynced: list[bytes] = []
+        self._fd, self._limit, self._tainted, self._unsynced = -1, 0, False, unsynced
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                self._disk.close(fd)
+        self._rewrite(payloads, first_seq, again=again)
 
-    def _rewrite(self, payloads: list[bytes], first_seq: int) -> None:
-        """Write payloads again under their old numbers, into a new segment; count those that cannot be."""
+    def _rewrite(self, payloads: list[bytes], first_seq: int, *, again: bool = False) -> None:
+        """Write payloads again under their old numbers, into a new segment; count those that cannot be.
+
+        Args:
+            payloads: events that a segment holds, but perhaps not after a power cut.
+            first_seq: number of the first.
+            again: even if the disk fails so often that it should be left alone for a while.
+        """
         if not payloads:
             return
-        with self._lock:
-            behind = self._seq - (first_seq + len(payloads))
-            seq, fd = self._seq, self._fd
-            if fd >= 0 or behind > 0:
-                # Later events are in a segment already; the old ones get a segment to themselves, sorted by first number.
-                self._write_aside(payloads, first_seq)
-                return
-            self._seq = first_seq
-            try:
-                self._open_segment()
-                for payload in payloads:
-                    self._write_frame(payload)
-            except OSError:
-                self._counters.add("unsynced_not_rewritten", len(payloads) - (self._seq - first_seq))
-                self._abandon_segment()
-                self._seq = seq
-            else:
-                self._counters.add("rewritten_after_sync_error", len(payloads))
-                self._refresh_limit()
+        if not again and time.monotonic() < self._sync_again:
+            self._counters.add("unsynced_not_rewritten", len(payloads))
+            return
+        if self._fd >= 0 or self._seq > first_seq + len(payloads) or self._newest_first > first_seq:
+            # Later events are in a segment already; the old ones get a segment to themselves, sorted by first number.
+            self._write_aside(payloads, first_seq)
+            return
+        ring = deque([*payloads, *self._ring])
+        size = sum(map(len, ring))
+        self._ring, self._ring_bytes, self._seq, self._draining = ring, size, first_seq, None
+        self._counters.add("rewritten_after_sync_error", len(payloads))
+        self._drain_ring()  # what the disk does not take now waits in memory
 
     def _write_aside(self, payloads: list[bytes], first_seq: int) -> None:
-        held = (self._fd, self._path, self._seed, self._offset, self._synced, self._seq, self._limit, self._unsynced)
-        self._unsynced = []
-        written = 0
+        held = (
+            self._fd, self._path, self._seed, self._offset, self._synced, self._seq, self._limit, self._unsynced,
+            self._tainted,
+        )  # fmt: skip
+        self._unsynced, self._fd, written = [], -1, 0
         try:
             self._seq = first_seq
             self._open_segment()
             for payload in payloads:
                 self._write_frame(payload)
                 written += 1
-            aside = self._fd
-            self._datasync(aside)
-            with contextlib.suppress(OSError):
-                self._disk.close(aside)
-            self._counters.add("rewritten_after_sync_error", written)
+            if self._datasync(self._fd):
+                self._counters.add("rewritten_after_sync_error", written)
+            else:
+                self._counters.add("unsynced_not_rewritten", written)
         except OSError:
             self._counters.add("unsynced_not_rewritten", len(payloads) - written)
         finally:
-            self._fd, self._path, self._seed, self._offset, self._synced, self._seq, self._limit, self._unsynced = held
+            aside = self._fd
+            (
+                self._fd, self._path, self._seed, self._offset, self._synced, self._seq, self._limit, self._unsynced,
+                self._tainted,
+            ) = held  # fmt: skip
+            if aside >= 0:
+                with contextlib.suppress(OSError):
+                    self._disk.close(aside)
 
 
 #: All journals of this process, so that a forked child can let go of them.
@@ -631,6 +779,22 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _is_foreign(error: OSError) -> bool:
+    """Return whether an OSError is no answer of the disk but what a signal handler raised, such as a TimeoutError."""
+    return error.errno is None and not isinstance(error, OutboxUnusable)
+
+
+def _short_write() -> OSError:
+    return OSError(errno.ENOSPC, "the disk is full: a write was short")
+
+
+def _is_closing(payload: bytes) -> bool:
+    try:
+        return isinstance(decode(payload), SegmentClosed)
+    except msgspec.DecodeError:
+        return False
+
+
 def _is_unlinked(fd: int) -> bool:
     try:
         return os.fstat(fd).st_nlink == 0
@@ -639,7 +803,7 @@ def _is_unlinked(fd: int) -> bool:
 
 
 def _host() -> str:
-    return socket.gethostname()
+    return os.uname().nodename
 
 
 def _boot_id() -> str:

@@ -12,6 +12,8 @@ and, if it came from another machine or the file system knows no locks, nothing 
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -20,8 +22,18 @@ import msgspec
 
 from mlflow_outbox.errors import CorruptSegment, NewerFormat
 from mlflow_outbox.spool.disk import is_being_written
-from mlflow_outbox.spool.events import Event, RunStarted, SegmentClosed, decode, points_of
-from mlflow_outbox.spool.frame import MAX_HEADER, MAX_PAYLOAD, SEQUENCE_MASK, SegmentHeader, unpack_header, wanted
+from mlflow_outbox.spool.events import Event, Metric, RunStarted, SegmentClosed, decode, points_of
+from mlflow_outbox.spool.frame import (
+    MAX_HEADER,
+    MAX_PAYLOAD,
+    SEQUENCE_MASK,
+    SHORT_OVERHEAD,
+    Frame,
+    SegmentHeader,
+    unpack,
+    unpack_header,
+    wanted,
+)
 from mlflow_outbox.spool.recovery import Cut, Damage, frames
 from mlflow_outbox.spool.writer import is_gone
 
@@ -29,10 +41,13 @@ E = TypeVar("E", bound=Event)
 
 #: Bytes read at once; grown when a frame is longer.
 _CHUNK: Final = 256 * 1024
-#: The byte that says "SegmentClosed" in the payload of a closing frame, which is [tag, boolean].
-_CLOSED_TAG: Final = 8
+#: Length field of a long frame.
+_LONG: Final = 0xFFFF
 #: Bytes: any frame fits.
 _LARGEST: Final = MAX_PAYLOAD + 64
+
+_head = struct.Struct("<IIH").unpack_from
+_crc32 = zlib.crc32
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -113,6 +128,7 @@ class RunReader:
     def segments(self) -> dict[str, list[SegmentFile]]:
         """Return the segments by writer, each writer's in reading order; unreadable headers are left to ``bad_headers``."""
         found = self._listed()
+        self._bad = {name: bad for name, bad in self._bad.items() if name in found}
         for name in [n for n, held in self._headers.items() if found.get(n) != held.path]:
             del self._headers[name]
         for name in found.keys() - self._headers.keys():
@@ -171,13 +187,9 @@ class RunReader:
             first = first or held[0].header
             if held[0].header.first_seq != 0:
                 continue
-            data = _read(held[0].path, held[0].body, _CHUNK)
-            for found in frames(data, 0, held[0].header.seed, next_seq=0, final=False, complete=False):
-                if not isinstance(found, (Damage, Cut)):
-                    event = _decoded(found.payload)
-                    if isinstance(event, RunStarted) and not event.resumed:
-                        return event, held[0].header
-                break
+            event = _first_event(held[0])
+            if isinstance(event, RunStarted) and not event.resumed:
+                return event, held[0].header
         return None, first
 
     def first(self, kind: type[E]) -> E | None:
@@ -185,13 +197,9 @@ class RunReader:
         for held in self.segments().values():
             if held[0].header.first_seq != 0:
                 continue
-            data = _read(held[0].path, held[0].body, _CHUNK)
-            for found in frames(data, 0, held[0].header.seed, next_seq=0, final=False, complete=False):
-                if not isinstance(found, (Damage, Cut)):
-                    event = _decoded(found.payload)
-                    if isinstance(event, kind):
-                        return event
-                break
+            event = _first_event(held[0])
+            if isinstance(event, kind):
+                return event
         return None
 
     def window(
@@ -237,7 +245,7 @@ class RunReader:
             seq, offset = last.header.first_seq, last.body
             if cursor is not None and cursor.ordinal == last.header.ordinal and cursor.offset > offset:
                 seq, offset = cursor.seq, cursor.offset
-            result[writer] = _count_frames(last.path, offset, seq)
+            result[writer] = _count_frames(last, offset, seq)
         return result
 
 
@@ -316,6 +324,12 @@ class _WriterPass:
                     return False
                 return True  # reclaimed by a worker meanwhile
             at_end = len(data) < chunk
+            plain = self._take_plain(data, header.seed)
+            if plain:
+                offset, data = offset + plain, data[plain:]
+                self.cursor = Cursor(header.ordinal, offset, self._seq)
+                if self._budget.spent:
+                    return False
             base, cut, closed = offset, False, False
             for found in frames(data, 0, header.seed, next_seq=self._seq, final=gone, complete=at_end):
                 if isinstance(found, Cut):
@@ -337,10 +351,48 @@ class _WriterPass:
             if at_end:
                 self.live = self.live or not gone
                 return gone
-            if cut and offset == base:
-                chunk = min(chunk * 4, _LARGEST)
+            stuck = cut and offset == base and not plain
+            if stuck and chunk < 2 * _LARGEST:
+                chunk = min(chunk * 4, 2 * _LARGEST)
+            elif stuck:
+                # No intact frame begins in the first half, for any such would end in the second.
+                offset = base + _LARGEST
+                self.broken.append(Broken(segment.path, "corrupt", base, offset, "no intact frame"))
+                self.cursor = Cursor(header.ordinal, offset, self._seq)
             elif not cut:
                 chunk = _CHUNK
+
+    def _take_plain(self, data: bytes, seed: int) -> int:
+        """Take the frames at the beginning that are as they should be; return the bytes that they take up.
+
+        Does what ``frames`` and ``_take`` do for all others, in one loop: reading is what a worker does most, and in a
+        thread of the experiment it does so at the experiment's expense.
+        """
+        at, size, seq, budget, writer = 0, len(data), self._seq, self._budget, self.writer
+        append = self.events.append
+        while not budget.spent and at + SHORT_OVERHEAD < size:
+            crc, number, length = _head(data, at)
+            end = at + SHORT_OVERHEAD + length
+            if number != seq or not 0 < length < _LONG or end > size or _crc32(data[at + 4 : end], seed) != crc:
+                break
+            try:
+                event = decode(data[at + SHORT_OVERHEAD : end])
+            except msgspec.DecodeError:
+                break
+            if type(event) is Metric:
+                budget.points -= 1
+                budget.items -= 1
+                budget.size -= length
+                budget.spent = budget.points <= 0 or budget.items <= 0 or budget.size <= 0
+            elif type(event) is SegmentClosed:
+                break
+            else:
+                budget.take(event, length)
+            append((writer, event))
+            seq = (seq + 1) & SEQUENCE_MASK
+            at = end
+        self._seq = seq
+        return at
 
     def _take(self, segment: SegmentFile, seq: int, payload: bytes, end: int) -> bool:
         """Take one frame; return whether it closes the segment."""
@@ -363,22 +415,45 @@ class _WriterPass:
         return False
 
 
-def _count_frames(path: Path, offset: int, seq: int) -> int:
-    """Return the number behind the last whole frame, hopping from head to head."""
+def _count_frames(segment: SegmentFile, offset: int, seq: int) -> int:
+    """Return the number behind the last intact frame, hopping from head to head as long as the heads make sense."""
+    seed = segment.header.seed
     try:
-        data = _read(path, offset, os.stat(path).st_size - offset)
+        data = _read(segment.path, offset, os.stat(segment.path).st_size - offset)
     except FileNotFoundError:
         return seq
-    at, size = 0, len(data)
+    at, last, size = 0, -1, len(data)
+    while 0 < (end := wanted(data, at)) <= size:
+        last, at = at, end
+    if at == size and last >= 0 and (found := unpack(data, last, seed)) is not None:
+        return _number_after(found)
+    for frame in frames(data, 0, seed, next_seq=seq, final=True):  # damaged, or a frame is on its way: every CRC counts
+        if isinstance(frame, Frame) and (_number_after(frame) - seq) & SEQUENCE_MASK < 1 << 31:
+            seq = _number_after(frame)
+    return seq
+
+
+def _first_event(segment: SegmentFile) -> Event | None:
+    """Return the event of a segment's first frame, however long, or None when it is not whole and intact."""
+    chunk = _CHUNK
     while True:
-        end = wanted(data, at)
-        if end < 0 or end > size:
-            return seq
-        found = int.from_bytes(data[at + 4 : at + 8], "little")
-        at = end
-        if at == size and data[end - 2] == _CLOSED_TAG:
-            return found  # the closing frame has the number of the event that would have followed
-        seq = (found + 1) & SEQUENCE_MASK
+        try:
+            data = _read(segment.path, segment.body, chunk)
+        except FileNotFoundError:
+            return None
+        found = unpack(data, 0, segment.header.seed)
+        if found is not None:
+            event = _decoded(found.payload)
+            return None if isinstance(event, str) else event
+        if len(data) < chunk or wanted(data, 0) <= chunk:
+            return None
+        chunk = _LARGEST
+
+
+def _number_after(frame: Frame) -> int:
+    """Return the number of the next event; a closing frame carries it itself."""
+    closes = isinstance(_decoded(frame.payload), SegmentClosed)
+    return frame.seq if closes else (frame.seq + 1) & SEQUENCE_MASK
 
 
 def _decoded(payload: bytes) -> Event | str:

@@ -15,7 +15,6 @@ import hashlib
 import os
 import posixpath
 import re
-import secrets
 import stat
 import unicodedata
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
-from mlflow_outbox.spool.directory import create_private
+from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
+from mlflow_outbox.spool.directory import create_private, sync_directory
 
 _CHUNK: Final = 1024 * 1024
 _MAX_PATH: Final = 1000
@@ -90,7 +89,7 @@ class SnapshotStore:
         return self._add(iter([data] if data else []), name, limit)
 
     def _add(self, chunks: Iterator[bytes], shown: str, limit: int) -> Snapshot:
-        draft = self.path / f".draft-{secrets.token_hex(8)}"
+        draft = self.path / f".draft-{os.urandom(8).hex()}"
         digest, size = hashlib.sha256(), 0
         try:
             with contextlib.suppress(FileExistsError):
@@ -107,6 +106,8 @@ class SnapshotStore:
                 if self._durable:
                     os.fsync(copy.fileno())
             os.rename(draft, self.path / digest.hexdigest())
+            if self._durable:
+                self._sync_names()
         except ArtifactRefused:
             self._discard(draft)
             raise
@@ -125,12 +126,16 @@ class SnapshotStore:
         Raises:
             OSError: the disk could not do it.
         """
-        for path, flags in ((self.path / sha256, 0), (self.path, os.O_DIRECTORY)):
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        fd = os.open(self.path / sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._sync_names()
+
+    def _sync_names(self) -> None:
+        sync_directory(self.path)
+        sync_directory(self.path.parent)  # where "files" itself is a name
 
     @staticmethod
     def _discard(draft: Path) -> None:
@@ -153,11 +158,11 @@ def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact
     Raises:
         InvalidEvent: it is absolute, climbs out, or has characters that MLflow's servers refuse.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     shown = printable(text)
     if not isinstance(text, str):
-        msg = f"the {what} {shown!r} must be text"
-        raise InvalidEvent("bad_path", msg)
+        msg = f"the {what} {shown!r} must be text, not {type(text).__name__}"
+        raise InvalidEventType("bad_path", msg)
     decoded, before = text, ""
     for _ in range(10):
         if decoded == before:

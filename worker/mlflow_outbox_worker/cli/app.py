@@ -27,11 +27,6 @@ PROGRAM: Final = "mlflow-outbox"
 _COMMANDS: Final = (
     "status",
     "flush",
-    "worker",
-    "runs",
-    "dead",
-    "gc",
-    "doctor",
 )
 
 _HELP: Final = f"""Deliver, look at and mend the outboxes of MLflow runs, also while programs log to them.

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.metrics import Meter
-
-#: Seconds that the end of a command waits for the requests under way.
-_PARTING: Final = 0.5
 
 #: Workers whose thread did not end when it was asked to.
 _hanging: list[CommandWorker] = []
@@ -55,7 +52,7 @@ class CommandWorker:
         """Let it end after the requests under way, without waiting."""
         self.delivery.stop()
 
-    def stop(self, timeout: float = _PARTING) -> bool:
+    def stop(self, timeout: float) -> bool:
         """End it; return whether it ended in time.
 
         Args:

@@ -18,6 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_USER
 from mlflow_outbox.spool.events import STATUSES
 from mlflow_outbox_worker.mlflow_sink import calls
 from mlflow_outbox_worker.mlflow_sink.boundary import translate, translated
+from mlflow_outbox_worker.mlflow_sink.rest import ServerStore
 from mlflow_outbox_worker.mlflow_sink.stores import OpenStore
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteRun, SinkError
 
@@ -121,6 +122,9 @@ class Recorder:
         self, run_id: str, points: Sequence[MetricPoint], params: Mapping[str, str], tags: Mapping[str, str]
     ) -> None:
         """Send at most 1000 points, 100 params and 100 tags (1000 in all) in one request."""
+        if isinstance(self._store, ServerStore):
+            self._store.send_batch(run_id, points, params, tags)
+            return
         self._store.log_batch(
             run_id,
             metrics=[Metric(point.key, point.value, point.time_ms, point.step) for point in points],

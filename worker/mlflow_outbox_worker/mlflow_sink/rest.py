@@ -1,19 +1,25 @@
 """The store of a tracking server: MLflow's RestStore with one attempt per request and a judgement by HTTP status.
 
 MLflow's classes build and parse the messages. That matters: a server answers 200 to malformed JSON and stores part
-of it, so nothing but protobuf may write a request.
+of it, so nothing but protobuf may write a request. One exception is made, for the request that nearly all are: a batch
+of a server's own REST interface is written by msgspec from typed structs, which takes a thirtieth of the time (18 ms of
+a thousand points, during which the experiment's own threads wait). A batch with a value that JSON has no number for
+(NaN, infinities) goes the long way. A test compares both ways.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+import msgspec
 from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]  # no stubs in the package
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, ErrorCode
+from mlflow.protos.service_pb2 import LogBatch
 from mlflow.store.tracking.databricks_rest_store import DatabricksTracingRestStore
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.utils.credentials import get_default_host_creds
@@ -22,7 +28,7 @@ from mlflow.utils.proto_json_utils import parse_dict
 from mlflow_outbox_worker.mlflow_sink.boundary import Refused, clean
 from mlflow_outbox_worker.mlflow_sink.transport import Answer, Transport
 from mlflow_outbox_worker.retry import parse_retry_after
-from mlflow_outbox_worker.sink import SinkError
+from mlflow_outbox_worker.sink import MetricPoint, SinkError
 
 #: Statuses that proxies and load balancers give on a server's behalf, with any body.
 _ANYBODYS_STATUSES = frozenset({401, 403, 407, 408, 413, 425, 429})
@@ -79,7 +85,7 @@ class _OneAttempt:
     def _call_endpoint(
         self,
         api: Any,
-        json_body: str | None = None,
+        json_body: str | bytes | None = None,
         endpoint: str | None = None,
         retry_timeout_seconds: float | None = None,  # noqa: ARG002 - MLflow's signature
         response_proto: Any = None,
@@ -90,7 +96,8 @@ class _OneAttempt:
             store._validate_workspace_support_if_specified()  # noqa: SLF001
         path, method = endpoints[api]
         path = endpoint or path
-        content = json.loads(json_body) if json_body is not None else None
+        # Bytes are passed on as they are.
+        content = json.loads(json_body) if isinstance(json_body, str) else json_body
         arguments: dict[str, Any] = {"params" if method == "GET" else "json": content}
         answer = self.transport.request(store.get_host_creds(), method, path, **arguments)
         message = response_proto if response_proto is not None else api.Response()
@@ -109,6 +116,53 @@ class ServerStore(_OneAttempt, RestStore):  # type: ignore[misc]  # mlflow is no
     def __init__(self, get_host_creds: Callable[[], Any], transport: Transport) -> None:
         super().__init__(get_host_creds)
         self.transport = transport
+
+
+    def send_batch(
+        self, run_id: str, points: Sequence[MetricPoint], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Do what ``log_batch`` does, with little work for each point."""
+        body = _encode(
+            _LogBatch(
+                run_id,
+                [_Point(key, value, time_ms, step) for key, value, time_ms, step in points],
+                [_Label(key, value) for key, value in params.items()],
+                [_Label(key, value) for key, value in tags.items()],
+            )
+        )
+        if b'"value":null' in body:  # what msgspec makes of NaN and infinities
+            self.log_batch(
+                run_id,
+                metrics=[Metric(point.key, point.value, point.time_ms, point.step) for point in points],
+                params=[Param(key, value) for key, value in params.items()],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+        else:
+            self._call_endpoint(LogBatch, body)
+
+
+class _Point(msgspec.Struct, gc=False):
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
+class _Label(msgspec.Struct, gc=False):
+    key: str
+    value: str
+
+
+class _LogBatch(msgspec.Struct, omit_defaults=True):
+    """The JSON of MLflow's LogBatch message: names and types of service.proto, empty lists left out."""
+
+    run_id: str
+    metrics: list[_Point] = []
+    params: list[_Label] = []
+    tags: list[_Label] = []
+
+
+_encode = msgspec.json.Encoder().encode
 
 
 class DatabricksStore(_OneAttempt, DatabricksTracingRestStore):  # type: ignore[misc]  # mlflow is not followed by mypy

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import math
 import os
 import socket
@@ -194,13 +195,16 @@ class Transport:
             method: HTTP method.
             endpoint: path below the host, quoted.
             allowance: seconds that the request may take on top of the timeout, for an upload.
-            **kwargs: what ``http_request`` and ``requests`` take: params, json, data, extra_headers.
+            **kwargs: what ``http_request`` and ``requests`` take: params, json, data, extra_headers; ``json`` may be
+                bytes, which are JSON already.
 
         Raises:
             SinkError: there was no answer, or one that was too large.
         """
         # Transports that are not ours (the Databricks SDK, a future MLflow) do not tell whether they sent anything.
         unseen = self._http_request is rest_utils.http_request or getattr(host_creds, "use_databricks_sdk", False)
+        if unseen and isinstance(kwargs.get("json"), bytes):
+            kwargs["json"] = json.loads(kwargs["json"])
         attempt = _Attempt(self._timeout + allowance, self._timeout, sent=unseen)
         _current.attempt = attempt
         try:
@@ -233,6 +237,9 @@ class Transport:
 
     def _perform(self, method: str, url: str, *_policy: Any, **kwargs: Any) -> requests.Response:
         taken = {name: kwargs[name] for name in _REQUEST_ARGUMENTS if name in kwargs}
+        if isinstance(taken.get("json"), bytes):
+            taken["data"] = taken.pop("json")
+            taken["headers"] = {"Content-Type": "application/json", **(taken.get("headers") or {})}
         return self._open_session().request(method, url, allow_redirects=False, **taken)
 
     def _open_session(self) -> requests.Session:

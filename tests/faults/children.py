@@ -1,0 +1,202 @@
+"""Child processes for the fault tests: forked from a process that has MLflow imported, and what they acknowledge.
+
+A child runs a function of ``faults.workload`` with a descriptor to which it writes one line per event *after* the
+logging call has returned. The parent reads these lines all the time: what a child has acknowledged before it was killed
+is known outside of it, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from servers import eventually
+
+#: prctl: let any process trace this one, where the kernel asks for that.
+_PR_SET_PTRACER = 0x59616D61
+
+
+class Child:
+    """A child process and what it has said so far.
+
+    Args:
+        context: where children are forked from.
+        target: what it runs; called with the descriptor for acknowledgements and then with ``arguments``.
+        paused: wait for ``go()`` before the target is called.
+    """
+
+    def __init__(self, context: Any, target: Callable[..., object], arguments: tuple[Any, ...], *, paused: bool) -> None:
+        reader, writer = context.Pipe(duplex=False)
+        gate_reader, self._gate = context.Pipe(duplex=False)
+        self.process = context.Process(target=_child, args=(target, writer, gate_reader, arguments), daemon=False)
+        self.process.start()
+        writer.close()
+        gate_reader.close()
+        self._reader = reader
+        self._data = bytearray()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        if not paused:
+            self.go()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return int(self.process.pid)
+
+    def go(self) -> None:
+        """Let a paused child begin."""
+        with contextlib.suppress(OSError):
+            self._gate.send_bytes(b"go")
+        self._gate.close()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                part = os.read(self._reader.fileno(), 65536)
+            except OSError:
+                return
+            if not part:
+                return
+            self._data += part
+
+    def lines(self) -> list[str]:
+        """Return the complete lines so far."""
+        return bytes(self._data).decode().split("\n")[:-1]
+
+    def wait_for_lines(self, count: int = 1, timeout: float = 60.0) -> None:
+        """Wait until it has said a number of lines.
+
+        Raises:
+            AssertionError: it ended before, or time was up.
+        """
+
+        def has_said() -> bool:
+            ended = self.process.exitcode
+            assert ended is None or len(self.lines()) >= count, f"the child ended with {ended}; it said {self.lines()[-9:]}"
+            return len(self.lines()) >= count
+
+        eventually(has_said, timeout, f"{count} lines of {self.process}")
+
+    def acked(self) -> set[int]:
+        """Return the ids that were acknowledged so far."""
+        return {int(line) for line in self.lines() if line.isdigit()}
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.join()
+
+    def join(self, timeout: float = 120.0) -> int:
+        """Wait for its end and for all it has said; return the exit code, negative for a signal."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            failure = f"the child {self.process} did not end within {timeout} s; it said {self.lines()[-3:]}"
+            raise AssertionError(failure)
+        self._thread.join(10)
+        self._reader.close()
+        return int(self.process.exitcode)
+
+    def report(self, timeout: float = 120.0) -> dict[str, Any]:
+        """Wait for its end and return the JSON object that it said last.
+
+        Raises:
+            AssertionError: it failed.
+        """
+        code = self.join(timeout)
+        lines = [line for line in self.lines() if line.startswith("{")]
+        assert lines, f"the child ended with {code} and said nothing: {self.lines()[-20:]}"
+        found: dict[str, Any] = json.loads(lines[-1])
+        assert "error" not in found, found["error"]
+        return found
+
+
+class Nest:
+    """Forks children; a context manager."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pytest", "faults.workload"])
+        self._children: list[Child] = []
+        before = os.environ.get("PYTHONPATH")
+        # The process that is forked from finds the modules to import before it is told this one's path.
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        try:
+            ensure_running()
+        finally:
+            os.environ.pop("PYTHONPATH")
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
+
+    def __enter__(self) -> Nest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for child in self._children:
+            if child.process.exitcode is None:
+                child.process.kill()
+                child.process.join()
+
+    def start(self, target: Callable[..., object], *arguments: Any, paused: bool = False) -> Child:
+        """Start a child."""
+        self._children = [child for child in self._children if child.process.exitcode is None]
+        child = Child(self._context, target, arguments, paused=paused)
+        self._children.append(child)
+        return child
+
+    def traced(self, trace: Path, calls: str, inject: str, target: Callable[..., object], *arguments: Any) -> Child:
+        """Start a child under strace.
+
+        Args:
+            trace: where strace writes what it saw.
+            calls: system calls to trace, separated by commas.
+            inject: strace's expression for one fault, without the calls' names it already has, such as
+                "write:signal=SIGKILL:when=3"; "" only traces.
+            target: what it runs.
+        """
+        child = self.start(target, *arguments, paused=True)
+        command = ["strace", "-f", "-y", "-p", str(child.pid), "-o", str(trace), "-e", f"trace={calls}", "-e", "signal=none"]
+        if inject:
+            command += ["-e", f"inject={inject}"]
+        tracer = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        assert tracer.stderr is not None
+        said = tracer.stderr.readline()
+        assert b"attached" in said, said
+        threading.Thread(target=_wait_for, args=(tracer,), daemon=True).start()
+        child.go()
+        return child
+
+
+def _wait_for(tracer: subprocess.Popen[bytes]) -> None:
+    """Read a tracer's messages to the end, and let it go."""
+    if tracer.stderr is not None:
+        with tracer.stderr as stream:
+            stream.read()
+    tracer.wait()
+
+
+def _child(target: Callable[..., object], writer: Connection, gate: Connection, arguments: tuple[Any, ...]) -> None:
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(2**64 - 1), 0, 0, 0)
+    try:
+        gate.recv_bytes()
+    except (EOFError, OSError):
+        return
+    gate.close()
+    target(writer.fileno(), *arguments)

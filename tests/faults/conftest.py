@@ -1,0 +1,151 @@
+"""Tiers, seeds and the table of what was injected, for the tests of this folder.
+
+* ``--tier commit`` (the default, in every run of the test suite), ``nightly`` and ``release`` run the same tests with
+  more repetitions; ``scripts/faults --tier nightly`` is the way to start the longer ones.
+* Every test that draws random numbers gets its ``rng`` from one seed, which is printed. The seed of a failure is added
+  to ``tests/faults/seeds/<test>.txt``, and every later run of that test repeats it.
+* A test marked ``fault("F01", "what is injected")`` is a row of the table at the end. A test marked
+  ``needs("strace")`` is not collected where that is missing: the table then says "not run", and what would be needed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults import abilities
+from faults.children import Nest
+from faults.table import Row, Table
+
+SEEDS = Path(__file__).with_name("seeds")
+_TABLE = pytest.StashKey[Table]()
+_SEED = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer the tier, the seed and the file for the table."""
+    group = parser.getgroup("faults", "fault injection")
+    group.addoption("--tier", choices=["commit", "nightly", "release"], default="commit", help="how often to inject")
+    group.addoption("--fault-seed", default="", help="repeat the random numbers of an earlier run")
+    group.addoption("--fault-table", default="", help="file to which the table of rows is written, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks, and one seed for all processes of the session."""
+    config.addinivalue_line("markers", "fault(row, injected): a row of the fault table")
+    config.addinivalue_line("markers", "needs(ability): not collected where the machine cannot inject this fault")
+    given = config.getoption("--fault-seed", "")
+    worker = getattr(config, "workerinput", {})
+    config.stash[_SEED] = given or worker.get("fault_seed") or secrets.token_hex(4)
+    table = config.stash[_TABLE] = Table(config.getoption("--tier", "commit"), config.stash[_SEED])
+    if not worker:
+        config.pluginmanager.register(_Reporter(config, table), "fault-table")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give each pytest-xdist worker the session's seed."""
+    if _SEED in node.config.stash:
+        node.workerinput["fault_seed"] = node.config.stash[_SEED]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a random test with this session's seed, and with each seed that has failed before."""
+    if "rng" in metafunc.fixturenames:
+        name = metafunc.function.__name__
+        kept = SEEDS / f"{name}.txt"
+        seeds = list(dict.fromkeys(kept.read_text().split())) if kept.exists() else []
+        metafunc.parametrize("fault_seed", [None, *seeds], ids=["new", *(f"kept-{seed}" for seed in seeds)])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine cannot inject, and note it in the table."""
+    kept, out = [], []
+    for item in items:
+        missing = [why for mark in item.iter_markers("needs") for name in mark.args if (why := abilities.missing(name))]
+        if missing:
+            out.append(item)
+            for mark in item.iter_markers("fault"):
+                config.stash[_TABLE].not_run(mark.args[0], mark.args[1], missing[0])
+        else:
+            kept.append(item)
+    if out:
+        items[:] = kept
+        config.hook.pytest_deselected(items=out)
+
+
+class _Reporter:
+    """Collects the rows of all processes of a session and prints them at its end."""
+
+    def __init__(self, config: pytest.Config, table: Table) -> None:
+        self._config = config
+        self._table = table
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take a test's row."""
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name == "fault":
+                    self._table.add(json.loads(value), failed=report.failed, seconds=report.duration)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Print the table."""
+        if self._table:
+            terminalreporter.section("faults")
+            terminalreporter.write_line(self._table.text())
+            path = self._config.getoption("--fault-table", "")
+            if path:
+                Path(path).write_text(self._table.json(), encoding="utf-8")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep the seed of a failure."""
+    report = yield
+    if call.when == "call" and call.excinfo is not None and "rng" in getattr(item, "fixturenames", ()):
+        seed = item.funcargs.get("fault_seed") or item.config.stash[_SEED]  # type: ignore[attr-defined]
+        path = SEEDS / f"{item.function.__name__}.txt"  # type: ignore[attr-defined]
+        path.parent.mkdir(exist_ok=True)
+        known = path.read_text() if path.exists() else ""
+        if seed not in known.split():
+            path.write_text(f"{known}{seed}\n")
+    return report  # type: ignore[return-value]
+
+
+@pytest.fixture
+def fault_seed() -> None:
+    """Stand for the session's seed, unless a kept one is given."""
+    return
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest, fault_seed: str | None) -> random.Random:
+    """Random numbers from the printed seed, different for each test."""
+    seed = fault_seed or request.config.stash[_SEED]
+    print(f"seed: --fault-seed {seed}")
+    return random.Random(f"{seed}/{request.function.__name__}")
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> Iterator[Row]:
+    """The row of the table that a test fills, and the tier that says how often it injects its fault."""
+    rows = [mark.args for mark in request.node.iter_markers("fault")]
+    found = Row("+".join(sorted({r[0] for r in rows})), rows[0][1], request.node.name, request.config.stash[_TABLE].tier)
+    started = time.monotonic()
+    yield found
+    found.seconds = time.monotonic() - started
+    request.node.user_properties.append(("fault", found.json()))
+
+
+@pytest.fixture(scope="session")
+def nest() -> Iterator[Nest]:
+    """Starts child processes that have everything imported already, in hundredths of a second."""
+    with Nest() as made:
+        yield made

@@ -1,0 +1,155 @@
+"""SIGKILL at random times, at every system call, during recovery, and of whoever holds the lease."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults import workload
+from faults.children import Child, Nest
+from faults.oracle import held
+from faults.table import Row
+from servers import eventually
+
+#: The calls that change what is on disk. A kill before each is a kill after each other one.
+CALLS = ("write", "pwrite64", "openat", "fsync", "fdatasync", "ftruncate", "mkdir", "rename", "link", "unlink", "rmdir")
+
+
+def recovered(nest: Nest, uri: str, outbox: Path, experiment: str, acked: set[int], issued: set[int], fresh: int) -> None:
+    """Let the next program deliver what a killed one left, log more, and check what MLflow holds."""
+    report = nest.start(workload.drain, uri, str(outbox), experiment, fresh, {}).report()
+    assert 10 == len(report["acked"]), report
+    assert {"pending": 0, "parked": 0, "dead": 0} == {k: report["left"][k] for k in ("pending", "parked", "dead")}, report
+    more = set(report["acked"])
+    held(uri, experiment).check(acked | more, issued | more)
+
+
+@pytest.mark.fault("F01", "SIGKILL at a random time while 4 threads log and a worker delivers")
+@pytest.mark.parametrize("store", ["sqlite", "file"])
+def test_kills_at_random_times_lose_and_double_nothing(
+    store: str, sqlite_uri: str, file_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """Each killed program is followed by another on the same outbox; after every fifth kill all is delivered and judged."""
+    uri = {"sqlite": sqlite_uri, "file": file_uri}[store]
+    acked: set[int] = set()
+    issued: set[int] = set()
+    kills = row.pick(10, 500, 5000)
+    outbox = tmp_path / "outbox"
+    for kill in range(1, kills + 1):
+        if kill % 50 == 0:  # an old outbox and a large store would only make it slow
+            outbox, acked, issued = tmp_path / f"outbox{kill}", set(), set()
+        experiment = f"kills-{kill // 50}"
+        first = kill * 100_000
+        child = nest.start(workload.log_forever, uri, str(outbox), experiment, first, 4, "thread", workload.TINY)
+        pause = rng.uniform(0, 0.3)
+        child.wait_for_lines()
+        child.process.join(pause)
+        child.kill()
+        acked |= child.acked()
+        issued |= workload.issued_by(child.acked(), first, 4)
+        row.done()
+        if kill % 5 == 0 or kill == kills:
+            recovered(nest, uri, outbox, experiment, acked, issued, first + 90_000)
+            more = set(range(first + 90_000, first + 90_010))
+            acked, issued = acked | more, issued | more
+    row.measure(store=store)
+
+
+def points_of(trace: Path) -> Counter[str]:
+    """Count the system calls of the main thread in strace's output, by name."""
+    lines = trace.read_text(errors="replace").splitlines()
+    main = lines[0].split(maxsplit=1)[0]
+    names = (re.match(r"\d+\s+(\w+)\(", line) for line in lines if line.startswith(f"{main} "))
+    return Counter(found[1] for found in names if found)
+
+
+@pytest.mark.needs("strace")
+@pytest.mark.fault("F02", "SIGKILL at system calls of append, rotate, deliver, record, verify, file and reclaim")
+@pytest.mark.fault("F34", "the same: between recording and unlinking, both ways")
+def test_a_kill_at_any_system_call_loses_and_doubles_nothing(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """The session of one thread is killed before its Nth call of each kind; another program delivers the rest."""
+    uri = f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}"
+    calls = ",".join(CALLS)
+    whole = nest.traced(tmp_path / "trace", calls, "", workload.session, uri, str(tmp_path / "whole"), "whole", 0, 12, {})
+    assert 0 == whole.join()
+    held(uri, "whole").check(whole.acked())
+    points = [(name, n) for name, count in sorted(points_of(tmp_path / "trace").items()) for n in range(1, count + 1)]
+    chosen = row.sample(range(len(points)), 14, len(points), len(points))
+    fired = 0
+    for index in chosen:
+        name, when = points[index]
+        experiment, outbox = f"killed-{index}", tmp_path / f"outbox{index}"
+        inject = f"{name}:signal=SIGKILL:when={when}"
+        child = nest.traced(tmp_path / "trace", calls, inject, workload.session, uri, str(outbox), experiment, 0, 12, {})
+        fired += child.join() != 0
+        row.done()
+        recovered(nest, uri, outbox, experiment, child.acked(), set(range(12)), 100)
+        shutil.rmtree(outbox)
+    assert fired >= 0.9 * len(chosen), f"only {fired} of {len(chosen)} kills came before the end"
+    row.measure(points=len(points), fired=fired)
+
+
+@pytest.mark.needs("strace")
+@pytest.mark.fault("F03", "SIGKILL at system calls of the recovery from a kill")
+def test_a_kill_during_the_recovery_from_a_kill_is_harmless(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """A program is killed in the middle of delivery, the one that recovers is killed too, a third one delivers all."""
+    uri = f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}"
+    for number in range(row.pick(4, 100, 1000)):
+        experiment, outbox = f"twice-{number}", tmp_path / f"outbox{number}"
+        acked: set[int] = set()
+        for first in (0, 1000):
+            name, when = rng.choice([("pwrite64", 60), ("write", 40), ("openat", 80), ("fdatasync", 12), ("rename", 3)])
+            inject = f"{name}:signal=SIGKILL:when={rng.randint(1, when)}"
+            child = nest.traced(
+                tmp_path / "trace", name, inject, workload.session, uri, str(outbox), experiment, first, 12, {}
+            )
+            child.join()
+            acked |= child.acked()
+        row.done()
+        recovered(nest, uri, outbox, experiment, acked, {*range(12), *range(1000, 1012)}, 2000)
+        shutil.rmtree(outbox)
+
+
+@pytest.mark.fault("F81", "SIGKILL of the worker that holds the lease; another stands by")
+def test_a_killed_lease_holder_is_replaced_within_two_seconds(
+    sqlite_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """The survivor takes over in time, and all events of both arrive once."""
+    outbox = str(tmp_path / "outbox")
+    acked: set[int] = set()
+    issued: set[int] = set()
+    slowest = 0.0
+    holder: Child | None = None
+    for number in range(row.pick(3, 100, 1000)):
+        first = (number + 1) * 100_000
+        if holder is None:
+            holder = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {})
+            eventually(lambda: workload.lease_pid(outbox, sqlite_uri) == holder.pid, 30, "the lease is taken")
+            continue
+        other = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {})
+        other.wait_for_lines(20)
+        assert holder.pid == workload.lease_pid(outbox, sqlite_uri), "two workers"
+        holder.process.join(rng.uniform(0, 0.2))
+        holder.kill()
+        slowest = max(slowest, workload.seconds_until(lambda other=other: workload.lease_pid(outbox, sqlite_uri) == other.pid))
+        acked |= holder.acked()
+        issued |= holder.acked() | {max(holder.acked()) + 1}
+        holder = other
+        row.done()
+    assert holder is not None
+    holder.kill()
+    acked |= holder.acked()
+    issued |= holder.acked() | {max(holder.acked()) + 1}
+    row.measure(slowest_takeover_s=slowest)
+    recovered(nest, sqlite_uri, tmp_path / "outbox", "lease", acked, issued, 50)
+    assert slowest <= 2.0 + workload.PATIENCE

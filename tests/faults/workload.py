@@ -1,0 +1,204 @@
+"""What child processes do in the fault tests. Importing this module imports all of MLflow that delivery needs.
+
+Each function takes the descriptor for acknowledgements first. A line is one ``write`` of less than PIPE_BUF bytes, so
+that the lines of several threads do not mix and a kill cannot cut one in two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from contents import QUICK
+from faults.oracle import log_event
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.delivery import Delivery
+
+# All that is otherwise imported at the first delivery, so that a forked child has it at once.
+for _name in ("calls", "flush", "process", "thread", "reading", "mlflow_sink.stores", "mlflow_sink.rest"):
+    importlib.import_module(f"mlflow_outbox_worker.{_name}")
+for _name in ("tracking._tracking_service.utils", "store.tracking.sqlalchemy_store", "store.tracking.file_store"):
+    importlib.import_module(f"mlflow.{_name}")
+for _name in ("store.artifact.local_artifact_repo", "store.artifact.mlflow_artifacts_repo", "utils.rest_utils"):
+    importlib.import_module(f"mlflow.{_name}")
+
+#: Limits so small that a few dozen events make segments rotate and batches part.
+TINY: Final = {"segment_bytes": 1024, "batch_points": 5}
+
+
+def settings(**changed: Any) -> Settings:
+    """Return quick settings with changes.
+
+    Args:
+        **changed: options by name.
+    """
+    import dataclasses
+
+    return dataclasses.replace(QUICK, **changed)
+
+
+def ack(fd: int, number: int) -> None:
+    """Say that the logging call of an event has returned."""
+    os.write(fd, b"%d\n" % number)
+
+
+def tell(fd: int, **report: Any) -> None:
+    """Say how it went, as the last line."""
+    os.write(fd, json.dumps(report).encode() + b"\n")
+
+
+def reported(fd: int, work: Callable[[], dict[str, Any]]) -> None:
+    """Run something whose result, or traceback, is the child's report."""
+    try:
+        tell(fd, **work())
+    except BaseException:  # noqa: BLE001 - whatever it is, it is what the parent has to show
+        tell(fd, error=traceback.format_exc()[-3500:])
+
+
+def log_forever(
+    fd: int, uri: str, outbox: str, experiment: str, first: int, threads: int, worker: str, changed: dict[str, Any]
+) -> None:
+    """Log from several threads until somebody kills the process; thread k logs first + k * 10,000 and on."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker=worker, settings=settings(**changed))  # type: ignore[arg-type]
+    run = tracker.start_run(f"run {first}")
+
+    def log(number: int) -> None:
+        for n in range(number, number + 9_999):
+            if log_event(run, n):
+                ack(fd, n)
+            if n % 16 == 0:
+                time.sleep(0.0005)
+
+    others = [threading.Thread(target=log, args=(first + 10_000 * k,), daemon=True) for k in range(1, threads)]
+    for other in others:
+        other.start()
+    log(first)
+    for other in others:
+        other.join()
+    threading.Event().wait()
+
+
+def issued_by(acked: set[int], first: int, threads: int) -> set[int]:
+    """Return what ``log_forever`` may have logged: what it acknowledged, and the call that each thread was in."""
+    result = set(acked)
+    for k in range(threads):
+        start = first + 10_000 * k
+        mine = [n for n in acked if start <= n < start + 10_000]
+        result.add(max(mine) + 1 if mine else start)
+    return result
+
+
+def drain(fd: int, uri: str, outbox: str, experiment: str, fresh: int, changed: dict[str, Any]) -> None:
+    """Be the next program: log ten fresh events, deliver everything, and report what came of it."""
+
+    def work() -> dict[str, Any]:
+        tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=settings(**changed))
+        run = tracker.start_run(f"after {fresh}")
+        acked = [n for n in range(fresh, fresh + 10) if log_event(run, n)]
+        run.end()
+        started = time.monotonic()
+        left = tracker.flush(60)
+        took = time.monotonic() - started
+        counters = tracker.counters
+        tracker.close(5)
+        counts = {"pending": left.pending, "parked": left.parked, "dead": left.dead, "delivered": left.delivered}
+        return {"acked": acked, "counters": counters, "left": counts, "took": took}
+
+    reported(fd, work)
+
+
+def session(
+    fd: int, uri: str, outbox: str, experiment: str, first: int, count: int, changed: dict[str, Any]
+) -> None:
+    """Log a run and deliver it in this one thread: append, rotate, send, record, verify, file, reclaim; then exit 0.
+
+    The worker's loop runs in the main thread, so that the system calls come in the same order every time.
+    """
+    given = settings(sync="always", retention=0.0, poll_interval=0.001, **{**TINY, **changed})
+    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker="none", settings=given)
+    run = tracker.start_run(f"run {first}")
+    for n in range(first, first + count):
+        if log_event(run, n):
+            ack(fd, n)
+    run.end()
+    deliver(outbox, uri, given)
+    os._exit(0)
+
+
+def deliver(outbox: str, uri: str, given: Settings, *, seconds: float = 30.0) -> Counters:
+    """Run the worker's loop in this thread until everything is delivered, or a time is over."""
+    destination = resolve(uri)
+    directory = OutboxDirectory.create(Path(outbox), destination, now_ms=0)
+    counters = Counters()
+    delivery = Delivery(directory, destination, given, counters, kind="command")
+    done = threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + seconds
+        while not done.wait(0.005) and time.monotonic() < deadline:
+            if delivery.is_idle():
+                break
+        delivery.stop()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    delivery.run()
+    done.set()
+    watcher.join()
+    return counters
+
+
+def random_pauses(rng: random.Random, count: int, longest: float) -> list[float]:
+    """Return times between 0 and ``longest`` seconds after which something is killed."""
+    return [rng.uniform(0, longest) for _ in range(count)]
+
+
+def timed(calls: list[float], log: Callable[[], Any]) -> Any:
+    """Call something and keep how long it took, in seconds."""
+    started = time.perf_counter()
+    result = log()
+    calls.append(time.perf_counter() - started)
+    return result
+
+
+def quantile(calls: list[float], share: float) -> float:
+    """Return a quantile of times, in milliseconds."""
+    return 1000 * sorted(calls)[min(len(calls) - 1, int(share * len(calls)))] if calls else 0.0
+
+
+def suppressed() -> contextlib.suppress:
+    """Return what lets a child go on when the parent has gone."""
+    return contextlib.suppress(OSError)
+
+
+#: Seconds by which a busy machine may be late.
+PATIENCE: Final = 1.0
+
+
+def lease_pid(outbox: str, uri: str) -> int:
+    """Return the process that holds the lease of an outbox, 0 when none does."""
+    from mlflow_outbox_worker.lease import holder
+
+    found = holder(Path(outbox) / resolve(uri).slug / "worker.lock")
+    return found.pid if found is not None else 0
+
+
+def seconds_until(condition: Callable[[], bool], timeout: float = 30.0) -> float:
+    """Wait for a condition and return how long it took, in seconds."""
+    from servers import eventually
+
+    started = time.monotonic()
+    eventually(condition, timeout)
+    return time.monotonic() - started

@@ -1,0 +1,235 @@
+"""Files: copied into the outbox when they are logged, read from the server with what has not arrived in front.
+
+Two schemes lead here. ``outbox-artifacts:/<outbox>/<kind>/<id>/artifacts`` is the outbox's own, for what has no address at the server yet
+and for stores whose clients would write to the storage themselves. ``mlflow-artifacts:`` stays as the server gave it, so that what user
+code writes down is right; its repository is only ours while the tracking URI is an outbox, and MLflow's own otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mlflow.entities import FileInfo
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.store.artifact.artifact_repo import ArtifactRepository, verify_artifact_path
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.utils.async_logging.run_operations import RunOperations
+from mlflow.utils.uri import get_uri_scheme
+
+from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
+from mlflow_outbox.plugin.journals import now_ms
+from mlflow_outbox.plugin.wrapped import Away
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.events import Artifact, FileFor
+from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path
+
+if TYPE_CHECKING:
+    from mlflow_outbox.plugin.tracking_store import OutboxStore
+    from mlflow_outbox.views import File
+
+#: The tail of an artifact URI of MLflow's server: experiment, then the run, model or trace.
+_PROXIED: Final = re.compile(r"/(?P<experiment>[^/]+)/(?:(?P<kind>models|traces)/)?(?P<id>[^/]+)/artifacts(?:/(?P<below>.*))?$")
+_PREFIX: Final = "outbox+"
+
+
+def proxied_repository(artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:
+    """Return the repository of an ``mlflow-artifacts:`` URI; the entry point for that scheme."""
+    from mlflow.tracking import get_tracking_uri
+
+    uri = tracking_uri or get_tracking_uri()
+    if not str(uri).startswith(_PREFIX):
+        return MlflowArtifactsRepository(artifact_uri, tracking_uri=tracking_uri, registry_uri=registry_uri)
+    return StagedArtifacts(artifact_uri, tracking_uri=uri, registry_uri=registry_uri)
+
+
+class StagedArtifacts(ArtifactRepository):
+    """The files of one run, model or trace.
+
+    Args:
+        artifact_uri: of the outbox's scheme, or ``mlflow-artifacts:``.
+        tracking_uri: the ``outbox+`` URI; None means MLflow's current one.
+        registry_uri: not used.
+    """
+
+    def __init__(self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:
+        super().__init__(artifact_uri, tracking_uri, registry_uri)
+        from mlflow.tracking._tracking_service.utils import _get_store
+
+        self._store: OutboxStore = _get_store(tracking_uri if str(tracking_uri).startswith(_PREFIX) else None)
+        self._kind, self._id, self._below = _owner(artifact_uri)
+
+    # -- writing
+
+    def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
+        """Copy a file into the outbox.
+
+        Raises:
+            MlflowException: the path is none that MLflow takes, or the file cannot be copied.
+        """
+        verify_artifact_path(artifact_path)
+        self._stage(local_file, artifact_path or "")
+
+    def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
+        """Copy all files of a directory into the outbox.
+
+        Raises:
+            MlflowException: the path is none that MLflow takes, or a file cannot be copied.
+        """
+        verify_artifact_path(artifact_path)
+        for folder, folders, names in os.walk(local_dir):
+            folders.sort()
+            below = Path(os.path.relpath(folder, local_dir)).as_posix()
+            target = posixpath.normpath(posixpath.join(artifact_path or "", below))
+            for name in sorted(names):
+                self._stage(os.path.join(folder, name), "" if target == "." else target)
+
+    def _stage(self, file: str, folder: str) -> None:
+        try:
+            path = checked_artifact_path(posixpath.join(self._below, folder, os.path.basename(file)))
+            run = self._store.home_of(self._kind, self._id)
+            directory = run.journal.directory.make_run(run.run_id)
+            settings = self._store.outbox.settings
+            copies = SnapshotStore(directory, durable=settings.sync == "always")
+            kept = copies.add_file(file, limit=settings.artifact_bytes)
+            if settings.sync == "interval":
+                run.journal.sync_later(copies, kept.sha256)
+        except (ArtifactRefused, InvalidEvent, OSError) as error:
+            raise MlflowException.invalid_parameter_value(f"the file {file!r} cannot be logged: {error}") from error
+        if self._kind == "run":
+            run.append(Artifact(path, kept.sha256, kept.size, now_ms()))
+        else:
+            run.append(FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms()))
+
+    def _owner_name(self) -> str:
+        return f"model:{self._id}" if self._kind == "model" else f"uri:{_root(self.artifact_uri, self._below)}"
+
+    def _log_artifact_async(self, filename: str, artifact_path: str | None = None, artifact: Any = None) -> RunOperations:
+        """Copy an image into the outbox now: MLflow's own queue is memory."""
+        with tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
+            path = os.path.join(private, filename)
+            if artifact is not None and hasattr(artifact, "save"):
+                artifact.save(path)
+            self.log_artifact(path, artifact_path)
+        return RunOperations([])
+
+    # -- reading
+
+    def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
+        """Return files and folders directly in a folder.
+
+        Raises:
+            MlflowException: the server is away and the outbox has nothing of it, or the server said no.
+        """
+        local, pending = self._local()
+        folder = posixpath.normpath(posixpath.join(self._below, path)) if path else self._below
+        found: dict[str, FileInfo] = {}
+        try:
+            for info in self._remote_list(folder):
+                found[info.path] = info
+        except Away as away:
+            if not local:
+                raise self._store.server.needed("the list of artifacts", away) from None
+            pending = local
+        for name, file in pending.items():
+            rest = posixpath.relpath(name, folder or ".")
+            if rest.startswith("../") or rest == ".":
+                continue
+            head, _, below = rest.partition("/")
+            shown = posixpath.join(folder, head)
+            found[shown] = FileInfo(shown, is_dir=bool(below), file_size=None if below else file.size)
+        cut = len(self._below) + 1 if self._below else 0
+        infos = [FileInfo(info.path[cut:], info.is_dir, info.file_size) for info in found.values()]
+        return sorted(infos, key=lambda info: info.path)
+
+    def _download_file(self, remote_file_path: str, local_path: str) -> None:
+        path = posixpath.join(self._below, remote_file_path)
+        local, pending = self._local()
+        if path in pending and self._copied(pending[path], local_path):
+            return
+        try:
+            self._repository()._download_file(path, local_path)  # noqa: SLF001 - MLflow's own way from one repository to another
+        except Away as away:
+            if path in local and self._copied(local[path], local_path):
+                return
+            raise self._store.server.needed(f"the artifact {path!r}", away) from None
+
+    def _copied(self, file: File, target: str) -> bool:
+        directory = self._store.outbox.directory
+        home = self._store.home_of(self._kind, self._id).run_id
+        for parent in (directory.runs, directory.delivered):
+            copy = parent / home / "files" / file.sha256
+            if copy.is_file():
+                shutil.copyfile(copy, target)
+                return True
+        return False
+
+    def delete_artifacts(self, artifact_path: str | None = None) -> None:
+        """Delete artifacts at the server, which has to be there.
+
+        Raises:
+            MlflowException: the server is away, or said no.
+        """
+        try:
+            self._repository().delete_artifacts(posixpath.join(self._below, artifact_path or "") or None)
+        except Away as away:
+            raise self._store.server.needed("deleting artifacts", away) from None
+
+    def _local(self) -> tuple[dict[str, File], dict[str, File]]:
+        """Return the files that the outbox knows of, and those of them that the server does not have yet."""
+        home = self._store.home_of(self._kind, self._id).run_id
+        return self._store.files(home, "" if self._kind == "run" else self._owner_name())
+
+    def _remote_list(self, folder: str) -> list[FileInfo]:
+        repository = self._repository()
+        try:
+            return list(repository.list_artifacts(folder or None))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return []
+            raise
+        except OSError as error:  # requests' errors are OSErrors too
+            raise Away(str(error), sent=False) from None
+
+    def _repository(self) -> Any:
+        """Return MLflow's own repository for these files, after the server has answered one short question.
+
+        Raises:
+            Away: it did not, or does not know the owner yet.
+        """
+        uri = self._store.remote_location(self._kind, self._id, _root(self.artifact_uri, self._below))
+        return get_artifact_repository(uri, tracking_uri=self._store.outbox.destination.secret_uri or self._store.server.uri)
+
+
+def _owner(uri: str) -> tuple[str, str, str]:
+    """Return kind, id and folder below the owner's artifacts."""
+    if get_uri_scheme(uri) == provisional.ARTIFACT_SCHEME:
+        found = provisional.URI_PATTERN.match(uri)
+        if found:
+            below = uri[found.end() :].strip("/")
+            return ("uri", _experiment_of(uri), "") if found[1] == "experiment" else (found[1], found[2], below)
+    else:
+        proxied = _PROXIED.search(uri)
+        if proxied:
+            kind = {None: "run", "models": "model", "traces": "uri"}[proxied["kind"]]
+            if kind == "uri":
+                return "uri", proxied["experiment"], ""
+            return kind, proxied["id"], proxied["below"] or ""
+    msg = f"{uri} is no place for artifacts that this outbox knows"
+    raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
+
+
+def _experiment_of(uri: str) -> str:
+    found = provisional.URI_PATTERN.match(uri)
+    return found[2] if found else ""
+
+
+def _root(uri: str, below: str) -> str:
+    return uri.rstrip("/").removesuffix(below).rstrip("/") if below else uri.rstrip("/")

@@ -1,0 +1,251 @@
+"""What all parts of the plugin's store share: the outbox, the server behind it, journals, ids, and where things are at home."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+from mlflow_outbox import delivery
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.outbox import Outbox, shared
+from mlflow_outbox.plugin.ids import Ids, NotYet
+from mlflow_outbox.plugin.journals import Journals, OpenRun
+from mlflow_outbox.plugin.wrapped import Away, Server
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
+
+if TYPE_CHECKING:
+    from mlflow_outbox.views import File
+    from mlflow_outbox_worker.reading import LocalRun
+
+T = TypeVar("T")
+
+_DEFAULT_ROOT: Final = ".mlflow-outbox"
+#: Where an experiment's name is not known because the server is away; MLflow itself has an experiment 0 of this name.
+_DEFAULT_EXPERIMENT: Final = ("0", "Default")
+
+
+class Base:
+    """One tracking URI in one process.
+
+    Args:
+        store_uri: ``outbox+<tracking URI>``.
+        artifact_uri: given by MLflow for embedded stores; the destination decides.
+
+    Raises:
+        DestinationError: what follows ``outbox+`` is no tracking URI.
+        OutboxUnusable: the outbox directory cannot be made, or is not safe to use.
+    """
+
+    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:  # noqa: ARG002 - MLflow's signature
+        super().__init__()
+        settings = Settings.from_environment()
+        destination = resolve(store_uri)
+        root = settings.root or Path(_DEFAULT_ROOT)
+        directory = OutboxDirectory.create(root, destination, now_ms=time.time_ns() // 1_000_000)
+        self.outbox: Outbox = shared(directory, destination, settings, settings.worker)
+        self.server = Server(self.outbox)
+        self.ids = Ids(self.outbox)
+        self.journals = Journals(self.outbox)
+        self._memory = threading.Lock()
+        self._experiment_names: dict[str, str] = dict([_DEFAULT_EXPERIMENT])
+        self._artifact_uris: dict[str, str] = {}
+        self._model_homes: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} to {self.server.uri}>"
+
+    # -- delegation
+
+    def _delegate(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the server's store that the outbox has no part in.
+
+        Raises:
+            MlflowException: the server is away, or said no.
+        """
+        self.settle()
+        try:
+            given = [self.ids.outgoing(arg) for arg in args]
+            named = {key: self.ids.outgoing(value) for key, value in kwargs.items()}
+            return self.server.ask(lambda store: getattr(store, name)(*given, **named))
+        except Away as away:
+            raise self.server.needed(name, away) from None
+        except NotYet as missing:
+            raise self.server.needed(name, Away(f"{missing} has not been delivered yet", sent=False)) from None
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what MLflow's stores have beyond their abstract base, for instance in a newer version."""
+        if name.startswith("_") or "server" not in self.__dict__:
+            raise AttributeError(name)
+        found = getattr(type(self.server.opened().store), name, None)
+        if not callable(found):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self._delegate(name, *args, **kwargs)
+
+    def settle(self) -> None:
+        """Let what this process logged arrive first, for a moment: the next question is about it as often as not."""
+        if not self.server.is_away() and self.outbox.worker_kind != "none" and self.journals.wrote():
+            self.outbox.flush(self.outbox.settings.create_timeout)
+
+    def ask(self, question: Callable[[Any], T], *, quick: bool = True) -> T | None:
+        """Return the server's answer, or None when it is away.
+
+        Raises:
+            MlflowException: the server said no.
+        """
+        try:
+            return self.server.ask(question, quick=quick)
+        except Away:
+            return None
+
+    # -- runs
+
+    def canonical(self, run_id: str) -> str:
+        """Return the id under which the outbox keeps a run.
+
+        Raises:
+            MlflowException: it is no run id at all.
+        """
+        if not is_run_id(run_id) or provisional.is_room(run_id):
+            raise MlflowException.invalid_parameter_value(f"Invalid run ID: '{run_id}'")
+        return self.ids.local(run_id)
+
+    def writable(self, run_id: str) -> OpenRun:
+        """Return a run to write to.
+
+        Raises:
+            MlflowException: there is no such run, or it is deleted.
+        """
+        local = self.canonical(run_id)
+        held = self.journals.get(local)
+        if held is not None:
+            return held
+        experiment = ""
+        if not self.journals.exists(local):
+            if provisional.is_provisional(local) and not delivery.reading(self.outbox).remote_id(local):
+                raise no_such("Run", run_id)
+            try:
+                theirs = self.ask(lambda store: store.get_run(self.ids.remote(local)))
+            except NotYet:
+                theirs = None
+            if theirs is not None:
+                self._check_active(theirs)
+                self._artifact_uris[local] = theirs.info.artifact_uri
+                experiment = self.experiment_name(theirs.info.experiment_id)
+        return self.journals.open(local, experiment)
+
+    @staticmethod
+    def _check_active(run: Any) -> None:
+        if run.info.lifecycle_stage != "active":
+            raise MlflowException.invalid_parameter_value(
+                f"The run {run.info.run_id} must be in the 'active' state. Current state is {run.info.lifecycle_stage}."
+            )
+
+    def local_run(self, run_id: str) -> LocalRun | None:
+        """Return what the outbox has of a run or room, by the id under which it keeps it."""
+        found: LocalRun | None = delivery.reading(self.outbox).local_run(run_id)
+        return found
+
+    # -- experiments
+
+    def experiment_name(self, experiment_id: str) -> str:
+        """Return an experiment's name as far as it is known here, else its id."""
+        return self._experiment_names.get(experiment_id, experiment_id)
+
+    def know_experiment(self, experiment_id: str, name: str) -> None:
+        """Remember an experiment's name."""
+        self._experiment_names[experiment_id] = name
+
+    # -- files
+
+    def own_uri(self, kind: str, subject: str) -> str:
+        """Return the artifact URI of the outbox's own scheme for a "run", a "model" or an "experiment"."""
+        slug = self.outbox.directory.identity.id[:12]
+        return f"{provisional.ARTIFACT_SCHEME}:/{slug}/{kind}/{subject}/artifacts"
+
+    def shown_uri(self, kind: str, subject: str, theirs: str | None) -> str:
+        """Return the artifact URI that readers get: the server's own when it leads back here, else one of the outbox's scheme."""
+        if theirs and theirs.startswith("mlflow-artifacts:") and subject in theirs:
+            self._artifact_uris[subject] = theirs
+            return theirs
+        return self.own_uri(kind, subject)
+
+    def home_of(self, kind: str, subject: str) -> OpenRun:
+        """Return the journal that the files of a run, a model or (kind "uri", by experiment) a trace go to.
+
+        Raises:
+            MlflowException: there is no such run.
+        """
+        if kind == "run":
+            return self.writable(subject)
+        if kind == "model":
+            return self.model_home(subject)
+        return self.journals.room(subject)
+
+    def model_home(self, model_id: str) -> OpenRun:
+        """Return the journal that a model's requests go to."""
+        home = self._model_homes.get(model_id)
+        if home is None:
+            home = self._find_model_home(model_id)
+            self._model_homes[model_id] = home
+        return self.journals.open(home, "") if provisional.is_room(home) else self.writable(home)
+
+    def _find_model_home(self, model_id: str) -> str:
+        if provisional.is_provisional(model_id):
+            directory = self.outbox.directory
+            for name in dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]):
+                local = self.local_run(name)
+                if local is not None and any(
+                    kept.operation == "create_logged_model" and model_id.encode() in kept.arguments for kept in local.view.requests
+                ):
+                    return name
+            raise no_such("Logged model", model_id)
+        theirs = self.ask(lambda store: store.get_logged_model(model_id))
+        if theirs is None:
+            return provisional.COMMON_ROOM
+        return self.ids.local(theirs.source_run_id) if theirs.source_run_id else provisional.room_of(theirs.experiment_id)
+
+    def files(self, home: str, owner: str) -> tuple[dict[str, File], dict[str, File]]:
+        """Return the files of an owner ("" is the run itself) that the outbox knows of, and those that are not delivered."""
+        local = self.local_run(home)
+        if local is None:
+            return {}, {}
+        known = local.view.files.get(owner, {}) if owner else local.view.artifacts
+        return known, {path: known[path] for path in _logged(local.pending, owner) if path in known}
+
+    def remote_location(self, kind: str, subject: str, uri: str) -> str:
+        """Return MLflow's artifact URI, after one short question to the server.
+
+        Raises:
+            Away: the server is, or does not know the owner yet.
+        """
+        try:
+            remote = self.ids.remote(subject)
+        except NotYet:
+            raise Away(f"{subject} has not been delivered yet", sent=False) from None
+        if kind == "run":
+            return str(self.server.ask(lambda store: store.get_run(remote), quick=True).info.artifact_uri)
+        if kind == "model":
+            return str(self.server.ask(lambda store: store.get_logged_model(remote), quick=True).artifact_location)
+        root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=True).artifact_location)
+        return provisional.URI_PATTERN.sub(root.rstrip("/"), uri)
+
+
+def no_such(what: str, subject: str) -> MlflowException:
+    """Return MLflow's error for something that is not there."""
+    return MlflowException(f"{what} with id={subject} not found", error_code=RESOURCE_DOES_NOT_EXIST)
+
+
+def _logged(pending: Iterable[tuple[str, Any]], owner: str) -> list[str]:
+    return [
+        event.path
+        for _, event in pending
+        if type(event).__name__ == ("FileFor" if owner else "Artifact") and getattr(event, "owner", "") == owner
+    ]

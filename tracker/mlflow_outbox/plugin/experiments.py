@@ -1,0 +1,129 @@
+"""The experiments of the plugin's store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS
+from mlflow.utils.validation import _validate_experiment_name, _validate_experiment_tag
+
+from mlflow_outbox.plugin import reads
+from mlflow_outbox.plugin.base import Base, no_such
+from mlflow_outbox.plugin.ids import NotYet
+from mlflow_outbox.plugin.journals import now_ms
+from mlflow_outbox.plugin.wrapped import Away
+from mlflow_outbox.spool import provisional
+
+
+class Experiments(Base):
+    """Experiments are asked for and made online first; a name met offline gets a provisional id, the same in every process."""
+
+    def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
+        """Create an experiment and return its id, a provisional one when the server is away.
+
+        Raises:
+            MlflowException: the name or a tag is none that MLflow takes, or the experiment exists.
+        """
+        _validate_experiment_name(name)
+        for tag in tags or ():
+            _validate_experiment_tag(tag.key, tag.value)
+        local = provisional.experiment_id(self.outbox.directory.identity.id, name)
+        try:
+            made = self.server.ask(lambda store: store.create_experiment(name, artifact_location, list(tags or ())), quick=True)
+        except Away:
+            if self.journals.exists(provisional.room_of(local)):
+                raise _exists(name) from None
+        else:
+            self.know_experiment(str(made), name)
+            return str(made)
+        self.know_experiment(local, name)
+        self.journals.room(local).request(
+            "create_experiment",
+            experiment_id=local,
+            name=name,
+            artifact_location=artifact_location or None,
+            tags={tag.key: tag.value for tag in tags or ()},
+        )
+        return local
+
+    def get_experiment(self, experiment_id: str) -> Experiment:
+        """Return an experiment.
+
+        Raises:
+            MlflowException: there is none of this id.
+        """
+        given = str(experiment_id)
+        local = self.local_run(provisional.room_of(given))
+        theirs = None
+        try:
+            remote = self.ids.remote(given)
+            theirs = self.ask(lambda store: store.get_experiment(remote))
+        except NotYet:
+            pass
+        requests = local.view.requests if local is not None else []
+        found = reads.experiment_of(requests, theirs, given, self.own_uri("experiment", given))
+        if found is not None:
+            self.know_experiment(given, found.name)
+            return found
+        if not provisional.is_provisional(given) and self.server.is_away():
+            # It was named by its id, so it exists; its name is asked for again when the server is back.
+            return Experiment(given, self.experiment_name(given), self.own_uri("experiment", given), "active", creation_time=now_ms())
+        raise no_such("Experiment", given)
+
+    def get_experiment_by_name(self, experiment_name: str) -> Experiment | None:
+        """Return the experiment of a name, or None."""
+        theirs = self.ask(lambda store: store.get_experiment_by_name(experiment_name))
+        if theirs is not None:
+            self.know_experiment(theirs.experiment_id, theirs.name)
+            return theirs
+        local = provisional.experiment_id(self.outbox.directory.identity.id, experiment_name)
+        if self.journals.exists(provisional.room_of(local)):
+            return self.get_experiment(local)
+        known = [number for number, name in list(self._experiment_names.items()) if name == experiment_name]
+        return self.get_experiment(known[0]) if known and self.server.is_away() else None
+
+    def set_experiment_tag(self, experiment_id: str, tag: Any) -> None:
+        """Set a tag of an experiment.
+
+        Raises:
+            MlflowException: the tag is none that MLflow takes.
+        """
+        _validate_experiment_tag(tag.key, tag.value)
+        self.journals.room(str(experiment_id)).request("set_experiment_tag", experiment_id=str(experiment_id), tag=tag)
+
+    def delete_experiment_tag(self, experiment_id: str, key: str) -> None:
+        """Delete a tag of an experiment."""
+        self.journals.room(str(experiment_id)).request("delete_experiment_tag", experiment_id=str(experiment_id), key=key)
+
+    def delete_experiment(self, experiment_id: str) -> None:
+        """Delete an experiment."""
+        self._change("delete_experiment", experiment_id)
+
+    def restore_experiment(self, experiment_id: str) -> None:
+        """Restore a deleted experiment."""
+        self._change("restore_experiment", experiment_id)
+
+    def rename_experiment(self, experiment_id: str, new_name: str) -> None:
+        """Rename an experiment.
+
+        Raises:
+            MlflowException: the name is none that MLflow takes.
+        """
+        _validate_experiment_name(new_name)
+        self._change("rename_experiment", experiment_id, new_name=new_name)
+
+    def _change(self, operation: str, experiment_id: str, **arguments: Any) -> None:
+        """Change an experiment as a whole: at once when the server is there and nothing waits, else in its place in the journal."""
+        given = str(experiment_id)
+        self.settle()
+        try:
+            remote = self.ids.remote(given)
+            self.server.ask(lambda store: getattr(store, operation)(remote, **arguments), quick=True)
+        except (Away, NotYet):
+            self.journals.room(given).request(operation, experiment_id=given, **arguments)
+
+
+def _exists(name: str) -> MlflowException:
+    return MlflowException(f"Experiment '{name}' already exists.", error_code=RESOURCE_ALREADY_EXISTS)

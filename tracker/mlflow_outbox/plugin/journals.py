@@ -1,0 +1,128 @@
+"""The journals that this process writes for one tracking URI, and what it knows of their runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from mlflow_outbox.plugin import codec
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.events import Event, Request
+from mlflow_outbox.spool.journal import RunIdentity
+from mlflow_outbox.spool.reader import RunReader
+
+if TYPE_CHECKING:
+    from mlflow_outbox.outbox import Outbox
+    from mlflow_outbox.spool.journal import Journal
+
+#: Journals kept open for further events; a closed one is begun again when it is needed.
+_MOST: Final = 512
+
+
+def now_ms() -> int:
+    """Return wall-clock milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+class OpenRun:
+    """One run, or room, that this process writes to.
+
+    Attributes:
+        params: those logged by this process, for MLflow's rule that a param never changes.
+    """
+
+    def __init__(self, run_id: str, journal: Journal) -> None:
+        self.run_id = run_id
+        self.journal = journal
+        self.params: dict[str, str] = {}
+
+    def append(self, event: Event) -> None:
+        """Write one event; what the disk refuses is counted and said by the journal."""
+        self.journal.append(event)
+
+    def request(self, operation: str, *, known: str = "", **arguments: Any) -> None:
+        """Write a call of the tracking store.
+
+        Args:
+            operation: the store's method.
+            known: id that MLflow gave already to what the call creates.
+            **arguments: the method's arguments.
+        """
+        self.append(Request(operation, codec.dumps(arguments), now_ms(), known))
+
+
+class Journals:
+    """Opens and closes journals.
+
+    Args:
+        outbox: the outbox.
+    """
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._lock = threading.RLock()
+        self._open: dict[str, OpenRun] = {}
+
+    def get(self, run_id: str) -> OpenRun | None:
+        """Return a run that this process writes to already, or None."""
+        return self._open.get(run_id)
+
+    def open(self, run_id: str, experiment: str) -> OpenRun:
+        """Return a run to write to.
+
+        Args:
+            run_id: the id under which the outbox keeps it.
+            experiment: the name of its experiment, if nothing on disk says otherwise.
+        """
+        with self._lock:
+            held = self._open.get(run_id)
+            if held is None:
+                held = self._open[run_id] = OpenRun(run_id, self._outbox.journal(self._identity(run_id, experiment)))
+                while len(self._open) > _MOST:
+                    first = next(iter(self._open))
+                    self._open.pop(first).journal.close()
+            return held
+
+    def room(self, experiment_id: str) -> OpenRun:
+        """Return the room of an experiment."""
+        return self.open(provisional.room_of(experiment_id) if experiment_id else provisional.COMMON_ROOM, "")
+
+    def close(self, run_id: str) -> None:
+        """Close a run's journal; it may be opened again."""
+        with self._lock:
+            held = self._open.get(run_id)
+        if held is not None:
+            held.journal.close()
+
+    def close_all(self) -> None:
+        """Close every journal."""
+        with self._lock:
+            runs = list(self._open.values())
+        for run in runs:
+            run.journal.close()
+
+    def _identity(self, run_id: str, experiment: str) -> RunIdentity:
+        if provisional.is_room(run_id):
+            return RunIdentity(run_id, experiment)
+        directory = self._outbox.directory
+        for parent in (directory.runs, directory.delivered):
+            for held in RunReader(parent / run_id).segments().values():
+                return RunIdentity(run_id, held[0].header.experiment, held[0].header.remote)
+        return RunIdentity(run_id, experiment, remote=not provisional.is_provisional(run_id))
+
+    def wrote(self) -> bool:
+        """Return whether this process has written anything."""
+        return any(run.journal.events for run in list(self._open.values()))
+
+    def exists(self, run_id: str) -> bool:
+        """Return whether the outbox has anything of a run on disk."""
+        directory = self._outbox.directory
+        return (directory.runs / run_id).is_dir() or (directory.delivered / run_id).is_dir()
+
+
+def say_once(outbox: Outbox, key: str, text: str) -> None:
+    """Warn once per outbox and key."""
+    outbox.counters.warn_once(("plugin", key), f"mlflow-outbox: {text}")
+
+

@@ -1,0 +1,231 @@
+"""What readers see: the server's answer with what has not arrived folded in, or what the outbox has when there is no answer.
+
+The pending events are read before the server is asked. So an event that is delivered in between is folded in twice, which changes
+nothing, and never missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from mlflow.entities import (
+    Experiment,
+    ExperimentTag,
+    LifecycleStage,
+    LoggedModel,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunData,
+    RunInfo,
+    RunInputs,
+    RunOutputs,
+    RunTag,
+)
+
+from mlflow_outbox.plugin import codec
+from mlflow_outbox.spool.events import Event, Request, RunStarted
+from mlflow_outbox.spool.events import Metric as MetricEvent
+from mlflow_outbox.spool.events import Metrics as MetricsEvent
+from mlflow_outbox.views import Kept, Latest, Register, RunView
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.reading import LocalRun
+
+
+def view_of(run: Run) -> RunView:
+    """Return MLflow's answer as a view that events can be folded into."""
+    view = RunView(
+        name=run.info.run_name or "",
+        user=run.info.user_id or "",
+        start_time_ms=run.info.start_time or 0,
+        end_time_ms=run.info.end_time,
+        lifecycle=run.info.lifecycle_stage,
+        experiment_id=run.info.experiment_id,
+    )
+    view.status = Register(run.info.status, 0, "")
+    view.params = dict(run.data.params)
+    view.tags = {key: Register(value, 0, "") for key, value in run.data.tags.items()}
+    view.metrics = {m.key: Latest(m.value, m.step, m.timestamp, 1) for m in run.data._metric_objs}  # noqa: SLF001 - with steps and times
+    return view
+
+
+def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = None) -> Run:
+    """Return a view as MLflow's entity.
+
+    Args:
+        view: the run.
+        run_id: the id that it is to have.
+        artifact_uri: where its files are, for readers.
+        theirs: the server's answer, if there is one, for inputs and outputs.
+    """
+    name = view.tags.get("mlflow.runName")
+    info = RunInfo(
+        run_id=run_id,
+        experiment_id=view.experiment_id or "0",
+        user_id=view.user,
+        status=view.status.value,
+        start_time=view.start_time_ms,
+        end_time=view.end_time_ms,
+        lifecycle_stage=LifecycleStage.DELETED if view.lifecycle == "deleted" else LifecycleStage.ACTIVE,
+        artifact_uri=artifact_uri,
+        run_name=name.value if name is not None else view.name,
+    )
+    data = RunData(
+        metrics=[Metric(key, held.value, held.time_ms, held.step) for key, held in view.metrics.items()],
+        params=[Param(key, value) for key, value in view.params.items()],
+        tags=[RunTag(key, held.value) for key, held in view.tags.items()],
+    )
+    inputs, outputs = links(view.requests, theirs)
+    return Run(info, data, inputs, outputs)
+
+
+def folded(run: Run, pending: Iterable[tuple[str, Event]], run_id: str, artifact_uri: str) -> Run:
+    """Return the server's answer with pending events in it."""
+    view = view_of(run)
+    for writer, event in pending:
+        if not isinstance(event, RunStarted) or event.resumed:
+            view.fold(event, writer)
+            if isinstance(event, Request) and event.operation == "log_batch":
+                fold_batch(view, event.arguments)
+    return run_of(view, run_id, artifact_uri, run)
+
+
+def local_run_of(local: LocalRun, run_id: str, artifact_uri: str) -> Run:
+    """Return what the outbox has of a run."""
+    for request in local.view.requests:
+        if request.operation == "log_batch":
+            fold_batch(local.view, request.arguments)
+    return run_of(local.view, run_id, artifact_uri)
+
+
+def fold_batch(view: RunView, arguments: bytes) -> None:
+    """Take metrics into account that were logged with a link to a model or dataset."""
+    for metric in codec.loads(arguments).get("metrics") or ():
+        view.fold(MetricEvent(metric.key, metric.value, metric.timestamp, metric.step), "")
+
+
+def links(requests: Iterable[Kept], theirs: Run | None) -> tuple[RunInputs, RunOutputs]:
+    """Return inputs and outputs: the server's, and those that are pending."""
+    mine = getattr(theirs, "inputs", None)
+    datasets = list(mine.dataset_inputs) if mine is not None else []
+    read = list(mine.model_inputs or []) if mine is not None else []
+    made = list(theirs.outputs.model_outputs) if theirs is not None and theirs.outputs is not None else []
+    for request in requests:
+        if request.operation == "log_inputs":
+            given = codec.loads(request.arguments)
+            seen = {(d.dataset.name, d.dataset.digest) for d in datasets}
+            datasets += [d for d in given.get("datasets") or () if (d.dataset.name, d.dataset.digest) not in seen]
+            ids = {model.model_id for model in read}
+            read += [model for model in given.get("models") or () if model.model_id not in ids]
+        elif request.operation == "log_outputs":
+            ids = {model.model_id for model in made}
+            made += [m for m in codec.loads(request.arguments).get("models") or () if m.model_id not in ids]
+    return RunInputs(dataset_inputs=datasets, model_inputs=read), RunOutputs(model_outputs=made)
+
+
+def points(events: Iterable[tuple[str, Event]], key: str) -> list[Metric]:
+    """Return the points of a metric among events."""
+    found = []
+    for _, event in events:
+        if isinstance(event, MetricEvent) and event.key == key:
+            found.append(Metric(key, event.value, event.time_ms, event.step))
+        elif isinstance(event, MetricsEvent) and key in event.values:
+            found.append(Metric(key, event.values[key], event.time_ms, event.step))
+        elif isinstance(event, Request) and event.operation == "log_batch":
+            found += [m for m in codec.loads(event.arguments).get("metrics") or () if m.key == key]
+    return found
+
+
+def merged_points(server: Iterable[Metric], pending: Iterable[Metric]) -> list[Metric]:
+    """Return the points of both, an identical one once, by step and time."""
+    found = {(repr(m.value), m.timestamp, m.step): m for m in [*server, *pending]}
+    return list(found.values())
+
+
+def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None, location: str) -> LoggedModel | None:
+    """Return a logged model: the server's answer, if there is one, with requests folded in.
+
+    Args:
+        requests: of the journal that the model is in.
+        model_id: as it is called there.
+        theirs: the server's answer.
+        location: its artifact URI, when the server has not said.
+    """
+    found: dict[str, Any] | None = None
+    if theirs is not None:
+        found = {
+            "experiment_id": theirs.experiment_id, "model_id": theirs.model_id, "name": theirs.name,
+            "artifact_location": theirs.artifact_location, "creation_timestamp": theirs.creation_timestamp,
+            "last_updated_timestamp": theirs.last_updated_timestamp, "model_type": theirs.model_type,
+            "source_run_id": theirs.source_run_id, "status": theirs.status, "tags": dict(theirs.tags),
+            "params": dict(theirs.params), "metrics": theirs.metrics,
+        }  # fmt: skip
+    for request in requests:
+        given = codec.loads(request.arguments)
+        if given.get("model_id") != model_id:
+            continue
+        if request.operation == "create_logged_model" and found is None:
+            found = {
+                "experiment_id": given["experiment_id"], "model_id": model_id, "name": given["name"],
+                "artifact_location": location, "creation_timestamp": request.time_ms,
+                "last_updated_timestamp": request.time_ms, "model_type": given.get("model_type"),
+                "source_run_id": given.get("source_run_id"), "status": LoggedModelStatus.PENDING,
+                "tags": {t.key: t.value for t in given.get("tags") or ()},
+                "params": {p.key: p.value for p in given.get("params") or ()}, "metrics": [],
+            }  # fmt: skip
+        elif found is not None:
+            _fold_model(found, request.operation, given, request.time_ms)
+    return LoggedModel(**found) if found is not None else None
+
+
+def _fold_model(found: dict[str, Any], operation: str, given: dict[str, Any], time_ms: int) -> None:
+    if operation == "finalize_logged_model":
+        found["status"] = given["status"]
+    elif operation == "set_logged_model_tags":
+        found["tags"].update({tag.key: tag.value for tag in given["tags"]})
+    elif operation == "delete_logged_model_tag":
+        found["tags"].pop(given["key"], None)
+    elif operation == "log_logged_model_params":
+        found["params"].update({param.key: param.value for param in given["params"]})
+    else:
+        return
+    found["last_updated_timestamp"] = max(time_ms, found["last_updated_timestamp"])
+
+
+def experiment_of(requests: Iterable[Kept], theirs: Experiment | None, experiment_id: str, location: str) -> Experiment | None:
+    """Return an experiment: the server's answer, if there is one, with requests of its room folded in."""
+    name = theirs.name if theirs is not None else None
+    tags = dict(theirs.tags) if theirs is not None else {}
+    stage = theirs.lifecycle_stage if theirs is not None else LifecycleStage.ACTIVE
+    created = theirs.creation_time if theirs is not None else None
+    location = theirs.artifact_location if theirs is not None else location
+    for request in requests:
+        given = codec.loads(request.arguments)
+        if request.operation == "create_experiment":
+            if name is None:
+                name, created = given["name"], request.time_ms
+                tags = {**given.get("tags", {}), **tags}
+        elif request.operation == "set_experiment_tag":
+            tags[given["tag"].key] = given["tag"].value
+        elif request.operation == "delete_experiment_tag":
+            tags.pop(given["key"], None)
+        elif request.operation == "rename_experiment":
+            name = given["new_name"]
+        elif request.operation == "delete_experiment":
+            stage = LifecycleStage.DELETED
+        elif request.operation == "restore_experiment":
+            stage = LifecycleStage.ACTIVE
+    if name is None:
+        return None
+    return Experiment(
+        experiment_id=experiment_id,
+        name=name,
+        artifact_location=location,
+        lifecycle_stage=stage,
+        tags=[ExperimentTag(key, value) for key, value in tags.items()],
+        creation_time=created,
+        last_update_time=getattr(theirs, "last_update_time", None) or created,
+    )

@@ -1,0 +1,164 @@
+"""The server's own store behind the plugin: asked once, within a time, and left alone for a while after it did not answer.
+
+The store is the one that the worker delivers to: one attempt for each request, an end to each wait. After a failure it is not asked
+again for a pause that doubles up to half a minute, so a training loop does not pay the deadline at every call of an outage.
+
+What the server says no to is raised as MLflow's own exception. Everything else is ``Away``: callers go on with what is on disk.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import requests
+import sqlalchemy.exc
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode
+from mlflow.utils.logging_utils import suppress_logs_in_thread
+
+from mlflow_outbox import delivery
+
+if TYPE_CHECKING:
+    from mlflow_outbox.outbox import Outbox
+
+T = TypeVar("T")
+
+#: Seconds for which a server that failed is not asked: at first, and at most.
+_PAUSE_FIRST: Final = 1.0
+_PAUSE_MOST: Final = 30.0
+#: Statuses that say nothing about the question: not now, or not you.
+_NOT_ABOUT_IT: Final = frozenset({401, 403, 407, 408, 425, 429})
+
+
+class Away(Exception):  # noqa: N818 - a state of the server, not an error of the caller
+    """Raised when the server cannot be asked now; ``sent`` tells whether a request may have been carried out."""
+
+    def __init__(self, reason: str, *, sent: bool) -> None:
+        super().__init__(reason)
+        self.sent = sent
+
+
+class Server:
+    """Asks the store of one outbox's destination.
+
+    Args:
+        outbox: the outbox.
+    """
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._lock = threading.Lock()
+        self._opened: dict[float, Any] = {}
+        self._pid = os.getpid()
+        self._asleep_until = 0.0
+        self._pause = _PAUSE_FIRST
+        self._why = ""
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI behind the outbox, without credentials."""
+        return self._outbox.destination.uri
+
+    def is_away(self) -> bool:
+        """Return whether the server failed so recently that it is not asked."""
+        return time.monotonic() < self._asleep_until
+
+    def ask(self, question: Callable[[Any], T], *, quick: bool = False) -> T:
+        """Put a question to the store.
+
+        Args:
+            question: gets the store, returns its answer.
+            quick: wait no longer than the setting ``create_timeout``, else ``read_timeout``.
+
+        Raises:
+            Away: there was no answer.
+            MlflowException: the server said no.
+        """
+        settings = self._outbox.settings
+        timeout = settings.create_timeout if quick else settings.read_timeout
+        if timeout <= 0 or self.is_away():
+            raise Away(self._why or "the server is not asked", sent=False)
+        try:
+            with suppress_logs_in_thread():
+                answer = question(self.store(timeout))
+        except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+            raise self._meaning(error) from None
+        except Exception as error:
+            if type(error).__name__ != "SinkError":
+                raise
+            raise self._meaning(error) from None
+        self._pause, self._asleep_until = _PAUSE_FIRST, 0.0
+        return answer
+
+    def _meaning(self, error: Exception) -> Exception:
+        found = delivery.translate(error)
+        status = found.status or 500
+        if isinstance(error, MlflowException) and 400 <= status < 500 and status not in _NOT_ABOUT_IT and found.kind == "answer":  # noqa: PLR2004 - the statuses of refusals
+            code = found.code if found.code in ErrorCode.keys() else "INTERNAL_ERROR"  # noqa: SIM118 - a protobuf enum
+            return MlflowException(error.message, error_code=ErrorCode.Value(code))
+        self._why = str(found)
+        self._asleep_until = time.monotonic() + self._pause
+        self._pause = min(_PAUSE_MOST, self._pause * 2)
+        return Away(str(found), sent=found.sent)
+
+    def store(self, timeout: float) -> Any:
+        """Return the store whose requests take at most timeout seconds."""
+        return self.opened(timeout).store
+
+    def opened(self, timeout: float | None = None) -> Any:
+        """Return the worker's ``OpenStore``; embedded stores are opened once, whatever the timeout."""
+        embedded = self._outbox.destination.scheme not in {"http", "https", "databricks"}
+        key = 0.0 if embedded else timeout or self._outbox.settings.read_timeout
+        with self._lock:
+            if self._pid != os.getpid():  # connections to a database do not survive a fork
+                self._opened, self._pid = {}, os.getpid()
+            if key not in self._opened:
+                self._opened[key] = delivery.open_store(self._outbox.destination, key or 30.0)
+            return self._opened[key]
+
+    def needed(self, what: str, away: Away) -> MlflowException:
+        """Return the error of a call that only the server can answer."""
+        return MlflowException(
+            f"{what} needs the tracking server, and {self.uri} cannot be asked now ({away}). "
+            "What was logged is kept and will be delivered; ask again when the server is back.",
+            error_code=TEMPORARILY_UNAVAILABLE,
+        )
+
+
+def delegating(base: type) -> Callable[[type[T]], type[T]]:
+    """Return a class decorator that hands every method of a base class which the class does not define to ``_delegate``.
+
+    So a method that MLflow adds to its stores works without a change here.
+
+    Args:
+        base: MLflow's abstract store.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        theirs = {part for part in base.__mro__ if part is not object}
+        for name, function in inspect.getmembers(base, inspect.isfunction):
+            owner = next(part for part in cls.__mro__ if name in part.__dict__)
+            if owner in theirs and not name.startswith("__"):
+                setattr(cls, name, _delegated(name, function))
+        return _concrete(cls)
+
+    return decorate
+
+
+def _delegated(name: str, function: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._delegate(name, *args, **kwargs)
+
+    call.__name__, call.__doc__ = name, function.__doc__
+    return call
+
+
+def _concrete(cls: type[T]) -> type[T]:
+    import abc
+
+    return abc.update_abstractmethods(cls)

@@ -1,0 +1,307 @@
+"""``mlflow-outbox flush``: deliver now what is there, and say what is left.
+
+Where a worker holds the outbox it is asked to hurry, which cuts its back-off short, and watched; where nobody does, or the
+worker ends meanwhile, the command delivers itself. What counts are the events on disk when the command began: a program that goes on
+logging keeps nobody waiting for ever. An ended run counts as delivered once it has been read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
+from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.delivering import CommandWorker
+from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
+from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from mlflow_outbox.settings import Settings
+    from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox_worker.records import RunRecord
+
+#: Seconds without any progress after which a flush without a time-out gives up.
+_PATIENCE: Final = 60.0
+#: Seconds between two looks at the ledger: at first, and at most.
+_LOOK: Final = 0.02
+_LOOK_MOST: Final = 0.5
+#: Seconds between two calls to hurry: a server that has just come back is tried at once.
+_HURRY: Final = 1.0
+#: Seconds that the end waits for requests under way.
+_PARTING: Final = 0.5
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("flush")(flush)
+
+
+def flush(
+    outbox_dir: OutboxDir = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="S",
+            help="Seconds to take at most, also when the server hangs. [default: go on as long as events arrive]",
+            show_default=False,
+        ),
+    ] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="Wait for this run only.")] = None,
+    quiet: Quiet = False,  # noqa: FBT002 - typer's form of a flag
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Deliver what is there now, and say what is left.
+
+    A worker that has the outbox already is asked to hurry; otherwise this command delivers. Without --timeout it gives up
+    after a minute in which nothing arrived.
+
+    \b
+    Examples:
+      mlflow-outbox flush
+      mlflow-outbox flush --timeout 60 || echo "not all delivered: $?"    # at the end of a cluster job
+      mlflow-outbox flush --run 3f9c --timeout 10
+    """
+    started = time.monotonic()
+    terminal.behave(quiet=quiet, verbose=verbose)
+    settings = outboxes.settings_for(outbox_dir)
+    directories = outboxes.open_all(settings)
+    chosen: str | None = None
+    if run is not None:
+        directory, chosen = outboxes.find_run(directories, settings, run)
+        directories = [directory]
+    flushes = [Flush(directory, settings, chosen) for directory in directories]
+    try:
+        _until_done(flushes, started, timeout)
+    finally:
+        for one in flushes:
+            one.conclude()
+        deadline = time.monotonic() + _PARTING
+        for one in flushes:
+            one.stop(max(0.0, deadline - time.monotonic()))
+        for one in flushes:
+            one.say()
+    return most_urgent([one.code() for one in flushes])
+
+
+def _until_done(flushes: list[Flush], started: float, timeout: float | None) -> None:
+    look, changed, next_hurry = _LOOK, time.monotonic(), 0.0
+    with terminal.progress() as show:
+        for one in flushes:
+            one.look()
+            one.start()
+        while not all(one.is_done() for one in flushes):
+            now = time.monotonic()
+            if timeout is not None and now - started >= timeout:
+                return
+            if timeout is None and now - changed > _PATIENCE:
+                return
+            if now >= next_hurry:
+                for one in flushes:
+                    one.hurry()
+                next_hurry = now + _HURRY
+            before = [one.left for one in flushes]
+            begun = time.monotonic()
+            for one in flushes:
+                one.look()
+            if before != [one.left for one in flushes]:
+                changed = time.monotonic()
+            show(_progress(flushes))
+            # A large backlog takes time to measure: most of it is the worker's.
+            pause = max(look, 4 * (time.monotonic() - begun))
+            if timeout is not None:
+                pause = min(pause, max(0.0, started + timeout - time.monotonic()))
+            time.sleep(pause)
+            look = min(_LOOK_MOST, look * 1.2)
+
+
+def _progress(flushes: list[Flush]) -> str:
+    total, rest = sum(one.total for one in flushes), sum(one.left for one in flushes)
+    if total and not rest:
+        return f"{total:,} events delivered, reading back"
+    return f"{total - rest:,} of {terminal.count(total, 'event')} delivered"
+
+
+class _Look(NamedTuple):
+    """What one look at the ledger tells of the events that the flush is about."""
+
+    pending: int = 0
+    parked: int = 0
+    unread_back: int = 0
+    dead: int = 0
+    reason: str = ""
+    #: All that is parked was tried since the flush began.
+    parked_for_sure: bool = False
+
+
+class Flush:
+    """The flush of one outbox.
+
+    Args:
+        directory: the outbox.
+        settings: the options.
+        run_id: the only run to wait for; None means all.
+    """
+
+    def __init__(self, directory: OutboxDirectory, settings: Settings, run_id: str | None = None) -> None:
+        from mlflow_outbox_worker.backlog import Targets  # noqa: PLC0415 - imported on demand
+
+        self._directory = directory
+        self._settings = settings
+        self._run_id = run_id
+        self._ends: Targets | None = None
+        self._seen = _Look()
+        self._began_ms = time.time_ns() // 1_000_000
+        self._tried = False  # an attempt was made since this began, by whichever worker
+        self._held_by = ""
+        self._delivered_itself = False
+        self._worker: CommandWorker | None = None
+        self._trouble = ""
+        self.total = 0
+
+    def __repr__(self) -> str:
+        return f"<Flush of {str(self._directory.path)!r}, {self.left} of {self.total} events left>"
+
+    @property
+    def left(self) -> int:
+        """Events that have not arrived yet."""
+        return self._seen.pending + self._seen.parked
+
+    def start(self) -> None:
+        """Begin to deliver, unless there is nothing to do; while another worker has the outbox, stand by."""
+        if not self.is_done():
+            self._worker = CommandWorker(self._directory, self._settings)
+            self._worker.start()
+
+    def hurry(self) -> None:
+        """Ask whichever worker delivers to do so at once."""
+        with contextlib.suppress(OSError):  # a full or read-only disk: the worker goes on at its own pace
+            self._directory.ask_hurry()
+
+    def conclude(self) -> None:
+        """Let the delivery end after the requests under way, and see whether another worker kept this one from it."""
+        if self._worker is None:
+            return
+        self._delivered_itself = self._worker.delivery.holds_lease()
+        nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
+        if nothing and not self._delivered_itself:
+            from mlflow_outbox_worker.host_lease import described, worker_of  # noqa: PLC0415 - imported on demand
+
+            found = worker_of(self._directory)
+            self._held_by = described(found) if found is not None else ""
+        self._worker.ask_to_stop()
+
+    def stop(self, timeout: float) -> None:
+        """End the delivery; a request that hangs is left to itself.
+
+        Args:
+            timeout: seconds to wait.
+        """
+        if self._worker is not None:
+            self._worker.stop(timeout)
+
+    def is_done(self) -> bool:
+        """Return whether everything has arrived, or has been tried and waits for a person."""
+        seen = self._seen
+        return not self._trouble and not seen.pending and not seen.unread_back and (not seen.parked or seen.parked_for_sure)
+
+    def look(self) -> None:
+        """Find out how far it is."""
+        from mlflow_outbox_worker.backlog import left, targets  # noqa: PLC0415 - diskcache and SQLite, not for --help
+        from mlflow_outbox_worker.notes import destination_note  # noqa: PLC0415
+
+        try:
+            with outboxes.ledger_of(self._directory, self._settings) as ledger:
+                records = {record.run_id: record for record in ledger.records()}
+                note = destination_note(ledger)
+                letters = ledger.dead_letter_counts()
+            self._trouble = ""
+        except (LedgerUnavailable, OutboxUnusable) as error:
+            # A worker makes it, or sets it aside, at this moment; or nobody can read it, which the end will tell.
+            self._trouble = str(error)
+            if self._ends is not None:
+                return
+            records, note, letters = {}, None, {}
+        if self._ends is None:
+            ends = targets(self._directory, records)
+            self._ends = ends if self._run_id is None else {self._run_id: ends.get(self._run_id, {})}
+        parked_all = note is not None and note.state == "parked"
+        parts = {run: left(ends, records.get(run), parked=parked_all) for run, ends in self._ends.items()}
+        parked = [run for run, part in parts.items() if part.parked]
+        if note is not None and note.tried_ms >= self._began_ms:
+            self._tried = True
+        sure = note is not None and all(
+            note.tried_ms >= self._began_ms if parked_all else _tried_since(records.get(run), self._began_ms)
+            for run in parked
+        )
+        pending = sum(part.pending for part in parts.values())
+        self._seen = _Look(
+            pending=pending,
+            parked=sum(part.parked for part in parts.values()),
+            unread_back=0 if pending or parked else self._unread_back(records),
+            dead=letters.get(self._run_id, 0) if self._run_id is not None else sum(letters.values()),
+            reason=_reason(records, parked, note.reason if note is not None and note.state != "ok" else ""),
+            parked_for_sure=sure,
+        )
+        if self.left > self.total:
+            self.total = self.left
+
+    def _unread_back(self, records: dict[str, RunRecord]) -> int:
+        """Return how many runs have ended and are not read back yet, although nobody writes to them any more."""
+        from mlflow_outbox.spool.reader import RunReader  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox.spool.writer import writer_state  # noqa: PLC0415
+
+        number = 0
+        for run_id in self._ends or ():
+            record = records.get(run_id)
+            if record is None or not record.ended or record.verified_at_ms or record.state != "active":
+                continue
+            segments = RunReader(self._directory.run(run_id)).segments()
+            last = [held[-1] for held in segments.values()]
+            number += bool(last) and all(writer_state(one.path, one.header).kind == "died" for one in last)
+        return number
+
+    def code(self) -> ExitCode:
+        """Return the exit code for what was reached."""
+        seen = self._seen
+        if self._trouble:
+            return ExitCode.ERROR
+        code = of_backlog(pending=seen.pending + seen.unread_back, parked=seen.parked, dead=seen.dead)
+        return ExitCode.HELD if code is ExitCode.LEFT and self._held_by else code
+
+    def say(self) -> None:
+        """Say what was delivered and what is left, and what to do about it."""
+        seen = self._seen
+        done = max(0, self.total - self.left)
+        where = f"{printable(self._directory.path.name)}: "
+        parts = [f"{terminal.count(done, 'event')} delivered"] if self.total else ["nothing waits"]
+        if seen.pending:
+            parts.append(f"{seen.pending:,} left, on disk")
+        if seen.parked:
+            parts.append(f"{seen.parked:,} parked for a person")
+        if seen.unread_back:
+            parts.append(f"{terminal.count(seen.unread_back, 'run')} not read back yet")
+        if seen.dead:
+            parts.append(f"{terminal.count(seen.dead, 'dead letter')} (mlflow-outbox dead list)")
+        terminal.say(where + ", ".join(parts))
+        if self._trouble:
+            terminal.error(f"{where}how much has been delivered cannot be told: {self._trouble}")
+        elif self._held_by:
+            terminal.note(f"{where}{self._held_by} has this outbox and has not answered")
+        elif seen.reason and self.left and not self._delivered_itself:  # its own warnings have said so
+            terminal.note(f"{where}{seen.reason}")
+
+
+def _tried_since(record: RunRecord | None, began_ms: int) -> bool:
+    return record is not None and record.state == "parked" and record.failed_at_ms >= began_ms
+
+
+def _reason(records: dict[str, RunRecord], parked: list[str], of_destination: str) -> str:
+    if of_destination:
+        return of_destination
+    return next((f"run {run}: {records[run].reason}" for run in parked if run in records and records[run].reason), "")

@@ -1,0 +1,227 @@
+"""``mlflow-outbox status``: what waits, since when, why, and who delivers it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox_worker.cli import exits, outboxes, terminal
+from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.terminal import Cell, Column, Styled
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.survey import OutboxSurvey, RunSurvey
+
+#: Runs listed unless --verbose is given; the totals count all.
+_LISTED: Final = 20
+#: Characters of a run id on a terminal; enough to name the run by.
+_SHORT: Final = 8
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("status")(status)
+
+
+def status(
+    outbox_dir: OutboxDir = None,
+    as_json: AsJson = False,  # noqa: FBT002 - typer's form of a flag, as the next ones
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on, until ctrl-C.")] = False,  # noqa: FBT002
+    interval: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds between two looks of --watch.")] = 2.0,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 3, 4 or 5 when something is left.")] = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Say what waits, since when, why, and who delivers it.
+
+    Looking disturbs nobody, neither programs that log nor the worker.
+
+    \b
+    Examples:
+      mlflow-outbox status
+      mlflow-outbox status --json | jq .outboxes[0].pending
+      mlflow-outbox status --watch --interval 5
+      mlflow-outbox status -q --exit-code || mail -s "events wait" me@example.org
+    """
+    terminal.behave(quiet=quiet, verbose=verbose)
+    from mlflow_outbox_worker.survey import survey  # noqa: PLC0415 - diskcache and SQLite, which --help does not need
+
+    settings = outboxes.settings_for(outbox_dir)
+    directories = outboxes.open_all(settings)
+    while True:
+        found = [survey(directory, settings) for directory in directories]
+        if watch and not as_json:
+            terminal.clear()
+        if as_json:
+            terminal.raw(json.dumps(as_data(found), indent=None if watch else 2, sort_keys=False))
+        elif not quiet:
+            _show(found)
+        if not watch:
+            break
+        time.sleep(interval)
+    if not exit_code:
+        return exits.ExitCode.DONE
+    return exits.of_backlog(
+        pending=sum(one.pending for one in found),
+        parked=sum(one.parked for one in found),
+        dead=sum(one.dead for one in found),
+    )
+
+
+def as_data(found: list[OutboxSurvey]) -> dict[str, Any]:
+    """Return surveys as JSON can hold them."""
+    return {
+        "at_ms": found[0].at_ms if found else 0,
+        "pending": sum(one.pending for one in found),
+        "parked": sum(one.parked for one in found),
+        "dead": sum(one.dead for one in found),
+        "outboxes": [_outbox_as_data(one) for one in found],
+    }
+
+
+def _outbox_as_data(one: OutboxSurvey) -> dict[str, Any]:
+    held = one.holder
+    return {
+        "path": str(one.path),
+        "destination": one.destination,
+        "destination_state": one.note.state,
+        "destination_since_ms": one.note.since_ms or None,
+        "last_error": one.last_error or None,
+        "pending": one.pending,
+        "parked": one.parked,
+        "dead": one.dead,
+        "delivered": one.delivered,
+        "bytes": one.waiting_bytes,
+        "oldest_seconds": round(one.oldest_seconds, 3),
+        "events_per_second": round(one.rate, 1),
+        "eta_seconds": None if one.eta_seconds is None else round(one.eta_seconds, 1),
+        "worker": None if held is None else {"host": held.host, "pid": held.pid, "kind": held.kind},
+        "ledger_problem": one.unread or None,
+        "runs": [_run_as_data(run) for run in one.runs],
+    }
+
+
+def _run_as_data(run: RunSurvey) -> dict[str, Any]:
+    record = run.record
+    return {
+        "run_id": run.run_id,
+        "mlflow_run_id": record.remote_id or None if record is not None else None,
+        "experiment": run.experiment or None,
+        "state": run.state,
+        "pending": run.pending,
+        "parked": run.parked,
+        "dead": run.dead,
+        "bytes": run.waiting_bytes,
+        "oldest_ms": run.oldest_ms or None,
+        "delivered": record.delivered if record is not None else 0,
+        "quarantined": record.quarantined if record is not None else 0,
+        "missing": record.missing if record is not None else 0,
+        "reason": (record.reason or record.mismatch or None) if record is not None else None,
+    }
+
+
+def _show(found: list[OutboxSurvey]) -> None:
+    for number, one in enumerate(found):
+        if number:
+            terminal.say("")
+        _show_outbox(one)
+    if len(found) > 1:
+        total = sum(one.pending for one in found), sum(one.parked for one in found), sum(one.dead for one in found)
+        terminal.say("")
+        terminal.say(
+            f"all {len(found)} outboxes: {terminal.count(total[0], 'event')} waiting, "
+            f"{total[1]:,} parked, {terminal.count(total[2], 'dead letter')}"
+        )
+
+
+def _show_outbox(one: OutboxSurvey) -> None:
+    terminal.styled(Styled(printable(one.path, 300), "bold"), " -> ", printable(one.destination, 300))
+    for line in sentences(one):
+        terminal.styled("  ", line)
+    rows = [_row(run, one.at_ms) for run in _noteworthy(one)]
+    if not rows:
+        return
+    shown = rows if terminal.is_verbose() else rows[:_LISTED]
+    columns = [
+        Column("run"),
+        Column("state"),
+        Column("events", right=True),
+        Column("size", right=True, rank=1),
+        Column("oldest", right=True, rank=2),
+        Column("delivered", right=True, rank=4),
+        Column("dead", right=True, rank=3),
+        Column("experiment", rank=5),
+        Column("why", rank=6),
+    ]
+    terminal.table(columns, shown)
+    if len(shown) < len(rows):
+        terminal.say(f"and {len(rows) - len(shown):,} more runs; -v lists all")
+
+
+def _noteworthy(one: OutboxSurvey) -> list[RunSurvey]:
+    some = [run for run in one.runs if run.waiting or run.dead or run.state == "parked"]
+    return sorted(some, key=lambda run: (not run.parked, -run.waiting, run.run_id))
+
+
+def _row(run: RunSurvey, at_ms: int) -> list[Cell]:
+    record = run.record
+    style = {"parked": "red", "waiting": "yellow", "dead letters": "magenta"}.get(run.state, "")
+    return [
+        short(run.run_id),
+        Styled(run.state, style),
+        terminal.count(run.waiting),
+        terminal.size(run.waiting_bytes) if run.waiting else "-",
+        terminal.span((at_ms - run.oldest_ms) / 1000) if run.oldest_ms else "-",
+        terminal.count(record.delivered) if record is not None else "0",
+        Styled(terminal.count(run.dead), "magenta" if run.dead else ""),
+        run.experiment or "-",
+        (record.reason or record.mismatch) if record is not None else "",
+    ]
+
+
+def short(run_id: str) -> str:
+    """Return a run's id, cut on a terminal to what is enough to name it by."""
+    return run_id[:_SHORT] if terminal.is_terminal() else run_id
+
+
+def sentences(one: OutboxSurvey) -> list[Cell]:
+    """Return in words what waits in an outbox, why, and who delivers it."""
+    lines: list[Cell] = []
+    age = f", the oldest for {terminal.span(one.oldest_seconds)}" if one.oldest_seconds else ""
+    if one.pending:
+        pace = f"; {one.rate:,.0f} a second arrive" if one.rate else ""
+        eta = f", all in about {terminal.span(one.eta_seconds)}" if one.eta_seconds is not None else ""
+        wait = "event waits" if one.pending == 1 else "events wait"
+        lines.append(Styled(f"{one.pending:,} {wait} ({terminal.size(one.waiting_bytes)}{age}){pace}{eta}", "yellow"))
+    if one.parked:
+        lines.append(
+            Styled(
+                f"{terminal.count(one.parked, 'event')} parked: a person is needed"
+                + (f" ({terminal.size(one.waiting_bytes)}{age})" if not one.pending else ""),
+                "red",
+            )
+        )
+    if not one.pending and not one.parked:
+        lines.append(Styled("nothing waits", "green"))
+    if one.note.state != "ok":
+        since = f" since {terminal.span((one.at_ms - one.note.since_ms) / 1000)}" if one.note.since_ms else ""
+        word = "refuses events" if one.note.state == "parked" else "does not take events"
+        lines.append(Styled(f"the destination {word}{since}: {one.note.reason}", "red"))
+    if one.dead:
+        lines.append(Styled(f"{terminal.count(one.dead, 'dead letter')}; see: mlflow-outbox dead list", "magenta"))
+    if one.unread:
+        lines.append(Styled(f"what was delivered cannot be told now: {one.unread}", "red"))
+    lines.append(_who(one))
+    return lines
+
+
+def _who(one: OutboxSurvey) -> str:
+    if one.holder is None:
+        return "nobody delivers" + ("; mlflow-outbox flush does" if one.pending or one.parked else "")
+    from mlflow_outbox_worker.host_lease import described  # noqa: PLC0415 - imported on demand
+
+    return f"{described(one.holder)} delivers"

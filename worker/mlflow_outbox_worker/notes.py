@@ -1,0 +1,135 @@
+"""What the worker notes in the ledger about itself, so that ``status`` and ``flush`` can tell without watching it for a while.
+
+How the destination stands is noted when it changes, and again with the first attempt after somebody asked to hurry: whoever asked
+learns that the attempt was made. How fast events arrive is noted every few seconds while they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from mlflow_outbox.errors import LedgerUnavailable
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.ledger import Ledger
+
+#: Seconds between two notes of the pace.
+_PACE_EVERY: Final = 3.0
+#: Milliseconds after which the pace says nothing about the present any more.
+_PACE_HOLDS: Final = 15_000
+
+_DESTINATION: Final = "destination"
+_PACE: Final = "pace"
+
+
+class DestinationNote(msgspec.Struct):
+    """How the destination stands: "ok", "away" (tried again and again) or "parked" (a person is needed).
+
+    Attributes:
+        reason: the error that showed it.
+        since_ms: wall-clock time at which it began to stand so.
+        tried_ms: wall-clock time of the last attempt that was noted.
+    """
+
+    state: str
+    reason: str = ""
+    since_ms: int = 0
+    tried_ms: int = 0
+
+
+class Pace(msgspec.Struct):
+    """Events that arrived in a stretch of time, and when that ended (wall-clock ms)."""
+
+    events: int
+    seconds: float
+    at_ms: int
+
+    def rate(self, now_ms: int) -> float:
+        """Return events in a second; 0 when that was too long ago to tell of the present."""
+        return self.events / self.seconds if self.seconds > 0 and 0 <= now_ms - self.at_ms <= _PACE_HOLDS else 0.0
+
+
+class Notes:
+    """Writes the notes of one worker.
+
+    Args:
+        now: seconds of a clock that never goes back.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._noted = DestinationNote("")
+        self._again = False
+        self._delivered = 0
+        self._paced = now
+
+    @property
+    def state(self) -> str:
+        """How the destination stood last; "" before the first attempt."""
+        return self._noted.state
+
+    def hurried(self) -> None:
+        """Note the next attempt even if nothing has changed: somebody waits for it."""
+        self._again = True
+
+    def destination(self, ledger: Ledger, state: str, reason: str, now_ms: int) -> None:
+        """Note how an attempt found the destination, when that is news.
+
+        Args:
+            ledger: where to.
+            state: "ok", "away" or "parked".
+            reason: the error that showed it; "" when there was none.
+            now_ms: wall-clock milliseconds since the epoch.
+        """
+        same = state == self._noted.state
+        if same and not self._again:
+            return
+        self._noted = DestinationNote(state, reason, self._noted.since_ms if same else now_ms, now_ms)
+        self._again = False
+        with contextlib.suppress(LedgerUnavailable):  # a note is not worth a failure
+            ledger.set_meta(_DESTINATION, msgspec.msgpack.encode(self._noted))
+
+    def pace(self, ledger: Ledger, delivered: int, now: float, now_ms: int) -> None:
+        """Note the pace, when it is time to and something has arrived.
+
+        Args:
+            ledger: where to.
+            delivered: events delivered so far.
+            now: seconds of a clock that never goes back.
+            now_ms: wall-clock milliseconds since the epoch.
+        """
+        if now - self._paced < _PACE_EVERY:
+            return
+        events, seconds = delivered - self._delivered, now - self._paced
+        self._delivered, self._paced = delivered, now
+        if events > 0:
+            with contextlib.suppress(LedgerUnavailable):  # as above
+                ledger.set_meta(_PACE, msgspec.msgpack.encode(Pace(events, seconds, now_ms)))
+
+
+def destination_note(ledger: Ledger) -> DestinationNote:
+    """Return how the destination stood when a worker last noted it.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be read now.
+    """
+    data = ledger.meta(_DESTINATION)
+    with contextlib.suppress(msgspec.DecodeError):
+        if data is not None:
+            return msgspec.msgpack.decode(data, type=DestinationNote)
+    return DestinationNote("ok")
+
+
+def noted_pace(ledger: Ledger) -> Pace | None:
+    """Return the pace that a worker last noted, or None.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be read now.
+    """
+    data = ledger.meta(_PACE)
+    with contextlib.suppress(msgspec.DecodeError):
+        if data is not None:
+            return msgspec.msgpack.decode(data, type=Pace)
+    return None
