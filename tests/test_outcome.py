@@ -56,7 +56,7 @@ def test_mlflows_word_for_later_is_believed_whatever_the_status(code: str) -> No
         SinkError("certificate has expired", kind="connection", code="TLS", sent=False),
     ],
 )
-@pytest.mark.parametrize("operation", ["create_run", *EVENT_OPERATIONS])
+@pytest.mark.parametrize("operation", ["create_run", *sorted(EVENT_OPERATIONS)])
 def test_what_needs_a_person_is_parked(error: SinkError, operation: str) -> None:
     """Nothing is discarded and nothing is hammered while credentials, URL, run or experiment are wrong."""
     assert "parked" == classify(error, operation).kind

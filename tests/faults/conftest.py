@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults", "fault injection")
     group.addoption("--tier", choices=["commit", "nightly", "release"], default="commit", help="how often to inject")
     group.addoption("--fault-seed", default="", help="repeat the random numbers of an earlier run")
+    group.addoption("--fault-scale", type=float, default=1.0, help="factor on the tier's counts")
     group.addoption("--fault-table", default="", help="file to which the table of rows is written, as JSON")
 
 
@@ -137,7 +138,13 @@ def rng(request: pytest.FixtureRequest, fault_seed: str | None) -> random.Random
 def row(request: pytest.FixtureRequest) -> Iterator[Row]:
     """The row of the table that a test fills, and the tier that says how often it injects its fault."""
     rows = [mark.args for mark in request.node.iter_markers("fault")]
-    found = Row("+".join(sorted({r[0] for r in rows})), rows[0][1], request.node.name, request.config.stash[_TABLE].tier)
+    found = Row(
+        "+".join(sorted({r[0] for r in rows})),
+        rows[0][1],
+        request.node.name,
+        request.config.stash[_TABLE].tier,
+        request.config.getoption("--fault-scale", 1.0),
+    )
     started = time.monotonic()
     yield found
     found.seconds = time.monotonic() - started

@@ -44,13 +44,14 @@ class Held:
         events: how often each event is held.
         wrong: what is held and was never logged like that.
         runs: how many active runs there are for each run of the outbox.
+        names: how many active runs there are of each name.
         status: by name of the run.
-        latest: (step, value) that the store calls the latest of the metric, by name of the run.
     """
 
     events: Counter[int] = dataclasses.field(default_factory=Counter)
     wrong: list[str] = dataclasses.field(default_factory=list)
     runs: Counter[str] = dataclasses.field(default_factory=Counter)
+    names: Counter[str] = dataclasses.field(default_factory=Counter)
     status: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def check(self, acked: set[int], issued: set[int] | None = None, *, dead: set[int] = frozenset()) -> None:  # type: ignore[assignment]
@@ -72,7 +73,7 @@ class Held:
         assert not self.wrong, f"I2: wrong content: {self.wrong[:5]}"
         doubled = sorted(number for number, count in self.events.items() if count > 1)
         assert not doubled, f"I4: {len(doubled)} events are there twice: {doubled[:20]}"
-        twins = [run for run, count in self.runs.items() if count > 1]
+        twins = [run for run, count in [*self.runs.items(), *self.names.items()] if count > 1]
         assert not twins, f"I4: runs were created twice: {twins}"
 
     def _take(self, number: int, content: str, kind: str) -> None:
@@ -105,6 +106,7 @@ def _in_database(path: Path, experiment: str) -> Held:
         ).fetchall()
         for run, name, status, artifacts in runs:
             found.status[name] = status
+            found.names[name] += 1
             for key, value in connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run,)):
                 if key == _TAG:
                     found.runs[value] += 1
@@ -133,6 +135,7 @@ def _in_files(root: Path, experiment: str) -> Held:
         if f"name: {experiment}\n" not in above or "active" not in lines.get("lifecycle_stage", ""):
             continue
         found.status[lines.get("run_name", "")] = lines.get("status", "")
+        found.names[lines.get("run_name", "")] += 1
         if (run / "tags" / _TAG).exists():
             found.runs[(run / "tags" / _TAG).read_text()] += 1
         for kind, folder in (("tag", "tags"), ("param", "params")):

@@ -18,6 +18,7 @@ class Row:
         injected: what was injected.
         test: the test's name.
         tier: how often to inject.
+        scale: factor on that, from ``--fault-scale``.
         times: how often it was.
         measured: figures by name.
         seconds: how long the test took.
@@ -27,6 +28,7 @@ class Row:
     injected: str
     test: str
     tier: str
+    scale: float = 1.0
     times: int = 0
     measured: dict[str, float | str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
@@ -37,7 +39,7 @@ class Row:
         Args:
             *counts: for commit, nightly and release; a missing one is the one before.
         """
-        return counts[min(TIERS.index(self.tier), len(counts) - 1)]
+        return max(1, round(self.scale * counts[min(TIERS.index(self.tier), len(counts) - 1)]))
 
     def sample(self, points: Sequence[int], *counts: int) -> list[int]:
         """Return as many points as this tier takes, spread evenly; all of them when there are fewer."""

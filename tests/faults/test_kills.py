@@ -71,7 +71,8 @@ def points_of(trace: Path) -> Counter[str]:
 
 @pytest.mark.needs("strace")
 @pytest.mark.fault("F02", "SIGKILL at system calls of append, rotate, deliver, record, verify, file and reclaim")
-@pytest.mark.fault("F34", "the same: between recording and unlinking, both ways")
+@pytest.mark.fault("F33", "SIGKILL at system calls of append, rotate, deliver, record, verify, file and reclaim")
+@pytest.mark.fault("F34", "SIGKILL at system calls of append, rotate, deliver, record, verify, file and reclaim")
 def test_a_kill_at_any_system_call_loses_and_doubles_nothing(
     empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
 ) -> None:

@@ -6,11 +6,10 @@ that the lines of several threads do not mix and a kill cannot cut one in two.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import importlib
 import json
 import os
-import random
 import threading
 import time
 import traceback
@@ -25,6 +24,8 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.lease import holder
+from servers import eventually
 
 # All that is otherwise imported at the first delivery, so that a forked child has it at once.
 for _name in ("calls", "flush", "process", "thread", "reading", "mlflow_sink.stores", "mlflow_sink.rest"):
@@ -44,8 +45,6 @@ def settings(**changed: Any) -> Settings:
     Args:
         **changed: options by name.
     """
-    import dataclasses
-
     return dataclasses.replace(QUICK, **changed)
 
 
@@ -133,36 +132,29 @@ def session(
         if log_event(run, n):
             ack(fd, n)
     run.end()
-    deliver(outbox, uri, given)
+    deliver(tracker, given, lambda counters: counters["runs_verified"] > 0)
+    filed = Path(str(tracker.outbox_path)) / "delivered"
+    deliver(tracker, given, lambda _: not os.listdir(filed))
     os._exit(0)
 
 
-def deliver(outbox: str, uri: str, given: Settings, *, seconds: float = 30.0) -> Counters:
-    """Run the worker's loop in this thread until everything is delivered, or a time is over."""
-    destination = resolve(uri)
-    directory = OutboxDirectory.create(Path(outbox), destination, now_ms=0)
-    counters = Counters()
-    delivery = Delivery(directory, destination, given, counters, kind="command")
-    done = threading.Event()
+def deliver(tracker: MLflowTracker, given: Settings, done: Callable[[Counters], bool], *, seconds: float = 30.0) -> None:
+    """Run the worker's loop in this thread until something is true, or a time is over."""
+    counters, over = Counters(), threading.Event()
+    directory = OutboxDirectory.open(Path(str(tracker.outbox_path)))
+    delivery = Delivery(directory, resolve(tracker.tracking_uri), given, counters, kind="command")
 
     def watch() -> None:
         deadline = time.monotonic() + seconds
-        while not done.wait(0.005) and time.monotonic() < deadline:
-            if delivery.is_idle():
-                break
+        while not over.wait(0.003) and time.monotonic() < deadline and not done(counters):
+            pass
         delivery.stop()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     delivery.run()
-    done.set()
+    over.set()
     watcher.join()
-    return counters
-
-
-def random_pauses(rng: random.Random, count: int, longest: float) -> list[float]:
-    """Return times between 0 and ``longest`` seconds after which something is killed."""
-    return [rng.uniform(0, longest) for _ in range(count)]
 
 
 def timed(calls: list[float], log: Callable[[], Any]) -> Any:
@@ -178,27 +170,18 @@ def quantile(calls: list[float], share: float) -> float:
     return 1000 * sorted(calls)[min(len(calls) - 1, int(share * len(calls)))] if calls else 0.0
 
 
-def suppressed() -> contextlib.suppress:
-    """Return what lets a child go on when the parent has gone."""
-    return contextlib.suppress(OSError)
-
-
 #: Seconds by which a busy machine may be late.
 PATIENCE: Final = 1.0
 
 
 def lease_pid(outbox: str, uri: str) -> int:
     """Return the process that holds the lease of an outbox, 0 when none does."""
-    from mlflow_outbox_worker.lease import holder
-
     found = holder(Path(outbox) / resolve(uri).slug / "worker.lock")
     return found.pid if found is not None else 0
 
 
 def seconds_until(condition: Callable[[], bool], timeout: float = 30.0) -> float:
     """Wait for a condition and return how long it took, in seconds."""
-    from servers import eventually
-
     started = time.monotonic()
     eventually(condition, timeout)
     return time.monotonic() - started

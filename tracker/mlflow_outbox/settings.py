@@ -98,11 +98,23 @@ class Settings:
             whole = isinstance(getattr(type(self), name), int)
             kinds = (int,) if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < _ENDLESS:
-                msg = f"the setting {name}={value!r} must be a {'whole ' if whole else ''}number of at least {least}"
+                msg = f"the setting {name}={value!r} must be a {'whole' if whole else 'finite'} number of at least {least}"
                 raise InvalidSettings(msg)
         if self.batch_points > 1000:
             msg = f"the setting batch_points={self.batch_points} must be at most 1000, MLflow's limit for one request"
             raise InvalidSettings(msg)
+        for name in ("strict", "disabled"):
+            if not isinstance(getattr(self, name), bool):
+                msg = f"the setting {name}={getattr(self, name)!r} must be True or False"
+                raise InvalidSettings(msg)
+        for name in ("root", "ledger_dir"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, Path):
+                continue
+            if not isinstance(value, (str, os.PathLike)):
+                msg = f"the setting {name}={value!r} must be a path"
+                raise InvalidSettings(msg)
+            object.__setattr__(self, name, Path(value))
         for name, kind in (("sync", SyncLevel), ("verify", VerifyLevel), ("worker", WorkerKind)):
             value = getattr(self, name)
             if value not in get_args(kind):

@@ -62,8 +62,12 @@ class Calls:
 
     # -- ids
 
-    def rewritten(self, text: str) -> str:
+    def rewritten(self, text: str, *, but: str = "") -> str:
         """Return text with every provisional id in it replaced by MLflow's.
+
+        Args:
+            text: whatever may hold ids.
+            but: an id that is left as it is.
 
         Raises:
             Waits: one of them is not known yet.
@@ -72,7 +76,9 @@ class Calls:
         """
         if provisional.ARTIFACT_SCHEME in text:
             text = provisional.URI_PATTERN.sub(self._artifact_uri, text)
-        return provisional.PATTERN.sub(lambda found: self.resolved(found.group()), text)
+        return provisional.PATTERN.sub(
+            lambda found: found.group() if found.group() == but else self.resolved(found.group()), text
+        )
 
     def _artifact_uri(self, found: re.Match[str]) -> str:
         kind, local = found.groups()
@@ -182,7 +188,7 @@ class Calls:
         local = wanted.pop("model_id", "")
         if request.known or self._ledger.meta(f"model/{local}") is not None:
             return
-        body = self.rewritten(msgspec.json.encode(wanted).decode())
+        body = self.rewritten(msgspec.json.encode(wanted).decode(), but=local)  # a tag names it
 
         def create() -> str:
             experiment = _text(msgspec.structs.replace(request, arguments=body.encode()), "experiment_id")

@@ -219,13 +219,13 @@ class Courier:
                 raise Parked(outcome, error) from error
             missing = error
         else:
-            record.remote_id, record.experiment_id = found.run_id, found.experiment_id
+            record.remote_id, record.experiment_id, record.adopted = found.run_id, found.experiment_id, True
             return True
         experiment_id = self._ask("find_experiment", lambda: self._sink.find_experiment(record.experiment))
         if experiment_id is not None:
             twins = self._ask("find_runs", lambda: self._sink.find_runs(experiment_id, record.run_id))
             if twins:
-                record.remote_id, record.experiment_id = twins[0], experiment_id
+                record.remote_id, record.experiment_id, record.adopted = twins[0], experiment_id, True
                 return True
         if self._source.elsewhere:
             return False
@@ -245,7 +245,7 @@ class Courier:
             record.experiment_id = self._experiments[name]
         twins = self._ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))
         if twins:
-            record.remote_id = twins[0]
+            record.remote_id, record.adopted = twins[0], True
         else:
             unknown = record.creating or (started is not None and started.attempted)
             record.creating = True
@@ -399,7 +399,7 @@ class Courier:
     def _reconciled(self, record: RunRecord, steps: list[Step]) -> list[Step]:
         """Take points out that the store has already, if an earlier attempt at this window may have been carried out in part."""
         held: set[tuple[str, str, int, int]] = set()
-        if record.uncertain == record.cursors:
+        if record.adopted or record.uncertain == record.cursors:
             keys = {point.key for step in steps if isinstance(step, Batch) for point in step.points}
             for key in keys:
                 history = self._ask("metric_history", lambda key=key: self._sink.metric_history(record.remote_id, key))  # type: ignore[misc]

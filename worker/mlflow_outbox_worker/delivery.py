@@ -36,6 +36,7 @@ from mlflow_outbox_worker.calls import Waits
 from mlflow_outbox_worker.courier import Courier, Later, Parked, Turn
 from mlflow_outbox_worker.finish import finish
 from mlflow_outbox_worker.host_lease import described
+from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.notes import Notes
 from mlflow_outbox_worker.outcome import Outcome, classify
@@ -179,6 +180,14 @@ class Delivery:
         """Return how every run stands that the loop has taken notice of."""
         with self._condition:
             return {run_id: slot.standing for run_id, slot in self._slots.items()}
+
+    def condition(self) -> tuple[str, str]:
+        """Return how the destination stands ("ok", "away", "parked"; "" before the first attempt), and why."""
+        return self._notes.state, self._notes.reason
+
+    def lease_holder(self) -> Holder | None:
+        """Return who holds the lease, this worker included; None when nobody does."""
+        return self._lease.holder()
 
     # -- the loop
 

@@ -71,7 +71,7 @@ def finish(
         if found:
             _send_again_or_park(source, ledger, counters, record, summary(found))
             return False
-        record.creating = False
+        record.creating = record.adopted = False
         record.mismatch = ""
         record.verified_at_ms = now_ms()
     record.state = "done"
@@ -91,7 +91,7 @@ def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, reco
         reason = f"MLflow lacks something of the run although it was sent: {found}"
         raise Parked(Outcome("parked", reason), SinkError(reason, kind="answer"))
     record.cursors = {}
-    record.uncertain = {}  # everything may be there already: a store that does not deduplicate is asked what it has
+    record.adopted = True  # everything may be there already: a store that does not deduplicate is asked what it has
     record.delivered = record.dead = record.quarantined = record.missing = 0
     for letter in list(ledger.dead_letters(record.run_id)):
         ledger.drop_dead_letter(letter.id)  # MLflow will refuse the same event again

@@ -70,6 +70,11 @@ class Notes:
         """How the destination stood last; "" before the first attempt."""
         return self._noted.state
 
+    @property
+    def reason(self) -> str:
+        """The error that showed it; "" when there was none."""
+        return self._noted.reason
+
     def hurried(self) -> None:
         """Note the next attempt even if nothing has changed: somebody waits for it."""
         self._again = True

@@ -101,12 +101,15 @@ def reclaim(directory: OutboxDirectory, ledger: Ledger, *, before_ms: int, dry_r
         OSError: a file could not be deleted.
     """
     gone = []
+    letters = ledger.dead_letter_counts()
     for run_id in directory.delivered_ids():
         record = ledger.record(run_id)
         if record is None or record.state != "done" or not record.verified_at_ms or record.verified_at_ms >= before_ms:
             continue
         if directory.run(run_id).exists():
             continue  # it goes on
+        if run_id in letters:
+            continue  # a person may still send them, and then the file that one names must be there
         if not dry_run:
             shutil.rmtree(directory.delivered / run_id)
         gone.append(run_id)

@@ -163,6 +163,10 @@ class Sink(Protocol):
         """Return every point of one metric."""
         ...
 
+    def download(self, run_id: str, artifact_path: str, target: Path, size: int) -> None:
+        """Store the content of an artifact, which should have a size in bytes, as the new file target."""
+        ...
+
     def list_artifacts(self, run_id: str, folder: str) -> dict[str, int | None]:
         """Return path and size in bytes of the files directly in one folder ("" is the root) of a run's artifacts."""
         ...

@@ -19,7 +19,13 @@ from typing import NamedTuple, Protocol
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox.settings import state_directory
-from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
+from mlflow_outbox.spool.directory import (
+    OutboxDirectory,
+    OutboxIdentity,
+    is_run_id,
+    read_identity,
+    run_directories,
+)
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.host_lease import WorkerLease, lease_of
 from mlflow_outbox_worker.lease import Lease
@@ -229,12 +235,14 @@ class Found(NamedTuple):
     """What there is at one path.
 
     Attributes:
-        outbox: the outbox that the path is, or is in; None for a loose run directory.
+        identity: of the outbox that the path is, or is in; None for a loose run directory.
+        outbox: that outbox, when it is safe to deliver from; None for one of somebody else, or on read-only media.
         runs: the directories of each run by run id, filed ones too.
         whole: the path is the outbox itself, not one of its runs.
         problems: what could not be used, a sentence each.
     """
 
+    identity: OutboxIdentity | None
     outbox: OutboxDirectory | None
     runs: dict[str, tuple[Path, ...]]
     whole: bool
@@ -253,19 +261,18 @@ def find_runs(path: Path) -> Found:
     problems: list[str] = []
     run_id = run_id_of(path, problems)
     if run_id is None:
-        return Found(None, {}, whole=False, problems=problems or [f"{path} is neither an outbox nor a run's directory"])
-    outbox = None
-    for place in (path.parent, path.parent.parent):
-        if outbox is None and os.path.lexists(place / "outbox.json"):
-            outbox, problem = _opened(place)
-            problems += problem
-    folders = {path: None}
-    if outbox is not None and path.parent in {outbox.runs, outbox.delivered}:
-        # A run that is filed in part lies in both.
-        folders.update(
-            (place, None) for place in (outbox.runs / path.name, outbox.delivered / path.name) if _is_directory(place)
+        return Found(
+            None, None, {}, whole=False, problems=problems or [f"{path} is neither an outbox nor a run's directory"]
         )
-    return Found(outbox, {run_id: tuple(folders)}, whole=False, problems=problems)
+    identity, outbox = None, None
+    folders = [path]
+    for place in (path.parent, path.parent.parent):
+        if identity is None and os.path.lexists(place / "outbox.json"):
+            identity, outbox = _opened(place, problems)
+            parts = [place / part for part in ("runs", "delivered")]
+            if path.parent in parts:  # a run that is filed in part lies in both
+                folders += [part / path.name for part in parts if _is_directory(part / path.name)]
+    return Found(identity, outbox, {run_id: tuple(dict.fromkeys(folders))}, whole=False, problems=problems)
 
 
 def merged(found: Iterable[Mapping[str, tuple[Path, ...]]]) -> dict[str, tuple[Path, ...]]:
@@ -303,23 +310,32 @@ def run_id_of(path: Path, problems: list[str] | None = None) -> str | None:
 
 
 def _of_outbox(path: Path) -> Found:
-    outbox, problems = _opened(path)
-    if outbox is None:
-        return Found(None, {}, whole=True, problems=problems)
+    problems: list[str] = []
+    identity, outbox = _opened(path, problems)
+    if identity is None:
+        return Found(None, None, {}, whole=True, problems=problems)
     runs: dict[str, tuple[Path, ...]] = {}
-    for parent, names in ((outbox.runs, outbox.run_ids()), (outbox.delivered, outbox.delivered_ids())):
-        for name in names:
-            run_id = run_id_of(parent / name, problems)
+    for part in ("runs", "delivered"):
+        for name in run_directories(path / part):
+            run_id = run_id_of(path / part / name, problems)
             if run_id is not None:
-                runs[run_id] = (*runs.get(run_id, ()), parent / name)
-    return Found(outbox, runs, whole=True, problems=problems)
+                runs[run_id] = (*runs.get(run_id, ()), path / part / name)
+    return Found(identity, outbox, runs, whole=True, problems=problems)
 
 
-def _opened(path: Path) -> tuple[OutboxDirectory | None, list[str]]:
+def _opened(path: Path, problems: list[str]) -> tuple[OutboxIdentity | None, OutboxDirectory | None]:
+    """Open an outbox to deliver from, or at least find out what it is."""
     try:
-        return OutboxDirectory.open(path), []
+        identity = read_identity(path)
     except OutboxUnusable as error:
-        return None, [str(error)]
+        problems.append(str(error))
+        return None, None
+    if not os.access(path, os.W_OK):
+        return identity, None
+    try:
+        return identity, OutboxDirectory.open(path)
+    except OutboxUnusable:
+        return identity, None  # not safe to deliver from; safe to read
 
 
 def _is_directory(path: Path) -> bool:

@@ -160,7 +160,9 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
     on_disk = directory.run_ids()
     runs = [_run(directory, run_id, records.get(run_id), letters.get(run_id, 0), parked=parked) for run_id in on_disk]
     runs += [
-        RunSurvey(run_id, records[run_id].experiment if run_id in records else "", records.get(run_id), 0, 0, number, 0, 0)
+        RunSurvey(
+            run_id, records[run_id].experiment if run_id in records else "", records.get(run_id), 0, 0, number, 0, 0
+        )
         for run_id, number in letters.items()
         if run_id not in set(on_disk)
     ]
@@ -190,7 +192,11 @@ def _run(directory: OutboxDirectory, run_id: str, record: RunRecord | None, dead
             cursor = cursors.get(writer, Cursor())
             if writer not in ends or not 0 < (ends[writer] - cursor.seq) & SEQUENCE_MASK < 1 << 31:
                 continue
-            rest = [(s, cursor.offset if s.header.ordinal == cursor.ordinal else 0) for s in held if s.header.ordinal >= cursor.ordinal]
+            rest = [
+                (s, cursor.offset if s.header.ordinal == cursor.ordinal else 0)
+                for s in held
+                if s.header.ordinal >= cursor.ordinal
+            ]
             waiting_bytes += sum(max(0, _size(segment.path) - max(offset, segment.body)) for segment, offset in rest)
             first = next(filter(None, (_time_of(segment, max(offset, segment.body)) for segment, offset in rest)), 0)
             oldest = min(oldest or first, first or oldest)

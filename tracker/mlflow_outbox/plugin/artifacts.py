@@ -20,7 +20,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.artifact.artifact_repo import ArtifactRepository, verify_artifact_path
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.uri import get_uri_scheme
 
@@ -38,16 +37,6 @@ if TYPE_CHECKING:
 #: The tail of an artifact URI of MLflow's server: experiment, then the run, model or trace.
 _PROXIED: Final = re.compile(r"/(?P<experiment>[^/]+)/(?:(?P<kind>models|traces)/)?(?P<id>[^/]+)/artifacts(?:/(?P<below>.*))?$")
 _PREFIX: Final = "outbox+"
-
-
-def proxied_repository(artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:
-    """Return the repository of an ``mlflow-artifacts:`` URI; the entry point for that scheme."""
-    from mlflow.tracking import get_tracking_uri
-
-    uri = tracking_uri or get_tracking_uri()
-    if not str(uri).startswith(_PREFIX):
-        return MlflowArtifactsRepository(artifact_uri, tracking_uri=tracking_uri, registry_uri=registry_uri)
-    return StagedArtifacts(artifact_uri, tracking_uri=uri, registry_uri=registry_uri)
 
 
 class StagedArtifacts(ArtifactRepository):

@@ -62,6 +62,8 @@ def loads(data: bytes | str) -> dict[str, Any]:
 
 
 def _encoded(value: Any) -> Any:
+    if isinstance(value, LoggedModelStatus):  # a string too
+        return {"$": "LoggedModelStatus", "v": value.name}
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -89,8 +91,6 @@ def _content(value: Any) -> Any:
         return {"key": value.key, "value": value.value}
     if name == "Span":
         return value.to_dict()
-    if name == "LoggedModelStatus":
-        return value.name
     if name == "TraceInfo":
         return value.to_dict()
     if name == "Assessment":

@@ -9,6 +9,7 @@ from typing import Any, Final
 from mlflow.entities import Metric, Run, RunInfo, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities.paged_list import PagedList
+from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_MODELS, MLFLOW_RUN_NAME, MLFLOW_USER
 from mlflow.utils.name_utils import _generate_random_name
@@ -327,6 +328,22 @@ class Runs(Experiments):
                     break
                 cursors = window.cursors
         return found
+
+    def search_runs(
+        self,
+        experiment_ids: list[str],
+        filter_string: str,
+        run_view_type: int,
+        max_results: int = SEARCH_MAX_RESULTS_DEFAULT,
+        order_by: list[str] | None = None,
+        page_token: str | None = None,
+    ) -> PagedList:
+        """Return runs: the server's and those on their way; those of this outbox while the server is away.
+
+        Raises:
+            MlflowException: the server is away and this outbox has no run in these experiments, or the server said no.
+        """
+        return PagedList(*self._search_runs(experiment_ids, filter_string, run_view_type, max_results, order_by or [], page_token))
 
     def _search_runs(
         self, experiment_ids: list[str], filter_string: str, run_view_type: int, max_results: int, order_by: list[str], page_token: str | None

@@ -134,20 +134,12 @@ class OutboxDirectory:
         path = _absolute(path)
         try:
             found = _check(path)
-            data = _read_regular(path / _IDENTITY)
-            identity = msgspec.json.decode(data, type=OutboxIdentity)
         except OutboxUnusable:
             raise
         except OSError as error:
             msg = f"{path} is not a usable outbox: {error.strerror or error}"
             raise OutboxUnusable(msg) from error
-        except msgspec.DecodeError as error:
-            msg = f"{path / _IDENTITY} is damaged ({error}); restore it from a copy, or write the destination into it again"
-            raise OutboxUnusable(msg) from error
-        if identity.format > FORMAT:
-            msg = f"{path} has format {identity.format} and this version reads up to {FORMAT}; upgrade mlflow-outbox"
-            raise OutboxMismatch(msg)
-        return cls(path, identity, (found.st_dev, found.st_ino))
+        return cls(path, read_identity(path), (found.st_dev, found.st_ino))
 
     def run(self, run_id: str) -> Path:
         """Return the directory of a run whose id was checked with ``is_run_id``."""
@@ -155,11 +147,11 @@ class OutboxDirectory:
 
     def run_ids(self) -> list[str]:
         """Return the ids of all runs that have something on disk that is not filed as delivered."""
-        return _run_directories(self.runs)
+        return run_directories(self.runs)
 
     def delivered_ids(self) -> list[str]:
         """Return the ids of all runs that are delivered and kept for the retention time."""
-        return _run_directories(self.delivered)
+        return run_directories(self.delivered)
 
     def make_run(self, run_id: str) -> Path:
         """Make a run's directory.
@@ -238,6 +230,35 @@ class OutboxDirectory:
         return _modified(self._hurry)
 
 
+def read_identity(path: Path) -> OutboxIdentity:
+    """Return what an outbox is, also one that is not safe to deliver from: somebody else's, or on read-only media.
+
+    Raises:
+        OutboxUnusable: it has no ``outbox.json`` that can be read.
+        OutboxMismatch: a newer version made it.
+    """
+    try:
+        identity = msgspec.json.decode(_read_regular(path / _IDENTITY), type=OutboxIdentity)
+    except OutboxUnusable:
+        raise
+    except OSError as error:
+        msg = f"{path} is not a usable outbox: {error.strerror or error}"
+        raise OutboxUnusable(msg) from error
+    except msgspec.DecodeError as error:
+        msg = (
+            f"{path / _IDENTITY} is damaged ({error}); "
+            "restore it from a copy, or write the destination into it again"
+        )
+        raise OutboxUnusable(msg) from error
+    if identity.format > FORMAT:
+        msg = f"{path} has format {identity.format} and this version reads up to {FORMAT}; upgrade mlflow-outbox"
+        raise OutboxMismatch(msg)
+    if not is_run_id(identity.id):
+        msg = f"{path / _IDENTITY} names no id of an outbox; restore it from a copy"
+        raise OutboxUnusable(msg)
+    return identity
+
+
 def is_run_id(text: str) -> bool:
     """Return whether text can be a run id: what MLflow accepts as one, and safe as a directory name."""
     return isinstance(text, str) and _RUN_ID.fullmatch(text) is not None
@@ -291,7 +312,8 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _run_directories(parent: Path) -> list[str]:
+def run_directories(parent: Path) -> list[str]:
+    """Return the names of the directories in ``runs`` or ``delivered`` that can be a run's, sorted."""
     try:
         with os.scandir(parent) as entries:
             return sorted(e.name for e in entries if is_run_id(e.name) and e.is_dir(follow_symlinks=False))

@@ -63,6 +63,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk
 from mlflow_outbox.spool.events import Event, SegmentClosed, decode, encode
 from mlflow_outbox.spool.snapshot import SnapshotStore
+from mlflow_outbox.spool.writer import boot_id
 
 #: After these the descriptor is not worth another try; after others (a full disk above all) it is.
 _SEGMENT_GONE: Final = frozenset({errno.EIO, errno.EBADF, errno.EROFS, errno.ESTALE})
@@ -72,6 +73,9 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _RETRY_DISK: Final = 0.05
 #: Seconds before the second try at a disk that cannot sync; doubled for each further one, up to the last.
 _RETRY_SYNC: Final = (0.5, 60.0)
+
+#: Modules through which an error of the disk comes.
+_OWN_FRAMES: Final = frozenset({"mlflow_outbox", "os", "posixpath", "genericpath", "contextlib", "pathlib"})
 
 _short = frame._SHORT.pack  # noqa: SLF001 - the logging call inlines frame.pack: a call less is a tenth of its time
 _crc_pack = frame._CRC.pack  # noqa: SLF001 - as above
@@ -565,7 +569,7 @@ class Journal:
                 created_ms=self._clock_ms(),
                 remote=run.remote,
                 host=_host(),
-                boot_id=_boot_id(),
+                boot_id=boot_id(),
                 pid=os.getpid(),
             )
         )
@@ -781,7 +785,12 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def _is_foreign(error: OSError) -> bool:
     """Return whether an OSError is no answer of the disk but what a signal handler raised, such as a TimeoutError."""
-    return error.errno is None and not isinstance(error, OutboxUnusable)
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in _OWN_FRAMES:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _short_write() -> OSError:
@@ -804,10 +813,3 @@ def _is_unlinked(fd: int) -> bool:
 
 def _host() -> str:
     return os.uname().nodename
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""

@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox.spool.events import SegmentClosed, encode
 from mlflow_outbox.spool.filesystem import is_network
-from mlflow_outbox.spool.frame import SegmentHeader
+from mlflow_outbox.spool.frame import SHORT_OVERHEAD, SegmentHeader, unpack
 
 #: Segments of network file systems whose size this process remembers.
 _REMEMBERED: Final = 10_000
 #: Times the settling time after which the clock of a file server is believed.
 _SURELY: Final = 10
+#: The last event of a writer that does not go on in another segment, and the bytes of its frame.
+_CLOSED: Final = encode(SegmentClosed(rotated=False))
+_CLOSING: Final = SHORT_OVERHEAD + len(_CLOSED)
 
 
 class WriterState(NamedTuple):
@@ -71,6 +75,21 @@ def is_gone(path: Path, header: SegmentHeader, settle: float) -> bool:
     if not is_network(path.parent):
         return state.idle > settle
     return state.idle > _SURELY * settle or _unchanged(path) > settle
+
+
+def is_closed(path: Path, header: SegmentHeader) -> bool:
+    """Return whether a segment ends with the frame by which its writer says that the run's journal is closed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        size = os.fstat(fd).st_size
+        tail = os.pread(fd, _CLOSING, max(0, size - _CLOSING))
+    finally:
+        os.close(fd)
+    found = unpack(tail, 0, header.seed) if len(tail) == _CLOSING else None
+    return found is not None and found.payload == _CLOSED
 
 
 def boot_id() -> str:

@@ -98,8 +98,12 @@ class FailingDisk(SystemDisk):
         self._add(_Fault(operation, at - 1, times, when, run))
 
     @contextlib.contextmanager
-    def held(self, operation: Operation) -> Iterator[threading.Event]:
+    def held(self, operation: Operation, *, error: int | None = None) -> Iterator[threading.Event]:
         """Hold the calls of one operation for as long as the block lasts; yields an event that is set when one came.
+
+        Args:
+            operation: which.
+            error: the errno that they fail with afterwards; None lets them succeed.
 
         Raises:
             ValueError: there is no such operation.
@@ -109,6 +113,8 @@ class FailingDisk(SystemDisk):
         def run(_: Call) -> int | None:
             entered.set()
             go_on.wait(_LONGEST_HOLD)
+            if error is not None:
+                raise OSError(error, os.strerror(error))
             return None
 
         fault = _Fault(operation, 0, None, lambda _: True, run)

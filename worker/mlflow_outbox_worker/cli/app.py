@@ -27,6 +27,11 @@ PROGRAM: Final = "mlflow-outbox"
 _COMMANDS: Final = (
     "status",
     "flush",
+    "worker",
+    "runs",
+    "dead",
+    "gc",
+    "doctor",
 )
 
 _HELP: Final = f"""Deliver, look at and mend the outboxes of MLflow runs, also while programs log to them.
@@ -60,7 +65,9 @@ def build() -> typer.Typer:
 
     @app.callback()
     def options(
-        version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),  # noqa: FBT001, FBT003 - typer's form of a flag
+        version: bool = typer.Option(
+            False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),  # noqa: FBT001, FBT003 - typer's form of a flag
     ) -> None:
         pass
 
@@ -89,8 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _reader_is_gone()
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
-    if delivering.hangs():
-        os._exit(code)  # a request that does not end must not keep the command from ending; what counts is on disk
+    if arguments is None and delivering.was_used():
+        # Neither a request that hangs nor what mlflow does at exit may keep the command; all that counts is on disk.
+        os._exit(code)
     return code
 
 

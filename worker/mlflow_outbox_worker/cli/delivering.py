@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
     from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.metrics import Meter
 
-#: Workers whose thread did not end when it was asked to.
-_hanging: list[CommandWorker] = []
+
+#: The outboxes that this process has delivered.
+_started: list[Path] = []
 
 
 class CommandWorker:
@@ -46,26 +48,23 @@ class CommandWorker:
 
     def start(self) -> None:
         """Begin."""
+        _started.append(self.directory.path)
         self._thread.start()
 
     def ask_to_stop(self) -> None:
         """Let it end after the requests under way, without waiting."""
         self.delivery.stop()
 
-    def stop(self, timeout: float) -> bool:
-        """End it; return whether it ended in time.
+    def stop(self, timeout: float) -> None:
+        """End it; a request that hangs is left to itself.
 
         Args:
             timeout: seconds to wait for the requests under way.
         """
         self.delivery.stop()
         self._thread.join(timeout)
-        if self._thread.is_alive():
-            _hanging.append(self)
-            return False
-        return True
 
 
-def hangs() -> bool:
-    """Return whether a worker of this command is in a request that does not end."""
-    return bool(_hanging)
+def was_used() -> bool:
+    """Return whether this process has been a worker."""
+    return bool(_started)

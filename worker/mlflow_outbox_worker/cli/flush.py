@@ -208,7 +208,12 @@ class Flush:
     def is_done(self) -> bool:
         """Return whether everything has arrived, or has been tried and waits for a person."""
         seen = self._seen
-        return not self._trouble and not seen.pending and not seen.unread_back and (not seen.parked or seen.parked_for_sure)
+        return (
+            not self._trouble
+            and not seen.pending
+            and not seen.unread_back
+            and (not seen.parked or seen.parked_for_sure)
+        )
 
     def look(self) -> None:
         """Find out how far it is."""

@@ -28,13 +28,23 @@ def settings_for(outbox_dir: Path | None) -> Settings:
     return Settings.from_environment(root=outbox_dir) if outbox_dir is not None else Settings.from_environment()
 
 
+def root_of(settings: Settings) -> Path:
+    """Return the outbox, or the directory with several, that a command is about."""
+    return settings.root or _DEFAULT_ROOT
+
+
+def listed(root: Path) -> list[Path]:
+    """Return the paths of the outboxes at or in a directory; none is not an error here."""
+    return find_outboxes(root)
+
+
 def find(settings: Settings) -> list[Path]:
     """Return the paths of the outboxes that a command is about.
 
     Raises:
         CommandFailed: there is none.
     """
-    root = settings.root or _DEFAULT_ROOT
+    root = root_of(settings)
     paths = find_outboxes(root)
     if not paths:
         msg = f"there is no outbox in {printable(root, 300)}; name its directory with --outbox-dir or MLFLOW_OUTBOX_DIR"

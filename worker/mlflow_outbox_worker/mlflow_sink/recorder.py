@@ -189,6 +189,11 @@ class Recorder:
         return [_point(metric) for metric in _all_pages(page)]
 
     @_translated
+    def download(self, run_id: str, artifact_path: str, target: Path, size: int) -> None:
+        """Store the content of an artifact, which should have a size in bytes, as the new file target."""
+        self._opened.artifacts.download(self._artifact_uri(run_id), artifact_path, target, size)
+
+    @_translated
     def list_artifacts(self, run_id: str, folder: str) -> dict[str, int | None]:
         """Return path and size in bytes of the files directly in one folder ("" is the root) of a run's artifacts."""
         return self._opened.artifacts.list_folder(run_id, self._artifact_uri(run_id), folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
 import types
 from collections.abc import Iterator
@@ -143,8 +144,29 @@ def _server(uri: str, timeout: float, username: str | None, password: str | None
 def _directory(uri: str, artifact_root: str | None) -> OpenStore:
     root = path_to_local_file_uri(str(Path(local_file_uri_to_path(uri)).absolute()))
     with _file_store_allowed():
-        store = file_store.FileStore(root, artifact_root or root)
+        store = _Directory(root, artifact_root or root)
     return OpenStore(root, store, Artifacts(root), deduplicates_metrics=False, parallel=False)
+
+
+class _Directory(file_store.FileStore):  # type: ignore[misc]  # MLflow has no type information
+    """MLflow's file store, with params that are there wholly or not at all.
+
+    MLflow makes the file and then writes it. A process killed in between leaves an empty param, which is refused ever
+    after as one that changes its value. A param is therefore written elsewhere and renamed, and one that is empty
+    counts as torn: a process without this class may have left it.
+    """
+
+    def _log_run_param(self, run_info: Any, param: Any) -> None:
+        path = Path(self._get_param_path(run_info.experiment_id, run_info.run_id, param.key))
+        value = self._writeable_value(param.value)
+        if path.exists() and (path.stat().st_size or not value):
+            super()._log_run_param(run_info, param)  # which refuses it when the value is another one
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run = Path(self._get_run_dir(run_info.experiment_id, run_info.run_id))
+        draft = run / f".param-{os.getpid()}-{threading.get_ident()}"
+        draft.write_text(value, encoding="utf-8")
+        os.replace(draft, path)
 
 
 def _database(uri: str, artifact_root: str | None) -> OpenStore:

@@ -27,7 +27,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import requests
 import requests.adapters
@@ -187,14 +187,24 @@ class Transport:
         self._session_pid = 0
         self._http_request = _http_request_over(self._perform)
 
-    def request(self, host_creds: Any, method: str, endpoint: str, *, allowance: float = 0.0, **kwargs: Any) -> Answer:
+    def request(
+        self,
+        host_creds: Any,
+        method: str,
+        endpoint: str,
+        *,
+        allowance: float = 0.0,
+        into: IO[bytes] | None = None,
+        **kwargs: Any,
+    ) -> Answer:
         """Make one request and return whatever was answered.
 
         Args:
             host_creds: MLflow's host and credentials.
             method: HTTP method.
             endpoint: path below the host, quoted.
-            allowance: seconds that the request may take on top of the timeout, for an upload.
+            allowance: seconds that the request may take on top of the timeout, for a file.
+            into: takes the body of a success, whatever its size, which is empty in the answer then.
             **kwargs: what ``http_request`` and ``requests`` take: params, json, data, extra_headers; ``json`` may be
                 bytes, which are JSON already.
 
@@ -221,7 +231,7 @@ class Transport:
                 stream=True,
                 **kwargs,
             )
-            return Answer(response.status_code, response.headers, _body(response))
+            return Answer(response.status_code, response.headers, _body(response, into))
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             failure = _failure(error, attempt, f"{method} {endpoint}")
         finally:
@@ -268,11 +278,14 @@ def _http_request_over(perform: Callable[..., requests.Response]) -> Callable[..
     return rebound
 
 
-def _body(response: requests.Response) -> bytes:
+def _body(response: requests.Response, into: IO[bytes] | None) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:
         for part in response.iter_content(_CHUNK_BYTES):
+            if into is not None and 200 <= response.status_code < 300:  # noqa: PLR2004 - a success
+                into.write(part)
+                continue
             size += len(part)
             if size > MAX_ANSWER_BYTES:
                 msg = f"the answer is larger than {MAX_ANSWER_BYTES} bytes, which no answer of MLflow is"

@@ -1,0 +1,108 @@
+"""Journals and segments for the tests of the spool: made, damaged and read back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import frame
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.disk import SystemDisk
+from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, encode
+from mlflow_outbox.spool.journal import Journal, RunIdentity
+from mlflow_outbox.spool.reader import Broken, Cursor, RunReader
+
+RUN = "a" * 32
+
+
+def metric(number: int, key: str = "loss") -> Metric:
+    """An event that tells its number: value and step are the same."""
+    return Metric(key, float(number), 1_700_000_000_000 + number, number)
+
+
+def make_outbox(path: Path) -> OutboxDirectory:
+    """An outbox of a server that nobody contacts."""
+    return OutboxDirectory.create(path, resolve("http://127.0.0.1:9"), now_ms=1)
+
+
+def make_journal(
+    directory: OutboxDirectory, disk: SystemDisk | None = None, *, run: str = RUN, **given: Any
+) -> Journal:
+    """A journal without background sync; options of ``Settings`` and of ``Journal`` by name."""
+    names = ("registry", "wake", "refuse", "clock_ms")
+    extra = {name: given.pop(name) for name in names if name in given}
+    counters = given.pop("counters", None) or Counters()
+    return Journal(directory, RunIdentity(run, "exp"), Settings(**given), counters, disk=disk, **extra)
+
+
+class Everything:
+    """All that a reader finds in a run, read window by window.
+
+    Attributes:
+        events: of all writers, each writer's in order.
+        by_writer: the same by writer.
+        broken: damage met.
+        missing: events that the numbers say are not there.
+    """
+
+    def __init__(
+        self, path: Path, cursors: dict[str, Cursor] | None = None, *, settle: float = 60.0, **limits: int
+    ) -> None:
+        reader = RunReader(path, settle=settle)
+        self.cursors = dict(cursors or {})
+        self.by_writer: dict[str, list[Event]] = {}
+        self.broken: list[Broken] = []
+        self.missing = 0
+        for _ in itertools.count():
+            window = reader.window(self.cursors, **limits)
+            for writer, event in window.events:
+                self.by_writer.setdefault(writer, []).append(event)
+            self.broken += window.broken
+            self.missing += window.missing
+            self.cursors = window.cursors
+            self.live = window.live
+            if not window.more:
+                break
+        self.broken += reader.bad_headers()
+        self.numbers = reader.next_numbers()
+
+    @property
+    def events(self) -> list[Event]:
+        """The events of all writers."""
+        return [event for events in self.by_writer.values() for event in events]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all metric events."""
+        return [event.step for event in self.events if isinstance(event, Metric)]
+
+
+def header(**given: Any) -> frame.SegmentHeader:
+    """A segment's header, as another boot of some machine wrote it."""
+    values: dict[str, Any] = {"run_id": RUN, "experiment": "exp", "writer": "w" * 16, "ordinal": 0, "first_seq": 0}
+    values |= {"seed": 0x12345678, "created_ms": 1_700_000_000_000}
+    return frame.SegmentHeader(**(values | given))
+
+
+def packed(events: Iterable[Event], head: frame.SegmentHeader, first: int | None = None) -> list[bytes]:
+    """The frames of some events, numbered from the header's first number, or another."""
+    begin = head.first_seq if first is None else first
+    return [frame.pack(encode(event), begin + at, head.seed) for at, event in enumerate(events)]
+
+
+def closing(number: int, head: frame.SegmentHeader, *, rotated: bool = False) -> bytes:
+    """The closing frame of a segment whose next event would have a number."""
+    return frame.pack(encode(SegmentClosed(rotated)), number, head.seed)
+
+
+def write_segment(folder: Path, head: frame.SegmentHeader, frames: Iterable[bytes]) -> Path:
+    """Write a segment as a writer that is gone has left it; return its path."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"{head.writer}-{head.ordinal:06d}.log"
+    path.write_bytes(frame.pack_header(head) + b"".join(frames))
+    return path

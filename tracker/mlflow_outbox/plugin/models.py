@@ -1,0 +1,146 @@
+"""The logged models of the plugin's store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow.entities import LoggedModel, LoggedModelParameter, LoggedModelTag
+from mlflow.utils.name_utils import _generate_random_name
+from mlflow.utils.validation import _validate_logged_model_name
+
+from mlflow_outbox.plugin import reads
+from mlflow_outbox.plugin.base import no_such
+from mlflow_outbox.plugin.ids import NotYet
+from mlflow_outbox.plugin.journals import OpenRun
+from mlflow_outbox.plugin.runs import Runs
+from mlflow_outbox.plugin.wrapped import Away
+from mlflow_outbox.spool import provisional
+
+
+class Models(Runs):
+    """Logged models: made online first, everything after goes through the journal of the run that made them."""
+
+    def create_logged_model(
+        self,
+        experiment_id: str,
+        name: str | None = None,
+        source_run_id: str | None = None,
+        tags: list[LoggedModelTag] | None = None,
+        params: list[LoggedModelParameter] | None = None,
+        model_type: str | None = None,
+    ) -> LoggedModel:
+        """Create a logged model: by the server if it answers in time, else here, with a provisional id.
+
+        Raises:
+            MlflowException: the name is none that MLflow takes, or the server said no.
+        """
+        _validate_logged_model_name(name)
+        experiment_id = str(experiment_id)
+        home = self.writable(source_run_id) if source_run_id else self.journals.room(experiment_id)
+        local = provisional.new_model_id()
+        labels = [*(tags or ()), LoggedModelTag(provisional.MODEL_ID_TAG, local)]
+        arguments: dict[str, Any] = {
+            "experiment_id": experiment_id,
+            "name": name or _generate_random_name(),
+            "source_run_id": home.run_id if source_run_id else None,
+            "tags": labels,
+            "params": list(params or ()),
+            "model_type": model_type,
+        }
+        made = self._made_by_server(arguments)
+        model_id = made.model_id if made is not None else local
+        self._model_homes[model_id] = home.run_id
+        home.request("create_logged_model", known=made.model_id if made is not None else "", model_id=model_id, **arguments)
+        if made is not None:
+            made._artifact_location = self.shown_uri("model", model_id, made.artifact_location)  # noqa: SLF001 - MLflow's entity has no setter
+            return made
+        return self._folded(home, model_id, None)
+
+    def _made_by_server(self, arguments: dict[str, Any]) -> LoggedModel | None:
+        try:
+            ids = {key: self.ids.remote(arguments[key]) if arguments[key] else None for key in ("experiment_id", "source_run_id")}
+            return self.server.ask(lambda store: store.create_logged_model(**{**arguments, **ids}), quick=True)
+        except (Away, NotYet):
+            return None
+
+    def _folded(self, home: OpenRun, model_id: str, theirs: LoggedModel | None) -> LoggedModel:
+        local = self.local_run(home.run_id)
+        # Requests that were delivered are in the server's answer; folding them in again changes nothing that came after them.
+        requests = local.view.requests if local is not None else []
+        found = reads.model_of(requests, model_id, theirs, self.own_uri("model", model_id))
+        if found is None:
+            raise no_such("Logged model", model_id)
+        return found
+
+    def get_logged_model(self, model_id: str, allow_deleted: bool = False) -> LoggedModel:  # noqa: FBT001, FBT002 - MLflow's signature
+        """Return a logged model.
+
+        Raises:
+            MlflowException: there is none of this id, or only the server would know and is away.
+        """
+        home = self.model_home(model_id)
+        theirs: LoggedModel | None = None
+        options = {"allow_deleted": True} if allow_deleted else {}
+        try:
+            remote = self.ids.remote(model_id)
+            theirs = self.server.ask(lambda store: store.get_logged_model(remote, **options), quick=True)
+        except NotYet:
+            pass
+        except Away as away:
+            if provisional.is_room(home.run_id) and self.local_run(home.run_id) is None:
+                raise self.server.needed(f"the model {model_id}", away) from None
+        if theirs is not None:
+            theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)  # noqa: SLF001 - as above
+            theirs._model_id = model_id  # noqa: SLF001 - the caller's id for it goes on to be right
+        found = self._folded(home, model_id, theirs)
+        found._model_uri = f"models:/{model_id}"  # noqa: SLF001 - as above
+        return found
+
+    def finalize_logged_model(self, model_id: str, status: Any) -> LoggedModel:
+        """Set the status of a logged model."""
+        home = self.model_home(model_id)
+        home.request("finalize_logged_model", model_id=model_id, status=status)
+        return self._after(model_id)
+
+    def _after(self, model_id: str) -> LoggedModel:
+        home = self.model_home(model_id)
+        local = self.local_run(home.run_id)
+        found = reads.model_of(
+            local.view.requests if local is not None else [], model_id, None, self._location(model_id)
+        )
+        return found if found is not None else self.get_logged_model(model_id)
+
+    def _location(self, model_id: str) -> str:
+        return self.shown_uri("model", model_id, self._artifact_uris.get(model_id))
+
+    def set_logged_model_tags(self, model_id: str, tags: list[LoggedModelTag]) -> None:
+        """Set tags of a logged model."""
+        self.model_home(model_id).request("set_logged_model_tags", model_id=model_id, tags=list(tags))
+
+    def delete_logged_model_tag(self, model_id: str, key: str) -> None:
+        """Delete a tag of a logged model.
+
+        Raises:
+            MlflowException: it has no such tag.
+        """
+        if key not in self.get_logged_model(model_id).tags:
+            raise no_such(f"Tag '{key}' of the logged model", model_id)
+        self.model_home(model_id).request("delete_logged_model_tag", model_id=model_id, key=key)
+
+    def log_logged_model_params(self, model_id: str, params: list[LoggedModelParameter]) -> None:
+        """Log params of a logged model."""
+        self.model_home(model_id).request("log_logged_model_params", model_id=model_id, params=list(params))
+
+    def delete_logged_model(self, model_id: str) -> None:
+        """Delete a logged model."""
+        self.model_home(model_id).request("delete_logged_model", model_id=model_id)
+
+    def search_logged_models(self, experiment_ids: list[str], *args: Any, **kwargs: Any) -> Any:
+        """Return logged models as the server finds them, after what was logged here has had a moment to arrive.
+
+        Raises:
+            MlflowException: the server is away, or said no.
+        """
+        return self._delegate("search_logged_models", [str(number) for number in experiment_ids], *args, **kwargs)
+
+

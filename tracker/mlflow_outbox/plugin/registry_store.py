@@ -1,0 +1,53 @@
+"""The model registry for an ``outbox+`` URI: MLflow's own store for the server, asked only while the server is there.
+
+Version numbers, stages and aliases are the server's alone, so nothing of the registry is kept for later: a call while the server is away
+fails within the deadline and says so. Before each call what was logged here gets a moment to arrive, because a model version
+points to a model, and ids that were given here are replaced by the server's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow.tracking._model_registry.utils import _get_store as get_registry_store
+from mlflow.tracking._tracking_service.utils import _get_store as get_tracking_store
+
+from mlflow_outbox.plugin.ids import NotYet
+from mlflow_outbox.plugin.wrapped import Away
+
+
+class OutboxRegistry:
+    """MLflow's registry store behind an outbox.
+
+    Args:
+        store_uri: ``outbox+<tracking URI>``.
+        tracking_uri: MLflow's tracking URI; not used, since the server is the same.
+    """
+
+    def __init__(self, store_uri: str, tracking_uri: str | None = None) -> None:  # noqa: ARG002 - MLflow's signature
+        self._uri = store_uri
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        tracking = get_tracking_store(self._uri)
+        destination = tracking.outbox.destination
+        theirs = getattr(get_registry_store(destination.secret_uri or destination.uri), name)
+        if not callable(theirs):
+            return theirs
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tracking.settle()
+            try:
+                given = [tracking.ids.outgoing(arg) for arg in args]
+                named = {key: tracking.ids.outgoing(value) for key, value in kwargs.items()}
+                # One short question, because MLflow's own store tries for minutes.
+                tracking.server.ask(lambda store: store.search_experiments(max_results=1), quick=True)
+            except Away as away:
+                raise tracking.server.needed(f"the model registry ({name})", away) from None
+            except NotYet as missing:
+                away = Away(f"{missing} has not been delivered yet", sent=False)
+                raise tracking.server.needed(f"the model registry ({name})", away) from None
+            return theirs(*given, **named)
+
+        return call

@@ -1,0 +1,149 @@
+"""The traces of the plugin's store: upserts with ids made by the client, so they only have to be carried."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any, Final
+
+from mlflow.entities import Span, Trace, TraceData, TraceInfo
+from mlflow.exceptions import MlflowException
+from mlflow.tracing.constant import TraceTagKey
+from mlflow.utils.mlflow_tags import MLFLOW_ARTIFACT_LOCATION
+
+from mlflow_outbox.plugin.models import Models
+from mlflow_outbox.plugin.wrapped import Away
+
+#: Traces of this process that are remembered until the server can be asked for them.
+_REMEMBERED: Final = 256
+
+
+class Traces(Models):
+    """Traces of one tracking URI; each goes to the room of its experiment."""
+
+    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
+        super().__init__(store_uri, artifact_uri)
+        self._recent: OrderedDict[str, TraceInfo] = OrderedDict()
+        self._spans: OrderedDict[str, dict[str, Span]] = OrderedDict()
+        self._rooms: OrderedDict[str, str] = OrderedDict()
+        self._recent_lock = threading.Lock()
+
+    @property
+    def _has_spans(self) -> bool:
+        return self.outbox.destination.scheme != "file"  # MLflow's file store keeps traces as artifacts only
+
+    def start_trace(self, trace_info: TraceInfo) -> TraceInfo:
+        """Record a trace."""
+        experiment = str(trace_info.experiment_id)
+        self.journals.room(experiment).request("start_trace", trace_info=trace_info)
+        shown = TraceInfo.from_dict(trace_info.to_dict())
+        shown.tags[MLFLOW_ARTIFACT_LOCATION] = f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
+        if self._has_spans:
+            shown.tags[TraceTagKey.SPANS_LOCATION] = "TRACKING_STORE"
+        self._remember(self._recent, trace_info.trace_id, shown)
+        self._remember(self._rooms, trace_info.trace_id, experiment)
+        return shown
+
+    def _remember(self, where: OrderedDict[str, Any], key: str, value: Any) -> None:
+        with self._recent_lock:
+            where[key] = value
+            while len(where) > _REMEMBERED:
+                where.popitem(last=False)
+
+    def log_spans(self, location: str, spans: list[Span], tracking_uri: str | None = None) -> list[Span]:  # noqa: ARG002 - MLflow's signature
+        """Record spans.
+
+        Raises:
+            NotImplementedError: the store behind keeps no spans, so that MLflow uploads the trace as a file.
+        """
+        if not self._has_spans:
+            raise NotImplementedError
+        if spans:
+            self.journals.room(str(location)).request("log_spans", location=str(location), spans=list(spans))
+            for span in spans:
+                held = self._spans.get(span.trace_id) or {}
+                self._remember(self._spans, span.trace_id, {**held, span.span_id: span})
+        return spans
+
+    async def log_spans_async(self, location: str, spans: list[Span]) -> list[Span]:
+        """Record spans; nothing is waited for."""
+        return self.log_spans(location, spans)
+
+    def _room_of_trace(self, trace_id: str) -> Any:
+        return self.journals.room(self._rooms.get(trace_id, ""))
+
+    def set_trace_tag(self, trace_id: str, key: str, value: str) -> None:
+        """Set a tag of a trace."""
+        self._room_of_trace(trace_id).request("set_trace_tag", trace_id=trace_id, key=key, value=value)
+        held = self._recent.get(trace_id)
+        if held is not None:
+            held.tags[key] = value
+
+    def delete_trace_tag(self, trace_id: str, key: str) -> None:
+        """Delete a tag of a trace."""
+        self._room_of_trace(trace_id).request("delete_trace_tag", trace_id=trace_id, key=key)
+        held = self._recent.get(trace_id)
+        if held is not None:
+            held.tags.pop(key, None)
+
+    def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
+        """Link traces to a run."""
+        run = self.writable(run_id)
+        run.request("link_traces_to_run", trace_ids=list(trace_ids), run_id=run.run_id)
+
+    def unlink_traces_from_run(self, trace_ids: list[str], run_id: str) -> None:
+        """Take links of traces to a run away."""
+        run = self.writable(run_id)
+        run.request("unlink_traces_from_run", trace_ids=list(trace_ids), run_id=run.run_id)
+
+    def get_trace_info(self, trace_id: str) -> TraceInfo:
+        """Return what is known of a trace: by the server, or by this process while it is on its way.
+
+        Raises:
+            MlflowException: neither knows it.
+        """
+        try:
+            return self.server.ask(lambda store: store.get_trace_info(trace_id))
+        except (Away, MlflowException) as error:
+            held = self._recent.get(trace_id)
+            if held is not None:
+                return held
+            if isinstance(error, Away):
+                raise self.server.needed(f"the trace {trace_id}", error) from None
+            raise
+
+    def get_trace(self, trace_id: str, **options: Any) -> Trace:
+        """Return a trace; see ``get_trace_info``.
+
+        Raises:
+            MlflowException: neither the server nor this process knows it.
+        """
+        held = self._held(trace_id)
+        try:
+            return self.server.ask(lambda store: store.get_trace(trace_id, **options))
+        except (Away, MlflowException) as error:
+            if held is not None:
+                return held
+            if isinstance(error, Away):
+                raise self.server.needed(f"the trace {trace_id}", error) from None
+            raise
+
+    def batch_get_traces(self, trace_ids: list[str], location: str | None = None, **options: Any) -> list[Trace]:
+        """Return traces; those on their way from this process.
+
+        Raises:
+            MlflowException: the server is away and this process does not know them all.
+        """
+        held = {trace_id: trace for trace_id in trace_ids if (trace := self._held(trace_id)) is not None}
+        try:
+            found = {t.info.trace_id: t for t in self.server.ask(lambda store: store.batch_get_traces(trace_ids, location, **options))}
+        except Away as away:
+            if set(trace_ids) - held.keys():
+                raise self.server.needed("traces that this process did not make", away) from None
+            found = {}
+        everything = {**held, **found}
+        return [everything[trace_id] for trace_id in trace_ids if trace_id in everything]
+
+    def _held(self, trace_id: str) -> Trace | None:
+        info, spans = self._recent.get(trace_id), self._spans.get(trace_id)
+        return Trace(info, TraceData(spans=list(spans.values()))) if info is not None and spans is not None else None

@@ -1,0 +1,64 @@
+"""The store that MLflow is given for an ``outbox+`` tracking URI: see the package's docstring for what is where.
+
+Manners: what MLflow refuses at the call (a bad key, a changed param, an unknown run) is refused at the call here too. Beyond that no
+write ever waits for the server or fails because of it. Three calls ask it first, for at most ``create_timeout`` seconds, because
+their answers are seen by people: the creation of experiments, runs and logged models. A call that only the server can answer fails
+at once, and says so, while the server is away.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import weakref
+from typing import Any
+
+from mlflow.store.tracking.abstract_store import AbstractStore
+
+from mlflow_outbox.plugin.traces import Traces
+from mlflow_outbox.plugin.wrapped import delegating
+
+
+@delegating(AbstractStore)
+class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not followed by mypy
+    """MLflow's tracking store through an outbox."""
+
+    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
+        super().__init__(store_uri, artifact_uri)
+        _stores.add(self)
+
+    @property
+    def supports_workspaces(self) -> bool:
+        """Workspaces are the server's own; they are not offered here."""
+        return False
+
+    @property
+    def supports_trace_archival(self) -> bool:
+        """Archives of traces are the server's own; they are not offered here."""
+        return False
+
+
+_stores: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    """Bring what MLflow would only say later at the exit into the journals, before the outbox delivers for the last time.
+
+    Handlers run in reverse order of their registration: MLflow's end of an active run was registered before the outbox, and would come
+    after its last delivery.
+    """
+    if not _stores:
+        return
+    from mlflow.tracking import fluent
+    from mlflow.tracing import provider
+
+    with contextlib.suppress(Exception):  # whatever MLflow's own handlers raise, MLflow ignores as well
+        fluent._safe_end_run()  # noqa: SLF001 - what MLflow itself calls at the exit
+    with contextlib.suppress(Exception):
+        exporter = provider._get_trace_exporter()  # noqa: SLF001 - MLflow's flush would import the whole of its client
+        queue = getattr(exporter, "_async_queue", None)
+        if queue is not None:
+            queue.flush(terminate=True)
+
+
+atexit.register(_at_exit)

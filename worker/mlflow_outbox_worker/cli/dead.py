@@ -1,0 +1,296 @@
+"""``mlflow-outbox dead``: the events that MLflow refused for good, and what to do with them.
+
+All of it works while programs log to the outbox and a worker delivers it. No letter is lost: one that is sent again leaves the
+queue only after its event is on disk to stay, and one that is dropped is printed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox_worker.cli import lines, outboxes, terminal
+from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
+from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.status import short
+from mlflow_outbox_worker.cli.terminal import Cell, Column, Styled
+
+if TYPE_CHECKING:
+    from mlflow_outbox.settings import Settings
+    from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox.spool.events import Event
+    from mlflow_outbox_worker.ledger import Ledger
+    from mlflow_outbox_worker.records import DeadLetter
+
+_Id = Annotated[str, typer.Argument(metavar="ID", help="A letter's number, as `dead list` shows it.")]
+_Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+_HELP = """Events that MLflow refused for good: list, show, retry, edit or drop them.
+
+\b
+Examples:
+  mlflow-outbox dead list
+  mlflow-outbox dead show 7
+  mlflow-outbox dead retry --all
+  mlflow-outbox dead edit 7 --set value=0.01
+  mlflow-outbox dead drop 7 --yes
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(help=_HELP, no_args_is_help=True, rich_markup_mode=None)
+    for name, command in (("list", listed), ("show", show), ("retry", retry), ("edit", edit), ("drop", drop)):
+        group.command(name)(command)
+    app.add_typer(group, name="dead")
+
+
+def listed(
+    outbox_dir: OutboxDir = None,
+    as_json: AsJson = False,  # noqa: FBT002 - typer's form of a flag, as the next ones
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """List the dead letters, oldest first, with MLflow's reasons."""
+    terminal.behave(quiet=quiet, verbose=verbose)
+    settings = outboxes.settings_for(outbox_dir)
+    found: list[tuple[OutboxDirectory, DeadLetter]] = []
+    for directory in outboxes.open_all(settings):
+        with outboxes.ledger_of(directory, settings) as ledger:
+            found += [(directory, letter) for letter in ledger.dead_letters()]
+    if as_json:
+        terminal.raw(lines.dumps([_as_data(directory, letter) for directory, letter in found], indent=2))
+        return ExitCode.DONE
+    if not found:
+        terminal.say("there are no dead letters")
+        return ExitCode.DONE
+    columns = [
+        Column("id", right=True),
+        Column("run", rank=2),
+        Column("event"),
+        Column("refused", rank=3),
+        Column("reason", rank=1),
+    ]
+    rows: list[list[Cell]] = [
+        [
+            number(letter),
+            short(letter.run_id),
+            _in_words(letter),
+            terminal.moment(letter.time_ms),
+            Styled(letter.reason, "magenta"),
+        ]
+        for _, letter in found
+    ]
+    if not quiet:
+        terminal.table(columns, rows)
+    return ExitCode.DONE
+
+
+def show(
+    letter_id: _Id,
+    outbox_dir: OutboxDir = None,
+    as_json: AsJson = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Show a dead letter in full: the event, and what MLflow answered."""
+    terminal.behave(quiet=quiet, verbose=verbose)
+    settings = outboxes.settings_for(outbox_dir)
+    directory, letter = _one(settings, letter_id)
+    if as_json:
+        terminal.raw(lines.dumps(_as_data(directory, letter), indent=2))
+        return ExitCode.DONE
+    pairs: list[tuple[str, Cell]] = [
+        ("dead letter", Styled(number(letter), "bold")),
+        ("run", letter.run_id),
+        ("in MLflow as", letter.remote_id or "-"),
+        ("refused", terminal.moment(letter.time_ms)),
+        ("reason", Styled(letter.reason, "magenta")),
+        ("answer", " ".join(filter(None, [str(letter.status or ""), letter.code])) or "none: it was never sent"),
+    ]
+    event = _event(letter)
+    if event is None:
+        pairs.append(("event", f"{len(letter.payload)} bytes of a kind that this version does not know"))
+    else:
+        pairs.append(("event", lines.kind_of(event)))
+        pairs += [(f"  {name}", str(value)) for name, value in lines.as_data(event).items() if name != "kind"]
+        from mlflow_outbox_worker.letters import fields_of  # noqa: PLC0415 - imported on demand
+
+        pairs.append(("can be edited", ", ".join(fields_of(event)) or "no"))
+    terminal.pairs(pairs)
+    return ExitCode.DONE
+
+
+def retry(
+    letter_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Letters, as `dead list` shows them.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,  # noqa: FBT002
+    outbox_dir: OutboxDir = None,
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Send dead letters again, for instance after MLflow's limits were changed."""
+    terminal.behave(quiet=quiet, verbose=verbose)
+    if bool(letter_ids) == every:
+        msg = "name the letters to send again, or give --all"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    from mlflow_outbox_worker.letters import send_again  # noqa: PLC0415 - imported on demand
+
+    settings = outboxes.settings_for(outbox_dir)
+    sent = 0
+    for directory in outboxes.open_all(settings) if every else _holding(settings, letter_ids or []):
+        with outboxes.ledger_of(directory, settings, write=True) as ledger:
+            letters = list(ledger.dead_letters()) if every else _letters(ledger, letter_ids or [])
+            for letter in letters:
+                send_again(directory, ledger, settings, letter)
+                sent += 1
+        _hurry(directory)
+    terminal.say(f"{terminal.count(sent, 'event')} will be sent again; mlflow-outbox flush does it now")
+    return ExitCode.DONE
+
+
+def edit(
+    letter_id: _Id,
+    changes: Annotated[
+        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="A field and its new value, for instance key=lr.")
+    ],
+    outbox_dir: OutboxDir = None,
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Change a dead letter's key, value, step, path or status, and send it again.
+
+    The new value is checked as a logging call checks it. What was logged first is remembered as replaced.
+
+    \b
+    Examples:
+      mlflow-outbox dead edit 7 --set key=learning_rate_2
+      mlflow-outbox dead edit 8 --set value=0.01 --set step=3
+    """
+    terminal.behave(quiet=quiet, verbose=verbose)
+    from mlflow_outbox_worker.letters import changed, event_of, send_again  # noqa: PLC0415 - imported on demand
+
+    fields: dict[str, str] = {}
+    for change in changes:
+        name, sign, value = change.partition("=")
+        if not sign:
+            msg = f"--set {printable(change)} has no value; write FIELD=VALUE, for instance key=lr"
+            raise CommandFailed(msg, ExitCode.USAGE)
+        fields[name.strip()] = value
+    settings = outboxes.settings_for(outbox_dir)
+    directory, letter = _one(settings, letter_id)
+    replacement = changed(event_of(letter), fields)
+    with outboxes.ledger_of(directory, settings, write=True) as ledger:
+        send_again(directory, ledger, settings, letter, replacement)
+    _hurry(directory)
+    terminal.say(f"will be sent: {lines.in_words(replacement)}")
+    return ExitCode.DONE
+
+
+def drop(
+    letter_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Letters, as `dead list` shows them.")],
+    outbox_dir: OutboxDir = None,
+    yes: _Yes = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Drop dead letters for good; each is printed as JSON first."""
+    terminal.behave(quiet=quiet, verbose=verbose)
+    settings = outboxes.settings_for(outbox_dir)
+    for directory in _holding(settings, letter_ids):
+        with outboxes.ledger_of(directory, settings) as ledger:
+            letters = _letters(ledger, letter_ids)
+        for letter in letters:
+            terminal.raw(lines.dumps(_as_data(directory, letter)))
+        question = f"Drop {terminal.count(len(letters), 'dead letter')} for good?"
+        if not terminal.confirm(question, assume_yes=yes):
+            msg = "nothing was dropped; give --yes to drop without being asked"
+            raise CommandFailed(msg)
+        with outboxes.ledger_of(directory, settings, write=True) as ledger:
+            dropped = sum(ledger.settle_dead_letter(letter) for letter in letters)
+        terminal.note(f"{terminal.count(dropped, 'dead letter')} dropped")
+    return ExitCode.DONE
+
+
+def number(letter: DeadLetter) -> str:
+    """Return a letter's number as people write it."""
+    return letter.id.lstrip("0") or "0"
+
+
+def _as_data(directory: OutboxDirectory, letter: DeadLetter) -> dict[str, Any]:
+    event = _event(letter)
+    return {
+        "id": number(letter),
+        "outbox": str(directory.path),
+        "run_id": letter.run_id,
+        "mlflow_run_id": letter.remote_id or None,
+        "reason": letter.reason,
+        "code": letter.code or None,
+        "status": letter.status,
+        "refused_ms": letter.time_ms,
+        "event": None if event is None else lines.as_data(event),
+        "payload": letter.payload.hex() if event is None else None,
+    }
+
+
+def _event(letter: DeadLetter) -> Event | None:
+    from mlflow_outbox_worker.letters import LetterRefused, event_of  # noqa: PLC0415 - imported on demand
+
+    with contextlib.suppress(LetterRefused):
+        return event_of(letter)
+    return None
+
+
+def _in_words(letter: DeadLetter) -> str:
+    event = _event(letter)
+    return "unknown" if event is None else lines.in_words(event)
+
+
+def _stored_id(text: str) -> str:
+    if not text.isascii() or not text.isdigit():
+        msg = f"{printable(repr(text))} is no letter's number; mlflow-outbox dead list shows them"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    return text.zfill(12)
+
+
+def _letters(ledger: Ledger, letter_ids: list[str]) -> list[DeadLetter]:
+    found = [ledger.dead_letter(_stored_id(text)) for text in dict.fromkeys(letter_ids)]
+    return [letter for letter in found if letter is not None]
+
+
+def _holding(settings: Settings, letter_ids: list[str]) -> Iterator[OutboxDirectory]:
+    """Yield the one outbox that holds all the letters; numbers are an outbox's own, so several could be meant."""
+    directories = outboxes.open_all(settings)
+    holding = []
+    for directory in directories:
+        with outboxes.ledger_of(directory, settings) as ledger:
+            if len(_letters(ledger, letter_ids)) == len(set(letter_ids)):
+                holding.append(directory)
+    if len(holding) == 1:
+        yield holding[0]
+        return
+    shown = ", ".join(printable(text) for text in letter_ids)
+    if holding:
+        msg = f"{len(holding)} outboxes have a dead letter {shown}; name one with --outbox-dir"
+    else:
+        msg = f"there is no dead letter {shown}; mlflow-outbox dead list shows those that there are"
+    raise CommandFailed(msg, ExitCode.USAGE)
+
+
+def _one(settings: Settings, letter_id: str) -> tuple[OutboxDirectory, DeadLetter]:
+    for directory in _holding(settings, [letter_id]):
+        with outboxes.ledger_of(directory, settings) as ledger:
+            for letter in _letters(ledger, [letter_id]):
+                return directory, letter
+    msg = f"the dead letter {printable(letter_id)} was taken away at this moment; mlflow-outbox dead list shows what is left"
+    raise CommandFailed(msg)
+
+
+def _hurry(directory: OutboxDirectory) -> None:
+    with contextlib.suppress(OSError):  # without it the worker sends them at its own pace
+        directory.ask_hurry()

@@ -1,0 +1,108 @@
+"""``mlflow-outbox gc``: give back the space of what is delivered, read back and past its retention time."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import LeaseHeld
+from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
+from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+
+_SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|)")
+_SECONDS: Final = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86_400}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("gc")(gc)
+
+
+def gc(
+    outbox_dir: OutboxDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")] = False,  # noqa: FBT002 - typer's form of a flag
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Keep runs verified since then: 0, 90min, 12h, 7d. [default: the setting retention]",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Delete runs that are delivered, read back and kept long enough; say what that freed.
+
+    A run goes only when MLflow was asked and holds all of it. A worker does the same every few minutes by itself.
+
+    \b
+    Examples:
+      mlflow-outbox gc --dry-run
+      mlflow-outbox gc --older-than 1d
+    """
+    terminal.behave(quiet=quiet, verbose=verbose)
+    settings = outboxes.settings_for(outbox_dir)
+    keep = settings.retention if older_than is None else seconds_of(older_than)
+    before_ms = time.time_ns() // 1_000_000 - int(keep * 1000)
+    codes = []
+    for directory in outboxes.open_all(settings):
+        from mlflow_outbox_worker.host_lease import described, lease_of, worker_of  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox_worker.retention import reclaim  # noqa: PLC0415
+
+        name = printable(directory.path.name)
+        lease = lease_of(directory, "command")
+        if not dry_run and not lease.acquire():
+            found = worker_of(directory)
+            who = described(found) if found is not None else "another worker"
+            error = LeaseHeld(f"{name}: {who} has this outbox; it deletes by itself what is past retention")
+            terminal.error(str(error))
+            codes.append(ExitCode.HELD)
+            continue
+        try:
+            with outboxes.ledger_of(directory, settings, write=not dry_run) as ledger:
+                would = reclaim(directory, ledger, before_ms=before_ms, dry_run=True)
+                sizes = {run_id: _bytes(directory.delivered / run_id) for run_id in would}
+                gone = would if dry_run else reclaim(directory, ledger, before_ms=before_ms)
+        finally:
+            lease.release()
+        freed = sum(sizes.get(run_id, 0) for run_id in gone)
+        if terminal.is_verbose():
+            for run_id in gone:
+                terminal.say(f"{run_id}  {terminal.size(sizes.get(run_id, 0))}")
+        kept = len(directory.delivered_ids()) - (len(gone) if dry_run else 0)
+        verb = "would free" if dry_run else "freed"
+        terminal.say(f"{name}: {verb} {terminal.size(freed)} of {terminal.count(len(gone), 'run')}; {kept:,} kept")
+        codes.append(ExitCode.DONE)
+    return most_urgent(codes)
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of a time span such as 90, 15min, 12h or 7d.
+
+    Raises:
+        CommandFailed: it is none.
+    """
+    found = _SPAN.fullmatch(text.strip())
+    if found is None:
+        msg = f"{printable(repr(text))} is no time span; write for instance 0, 90min, 12h or 7d"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
+            except OSError:
+                continue  # gone meanwhile
+    return total

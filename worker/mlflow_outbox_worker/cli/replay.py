@@ -1,0 +1,244 @@
+"""``mlflow-outbox replay``: send runs that lie somewhere on disk, to where they were meant to go or to another place."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import LeaseHeld, OutboxError
+from mlflow_outbox.settings import Settings, tracking_uri_from_environment
+from mlflow_outbox_worker.cli import terminal
+from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
+from mlflow_outbox_worker.cli.options import Quiet, Verbose
+from mlflow_outbox_worker.cli.terminal import Column, count
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.replay import Job, JobResult, Prepared, Progress, Wish
+
+#: Events of which a terminal shows the rate over, in seconds.
+_RATE_OVER = 10.0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("replay")(replay)
+
+
+def replay(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="Outboxes, directories with several, single runs' directories, bundles."
+        ),
+    ],
+    to: Annotated[str | None, typer.Option("--to", metavar="URI", help="Tracking URI; else the recorded one.")] = None,
+    experiment: Annotated[
+        str, typer.Option("--experiment", metavar="NAME", help="Put all runs into this experiment.")
+    ] = "",
+    only_finished: Annotated[bool, typer.Option("--only-finished", help="Only runs whose status is FINISHED.")] = False,  # noqa: FBT002 - typer's form of a flag
+    again: Annotated[
+        bool, typer.Option("--again", help="Send delivered runs once more: to a wiped or migrated server.")
+    ] = False,  # noqa: FBT002
+    follow: Annotated[bool, typer.Option("--follow", help="Go on while the runs are still written.")] = False,  # noqa: FBT002
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,  # noqa: FBT002
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs sent side by side.", show_default="4")
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", min=0, metavar="S", help="Seconds to take at most.", show_default="until done"),
+    ] = None,
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Send runs that are on disk: offline runs, copies, bundles, runs on a shared file system.
+
+    Interrupted and started again it goes on where it was. Nothing arrives twice, also when another machine replays the same
+    files. Whatever is not this user's own outbox is only read.
+
+    \b
+    Examples:
+      mlflow-outbox replay ./.mlflow-outbox                            what a machine without internet has logged
+      mlflow-outbox replay /mnt/usb/outbox --to http://mlflow:5000     to another server
+      mlflow-outbox replay runs.tar --experiment imported              a bundle, into one experiment
+      mlflow-outbox replay /scratch/outbox --follow                    from a login node, while the job runs
+      mlflow-outbox replay ./.mlflow-outbox --again                    after the server's database was lost
+    """
+    from mlflow_outbox_worker.replay import Wish, prepare  # noqa: PLC0415 - diskcache and SQLite, not for --help
+
+    terminal.behave(quiet=quiet, verbose=verbose)
+    if follow and (only_finished or again):
+        msg = "--follow goes with neither --only-finished nor --again: its runs have not ended"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    settings = Settings.from_environment()
+    settings = dataclasses.replace(settings, parallel_runs=jobs) if jobs is not None else settings
+    wish = Wish(to, tracking_uri_from_environment(), experiment, only_finished, again, follow)
+    with _unpacked(paths) as places:
+        prepared = prepare(places, wish, copies=set(places) - set(paths))
+        for problem in prepared.problems:
+            terminal.error(problem)
+        if dry_run:
+            return _say_what_would_be_sent(prepared, settings)
+        if not prepared.jobs and not prepared.problems:
+            terminal.say(_nothing(prepared))
+        code = _send_all(prepared, settings, wish, timeout)
+    return ExitCode.ERROR if prepared.problems and code is ExitCode.DONE else code
+
+
+@contextlib.contextmanager
+def _unpacked(paths: list[Path]) -> Iterator[list[Path]]:
+    """Yield the paths with every bundle among them unpacked; what was unpacked is removed at the end."""
+    with contextlib.ExitStack() as stack:
+        places: list[Path] = []
+        for path in paths:
+            if not path.exists():
+                msg = f"there is no {printable(path, 300)}"
+                raise CommandFailed(msg, ExitCode.USAGE)
+            if path.is_file():
+                from mlflow_outbox_worker.unpacking import unpacked  # noqa: PLC0415 - only for bundles
+
+                places.append(stack.enter_context(unpacked(path)))
+            else:
+                places.append(path)
+        yield places
+
+
+def _nothing(prepared: Prepared) -> str:
+    if prepared.before:
+        return f"nothing to send: {count(prepared.before, 'run')} delivered before (--again sends them once more)"
+    return "nothing to send: no runs there"
+
+
+def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
+    from mlflow_outbox_worker.replay import known_records, pending_events, view_of  # noqa: PLC0415 - on demand
+
+    if not prepared.jobs:
+        terminal.say(_nothing(prepared))
+    for job in prepared.jobs:
+        records = {} if job.again else known_records(job, settings)
+        waiting = pending_events(job, records)
+        rows = []
+        for run_id, folders in job.runs.items():
+            try:
+                view = view_of(folders)
+            except OSError as error:
+                rows.append([run_id, "", "cannot be read", str(error.strerror), ""])
+                continue
+            rows.append([run_id, view.name, view.status.value, f"{waiting.get(run_id, 0):,}", str(folders[0])])
+        terminal.say(f"to {job.destination.uri}:")
+        terminal.table(
+            (
+                Column("run"),
+                Column("name", rank=1),
+                Column("status"),
+                Column("to send", right=True),
+                Column("in", rank=2),
+            ),
+            rows,
+        )
+    return ExitCode.ERROR if prepared.problems else ExitCode.DONE
+
+
+def _send_all(prepared: Prepared, settings: Settings, wish: Wish, timeout: float | None) -> ExitCode:
+    stopped = threading.Event()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    codes = []
+    for job in prepared.jobs:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        codes.append(_send(job, settings, wish, left, stopped))
+    return most_urgent(codes)
+
+
+def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, stopped: threading.Event) -> ExitCode:
+    from mlflow_outbox_worker.replay import Replay  # noqa: PLC0415 - imported on demand
+
+    terminal.note(f"{count(len(job.runs), 'run')} to {job.destination.uri}")
+    try:
+        with _shown() as show:
+            result = Replay(job, settings, wish, stopped=stopped).run(show, timeout=timeout)
+    except OutboxError as error:
+        terminal.error(str(error))
+        return ExitCode.HELD if isinstance(error, LeaseHeld) else ExitCode.ERROR
+    return _summary(job, result)
+
+
+def _summary(job: Job, result: JobResult) -> ExitCode:
+    sent = [run for run in result.runs if run.state == "sent"]
+    skipped = [run for run in result.runs if run.state == "skipped"]
+    waiting = [run for run in result.runs if run.state == "left"]
+    dead, missing = sum(run.dead for run in result.runs), sum(run.missing for run in result.runs)
+    parts = [f"{count(len(sent), 'run')} sent to {job.destination.uri}"]
+    parts += [f"{count(len(waiting), 'run')} left"] if waiting else []
+    parts += [f"{count(len(skipped), 'run')} skipped"] if skipped else []
+    parts += [f"{count(dead, 'event')} refused by MLflow"] if dead else []
+    parts += [f"{count(missing, 'event')} missing or damaged on disk"] if missing else []
+    terminal.say(", ".join(parts))
+    for run in skipped:
+        terminal.error(f"run {run.run_id} was skipped: {run.reason}")
+    if result.cut_short == "parked":
+        terminal.error(f"{job.destination.uri} waits for a person: {result.reason}")
+        return ExitCode.PARKED
+    if waiting:
+        terminal.note("the same command goes on where this one stopped")
+        return ExitCode.LEFT
+    if skipped:
+        return ExitCode.PARKED
+    return ExitCode.DEAD if dead else ExitCode.DONE
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Progress], None]]:
+    """Yield what shows progress: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+    import sys  # noqa: PLC0415 - the stream of now, which a test may have replaced
+
+    if terminal.is_quiet() or not sys.stderr.isatty():
+        with terminal.progress() as line:
+
+            def plain(progress: Progress) -> None:
+                line(
+                    f"{progress.events:,} of {count(progress.total, 'event')}, {progress.runs} of "
+                    f"{count(progress.all_runs, 'run')}{': ' if progress.note else ''}{progress.note}"
+                )
+
+            yield plain
+        return
+    from rich.console import Console  # noqa: PLC0415 - a pipe does not need rich
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    class Rate(TextColumn):
+        def render(self, task: object) -> Text:
+            speed = getattr(task, "finished_speed", None) or getattr(task, "speed", None) or 0.0
+            return Text(f"{speed:,.0f} events/s")
+
+    columns = (
+        TextColumn("{task.fields[runs]}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        Rate(""),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=_RATE_OVER) as bar:
+        task = bar.add_task("", total=None, runs="", note="")
+
+        def drawn(progress: Progress) -> None:
+            bar.update(
+                task,
+                completed=progress.events,
+                total=progress.total or None,
+                runs=f"{progress.runs}/{count(progress.all_runs, 'run')}",
+                note=printable(progress.note, 200),
+            )
+
+        yield drawn

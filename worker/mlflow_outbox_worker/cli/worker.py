@@ -1,0 +1,292 @@
+"""``mlflow-outbox worker``: delivery as a service, for one outbox or all under a directory.
+
+SIGTERM and SIGINT end it: it hurries, delivers what it can within the grace time, and leaves the rest on disk. A second signal
+ends it at once. Both are safe at any moment, as is SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import OutboxError, OutboxUnusable
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.delivering import CommandWorker
+from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent, of_backlog
+from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from mlflow_outbox.settings import Settings
+    from mlflow_outbox_worker.metrics import Exporter
+
+#: Seconds between two looks at what the workers have come to.
+_TICK: Final = 0.5
+#: Seconds between two looks for outboxes that were made meanwhile.
+_NEW_ONES: Final = 5.0
+#: Seconds between two lines about progress.
+_REPORT: Final = 60.0
+#: Seconds that the end waits for requests under way.
+_PARTING: Final = 0.5
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("worker")(worker)
+
+
+def worker(
+    outbox_dir: OutboxDir = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Deliver every outbox in the directory, also those made later.")
+    ] = False,  # noqa: FBT002 - typer's form of a flag
+    until_idle: Annotated[
+        bool, typer.Option("--until-idle", help="End when everything is delivered and nobody logs any more.")
+    ] = False,  # noqa: FBT002
+    grace: Annotated[
+        float, typer.Option(min=0, metavar="S", help="Seconds to go on delivering after SIGTERM or SIGINT.")
+    ] = 10.0,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, metavar="N", help="Serve OpenMetrics at this port.")
+    ] = None,
+    metrics_address: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="The address that the port is at.")
+    ] = "127.0.0.1",
+    metrics_file: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write metrics there, for a node exporter's textfile collector.")
+    ] = None,
+    metrics_interval: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Seconds between two writes of --metrics-file.")
+    ] = 15.0,
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+) -> int:
+    """Deliver as a service: one outbox, or with --all every one in the directory.
+
+    Where another worker delivers it stands by, and takes over within seconds when that one ends.
+
+    \b
+    Examples:
+      mlflow-outbox worker --outbox-dir /scratch/me/outbox --all
+      mlflow-outbox worker --metrics-port 9110 --grace 25
+      mlflow-outbox worker --all --until-idle --metrics-file /var/lib/node_exporter/outbox.prom
+    """
+    terminal.behave(quiet=quiet, verbose=verbose)
+    settings = outboxes.settings_for(outbox_dir)
+    service = Service(settings, metrics=_exporter(settings, metrics_port, metrics_address, metrics_file))
+    if every:
+        service.adopt(outboxes.root_of(settings))
+    else:
+        service.take(outboxes.open_one(settings))
+    with _signals(service):
+        service.run(
+            root=outboxes.root_of(settings) if every else None,
+            until_idle=until_idle,
+            file=metrics_file,
+            interval=metrics_interval,
+        )
+        return service.end(grace)
+
+
+def _exporter(settings: Settings, port: int | None, address: str, file: Path | None) -> Exporter | None:
+    if port is None and file is None:
+        return None
+    from mlflow_outbox_worker.metrics import Exporter  # noqa: PLC0415 - only when somebody asks for metrics
+
+    exporter = Exporter(settings)
+    if port is not None:
+        try:
+            bound = exporter.serve(port, address)
+        except OSError as error:
+            msg = f"metrics cannot be served at {printable(address)}:{port}: {error.strerror or error}; give another --metrics-port"
+            raise CommandFailed(msg) from error
+        log(f"metrics at http://{address}:{bound}/metrics")
+    return exporter
+
+
+class Service:
+    """The workers of one command.
+
+    Args:
+        settings: the options.
+        metrics: shows them to a monitoring; None shows nothing.
+    """
+
+    def __init__(self, settings: Settings, *, metrics: Exporter | None = None) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._workers: dict[Path, CommandWorker] = {}
+        self._states: dict[Path, str] = {}
+        self._refused: set[Path] = set()
+        self._stop = threading.Event()
+        self._at_once = threading.Event()
+        self._file_trouble = ""
+
+    def __repr__(self) -> str:
+        return f"<Service of {len(self._workers)} outboxes>"
+
+    def take(self, directory: OutboxDirectory) -> None:
+        """Deliver an outbox from now on."""
+        from mlflow_outbox_worker.metrics import Meter  # noqa: PLC0415 - imported on demand
+
+        meter = Meter()
+        one = CommandWorker(directory, self._settings, meter)
+        if self._metrics is not None:
+            self._metrics.watch(directory, one.counters, meter, one.delivery.holds_lease)
+        self._workers[directory.path] = one
+        one.start()
+
+    def adopt(self, root: Path) -> None:
+        """Deliver every outbox in a directory that is not delivered yet; one that is not safe to use is named once."""
+        for path in outboxes.listed(root):
+            if path in self._workers:
+                continue
+            try:
+                self.take(OutboxDirectory.open(path))
+            except OutboxUnusable as error:
+                if path not in self._refused:
+                    self._refused.add(path)
+                    log(f"left alone: {error}")
+
+    def ask_to_end(self) -> None:
+        """End after the grace time; asked again, at once. Safe in a signal handler."""
+        if self._stop.is_set():
+            self._at_once.set()
+        self._stop.set()
+
+    def run(self, *, root: Path | None, until_idle: bool, file: Path | None, interval: float) -> None:
+        """Go on until somebody asks to end.
+
+        Args:
+            root: where to look for new outboxes; None looks for none.
+            until_idle: end when there is nothing more to deliver.
+            file: where metrics are written to.
+            interval: seconds between two writes.
+        """
+        next_look = next_write = time.monotonic()
+        next_report = next_look + _REPORT
+        while not self._stop.wait(_TICK):
+            now = time.monotonic()
+            if root is not None and now >= next_look:
+                self.adopt(root)
+                next_look = now + _NEW_ONES
+            if file is not None and now >= next_write:
+                self._write(file)
+                next_write = now + interval
+            self._say_changes()
+            if now >= next_report:
+                self._report()
+                next_report = now + _REPORT
+            if until_idle and self._workers and all(self._is_idle(one) for one in self._workers.values()):
+                break
+        if file is not None:
+            self._write(file)
+
+    def end(self, grace: float) -> int:
+        """Deliver what can be delivered within the grace time, stop, and return the exit code."""
+        from mlflow_outbox_worker.survey import survey  # noqa: PLC0415 - imported on demand
+
+        deadline = time.monotonic() + grace
+        if self._stop.is_set():
+            log(f"ending; {terminal.span(grace)} to deliver what is left")
+        while time.monotonic() < deadline and not self._at_once.wait(0.05):
+            busy = [one for one in self._workers.values() if one.delivery.holds_lease() and not one.delivery.is_idle()]
+            if not busy:
+                break
+            for one in busy:
+                with contextlib.suppress(OSError):  # without it the worker tries at its own pace
+                    one.directory.ask_hurry()
+            self._at_once.wait(min(0.5, max(0.0, deadline - time.monotonic())))
+        for one in self._workers.values():
+            one.ask_to_stop()
+        parting = time.monotonic() + _PARTING
+        for one in self._workers.values():
+            one.stop(max(0.0, parting - time.monotonic()))
+        codes = []
+        for one in self._workers.values():
+            found = survey(one.directory, self._settings)
+            codes.append(of_backlog(pending=found.pending, parked=found.parked, dead=found.dead))
+            log(
+                f"{_name(one)}: {one.counters['delivered']:,} delivered, {found.pending:,} left, {found.parked:,} parked, "
+                f"{terminal.count(found.dead, 'dead letter')}"
+            )
+        return most_urgent(codes) if codes else ExitCode.DONE
+
+    @staticmethod
+    def _is_idle(one: CommandWorker) -> bool:
+        """Return whether everything is delivered and no run is being written."""
+        if not one.delivery.is_idle():
+            return False
+        from mlflow_outbox.spool.disk import is_being_written  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox.spool.reader import RunReader  # noqa: PLC0415
+
+        directory = one.directory
+        return not any(
+            is_being_written(held[-1].path)
+            for run_id in directory.run_ids()
+            for held in RunReader(directory.run(run_id)).segments().values()
+        )
+
+    def _write(self, file: Path) -> None:
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.write(file)
+            self._file_trouble = ""
+        except (OSError, OutboxError) as error:
+            if str(error) != self._file_trouble:  # once, not every few seconds
+                self._file_trouble = str(error)
+                log(f"metrics cannot be written to {printable(file, 300)}: {error}")
+
+    def _say_changes(self) -> None:
+        from mlflow_outbox_worker.host_lease import described, worker_of  # noqa: PLC0415 - imported on demand
+
+        for path, one in self._workers.items():
+            if one.delivery.holds_lease():
+                state = "delivering"
+            else:
+                other = worker_of(one.directory)
+                state = f"standing by, {described(other)} delivers" if other is not None else self._states.get(path, "")
+            if state and self._states.get(path) != state:
+                self._states[path] = state
+                log(f"{_name(one)}: {state}, to {one.directory.destination.uri}")
+
+    def _report(self) -> None:
+        for one in self._workers.values():
+            if one.counters["delivered"]:
+                log(f"{_name(one)}: {one.counters['delivered']:,} delivered so far")
+
+
+@contextlib.contextmanager
+def _signals(service: Service) -> Iterator[None]:
+    """Have SIGTERM and SIGINT end the service."""
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the form of a handler
+        service.ask_to_end()
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def log(text: str) -> None:
+    """Print a line with the time, as a service's log wants it, unless ``--quiet`` was given."""
+    terminal.say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}")
+    sys.stdout.flush()
+
+
+def _name(one: CommandWorker) -> str:
+    return printable(one.directory.path.name)

@@ -1,0 +1,70 @@
+"""Sending delivered runs once more, to a server that was wiped or replaced: what is known of their delivery is forgotten.
+
+The ledger forgets first, the files move second: a kill in between leaves a run that is found by the same command again.
+Points, params and files that the server has after all do no harm: the run is found by its tag, and what it holds is not
+doubled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+
+from mlflow_outbox.errors import LeaseHeld
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.host_lease import described
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.sources import Source
+
+
+def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Iterable[str], settings: Settings) -> None:
+    """Let runs be sent from their beginning.
+
+    Args:
+        source: where they come from; its lease is held meanwhile.
+        filed: the outbox whose delivered runs are brought back; None when nothing may be moved.
+        run_ids: the runs.
+        settings: where the ledger is.
+
+    Raises:
+        LeaseHeld: another worker delivers from the source.
+        LedgerUnavailable: the ledger cannot be written.
+        OSError: a file could not be moved.
+    """
+    lease = source.lease("command")
+    if not lease.acquire():
+        found = lease.holder()
+        msg = f"{described(found) if found is not None else 'another worker'} delivers {source.path}; end it first"
+        raise LeaseHeld(msg)
+    try:
+        ledger = Ledger.open(settings.ledger_dir or source.ledger)
+        with contextlib.closing(ledger):
+            for run_id in run_ids:
+                for letter in list(ledger.dead_letters(run_id)):
+                    ledger.drop_dead_letter(letter.id)  # what is refused again comes again
+                ledger.forget(run_id)
+                if filed is not None:
+                    _bring_back(filed, run_id)
+    finally:
+        lease.release()
+
+
+def _bring_back(directory: OutboxDirectory, run_id: str) -> None:
+    source, target = directory.delivered / run_id, directory.run(run_id)
+    if not source.is_dir():
+        return
+    for folder in (target, target / "files"):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+    # Files before the segments that name them.
+    for part in ("files", ""):
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(source / part):
+                if part or name.endswith(".log"):
+                    os.rename(source / part / name, target / part / name)
+    for folder in (source / "files", source):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+    directory.ring(run_id)
