@@ -88,13 +88,16 @@ class _Reporter:
     def __init__(self, config: pytest.Config, table: Table) -> None:
         self._config = config
         self._table = table
+        self._failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take a test's row."""
-        if report.when == "call":
+        """Take a test's row, which is complete when its fixtures are gone."""
+        if report.failed:
+            self._failed.add(report.nodeid)
+        if report.when == "teardown":
             for name, value in report.user_properties:
                 if name == "fault":
-                    self._table.add(json.loads(value), failed=report.failed, seconds=report.duration)
+                    self._table.add(json.loads(value), failed=report.nodeid in self._failed)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table."""

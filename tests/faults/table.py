@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 TIERS = ("commit", "nightly", "release")
 
@@ -41,7 +44,7 @@ class Row:
         """
         return max(1, round(self.scale * counts[min(TIERS.index(self.tier), len(counts) - 1)]))
 
-    def sample(self, points: Sequence[int], *counts: int) -> list[int]:
+    def sample(self, points: Sequence[T], *counts: int) -> list[T]:
         """Return as many points as this tier takes, spread evenly; all of them when there are fewer."""
         wanted = self.pick(*counts)
         if wanted >= len(points):
@@ -78,9 +81,9 @@ class Table:
     def __bool__(self) -> bool:
         return bool(self._rows or self._not_run)
 
-    def add(self, values: dict[str, object], *, failed: bool, seconds: float) -> None:
+    def add(self, values: dict[str, Any], *, failed: bool) -> None:
         """Add a row from a test's report."""
-        self._rows.append((Row(**{**values, "seconds": seconds}), failed))  # type: ignore[arg-type]
+        self._rows.append((Row(**values), failed))
 
     def not_run(self, row: str, injected: str, why: str) -> None:
         """Note a row that this machine cannot inject."""

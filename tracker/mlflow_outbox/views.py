@@ -149,7 +149,9 @@ class RunView(msgspec.Struct):
             self.metrics[key] = Latest(value, step, time_ms, 1)
             return
         held.points += 1
-        if (step, time_ms, _order(value)) >= (held.step, held.time_ms, _order(held.value)):
+        if (step, time_ms) > (held.step, held.time_ms) or (
+            step == held.step and time_ms == held.time_ms and _order(value) >= _order(held.value)
+        ):
             held.value, held.step, held.time_ms = value, step, time_ms
 
     def _started(self, event: RunStarted, writer: str) -> None:

@@ -1,8 +1,8 @@
-"""Is an outbox sound? Looks at its directory, its journals, its ledger and its destination, and mends what is safe to mend.
+"""Is an outbox sound? Looks at its directory, journals, ledger and destination, and mends what is safe to mend.
 
-What is mended: modes that let others in, drafts of copies whose writers died, and a ledger that needs to be opened and brought
-into its main file by a worker. Never mended: bytes of a journal. What is damaged in them is named, and delivery passes around it, keeping it in
-``quarantine``.
+What is mended: modes that let others in, drafts of copies whose writers died, and a ledger that needs to be opened
+and brought into its main file by a worker. Never mended: bytes of a journal. What is damaged in them is named, and
+delivery passes around it, keeping it in ``quarantine``.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ class _Journal:
             )
 
     def _level(self, broken: Broken) -> Level:
-        """Return how bad it is: a torn end is what a crash leaves, and what delivery has passed is kept in quarantine."""
+        """Return how bad it is: a torn end is what a crash leaves, and what was passed is in quarantine."""
         if broken.kind in {"torn", "unknown", "newer"}:
             return "note"
         writer, _, ordinal = broken.path.stem.rpartition("-")
@@ -357,7 +357,7 @@ def check_destination(destination: Destination) -> Finding:
     missing = _not_made_yet(destination)
     if missing is not None:
         return missing
-    from mlflow_outbox_worker.mlflow_sink import open_sink  # noqa: PLC0415 - imports mlflow
+    from mlflow_outbox_worker.mlflow_sink import open_sink
 
     try:
         sink = open_sink(
@@ -378,7 +378,7 @@ def _not_made_yet(destination: Destination) -> Finding | None:
     """Return a finding about an embedded store that does not exist; looking must not be what makes it."""
     if destination.scheme not in {"sqlite", "file"}:
         return None
-    from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - only here
+    from urllib.parse import unquote, urlsplit
 
     place = destination.uri.partition(":///")[2] if destination.scheme == "sqlite" else urlsplit(destination.uri).path
     path = Path(unquote(place if place.startswith("/") else f"/{place}"))

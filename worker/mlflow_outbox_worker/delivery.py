@@ -427,11 +427,13 @@ class Delivery:
         try:
             stamp = self._stamp(run_id)
             turn = courier.turn(run_id)
-            self._turned(run_id, turn)
-            if turn.progress == "live" or (
+            complete = turn.progress == "live" or (
                 turn.progress == "idle"
                 and finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
-            ):
+            )
+            # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
+            self._turned(run_id, turn)
+            if complete:
                 self._sent(run_id, stamp)
         except Waits:  # for another run's turn; nothing is wrong with the destination
             self._again(run_id, self._clock() + self._settings.poll_interval)

@@ -133,9 +133,8 @@ class HostLease:
             os.fsync(file.fileno())
             now = os.fstat(file.fileno()).st_mtime
         try:
-            if not self._link(draft):
-                if not self._is_left_behind(note, now) or not self._link(draft):
-                    return False
+            if not self._link(draft) and not (self._is_left_behind(note, now) and self._link(draft)):
+                return False
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(draft)

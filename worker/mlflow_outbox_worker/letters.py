@@ -1,9 +1,10 @@
 """Sending a dead letter again: the one thing that puts an event back into a journal.
 
-The event is written to a new segment by a writer of its own, and is on disk to stay before the letter leaves the queue. A
-kill in between leaves both: the event arrives and the letter is still there, to be sent again or dropped, which changes nothing in
-MLflow. So a letter can come twice, and is never lost. Programs that log and the worker that delivers may be at work meanwhile: each
-writes its own files, and the ledger's database takes one transaction after the other.
+The event is written to a new segment by a writer of its own, and is on disk to stay before the letter leaves the
+queue. A kill in between leaves both: the event arrives and the letter is still there, to be sent again or dropped,
+which changes nothing in MLflow. So a letter can come twice, and is never lost. Programs that log and the worker
+that delivers may be at work meanwhile: each writes its own files, and the ledger's database takes one transaction
+after the other.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from mlflow_outbox_worker.records import DeadLetter
 
 
 class LetterRefused(OutboxError):
-    """Raised when a dead letter cannot be sent again or changed; it stays in the queue, and the message says what to do."""
+    """Raised when a dead letter cannot be sent again or changed; it stays, and the message says what to do."""
 
 
 def event_of(letter: DeadLetter) -> Event:
@@ -55,7 +56,7 @@ def event_of(letter: DeadLetter) -> Event:
     try:
         return decode(letter.payload)
     except msgspec.DecodeError as error:
-        msg = f"the dead letter {letter.id} holds an event that this version does not know ({error}); upgrade mlflow-outbox"
+        msg = f"the dead letter {letter.id} holds an event that only a newer mlflow-outbox knows ({error}); upgrade"
         raise LetterRefused(msg) from None
 
 
@@ -85,7 +86,7 @@ def send_again(
     journal.close()
     if not kept or journal.in_memory or counters["unsynced_not_rewritten"]:
         journal.release()
-        msg = f"the disk does not take the event of the dead letter {letter.id}, which stays; free some space and try again"
+        msg = f"the disk does not take the event of the dead letter {letter.id}, which stays; free space and try again"
         raise LetterRefused(msg)
     if replacement is None:
         ledger.drop_dead_letter(letter.id)

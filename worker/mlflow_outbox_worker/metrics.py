@@ -1,11 +1,11 @@
 """What a worker's monitoring is told: backlog, deliveries, the destination's answers, and how late events arrive.
 
-The numbers of the requests are taken around the sink, by ``Meter``; those of the backlog by ``survey``; the rest are the worker's
-own counters. ``Exporter`` shows them to prometheus-client, an optional dependency, which serves them over HTTP in the format of
-OpenMetrics, or writes them to a file for the textfile collector of a node exporter.
+The numbers of the requests are taken around the sink, by ``Meter``; those of the backlog by ``survey``; the rest
+are the worker's own counters. ``Exporter`` shows them to prometheus-client, an optional dependency, which serves
+them over HTTP in the format of OpenMetrics, or writes them to a file for the textfile collector of a node exporter.
 
-How late an event arrives is the time from the logging call to MLflow's answer, as far as a metric point tells: a program that gives
-time stamps of its own shifts it.
+How late an event arrives is the time from the logging call to MLflow's answer, as far as a metric point tells: a
+program that gives time stamps of its own shifts it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -36,6 +36,10 @@ _PREFIX: Final = "mlflow_outbox_"
 
 #: What is not a request of the store.
 _NO_REQUESTS: Final = frozenset({"close"})
+
+
+class MetricsUnavailable(OutboxError):
+    """Raised when metrics are asked for and prometheus-client is not installed; the message says how to install it."""
 
 
 class Histogram:
@@ -92,7 +96,7 @@ class Meter:
 
     def open_sink(self, uri: str, **options: Any) -> Sink:
         """Open the sink of a tracking URI, and measure it."""
-        from mlflow_outbox_worker.mlflow_sink import open_sink  # noqa: PLC0415 - imports mlflow when something is sent
+        from mlflow_outbox_worker.mlflow_sink import open_sink
 
         return measured(open_sink(uri, **options), self)
 
@@ -150,8 +154,8 @@ class Exporter:
 
     def __init__(self, settings: Settings) -> None:
         try:
-            import prometheus_client  # noqa: PLC0415 - an optional dependency
-            from prometheus_client import core  # noqa: PLC0415 - as above
+            import prometheus_client
+            from prometheus_client import core
         except ImportError:
             msg = "metrics need the package prometheus-client: pip install 'mlflow-outbox[metrics]'"
             raise MetricsUnavailable(msg) from None
@@ -240,10 +244,6 @@ class Exporter:
                 held = histogram(one.meter)
                 family.add_metric([one.name], held.buckets(), sum_value=held.sum)
             yield family
-
-
-class MetricsUnavailable(OutboxError):
-    """Raised when metrics are asked for and prometheus-client is not installed; the message says how to install it."""
 
 
 class _Watched:

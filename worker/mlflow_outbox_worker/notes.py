@@ -1,7 +1,7 @@
-"""What the worker notes in the ledger about itself, so that ``status`` and ``flush`` can tell without watching it for a while.
+"""What the worker notes in the ledger about itself, so that ``status`` and ``flush`` need not watch it to tell.
 
-How the destination stands is noted when it changes, and again with the first attempt after somebody asked to hurry: whoever asked
-learns that the attempt was made. How fast events arrive is noted every few seconds while they do.
+How the destination stands is noted when it changes, and again with the first attempt after somebody asked to hurry:
+whoever asked learns that the attempt was made. How fast events arrive is noted every few seconds while they do.
 """
 
 from __future__ import annotations

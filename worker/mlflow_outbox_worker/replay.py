@@ -137,7 +137,7 @@ def prepare(paths: Sequence[Path], wish: Wish, *, copies: Collection[Path] = ())
                 group[1].append(runs)
                 group[2].append(path)
     jobs = [_own_job(*one, wish) for one in own.values()]
-    jobs += [_loose_job(*group, elsewhere, wish) for (_, elsewhere), group in loose.items()]
+    jobs += [_loose_job(*group, elsewhere=elsewhere, wish=wish) for (_, elsewhere), group in loose.items()]
     return Prepared([job for job in jobs if job.runs or wish.follow], problems, before)
 
 
@@ -173,7 +173,7 @@ def _own_job(outbox: OutboxDirectory, destination: Destination, runs: Runs, wish
     return Job(source, destination, runs, outbox, wish.again)
 
 
-def _loose_job(destination: Destination, found: list[Runs], paths: list[Path], elsewhere: bool, wish: Wish) -> Job:  # noqa: FBT001 - one caller
+def _loose_job(destination: Destination, found: list[Runs], paths: list[Path], *, elsewhere: bool, wish: Wish) -> Job:
     runs = merged(found)
 
     def look() -> Mapping[str, tuple[Path, ...]]:
@@ -232,7 +232,7 @@ class RunResult(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """How a job ended: the runs, and why it ended early ("" when it did not, "parked", "interrupted" or "time")."""
+    """How a job ended: the runs, and why it ended early: "" when it did not, "before" (all was sent before), "parked", "interrupted" or "time"."""
 
     runs: list[RunResult]
     cut_short: str = ""
@@ -299,7 +299,11 @@ class Replay:
         job = self._job
         if job.again:
             requeue(job.source, job.own, job.runs, self._settings)
-        before = pending_events(job, self._records())
+        records = self._records()
+        before = pending_events(job, records)
+        done = [run_id for run_id, record in records.items() if record.state == "done" and before.get(run_id) == 0]
+        if len(done) == len(job.runs) and not self._wish.follow:
+            return JobResult(self._results({}), "before")
         delivery = Delivery(
             job.source,
             job.destination,

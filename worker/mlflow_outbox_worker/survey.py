@@ -1,7 +1,7 @@
-"""What waits in an outbox: how much, since when, why, and who delivers it. Reads only, and disturbs neither writers nor the worker.
+"""What waits in an outbox: how much, since when, why, and who delivers it. Reads only, and disturbs nobody.
 
-Events are counted by their numbers, never read: a backlog of millions takes as long as the last segment of each writer. For the age of
-the oldest, one frame of each writer is read.
+Events are counted by their numbers, never read: a backlog of millions takes as long as the last segment of each
+writer. For the age of the oldest, one frame of each writer is read.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class OutboxSurvey:
 
     @property
     def last_error(self) -> str:
-        """What keeps events from arriving at present: of the destination, else of the run that failed last; "" for nothing."""
+        """What keeps events from arriving: of the destination, else of the run that failed last; "" for nothing."""
         if self.note.state != "ok":
             return self.note.reason
         failed = [run.record for run in self.runs if run.record is not None and run.record.reason]

@@ -8,10 +8,13 @@ either: it cuts long values, and its SQL stores hold infinities as the largest f
 
 from __future__ import annotations
 
+import hashlib
 import math
 import posixpath
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
@@ -32,11 +35,13 @@ from mlflow_outbox.spool.events import (
 )
 from mlflow_outbox.spool.reader import Cursor, RunReader
 from mlflow_outbox.views import Latest, RunView
+from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.records import DeadLetter
-from mlflow_outbox_worker.sink import MetricPoint, RemoteRun, Sink
+from mlflow_outbox_worker.sink import MetricPoint, RemoteRun, Sink, SinkError
 
 #: Differences named in one message.
 _NAMED: Final = 5
+_CHUNK: Final = 1024 * 1024
 
 
 def differences(
@@ -68,6 +73,44 @@ def differences(
     found = [*_of_run(run, view, excused), *_of_artifacts(sink, remote_id, view, excused)]
     if level == "full" and reader is not None:
         found += _of_history(sink, remote_id, reader, excused)
+    return found
+
+
+def wrong_contents(sink: Sink, remote_id: str, view: RunView, letters: Collection[DeadLetter]) -> list[str]:
+    """Return which artifacts MLflow holds with another content than was logged, one sentence each; downloads them all.
+
+    What delivery itself changes (an ``MLmodel``, in which it puts MLflow's ids) is passed over.
+
+    Args:
+        sink: the tracking store.
+        remote_id: the run's id there.
+        view: the run as its events describe it.
+        letters: its dead letters.
+
+    Raises:
+        SinkError: MLflow could not be asked, for another reason than that the file is not there.
+        OSError: there is no room for the largest of the files.
+    """
+    excused = _excused(letters)
+    found = []
+    for path, file in view.artifacts.items():
+        if ("artifact", path) in excused or posixpath.basename(path) == "MLmodel":
+            continue
+        with tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
+            copy = Path(private, "artifact")
+            try:
+                sink.download(remote_id, path, copy, file.size)
+            except SinkError as error:
+                if classify(error, "download").kind == "retry":
+                    raise
+                found.append(f"the artifact {printable(path)!r} cannot be read back: {error}")
+                continue
+            with copy.open("rb") as content:
+                digest = hashlib.sha256()
+                for chunk in iter(lambda: content.read(_CHUNK), b""):
+                    digest.update(chunk)
+        if digest.hexdigest() != file.sha256:
+            found.append(f"the artifact {printable(path)!r} has another content than was logged")
     return found
 
 

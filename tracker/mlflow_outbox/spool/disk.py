@@ -31,19 +31,27 @@ class SystemDisk:
 
         On a network file system there is no lock: one could wait for a server that is not there.
         """
+        locks = not is_network(path.parent)
         fd = create_private(path, os.O_WRONLY | os.O_APPEND)
-        if is_network(path.parent):
-            return fd
-        for _ in range(_LOCK_TRIES):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.0005)  # a reader looks at this very moment; without the lock it would take us for dead
-            except OSError:
-                break  # a file system without locks; there age decides whether we live
-            else:
-                break
+        try:
+            if locks:
+                _lock(fd)
+        except BaseException:  # a signal handler's: nobody would know of the descriptor
+            os.close(fd)
+            raise
         return fd
+
+
+def _lock(fd: int) -> None:
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.0005)  # a reader looks at this very moment; without the lock it would take us for dead
+        except OSError:
+            return  # a file system without locks; there age decides whether we live
+        else:
+            return
 
 
 def is_being_written(path: Path) -> bool:

@@ -313,6 +313,7 @@ class Journal:
             self._busy = True
             try:
                 self._retired = [other for other in self._retired if other is not old]
+                self._close(old.fd)
                 if not good:
                     self._rewrite(old.payloads, old.first_seq)
             except BaseException:
@@ -320,8 +321,6 @@ class Journal:
                 raise
             finally:
                 self._busy = False
-        with contextlib.suppress(OSError):
-            self._disk.close(old.fd)
 
     def _synced_until(self, fd: int, offset: int, held: list[bytes], count: int) -> None:
         with self._lock:
@@ -341,10 +340,9 @@ class Journal:
                         self._leave_and_rewrite()
                     return
                 for old in [other for other in self._retired if other.fd == fd]:
-                    self._retired.remove(old)
+                    self._retired = [other for other in self._retired if other is not old]
+                    self._close(old.fd)
                     self._rewrite(old.payloads, old.first_seq)
-                    with contextlib.suppress(OSError):
-                        self._disk.close(old.fd)
             except BaseException:
                 self._suspect, self._limit = True, 0
                 raise
@@ -431,6 +429,8 @@ class Journal:
         data = frame.pack(payload, self._seq & frame.SEQUENCE_MASK, self._seed)
         written = self._write(self._fd, data)
         if written != len(data):
+            written += self._write(self._fd, data[written:])  # which says why: no room, or a file that is large enough
+        if written != len(data):
             self._suspect = True
             self._settle()
             raise _short_write()
@@ -462,7 +462,9 @@ class Journal:
                     self._offset += found.end
                     if self._remember:
                         self._unsynced.append(payload)
-            except OSError:
+            except OSError as error:
+                if _is_foreign(error):
+                    raise
                 self._counters.add("torn_frames_left")
                 self._retire_segment()
         if self._draining is not None:
@@ -573,19 +575,19 @@ class Journal:
                 pid=os.getpid(),
             )
         )
+        newest = max(self._newest_first, self._seq)
+        size = len(header)
         self._ordinal += 1  # before the file: what interrupts its creation must not leave a name in the way
         fd = self._disk.create(path)
         try:
-            if self._write(fd, header) != len(header):
+            if self._write(fd, header) != size:
                 raise _short_write()
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-            with contextlib.suppress(OSError):
-                self._disk.close(fd)
+            self._close(fd)
             raise
-        newest = max(self._newest_first, self._seq)
-        self._fd, self._path, self._seed, self._offset, self._synced = fd, path, seed, len(header), 0
+        self._fd, self._path, self._seed, self._offset, self._synced = fd, path, seed, size, 0
         self._newest_first, self._tainted, self._new_names = newest, False, True
         if self._always:
             self._sync_names()
@@ -633,12 +635,18 @@ class Journal:
     def _flush_retired(self) -> None:
         """Sync and close complete segments here and now."""
         while self._retired:
-            old, self._retired = self._retired[0], self._retired[1:]
+            old = self._retired[0]
             good = self._datasync(old.fd)
-            with contextlib.suppress(OSError):
-                self._disk.close(old.fd)
+            self._retired = self._retired[1:]  # nothing between this and closing: never twice, hardly ever not
+            self._close(old.fd)
             if not good:
                 self._rewrite(old.payloads, old.first_seq)
+
+    def _close(self, fd: int) -> None:
+        try:  # noqa: SIM105 - contextlib.suppress makes calls, after which a signal handler could raise
+            self._disk.close(fd)
+        except OSError:
+            pass  # the descriptor is gone all the same
 
     def _append_nested(self, event: Event) -> bool:
         if self._nested is None:
@@ -709,8 +717,7 @@ class Journal:
         unsynced: list[bytes] = []
         self._fd, self._limit, self._tainted, self._unsynced = -1, 0, False, unsynced
         if fd >= 0:
-            with contextlib.suppress(OSError):
-                self._disk.close(fd)
+            self._close(fd)
         self._rewrite(payloads, first_seq, again=again)
 
     def _rewrite(self, payloads: list[bytes], first_seq: int, *, again: bool = False) -> None:
@@ -761,8 +768,7 @@ class Journal:
                 self._tainted,
             ) = held  # fmt: skip
             if aside >= 0:
-                with contextlib.suppress(OSError):
-                    self._disk.close(aside)
+                self._close(aside)
 
 
 #: All journals of this process, so that a forked child can let go of them.

@@ -167,6 +167,8 @@ class RunReader:
         name = path.name
         try:
             data = _read(path, 0, MAX_HEADER + 64)
+            if not data:
+                return  # begun by a writer that was interrupted, or about to be written
             header, body = unpack_header(data)
         except (CorruptSegment, NewerFormat) as error:
             kind = "newer" if isinstance(error, NewerFormat) else "header"

@@ -1,7 +1,7 @@
 """The application: its commands, and what every one of them has in common, above all how it ends.
 
-A command's module is imported to declare it, and imports what it needs itself only when it is called: ``--help`` and ``status`` must
-not wait for mlflow.
+A command's module is imported to declare it, and imports what it needs itself only when it is called: ``--help``
+and ``status`` must not wait for mlflow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, cast
 
 import typer
 
@@ -28,11 +28,17 @@ _COMMANDS: Final = (
     "status",
     "flush",
     "worker",
+    "replay",
+    "bundle",
+    "verify",
     "runs",
     "dead",
     "gc",
     "doctor",
 )
+
+#: The modules of commands that are not called like theirs.
+_HOME: Final = {"show": "runs", "export": "bundle", "import": "bundle"}
 
 _HELP: Final = f"""Deliver, look at and mend the outboxes of MLflow runs, also while programs log to them.
 
@@ -47,11 +53,17 @@ Examples:
 {EXPLAINED}"""
 
 #: typer.BadParameter's grandparent: the error whose ``show`` explains bad usage, wherever typer keeps it.
-_UsageTrouble: Final = typer.BadParameter.__mro__[2]
+_UsageTrouble: Final = cast("type[Any]", typer.BadParameter.__mro__[2])
 
 
-def build() -> typer.Typer:
-    """Return the application with all its commands."""
+def build(command: str = "") -> typer.Typer:
+    """Return the application.
+
+    Args:
+        command: the only command that will be called, so that a quick one need not wait for the others to be declared;
+            anything else means all of them.
+    """
+    module = _HOME.get(command, command)
     app = typer.Typer(
         name=PROGRAM,
         help=_HELP,
@@ -60,23 +72,23 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for name in _COMMANDS:
+    for name in (module,) if module in _COMMANDS else _COMMANDS:
         importlib.import_module(f"mlflow_outbox_worker.cli.{name}").register(app)
 
     @app.callback()
     def options(
         version: bool = typer.Option(
             False, "--version", help="Print the version.", is_eager=True, callback=_print_version
-        ),  # noqa: FBT001, FBT003 - typer's form of a flag
+        ),
     ) -> None:
         pass
 
     return app
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
+def _print_version(asked: bool) -> None:
     if asked:
-        from mlflow_outbox import __version__  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox import __version__
 
         sys.stdout.write(f"{PROGRAM} {__version__}\n")
         raise typer.Exit
@@ -89,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line; None means this process's.
     """
     terminal.prepare()
-    code = _run(arguments)
+    try:
+        code = _run(arguments)
+    finally:
+        terminal.leave()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -104,11 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        result = build()(args=arguments, prog_name=PROGRAM, standalone_mode=False)
-        return int(result) if isinstance(result, int) else ExitCode.DONE
+        words = sys.argv[1:] if arguments is None else [*arguments]
+        result = build(words[0] if words else "")(args=words, prog_name=PROGRAM, standalone_mode=False)
+        code = int(result) if isinstance(result, int) else ExitCode.DONE
+        if code == ExitCode.INTERRUPTED:  # typer has caught it
+            raise KeyboardInterrupt
+        return code
     except _UsageTrouble as error:
         with contextlib.suppress(BrokenPipeError):
-            error.show()  # type: ignore[attr-defined]
+            error.show()
         return ExitCode.USAGE
     except (KeyboardInterrupt, typer.Abort):
         terminal.error("interrupted; nothing was left half done")

@@ -1,7 +1,7 @@
 """``mlflow-outbox dead``: the events that MLflow refused for good, and what to do with them.
 
-All of it works while programs log to the outbox and a worker delivers it. No letter is lost: one that is sent again leaves the
-queue only after its event is on disk to stay, and one that is dropped is printed first.
+All of it works while programs log to the outbox and a worker delivers it. No letter is lost: one that is sent again
+leaves the queue only after its event is on disk to stay, and one that is dropped is printed first.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def register(app: typer.Typer) -> None:
 
 def listed(
     outbox_dir: OutboxDir = None,
-    as_json: AsJson = False,  # noqa: FBT002 - typer's form of a flag, as the next ones
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """List the dead letters, oldest first, with MLflow's reasons."""
     terminal.behave(quiet=quiet, verbose=verbose)
@@ -93,9 +93,9 @@ def listed(
 def show(
     letter_id: _Id,
     outbox_dir: OutboxDir = None,
-    as_json: AsJson = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Show a dead letter in full: the event, and what MLflow answered."""
     terminal.behave(quiet=quiet, verbose=verbose)
@@ -118,7 +118,7 @@ def show(
     else:
         pairs.append(("event", lines.kind_of(event)))
         pairs += [(f"  {name}", str(value)) for name, value in lines.as_data(event).items() if name != "kind"]
-        from mlflow_outbox_worker.letters import fields_of  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox_worker.letters import fields_of
 
         pairs.append(("can be edited", ", ".join(fields_of(event)) or "no"))
     terminal.pairs(pairs)
@@ -129,17 +129,17 @@ def retry(
     letter_ids: Annotated[
         list[str] | None, typer.Argument(metavar="[ID]...", help="Letters, as `dead list` shows them.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,  # noqa: FBT002
+    every: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
     outbox_dir: OutboxDir = None,
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Send dead letters again, for instance after MLflow's limits were changed."""
     terminal.behave(quiet=quiet, verbose=verbose)
     if bool(letter_ids) == every:
         msg = "name the letters to send again, or give --all"
         raise CommandFailed(msg, ExitCode.USAGE)
-    from mlflow_outbox_worker.letters import send_again  # noqa: PLC0415 - imported on demand
+    from mlflow_outbox_worker.letters import send_again
 
     settings = outboxes.settings_for(outbox_dir)
     sent = 0
@@ -160,8 +160,8 @@ def edit(
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="A field and its new value, for instance key=lr.")
     ],
     outbox_dir: OutboxDir = None,
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Change a dead letter's key, value, step, path or status, and send it again.
 
@@ -173,7 +173,7 @@ def edit(
       mlflow-outbox dead edit 8 --set value=0.01 --set step=3
     """
     terminal.behave(quiet=quiet, verbose=verbose)
-    from mlflow_outbox_worker.letters import changed, event_of, send_again  # noqa: PLC0415 - imported on demand
+    from mlflow_outbox_worker.letters import changed, event_of, send_again
 
     fields: dict[str, str] = {}
     for change in changes:
@@ -195,9 +195,9 @@ def edit(
 def drop(
     letter_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Letters, as `dead list` shows them.")],
     outbox_dir: OutboxDir = None,
-    yes: _Yes = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    yes: _Yes = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Drop dead letters for good; each is printed as JSON first."""
     terminal.behave(quiet=quiet, verbose=verbose)
@@ -239,7 +239,7 @@ def _as_data(directory: OutboxDirectory, letter: DeadLetter) -> dict[str, Any]:
 
 
 def _event(letter: DeadLetter) -> Event | None:
-    from mlflow_outbox_worker.letters import LetterRefused, event_of  # noqa: PLC0415 - imported on demand
+    from mlflow_outbox_worker.letters import LetterRefused, event_of
 
     with contextlib.suppress(LetterRefused):
         return event_of(letter)
@@ -287,7 +287,7 @@ def _one(settings: Settings, letter_id: str) -> tuple[OutboxDirectory, DeadLette
         with outboxes.ledger_of(directory, settings) as ledger:
             for letter in _letters(ledger, [letter_id]):
                 return directory, letter
-    msg = f"the dead letter {printable(letter_id)} was taken away at this moment; mlflow-outbox dead list shows what is left"
+    msg = f"the dead letter {printable(letter_id)} has just been dealt with; mlflow-outbox dead list shows the others"
     raise CommandFailed(msg)
 
 

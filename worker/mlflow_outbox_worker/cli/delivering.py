@@ -27,9 +27,9 @@ class CommandWorker:
     """
 
     def __init__(self, directory: OutboxDirectory, settings: Settings, meter: Meter | None = None) -> None:
-        from mlflow_outbox.counters import Counters  # noqa: PLC0415 - imported on demand, as the next
-        from mlflow_outbox_worker.cli.outboxes import destination_of  # noqa: PLC0415
-        from mlflow_outbox_worker.delivery import Delivery  # noqa: PLC0415 - tenacity and diskcache, not for --help
+        from mlflow_outbox.counters import Counters
+        from mlflow_outbox_worker.cli.outboxes import destination_of
+        from mlflow_outbox_worker.delivery import Delivery
 
         self.directory = directory
         self.counters = Counters()

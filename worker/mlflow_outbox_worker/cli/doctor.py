@@ -33,16 +33,16 @@ def doctor(
     outbox_dir: OutboxDir = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Mend what is safe to mend: modes, drafts, the ledger.")
-    ] = False,  # noqa: FBT002 - typer's form of a flag, as the next ones
-    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the destination.")] = False,  # noqa: FBT002
-    as_json: AsJson = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the destination.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Check the directory, the journals, the ledger and the destination.
 
-    Every event on disk is read and its checksum compared. Nothing of a journal is ever changed. The exit code is 0 when all is
-    well, 1 when something is damaged or unsafe, 3 when the destination is away, 4 when it refuses.
+    Every event on disk is read and its checksum compared. Nothing of a journal is ever changed. The exit code is 0
+    when all is well, 1 when something is damaged or unsafe, 3 when the destination is away, 4 when it refuses.
 
     \b
     Examples:
@@ -73,7 +73,7 @@ def doctor(
 
 
 def _examine(path: Path, settings: Settings, *, repair: bool, offline: bool) -> Iterator[Finding]:
-    from mlflow_outbox_worker.checkup import (  # noqa: PLC0415 - diskcache and SQLite, which --help does not need
+    from mlflow_outbox_worker.checkup import (
         Finding,
         check_destination,
         check_modes,

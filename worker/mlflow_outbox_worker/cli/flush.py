@@ -1,8 +1,9 @@
 """``mlflow-outbox flush``: deliver now what is there, and say what is left.
 
-Where a worker holds the outbox it is asked to hurry, which cuts its back-off short, and watched; where nobody does, or the
-worker ends meanwhile, the command delivers itself. What counts are the events on disk when the command began: a program that goes on
-logging keeps nobody waiting for ever. An ended run counts as delivered once it has been read back.
+Where a worker holds the outbox it is asked to hurry, which cuts its back-off short, and watched; where nobody does,
+or the worker ends meanwhile, the command delivers itself. What counts are the events on disk when the command
+began: a program that goes on logging keeps nobody waiting for ever. An ended run counts as delivered once it has
+been read back.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ def flush(
         ),
     ] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="ID", help="Wait for this run only.")] = None,
-    quiet: Quiet = False,  # noqa: FBT002 - typer's form of a flag
-    verbose: Verbose = False,  # noqa: FBT002
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Deliver what is there now, and say what is left.
 
-    A worker that has the outbox already is asked to hurry; otherwise this command delivers. Without --timeout it gives up
-    after a minute in which nothing arrived.
+    A worker that has the outbox already is asked to hurry; otherwise this command delivers. Without --timeout it
+    gives up after a minute in which nothing arrived.
 
     \b
     Examples:
@@ -149,7 +150,7 @@ class Flush:
     """
 
     def __init__(self, directory: OutboxDirectory, settings: Settings, run_id: str | None = None) -> None:
-        from mlflow_outbox_worker.backlog import Targets  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox_worker.backlog import Targets
 
         self._directory = directory
         self._settings = settings
@@ -190,7 +191,7 @@ class Flush:
         self._delivered_itself = self._worker.delivery.holds_lease()
         nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
         if nothing and not self._delivered_itself:
-            from mlflow_outbox_worker.host_lease import described, worker_of  # noqa: PLC0415 - imported on demand
+            from mlflow_outbox_worker.host_lease import described, worker_of
 
             found = worker_of(self._directory)
             self._held_by = described(found) if found is not None else ""
@@ -217,8 +218,8 @@ class Flush:
 
     def look(self) -> None:
         """Find out how far it is."""
-        from mlflow_outbox_worker.backlog import left, targets  # noqa: PLC0415 - diskcache and SQLite, not for --help
-        from mlflow_outbox_worker.notes import destination_note  # noqa: PLC0415
+        from mlflow_outbox_worker.backlog import left, targets
+        from mlflow_outbox_worker.notes import destination_note
 
         try:
             with outboxes.ledger_of(self._directory, self._settings) as ledger:
@@ -253,13 +254,12 @@ class Flush:
             reason=_reason(records, parked, note.reason if note is not None and note.state != "ok" else ""),
             parked_for_sure=sure,
         )
-        if self.left > self.total:
-            self.total = self.left
+        self.total = max(self.total, self.left)
 
     def _unread_back(self, records: dict[str, RunRecord]) -> int:
         """Return how many runs have ended and are not read back yet, although nobody writes to them any more."""
-        from mlflow_outbox.spool.reader import RunReader  # noqa: PLC0415 - imported on demand
-        from mlflow_outbox.spool.writer import writer_state  # noqa: PLC0415
+        from mlflow_outbox.spool.reader import RunReader
+        from mlflow_outbox.spool.writer import writer_state
 
         number = 0
         for run_id in self._ends or ():

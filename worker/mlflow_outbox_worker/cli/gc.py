@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def gc(
     outbox_dir: OutboxDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")] = False,  # noqa: FBT002 - typer's form of a flag
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")] = False,
     older_than: Annotated[
         str | None,
         typer.Option(
@@ -36,8 +36,8 @@ def gc(
             show_default=False,
         ),
     ] = None,
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Delete runs that are delivered, read back and kept long enough; say what that freed.
 
@@ -54,8 +54,8 @@ def gc(
     before_ms = time.time_ns() // 1_000_000 - int(keep * 1000)
     codes = []
     for directory in outboxes.open_all(settings):
-        from mlflow_outbox_worker.host_lease import described, lease_of, worker_of  # noqa: PLC0415 - imported on demand
-        from mlflow_outbox_worker.retention import reclaim  # noqa: PLC0415
+        from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
+        from mlflow_outbox_worker.retention import reclaim
 
         name = printable(directory.path.name)
         lease = lease_of(directory, "command")

@@ -72,7 +72,8 @@ def open_one(settings: Settings) -> OutboxDirectory:
     paths = find(settings)
     if len(paths) > 1:
         names = ", ".join(printable(path.name) for path in paths[:5]) + (", ..." if len(paths) > 5 else "")  # noqa: PLR2004 - enough to recognise them
-        msg = f"there are {len(paths)} outboxes in {printable(paths[0].parent, 300)} ({names}); name one with --outbox-dir"
+        where = printable(paths[0].parent, 300)
+        msg = f"there are {len(paths)} outboxes in {where} ({names}); name one with --outbox-dir"
         raise CommandFailed(msg, ExitCode.USAGE)
     return OutboxDirectory.open(paths[0])
 
@@ -99,7 +100,7 @@ def ledger_of(directory: OutboxDirectory, settings: Settings, *, write: bool = F
     Raises:
         LedgerUnavailable: it cannot be used now.
     """
-    from mlflow_outbox_worker.ledger import Ledger  # noqa: PLC0415 - diskcache and SQLite, which --help does not need
+    from mlflow_outbox_worker.ledger import Ledger
 
     ledger = Ledger.open(ledger_path(directory, settings), read_only=not write)
     with contextlib.closing(ledger):

@@ -43,12 +43,12 @@ def replay(
     experiment: Annotated[
         str, typer.Option("--experiment", metavar="NAME", help="Put all runs into this experiment.")
     ] = "",
-    only_finished: Annotated[bool, typer.Option("--only-finished", help="Only runs whose status is FINISHED.")] = False,  # noqa: FBT002 - typer's form of a flag
+    only_finished: Annotated[bool, typer.Option("--only-finished", help="Only runs whose status is FINISHED.")] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Send delivered runs once more: to a wiped or migrated server.")
-    ] = False,  # noqa: FBT002
-    follow: Annotated[bool, typer.Option("--follow", help="Go on while the runs are still written.")] = False,  # noqa: FBT002
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,  # noqa: FBT002
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on while the runs are still written.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs sent side by side.", show_default="4")
     ] = None,
@@ -56,8 +56,8 @@ def replay(
         float | None,
         typer.Option("--timeout", min=0, metavar="S", help="Seconds to take at most.", show_default="until done"),
     ] = None,
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Send runs that are on disk: offline runs, copies, bundles, runs on a shared file system.
 
@@ -72,7 +72,7 @@ def replay(
       mlflow-outbox replay /scratch/outbox --follow                    from a login node, while the job runs
       mlflow-outbox replay ./.mlflow-outbox --again                    after the server's database was lost
     """
-    from mlflow_outbox_worker.replay import Wish, prepare  # noqa: PLC0415 - diskcache and SQLite, not for --help
+    from mlflow_outbox_worker.replay import Wish, prepare
 
     terminal.behave(quiet=quiet, verbose=verbose)
     if follow and (only_finished or again):
@@ -103,7 +103,7 @@ def _unpacked(paths: list[Path]) -> Iterator[list[Path]]:
                 msg = f"there is no {printable(path, 300)}"
                 raise CommandFailed(msg, ExitCode.USAGE)
             if path.is_file():
-                from mlflow_outbox_worker.unpacking import unpacked  # noqa: PLC0415 - only for bundles
+                from mlflow_outbox_worker.unpacking import unpacked
 
                 places.append(stack.enter_context(unpacked(path)))
             else:
@@ -118,7 +118,7 @@ def _nothing(prepared: Prepared) -> str:
 
 
 def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
-    from mlflow_outbox_worker.replay import known_records, pending_events, view_of  # noqa: PLC0415 - on demand
+    from mlflow_outbox_worker.replay import known_records, pending_events, view_of
 
     if not prepared.jobs:
         terminal.say(_nothing(prepared))
@@ -158,7 +158,7 @@ def _send_all(prepared: Prepared, settings: Settings, wish: Wish, timeout: float
 
 
 def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, stopped: threading.Event) -> ExitCode:
-    from mlflow_outbox_worker.replay import Replay  # noqa: PLC0415 - imported on demand
+    from mlflow_outbox_worker.replay import Replay
 
     terminal.note(f"{count(len(job.runs), 'run')} to {job.destination.uri}")
     try:
@@ -171,6 +171,10 @@ def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, stopp
 
 
 def _summary(job: Job, result: JobResult) -> ExitCode:
+    if result.cut_short == "before":
+        what = f"{count(len(result.runs), 'run')} sent to {job.destination.uri} before"
+        terminal.say(f"nothing to send: {what} (--again sends them once more)")
+        return ExitCode.DEAD if any(run.dead for run in result.runs) else ExitCode.DONE
     sent = [run for run in result.runs if run.state == "sent"]
     skipped = [run for run in result.runs if run.state == "skipped"]
     waiting = [run for run in result.runs if run.state == "left"]
@@ -197,7 +201,7 @@ def _summary(job: Job, result: JobResult) -> ExitCode:
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[Progress], None]]:
     """Yield what shows progress: a bar with rate and time left on a terminal, a line now and then elsewhere."""
-    import sys  # noqa: PLC0415 - the stream of now, which a test may have replaced
+    import sys
 
     if terminal.is_quiet() or not sys.stderr.isatty():
         with terminal.progress() as line:
@@ -210,10 +214,10 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
 
             yield plain
         return
-    from rich.console import Console  # noqa: PLC0415 - a pipe does not need rich
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
 
     class Rate(TextColumn):
         def render(self, task: object) -> Text:

@@ -1,4 +1,4 @@
-"""``mlflow-outbox runs`` and ``show``: read runs from the journals, whether MLflow has them or not, without asking it."""
+"""``mlflow-outbox runs`` and ``show``: read runs from the disk, whether MLflow has them or not, without asking it."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def register(app: typer.Typer) -> None:
 
 def runs(
     outbox_dir: OutboxDir = None,
-    as_json: AsJson = False,  # noqa: FBT002 - typer's form of a flag, as the next ones
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """List the runs that are on disk, newest first, with what of them waits.
 
@@ -114,12 +114,12 @@ def show(
         typer.Argument(metavar="RUN", help="A run's id in the outbox or in MLflow, or the beginning of the former."),
     ],
     outbox_dir: OutboxDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every event on disk, one JSON object a line.")] = False,  # noqa: FBT002
+    as_json: Annotated[bool, typer.Option("--json", help="Print every event on disk, one JSON object a line.")] = False,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on with what is logged, until the run ends.")
-    ] = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Show a run: params, last metrics, files, and how far its delivery is.
 
@@ -154,14 +154,14 @@ class Look:
     """
 
     def __init__(self, directory: OutboxDirectory, ledger: Ledger, run_id: str) -> None:
-        from mlflow_outbox.spool.reader import RunReader  # noqa: PLC0415 - imported on demand, as the next
-        from mlflow_outbox.views import RunView  # noqa: PLC0415
-        from mlflow_outbox_worker.backlog import left  # noqa: PLC0415
+        from mlflow_outbox.spool.reader import RunReader
+        from mlflow_outbox.views import RunView
+        from mlflow_outbox_worker.backlog import left
 
         self.run_id = run_id
         self.directory = directory
         self.record: RunRecord | None = None
-        self.view = RunView()
+        self.view: RunView = RunView()
         self.dead = 0
         view = None
         self.trouble = ""
@@ -172,7 +172,7 @@ class Look:
             self.trouble = str(error)
         self.reader: RunReader = RunReader(directory.run(run_id))
         if self.record is not None and view is not None:
-            self.view: RunView = view
+            self.view = view
             self.cursors: dict[str, Cursor] = dict(self.record.cursors)
         else:  # nothing was delivered, or the ledger was lost: read everything that is there
             self.reader = _everything(directory, run_id)
@@ -234,7 +234,7 @@ class Look:
 
 
 def _everything(directory: OutboxDirectory, run_id: str) -> RunReader:
-    from mlflow_outbox.spool.reader import RunReader  # noqa: PLC0415 - imported on demand
+    from mlflow_outbox.spool.reader import RunReader
 
     return RunReader(directory.run(run_id), directory.delivered / run_id)
 
@@ -334,9 +334,9 @@ def _print_events(
         cursors: where to begin; None is the beginning.
         ended: the run has ended before these cursors.
     """
-    import sys  # noqa: PLC0415 - for flushing only
+    import sys
 
-    from mlflow_outbox.spool.events import RunEnded, RunStarted  # noqa: PLC0415 - imported on demand
+    from mlflow_outbox.spool.events import RunEnded, RunStarted
 
     reader = _everything(directory, run_id)
     after = dict(cursors) if cursors is not None else first_cursors(reader)
@@ -349,9 +349,8 @@ def _print_events(
             elif isinstance(event, RunStarted):
                 ended = False
         for broken in window.broken:
-            terminal.note(
-                f"bytes {broken.start} to {broken.end} of {printable(broken.path, 300)} are {broken.kind}: {broken.reason}"
-            )
+            where = f"bytes {broken.start} to {broken.end} of {printable(broken.path, 300)}"
+            terminal.note(f"{where} are {broken.kind}: {broken.reason}")
         after = window.cursors
         if window.more:
             continue
@@ -362,8 +361,8 @@ def _print_events(
 
 
 def first_cursors(reader: RunReader) -> dict[str, Cursor]:
-    """Return where each writer's first segment on disk begins: earlier ones may have been reclaimed, which is no gap."""
-    from mlflow_outbox.spool.reader import Cursor  # noqa: PLC0415 - imported on demand
+    """Return where each writer's first segment on disk begins; that earlier ones were reclaimed is no gap."""
+    from mlflow_outbox.spool.reader import Cursor
 
     return {
         writer: Cursor(held[0].header.ordinal, 0, held[0].header.first_seq)

@@ -29,12 +29,12 @@ def register(app: typer.Typer) -> None:
 
 def status(
     outbox_dir: OutboxDir = None,
-    as_json: AsJson = False,  # noqa: FBT002 - typer's form of a flag, as the next ones
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on, until ctrl-C.")] = False,  # noqa: FBT002
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on, until ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds between two looks of --watch.")] = 2.0,
-    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 3, 4 or 5 when something is left.")] = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 3, 4 or 5 when something is left.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Say what waits, since when, why, and who delivers it.
 
@@ -48,7 +48,7 @@ def status(
       mlflow-outbox status -q --exit-code || mail -s "events wait" me@example.org
     """
     terminal.behave(quiet=quiet, verbose=verbose)
-    from mlflow_outbox_worker.survey import survey  # noqa: PLC0415 - diskcache and SQLite, which --help does not need
+    from mlflow_outbox_worker.survey import survey
 
     settings = outboxes.settings_for(outbox_dir)
     directories = outboxes.open_all(settings)
@@ -222,6 +222,6 @@ def sentences(one: OutboxSurvey) -> list[Cell]:
 def _who(one: OutboxSurvey) -> str:
     if one.holder is None:
         return "nobody delivers" + ("; mlflow-outbox flush does" if one.pending or one.parked else "")
-    from mlflow_outbox_worker.host_lease import described  # noqa: PLC0415 - imported on demand
+    from mlflow_outbox_worker.host_lease import described
 
     return f"{described(one.holder)} delivers"

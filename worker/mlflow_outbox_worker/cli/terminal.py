@@ -1,19 +1,21 @@
-"""Manners at the terminal: who reads the output decides how it looks, and nothing that is shown can give the terminal orders.
+"""Manners at the terminal: who reads the output decides how it looks, and nothing shown can give orders.
 
-A terminal gets tables that fit its width, and colours unless ``NO_COLOR`` says otherwise (rich sees to that). A pipe or a file gets plain
-lines, whole and without escape sequences. Everything that comes from a run (keys, names, answers of servers) is shown with its control
-characters escaped. What a command was asked for goes to standard output, what it has to say about itself to standard error.
+A terminal gets tables that fit its width, and colours unless ``NO_COLOR`` says otherwise (rich sees to that). A
+pipe or a file gets plain lines, whole and without escape sequences. Everything that comes from a run (keys, names,
+answers of servers) is shown with its control characters escaped. What a command was asked for goes to standard
+output, what it has to say about itself to standard error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from mlflow_outbox.counters import printable
 
@@ -27,6 +29,7 @@ _PROGRESS: Final = 10.0
 class _State:
     quiet = False
     verbose = False
+    undo: ClassVar[list[Callable[[], object]]] = []
 
 
 class Column(NamedTuple):
@@ -72,11 +75,21 @@ def behave(*, quiet: bool = False, verbose: bool = False) -> None:
     """Take note of ``--quiet`` and ``--verbose``."""
     _State.quiet, _State.verbose = quiet, verbose
     log = logging.getLogger("mlflow_outbox")
-    if not any(isinstance(handler, _ToStandardError) for handler in log.handlers):
-        log.addHandler(_ToStandardError())
+    if not _State.undo:
+        handler, propagate = _ToStandardError(), log.propagate
+        log.addHandler(handler)
         log.propagate = False
-    for noisy in ("mlflow", "alembic", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.INFO if verbose else logging.ERROR)
+        _State.undo += [lambda: log.removeHandler(handler), lambda: setattr(log, "propagate", propagate)]
+        for name in ("mlflow", "alembic", "urllib3"):
+            noisy = logging.getLogger(name)
+            _State.undo.append(functools.partial(noisy.setLevel, noisy.level))
+            noisy.setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def leave() -> None:
+    """Put the logging of this process back as it was, at the end of a command."""
+    while _State.undo:
+        _State.undo.pop()()
 
 
 def is_verbose() -> bool:
@@ -144,13 +157,13 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
     shown = list(range(len(columns)))
     if not is_terminal():
         _plain_line([column.title.upper() for column in columns], columns, widths)
-        for row in texts:
-            _plain_line(row, columns, widths)
+        for line in texts:
+            _plain_line(line, columns, widths)
         return
     room = shutil.get_terminal_size().columns
     while sum(widths[i] + 2 for i in shown) - 2 > room and any(columns[i].rank for i in shown):
         shown.remove(max(shown, key=lambda i: (columns[i].rank, i)))
-    from rich.table import Table  # noqa: PLC0415 - a pipe does not need rich
+    from rich.table import Table
 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i in shown:
@@ -178,7 +191,7 @@ def pairs(items: Sequence[tuple[str, Cell]]) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows how far a long command is: on one line of a terminal, or now and then as a line of its own."""
+    """Yield a function that shows how far a command is: on one line of a terminal, else on a new one now and then."""
     if _State.quiet:
         yield lambda _text: None
         return
@@ -192,8 +205,8 @@ def progress() -> Iterator[Callable[[str], None]]:
 
         yield line
         return
-    from rich.console import Console  # noqa: PLC0415 - a pipe does not need rich
-    from rich.text import Text  # noqa: PLC0415
+    from rich.console import Console
+    from rich.text import Text
 
     with Console(stderr=True).status(Text("")) as shown:
         yield lambda text: shown.update(Text(printable(text, _LINE)))
@@ -217,7 +230,7 @@ def clear() -> None:
 
 
 def _console() -> Any:
-    from rich.console import Console  # noqa: PLC0415 - a pipe does not need rich
+    from rich.console import Console
 
     return Console(highlight=False, emoji=False, markup=False)
 
@@ -227,7 +240,7 @@ def _text(cell: Cell) -> str:
 
 
 def _rich_text(cell: Cell) -> Any:
-    from rich.text import Text  # noqa: PLC0415 - a pipe does not need rich
+    from rich.text import Text
 
     return Text(printable(_text(cell), _CELL), style=cell.style if isinstance(cell, Styled) else "")
 

@@ -1,7 +1,7 @@
 """``mlflow-outbox worker``: delivery as a service, for one outbox or all under a directory.
 
-SIGTERM and SIGINT end it: it hurries, delivers what it can within the grace time, and leaves the rest on disk. A second signal
-ends it at once. Both are safe at any moment, as is SIGKILL.
+SIGTERM and SIGINT end it: it hurries, delivers what it can within the grace time, and leaves the rest on disk. A
+second signal ends it at once. Both are safe at any moment, as is SIGKILL.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def worker(
     outbox_dir: OutboxDir = None,
     every: Annotated[
         bool, typer.Option("--all", help="Deliver every outbox in the directory, also those made later.")
-    ] = False,  # noqa: FBT002 - typer's form of a flag
+    ] = False,
     until_idle: Annotated[
         bool, typer.Option("--until-idle", help="End when everything is delivered and nobody logs any more.")
-    ] = False,  # noqa: FBT002
+    ] = False,
     grace: Annotated[
         float, typer.Option(min=0, metavar="S", help="Seconds to go on delivering after SIGTERM or SIGINT.")
     ] = 10.0,
@@ -68,8 +68,8 @@ def worker(
     metrics_interval: Annotated[
         float, typer.Option(min=0.1, metavar="S", help="Seconds between two writes of --metrics-file.")
     ] = 15.0,
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> int:
     """Deliver as a service: one outbox, or with --all every one in the directory.
 
@@ -101,14 +101,15 @@ def worker(
 def _exporter(settings: Settings, port: int | None, address: str, file: Path | None) -> Exporter | None:
     if port is None and file is None:
         return None
-    from mlflow_outbox_worker.metrics import Exporter  # noqa: PLC0415 - only when somebody asks for metrics
+    from mlflow_outbox_worker.metrics import Exporter
 
     exporter = Exporter(settings)
     if port is not None:
         try:
             bound = exporter.serve(port, address)
         except OSError as error:
-            msg = f"metrics cannot be served at {printable(address)}:{port}: {error.strerror or error}; give another --metrics-port"
+            reason = error.strerror or error
+            msg = f"metrics cannot be served at {printable(address)}:{port}: {reason}; give another --metrics-port"
             raise CommandFailed(msg) from error
         log(f"metrics at http://{address}:{bound}/metrics")
     return exporter
@@ -137,7 +138,7 @@ class Service:
 
     def take(self, directory: OutboxDirectory) -> None:
         """Deliver an outbox from now on."""
-        from mlflow_outbox_worker.metrics import Meter  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox_worker.metrics import Meter
 
         meter = Meter()
         one = CommandWorker(directory, self._settings, meter)
@@ -194,7 +195,7 @@ class Service:
 
     def end(self, grace: float) -> int:
         """Deliver what can be delivered within the grace time, stop, and return the exit code."""
-        from mlflow_outbox_worker.survey import survey  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox_worker.survey import survey
 
         deadline = time.monotonic() + grace
         if self._stop.is_set():
@@ -217,8 +218,8 @@ class Service:
             found = survey(one.directory, self._settings)
             codes.append(of_backlog(pending=found.pending, parked=found.parked, dead=found.dead))
             log(
-                f"{_name(one)}: {one.counters['delivered']:,} delivered, {found.pending:,} left, {found.parked:,} parked, "
-                f"{terminal.count(found.dead, 'dead letter')}"
+                f"{_name(one)}: {one.counters['delivered']:,} delivered, {found.pending:,} left, "
+                f"{found.parked:,} parked, {terminal.count(found.dead, 'dead letter')}"
             )
         return most_urgent(codes) if codes else ExitCode.DONE
 
@@ -227,8 +228,8 @@ class Service:
         """Return whether everything is delivered and no run is being written."""
         if not one.delivery.is_idle():
             return False
-        from mlflow_outbox.spool.disk import is_being_written  # noqa: PLC0415 - imported on demand
-        from mlflow_outbox.spool.reader import RunReader  # noqa: PLC0415
+        from mlflow_outbox.spool.disk import is_being_written
+        from mlflow_outbox.spool.reader import RunReader
 
         directory = one.directory
         return not any(
@@ -249,7 +250,7 @@ class Service:
                 log(f"metrics cannot be written to {printable(file, 300)}: {error}")
 
     def _say_changes(self) -> None:
-        from mlflow_outbox_worker.host_lease import described, worker_of  # noqa: PLC0415 - imported on demand
+        from mlflow_outbox_worker.host_lease import described, worker_of
 
         for path, one in self._workers.items():
             if one.delivery.holds_lease():

@@ -1,0 +1,129 @@
+"""What one logging call costs: the child's loop, and the rounds over all subjects.
+
+The clock's own cost (about 0.1 us) is in every figure. One loop runs for a limited number of calls and a limited
+time, whichever ends first, after some calls that are not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import children
+from benchmarks.numbers import median, quantiles
+from benchmarks.plan import Plan
+from benchmarks.trackers import open_tracker
+
+#: Calls that are made before any is counted: files, threads and connections are opened by the first ones.
+_WARM_UP = 20
+SHAPES = ("one metric", "10 metrics", "100 metrics", "one param", "one tag", "8 threads")
+#: While a worker delivers, calls come as an experiment makes them: after some work. Seconds.
+_PAUSE = 0.0002
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Measure one tracker in this process."""
+    tracker = open_tracker(request["tracker"], Path(request["directory"]), request["uris"])
+    spaced = request["tracker"].startswith("outbox") and " none" not in request["tracker"]
+    result = {}
+    for shape in request["shapes"]:
+        calls = _calls(tracker, shape)
+        if calls is not None:
+            result[shape] = quantiles(_timed(shape, calls, request["calls"], request["seconds"], spaced))
+    with contextlib.suppress(Exception):  # what a peer says at its end is not measured here
+        tracker.finish()
+    return result
+
+
+def _calls(tracker: Any, shape: str) -> Any:
+    """Return a function of the number of the call, or None when the tracker has no such call."""
+    metric, metrics, param, tag, _ = tracker
+    if shape in {"one metric", "8 threads"}:
+        return lambda number: metric("loss", 0.5, number)
+    if shape == "one param" and param is not None:
+        return lambda number: param(f"param_{number}", "value")
+    if shape == "one tag" and tag is not None:
+        return lambda number: tag(f"tag_{number}", "value")
+    if shape.endswith("metrics") and metrics is not None:
+        values = {f"metric_{index}": 0.5 * index for index in range(int(shape.split()[0]))}
+        return lambda number: metrics(values, number)
+    return None
+
+
+def _timed(shape: str, call: Any, calls: int, seconds: float, spaced: bool) -> list[int]:  # noqa: FBT001 - internal
+    for number in range(_WARM_UP):
+        call(number)
+    if shape != "8 threads":
+        return _loop(call, _WARM_UP, calls, seconds, spaced)
+    parts: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda at=at: parts.append(_loop(call, at, calls // 8, seconds, spaced)))
+        for at in range(1000, 9000, 1000)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [one for part in parts for one in part]
+
+
+def _loop(call: Any, begin: int, calls: int, seconds: float, spaced: bool) -> list[int]:  # noqa: FBT001 - internal
+    clock = time.perf_counter_ns
+    durations: list[int] = []
+    end = clock() + int(seconds * 1e9)
+    for number in range(begin, begin + calls):
+        before = clock()
+        call(number)
+        after = clock()
+        durations.append(after - before)
+        if after > end:
+            break
+        if spaced:
+            until = after + int(_PAUSE * 1e9)
+            while clock() < until:
+                pass
+    return durations
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """Measure every tracker in turn, round after round.
+
+    Returns:
+        By tracker, by shape: quantiles in us, or ``{"error": sentence}``.
+    """
+    subjects = ["write", "diskcache", "outbox os none", "outbox interval none", "outbox always none"]
+    subjects += ["outbox interval process http", "outbox interval thread http"]
+    subjects += [f"mlflow {manner} {store}" for manner in ("sync", "async") for store in ("http", "sqlite")]
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(plan.rounds):
+        for subject in [*subjects, *plan.peers]:
+            rounds.setdefault(subject, []).append(
+                children.run(
+                    "calls",
+                    {
+                        "tracker": subject,
+                        "shapes": SHAPES,
+                        "calls": plan.calls,
+                        "seconds": plan.call_seconds,
+                        "uris": plan.stores.uris,
+                    },
+                    first=plan.peers.get(subject),
+                )
+            )
+            plan.say(f"calls: {subject}: {_short(rounds[subject][-1])}")
+    return {subject: _merged(found) for subject, found in rounds.items()}
+
+
+def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    good = [one for one in found if "error" not in one]
+    if not good:
+        return found[0]
+    return {shape: median([one[shape] for one in good]) for shape in SHAPES if shape in good[0]}
+
+
+def _short(result: dict[str, Any]) -> str:
+    one = result.get("one metric")
+    return f"{one['p50']:.1f} us, p99.9 {one['p99.9']:.0f} us" if one else str(result.get("error", "no such call"))

@@ -1,0 +1,102 @@
+"""The real command, in a process of its own or in the test's, and outboxes for it to work on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox_worker.cli import main
+
+#: A port that nobody listens at: connections are refused at once.
+NOBODY = "http://127.0.0.1:9"
+#: The pauses of ``contents.QUICK`` for a process of its own.
+QUICK_ENVIRONMENT = {
+    "MLFLOW_OUTBOX_POLL_INTERVAL": "0.02",
+    "MLFLOW_OUTBOX_RETRY_INITIAL": "0.02",
+    "MLFLOW_OUTBOX_RETRY_MAX": "0.2",
+}
+
+
+class Done(NamedTuple):
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """Standard output, read as JSON."""
+        return json.loads(self.out)
+
+
+def command(*words: object) -> list[str]:
+    """Return the command line of a command."""
+    return [sys.executable, "-m", "mlflow_outbox", *map(str, words)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment for a command in a process of its own."""
+    return {**os.environ, **QUICK_ENVIRONMENT, **more}
+
+
+def start(*words: object, **more: str) -> subprocess.Popen[str]:
+    """Start a command in a process of its own, with both its outputs in one pipe."""
+    return subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**more)
+    )
+
+
+def run(*words: object, timeout: float = 60, **more: str) -> Done:
+    """Run a command in a process of its own."""
+    done = subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=timeout, env=environment(**more), check=False
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+class Here:
+    """Runs commands in the test's own process, where mlflow is imported once."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys = capsys
+        for name, value in QUICK_ENVIRONMENT.items():
+            monkeypatch.setenv(name, value)
+
+    def __call__(self, *words: object) -> Done:
+        """Run a command."""
+        self._capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = self._capsys.readouterr()
+        return Done(code, out, err)
+
+
+def offline(
+    root: Path, uri: str = NOBODY, *, experiment: str = "experiment", runs: int = 1, points: int = 10, end: bool = True
+) -> list[str]:
+    """Log some runs without delivering them; return their ids."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=Settings(sync="os"))
+    ids = []
+    for number in range(runs):
+        one = tracker.start_run(f"run-{number}")
+        one.log_param("number", number)
+        for step in range(points):
+            one.log_metric("loss", step / 2, step=step)
+        if end:
+            one.end()
+        ids.append(one.run_id)
+    tracker.close()
+    return ids
+
+
+def outbox_of(root: Path) -> Path:
+    """Return the only outbox in a directory."""
+    (path,) = [entry.parent for entry in root.glob("*/outbox.json")]
+    return path

@@ -1,0 +1,114 @@
+"""What the tests of replay, bundles and reading back have in common: offline runs, commands, and a machine's state."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from contents import QUICK
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox_worker.cli import main
+
+NOW_MS = 1_700_000_000_000
+
+
+def log_offline(
+    experiment: str, uri: str, root: Path, *, name: str = "offline", points: int = 100, status: str | None = "FINISHED"
+) -> str:
+    """Log a run to an outbox without delivering it and return its id; without a status it is left unended."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=QUICK)
+    run = tracker.start_run(name, start_time=NOW_MS, tags={"phase": "train"})
+    run.log_params({"depth": 3, "name": name})
+    for i in range(points):
+        run.log_metric("loss", i / 2, step=i, timestamp=NOW_MS + i)
+    run.log_text(f"report of {name}", "reports/report.txt")
+    if status is not None:
+        run.end(status, end_time=NOW_MS + 100_000)
+    tracker.close(0)
+    return run.run_id
+
+
+def the_outbox(root: Path) -> Path:
+    """Return the only outbox under a root."""
+    [path] = [found.parent for found in root.glob("*/outbox.json")]
+    return path
+
+
+def command(*arguments: object) -> int:
+    """Run the command line in this process and return its exit code."""
+    return main([str(argument) for argument in arguments])
+
+
+def contents_of(root: Path) -> dict[str, tuple[int, int, str]]:
+    """Return mode, modification time and digest of everything below a directory: what reading only leaves as it is."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        stat = path.lstat()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        found[str(path.relative_to(root))] = (stat.st_mode, stat.st_mtime_ns, digest)
+    return found
+
+
+#: A process that runs one command again and again, in forked children that are killed at random moments, until it ends.
+_KILLER = """
+import json, os, random, signal, sys, time
+warm, least, most, seed, arguments = json.loads(sys.argv[1])
+import mlflow_outbox_worker.cli
+for name in warm:
+    __import__(name)
+pick = random.Random(seed)
+killed = 0
+for attempt in range(200):
+    child = os.fork()
+    if child == 0:
+        code = mlflow_outbox_worker.cli.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    # Longer with every attempt, so that it gets on.
+    deadline = time.monotonic() + pick.uniform(least, most) * (1 + attempt / 10)
+    ended = 0
+    while not ended and time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.001)
+    if ended:
+        print(json.dumps([killed, os.waitstatus_to_exitcode(status)]))
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    killed += 1
+"""
+
+
+def run_with_kills(
+    *arguments: object, least: float, most: float, seed: int = 1, mlflow: bool = True, env: dict[str, str] | None = None
+) -> tuple[int, int]:
+    """Run a command that is killed (SIGKILL) at random moments until it gets to its end; return kills and exit code.
+
+    Args:
+        arguments: of the command.
+        least: seconds after which the first attempt is killed, at least.
+        most: and at most.
+        seed: of the random moments.
+        mlflow: import MLflow once, before the first attempt.
+        env: more variables.
+    """
+    import json
+
+    warm = ["mlflow_outbox_worker.mlflow_sink.recorder", "mlflow.store.tracking.sqlalchemy_store"] if mlflow else []
+    note = json.dumps([warm, least, most, seed, [str(argument) for argument in arguments]])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_KILLER), note],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+        env={**os.environ, **(env or {})},
+    )
+    lines = done.stdout.decode().splitlines()
+    assert lines, done.stderr.decode()[-3000:]
+    killed, code = json.loads(lines[-1])
+    return killed, code

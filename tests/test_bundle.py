@@ -1,0 +1,296 @@
+"""Runs travel in one file, whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from contents import QUICK, artifact_text, numbered, points, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.bundle import BundleRefused, read_manifest
+from mlflow_outbox_worker.packing import write_bundle
+from mlflow_outbox_worker.replay import view_of
+from mlflow_outbox_worker.sources import find_runs
+from mlflow_outbox_worker.unpacking import import_bundle
+from replays import command, contents_of, log_offline, run_with_kills, the_outbox
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, experiment_name: str) -> Path:
+    """A bundle of two runs."""
+    for name in ("one", "two"):
+        log_offline(experiment_name, NOWHERE, tmp_path / "from", name=name)
+    exported(tmp_path / "from", tmp_path / "runs.tar")
+    return tmp_path / "runs.tar"
+
+
+def exported(root: Path, target: Path) -> None:
+    """Export all runs of the outbox under a root."""
+    write_bundle(target, find_runs(the_outbox(root)).runs, resolve(NOWHERE), now_ms=1, replace=True)
+
+
+def outbox(root: Path) -> OutboxDirectory:
+    """Return the outbox under a root, which is made."""
+    return OutboxDirectory.create(root, resolve(NOWHERE), now_ms=1)
+
+
+def views(root: Path) -> dict[str, object]:
+    """Return every run of the outbox under a root as its events describe it."""
+    return {run_id: view_of(folders) for run_id, folders in find_runs(the_outbox(root)).runs.items()}
+
+
+@pytest.mark.parametrize("name", ["runs.tar", "runs.tar.gz"])
+def test_runs_arrive_as_they_were(name: str, tmp_path: Path, experiment_name: str) -> None:
+    """All events and files, byte by byte; gzipped when the name says so."""
+    for run in ("one", "two"):
+        log_offline(experiment_name, NOWHERE, tmp_path / "from", name=run)
+    exported(tmp_path / "from", tmp_path / name)
+    assert name.endswith("gz") == ((tmp_path / name).read_bytes()[:2] == b"\x1f\x8b")
+    assert {"new"} == set(import_bundle(tmp_path / name, outbox(tmp_path / "to")).values())
+    assert views(tmp_path / "from") == views(tmp_path / "to")
+    before, after = (contents_of(the_outbox(tmp_path / place) / "runs") for place in ("from", "to"))
+    assert {k: v[2] for k, v in before.items()} == {k: v[2] for k, v in after.items()}
+
+
+def test_a_bundle_is_carried_to_another_machine_and_delivered(
+    tmp_path: Path, sqlite_uri: str, experiment_name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Export, the machine is gone, import, flush: the run is in MLflow."""
+    log_offline(experiment_name, sqlite_uri, tmp_path / "from")
+    assert 0 == command("export", "--all", "-o", "runs.tar", "--outbox-dir", tmp_path / "from")
+    shutil.rmtree(tmp_path / "from")
+    assert 0 == command("import", "runs.tar", "--outbox-dir", tmp_path / "to")
+    assert 0 == command("flush", "--outbox-dir", tmp_path / "to", "--timeout", "60")
+    run = the_run(sqlite_uri, experiment_name)
+    assert numbered(100) == points(sqlite_uri, run.info.run_id, "loss")
+    assert "report of offline" == artifact_text(sqlite_uri, run.info.run_id, "reports/report.txt")
+    assert "1 run" in capsys.readouterr().out
+
+
+def test_an_import_twice_changes_nothing(bundle: Path, tmp_path: Path) -> None:
+    """The second one finds everything there."""
+    directory = outbox(tmp_path / "to")
+    import_bundle(bundle, directory)
+    before = contents_of(directory.runs)
+    assert {"unchanged"} == set(import_bundle(bundle, directory).values())
+    assert before == contents_of(directory.runs)
+    assert [] == [path.name for path in directory.path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_that_is_written_goes_in_as_far_as_it_is_and_the_rest_later(tmp_path: Path, experiment_name: str) -> None:
+    """The first bundle has a state that the run once had; the second completes it in the same outbox."""
+    tracker = MLflowTracker(experiment_name, NOWHERE, outbox_dir=tmp_path / "from", worker="none", settings=QUICK)
+    run = tracker.start_run("live")
+    for i in range(50):
+        run.log_metric("loss", i / 2, step=i)
+    [segment] = the_outbox(tmp_path / "from").glob("runs/*/*.log")
+    with segment.open("ab") as file:
+        file.write(b"half a frame")  # a writer is in the middle of a write
+    exported(tmp_path / "from", tmp_path / "first.tar")
+    directory = outbox(tmp_path / "to")
+    import_bundle(tmp_path / "first.tar", directory)
+    [held] = [view_of((directory.run(run.run_id),))]
+    assert (50, "RUNNING") == (held.metrics["loss"].points, held.status.value)
+    [copy] = directory.runs.glob("*/*.log")
+    assert segment.stat().st_size - len(b"half a frame") == copy.stat().st_size
+    os.truncate(segment, copy.stat().st_size)
+    for i in range(50, 80):
+        run.log_metric("loss", i / 2, step=i)
+    run.log_text("late", "late.txt")
+    run.end()
+    exported(tmp_path / "from", tmp_path / "second.tar")
+    assert {"completed"} == set(import_bundle(tmp_path / "second.tar", directory).values())
+    held = view_of((directory.run(run.run_id),))
+    assert (80, "FINISHED") == (held.metrics["loss"].points, held.status.value)
+    assert {"unchanged"} == set(import_bundle(tmp_path / "first.tar", directory).values()), "an older one takes nothing"
+    assert 80 == view_of((directory.run(run.run_id),)).metrics["loss"].points
+
+
+def test_segments_that_contradict_each_other_are_refused(bundle: Path, tmp_path: Path) -> None:
+    """Nothing is overwritten that says something else."""
+    directory = outbox(tmp_path / "to")
+    import_bundle(bundle, directory)
+    segment = sorted(directory.runs.glob("*/*.log"))[-1]
+    data = bytearray(segment.read_bytes())
+    data[-40] ^= 1
+    segment.write_bytes(data)
+    before = contents_of(directory.runs)
+    with pytest.raises(BundleRefused, match="contradicts"):
+        import_bundle(bundle, directory)
+    assert before == contents_of(directory.runs)
+
+
+def test_a_bundle_that_was_damaged_anywhere_is_refused_whole(bundle: Path, tmp_path: Path) -> None:
+    """A flipped bit or a missing end, wherever it is: an error that says so, and nothing is used."""
+    good = bundle.read_bytes()
+    directory = outbox(tmp_path / "to")
+    spots = [0, 200, 600, 700, 1500, *range(2000, len(good), max(1, len(good) // 40))]
+    refused = 0
+    for spot in spots:
+        damaged = tmp_path / "damaged.tar"
+        for data in (good[:spot], good[:spot] + bytes([good[spot] ^ 4]) + good[spot + 1 :]):
+            damaged.write_bytes(data)
+            try:
+                import_bundle(damaged, directory)
+            except BundleRefused:
+                refused += 1
+                assert not any(directory.runs.iterdir()), "nothing of it was used"
+            else:
+                # Padding and the end of the archive say nothing; what was imported is what was exported.
+                assert views(tmp_path / "from") == views(tmp_path / "to")
+                shutil.rmtree(directory.runs)
+                directory.runs.mkdir(0o700)
+    assert refused > len(spots)
+
+
+def test_a_gzipped_bundle_that_was_cut_off_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """The error names the file, and not the mechanism."""
+    data = gzip.compress(bundle.read_bytes())
+    (tmp_path / "cut.tar.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(BundleRefused, match="cut.tar.gz is damaged"):
+        import_bundle(tmp_path / "cut.tar.gz", outbox(tmp_path / "to"))
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    """A text, an empty file, somebody else's archive."""
+    directory = outbox(tmp_path / "to")
+    (tmp_path / "text").write_text("hello\n" * 500)
+    (tmp_path / "empty").write_bytes(b"")
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        archive.add(tmp_path / "text", "text")
+    for name in ("text", "empty", "other.tar"):
+        with pytest.raises(BundleRefused):
+            import_bundle(tmp_path / name, directory)
+
+
+def evil(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> Callable[[tarfile.TarFile], None]:
+    """Return what adds one more member to an archive."""
+
+    def add(archive: tarfile.TarFile) -> None:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, link
+        info.size = 5 if kind == tarfile.REGTYPE else 0
+        archive.addfile(info, io.BytesIO(b"evil\n"))
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        evil("runs/../../../evil.txt"),
+        evil("/tmp/evil.txt"),
+        evil("runs/0123/evil.log"),
+        evil("evil", tarfile.SYMTYPE, "/etc"),
+        evil("evil", tarfile.LNKTYPE, "manifest.json"),
+        evil("evil", tarfile.FIFOTYPE),
+        evil("evil", tarfile.CHRTYPE),
+        evil("evil", tarfile.DIRTYPE),
+        evil("manifest.json"),
+    ],
+)
+def test_a_member_that_no_export_wrote_refuses_the_bundle(
+    add: Callable[[tarfile.TarFile], None], bundle: Path, tmp_path: Path
+) -> None:
+    """Paths that climb out, links, devices, files too many: nothing is extracted, nothing is used."""
+    with tarfile.open(bundle, "a") as archive:
+        add(archive)
+    directory = outbox(tmp_path / "to")
+    before = contents_of(tmp_path)
+    with pytest.raises(BundleRefused):
+        import_bundle(bundle, directory)
+    after = {path: seen for path, seen in contents_of(tmp_path).items() if not path.startswith("to")}
+    assert {path: seen for path, seen in before.items() if not path.startswith("to")} == after
+    assert not any(directory.runs.iterdir())
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_a_member_of_another_kind_than_a_file_refuses_the_bundle(kind: bytes, bundle: Path, tmp_path: Path) -> None:
+    """Its name alone does not make it a file."""
+    changed = tmp_path / "changed.tar"
+    with tarfile.open(bundle) as source, tarfile.open(changed, "w") as target:
+        for info in source:
+            content = source.extractfile(info)
+            if info.name.endswith(".log"):
+                info.type, info.linkname, info.size = kind, "/etc/passwd", 0
+            target.addfile(info, content)
+    directory = outbox(tmp_path / "to")
+    with pytest.raises(BundleRefused):
+        import_bundle(changed, directory)
+    assert not any(directory.runs.iterdir())
+
+
+def test_a_bundle_of_a_newer_format_says_to_upgrade(bundle: Path, tmp_path: Path) -> None:
+    """It is left alone."""
+    import msgspec
+
+    from mlflow_outbox_worker.bundle import MANIFEST, sealed
+
+    manifest = msgspec.structs.replace(read_manifest(bundle), format=99)
+    with tarfile.open(tmp_path / "newer.tar", "w") as archive:
+        info = tarfile.TarInfo(MANIFEST)
+        info.size = len(sealed(manifest))
+        archive.addfile(info, io.BytesIO(sealed(manifest)))
+    with pytest.raises(BundleRefused, match="format 99 .* upgrade"):
+        import_bundle(tmp_path / "newer.tar", outbox(tmp_path / "to"))
+
+
+def test_a_file_that_is_there_is_not_overwritten(bundle: Path, tmp_path: Path) -> None:
+    """Unless it is asked for."""
+    before = bundle.read_bytes()
+    with pytest.raises(FileExistsError):
+        write_bundle(bundle, find_runs(the_outbox(tmp_path / "from")).runs, resolve(NOWHERE), now_ms=2)
+    assert before == bundle.read_bytes()
+    assert 1 == command("export", "--all", "-o", bundle, "-d", tmp_path / "from")
+    assert 0 == command("export", "--all", "-o", bundle, "-d", tmp_path / "from", "--force")
+
+
+def test_a_bundle_is_private(bundle: Path) -> None:
+    """It holds what an outbox holds."""
+    assert 0o600 == bundle.stat().st_mode & 0o777
+
+
+def test_an_export_that_is_killed_leaves_no_bundle_or_a_whole_one(tmp_path: Path, experiment_name: str) -> None:
+    """At random moments, again and again; the drafts of the dead are gone at the end."""
+    root = tmp_path / "from"
+    for number in range(6):
+        log_offline(experiment_name, NOWHERE, root, name=f"run {number}", points=4000)
+    target = tmp_path / "bundles" / "runs.tar.gz"
+    target.parent.mkdir()
+    killed, code = run_with_kills(
+        "export", "--all", "-o", target, "--force", "-d", root, least=0.005, most=0.15, mlflow=False
+    )
+    assert (True, 0) == (killed > 0, code)
+    assert ["runs.tar.gz"] == os.listdir(target.parent)
+    import_bundle(target, outbox(tmp_path / "to"))
+    assert views(root) == views(tmp_path / "to")
+
+
+def test_an_import_that_is_killed_leaves_nothing_half_done(tmp_path: Path, experiment_name: str) -> None:
+    """At random moments, again and again: at the end all is there, and nothing of the attempts."""
+    root = tmp_path / "from"
+    for number in range(6):
+        log_offline(experiment_name, NOWHERE, root, name=f"run {number}", points=4000)
+    exported(root, tmp_path / "runs.tar")
+    killed, code = run_with_kills(
+        "import", tmp_path / "runs.tar", "-d", tmp_path / "to", least=0.005, most=0.08, mlflow=False
+    )
+    assert (True, 0) == (killed > 0, code)
+    assert views(root) == views(tmp_path / "to")
+    assert [] == [path.name for path in the_outbox(tmp_path / "to").iterdir() if path.name.startswith(".")]

@@ -1,0 +1,268 @@
+"""``mlflow-outbox flush``: delivers or has delivered, keeps its time, and its exit code tells the truth."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import NOBODY, Here, command, environment, offline, outbox_of, run, start
+from contents import QUICK, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing.faults import accept_hang, forward_then_drop_response, status
+from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.lease import Lease
+from servers import MlflowServer, eventually
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Run commands in this process."""
+    return Here(capsys, monkeypatch)
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a server that takes connections and never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_what_was_logged_offline_arrives(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """The real command in a process of its own delivers two runs, reads them back and files them, and exits 0."""
+    offline(tmp_path, mlflow_server.url, experiment=experiment_name, runs=2, points=50)
+    done = run("flush", "-d", tmp_path, "--timeout", 60)
+    assert 0 == done.code, done
+    assert "106 events delivered" in done.out
+    held = runs(mlflow_server.url, experiment_name)
+    assert ["FINISHED", "FINISHED"] == [one.info.status for one in held]
+    assert all(numbered(50) == points(mlflow_server.url, one.info.run_id, "loss") for one in held)
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    assert ([], 2) == (outbox.run_ids(), len(outbox.delivered_ids())), "read back and filed, not only sent"
+
+
+def test_a_second_flush_has_nothing_to_do(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It says so at once, without asking the server."""
+    offline(tmp_path, mlflow_server.url, experiment=experiment_name)
+    assert 0 == here("flush", "-d", tmp_path, "--timeout", 60).code
+    again = here("flush", "-d", tmp_path)
+    assert 0 == again.code
+    assert "nothing waits" in again.out
+
+
+def test_a_server_that_is_down_leaves_events(tmp_path: Path) -> None:
+    """Exit code 3, the number that is left, the reason, and everything still on disk."""
+    offline(tmp_path)
+    done = run("flush", "-d", tmp_path, "--timeout", 4)
+    assert 3 == done.code
+    assert "0 events delivered, 13 left, on disk" in done.out
+    assert "refused" in done.err
+    assert 13 == run("status", "-d", tmp_path, "--json").data["pending"]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 4.0])
+def test_a_hung_server_holds_up_no_flush(seconds: float, silent: str, tmp_path: Path) -> None:
+    """The time-out is kept to within a second of the command's own time, with requests that never end under way."""
+    offline(tmp_path, silent)
+    started = time.monotonic()
+    run("--version")
+    start_up = time.monotonic() - started
+    started = time.monotonic()
+    done = run("flush", "-d", tmp_path, "--timeout", seconds)
+    spent = time.monotonic() - started
+    assert 3 == done.code
+    assert spent < seconds + 3 * start_up + 1.0, f"{spent:.1f} s, of which {start_up:.1f} s are the start of a process"
+
+
+def test_a_login_page_parks_and_the_repair_is_seen(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """401: exit code 4, tried anew by each flush; once a person has acted the next one delivers and exits 0."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("mlflow", status(401, body=b"no"), times=None)
+        offline(tmp_path, proxy.url, experiment=experiment_name)
+        first = here("flush", "-d", tmp_path, "--timeout", 30)
+        assert 4 == first.code, first
+        assert "13 parked for a person" in first.out
+        asked = len(proxy.requests)
+        assert 4 == here("flush", "-d", tmp_path, "--timeout", 30).code
+        assert len(proxy.requests) > asked, "the second flush believed the first one's word"
+        proxy.clear()
+        assert 0 == here("flush", "-d", tmp_path, "--timeout", 60).code
+    assert "FINISHED" == the_run(mlflow_server.url, experiment_name).info.status
+
+
+def test_a_dead_letter_is_code_5(here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """All else is delivered, and the one refused param is named as a dead letter."""
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, worker="none")
+    with tracker.start_run() as one:
+        one.log_param("depth", 3)
+        one.log_param("depth", 5)
+    tracker.close()
+    done = here("flush", "-d", tmp_path, "--timeout", 60)
+    assert 5 == done.code, done
+    assert "1 dead letter (mlflow-outbox dead list)" in done.out
+
+
+def test_from_outside_while_the_experiment_backs_off(
+    own_mlflow_server: object, experiment_name: str, tmp_path: Path
+) -> None:
+    """The experiment's thread holds the outbox and waits an hour after failures; a flush from outside ends the wait."""
+    server = own_mlflow_server(start=False)  # type: ignore[operator]
+    server.start()
+    server.kill()
+    slow = Settings(poll_interval=0.02, retry_initial=3600.0, retry_max=3600.0)
+    tracker = MLflowTracker(experiment_name, server.url, outbox_dir=tmp_path, settings=slow)
+    one = tracker.start_run()
+    for step in range(20):
+        one.log_metric("loss", step / 2, step=step)
+    eventually(lambda: tracker.counters.get("retried", 0) > 0, 60)
+    server.start()
+    done = run("flush", "-d", tmp_path, "--timeout", 60)
+    assert 0 == done.code, done
+    held = the_run(server.url, experiment_name)
+    assert numbered(20) == points(server.url, held.info.run_id, "loss")
+    assert "RUNNING" == held.info.status, "a flush ends no run"
+    one.end()
+    assert tracker.close(60)
+
+
+def test_another_worker_that_does_not_answer_is_code_6(tmp_path: Path) -> None:
+    """A holder of the lease that neither delivers nor tries is named, and the flush does not wait beyond its time."""
+    offline(tmp_path)
+    lease = Lease(OutboxDirectory.open(outbox_of(tmp_path)).lock, "process")
+    assert lease.acquire()
+    done = run("flush", "-d", tmp_path, "--timeout", 2)
+    lease.release()
+    assert 6 == done.code, done
+    assert f"a worker (process, process {os.getpid()}) on this machine" in done.err
+
+
+def test_another_worker_whose_server_is_down_is_code_3(tmp_path: Path) -> None:
+    """It answered: it tried, and the server refused. That is left over, not held."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, settings=QUICK)
+    tracker.start_run().log_metric("loss", 1.0)
+    eventually(lambda: tracker.counters.get("retried", 0) > 0, 60)
+    done = run("flush", "-d", tmp_path, "--timeout", 3)
+    assert 3 == done.code, done
+    tracker.close(0)
+
+
+def test_it_takes_over_from_a_worker_that_ends(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The holder dies while the flush waits: the flush becomes the worker and delivers."""
+    offline(tmp_path, mlflow_server.url, experiment=experiment_name)
+    lock = OutboxDirectory.open(outbox_of(tmp_path)).lock
+    holder = subprocess.Popen(
+        ["/bin/sh", "-c", 'exec 9>"$1"; flock -n 9 || exit 9; echo held; read line', "sh", str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert b"held\n" == holder.stdout.readline()
+    flushing = start("flush", "-d", tmp_path, "--timeout", 60)
+    eventually(lambda: OutboxDirectory.open(outbox_of(tmp_path)).hurry_asked() > 0, 30)
+    holder.kill()
+    holder.wait()
+    out, _ = flushing.communicate(timeout=90)
+    assert 0 == flushing.returncode, out
+
+
+def test_only_one_run_is_waited_for(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """--run takes the beginning of an id; what becomes of the others does not matter."""
+    first, second = offline(tmp_path, mlflow_server.url, experiment=experiment_name, runs=2)
+    ledger = Ledger.open(outbox_of(tmp_path) / "delivery")
+    from mlflow_outbox_worker.records import RunRecord
+
+    ledger.commit(RunRecord(second, state="parked", reason="gone"))
+    ledger.close()
+    done = here("flush", "-d", tmp_path, "--run", first[:10], "--timeout", 60)
+    assert 0 == done.code, done
+    assert "13 events delivered" in done.out
+
+
+def test_events_that_come_later_keep_no_flush(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """What counts is what was on disk when the flush began; a program that goes on logging does not keep it."""
+    import threading
+
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK)
+    one = tracker.start_run()
+    over = threading.Event()
+
+    def log() -> None:
+        step = 0
+        while not over.wait(0.001):
+            one.log_metric("loss", 1.0, step=step)
+            step += 1
+
+    logging = threading.Thread(target=log)
+    logging.start()
+    try:
+        done = run("flush", "-d", tmp_path, "--timeout", 60)
+    finally:
+        over.set()
+        logging.join()
+    assert 0 == done.code, done
+    one.end()
+    assert tracker.close(60)
+
+
+def test_killed_at_any_moment_nothing_is_lost_or_doubled(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """SIGKILL to one flush after the other, answers getting lost besides; the last one finds everything once."""
+    dice = random.Random(7)
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("runs/create", forward_then_drop_response(), times=1)
+        proxy.on("log-batch", forward_then_drop_response(), times=3)
+        offline(tmp_path, proxy.url, experiment=experiment_name, runs=2, points=3000)
+        for _ in range(3):
+            seen = len(proxy.requests)
+            process = subprocess.Popen(
+                command("flush", "-d", tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+            )
+            wanted = seen + dice.randint(0, 12)
+            eventually(lambda p=process, n=wanted: p.poll() is not None or len(proxy.requests) > n, 60)  # type: ignore[misc]
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        done = run("flush", "-d", tmp_path, "--timeout", 90, timeout=120)
+    assert 0 == done.code, done
+    held = runs(mlflow_server.url, experiment_name)
+    assert 2 == len(held)
+    assert all(numbered(3000) == points(mlflow_server.url, one.info.run_id, "loss") for one in held)
+
+
+def test_an_interrupt_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """Ctrl-C while requests hang: 130 within a second or so, with the count of what is left."""
+    with FaultProxy(NOBODY) as proxy:
+        proxy.on("mlflow", accept_hang(), times=None)
+        offline(tmp_path, proxy.url)
+        process = start("flush", "-d", tmp_path)
+        eventually(lambda: len(proxy.requests) > 0, 60)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+        spent = time.monotonic() - started
+    assert 130 == process.returncode, out
+    assert "13 left, on disk" in out
+    assert "interrupted; nothing was left half done" in out
+    assert "Traceback" not in out
+    assert spent < 5

@@ -1,0 +1,202 @@
+"""``mlflow-outbox status``: numbers that are right, for people and for programs, at any size and at any moment."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from commands import NOBODY, Here, offline, outbox_of, run
+from contents import QUICK
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Metric, SegmentClosed, encode
+from mlflow_outbox.spool.frame import SegmentHeader, pack, pack_header
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.notes import DestinationNote, Notes, Pace, destination_note, noted_pace
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.survey import survey
+from servers import MlflowServer, eventually
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Run commands in this process."""
+    return Here(capsys, monkeypatch)
+
+
+def test_an_offline_outbox_is_described(here: Here, tmp_path: Path) -> None:
+    """Events, runs, experiment, age, and that nobody delivers; in words and as JSON."""
+    (first, second) = offline(tmp_path, runs=2, points=10)
+    data = here("status", "-d", tmp_path, "--json").data
+    (outbox,) = data["outboxes"]
+    assert 26 == data["pending"] == outbox["pending"]  # begin, param, ten points and end, twice
+    assert (0, 0, None) == (outbox["parked"], outbox["dead"], outbox["worker"])
+    assert {first, second} == {entry["run_id"] for entry in outbox["runs"]}
+    assert {"experiment"} == {entry["experiment"] for entry in outbox["runs"]}
+    assert 0 <= outbox["oldest_seconds"] < 60
+    assert 26 * 20 < outbox["bytes"] < 26 * 200
+    done = here("status", "-d", tmp_path)
+    assert 0 == done.code
+    assert "26 events wait" in done.out
+    assert "nobody delivers; mlflow-outbox flush does" in done.out
+
+
+def test_exit_code_only_on_request(here: Here, tmp_path: Path) -> None:
+    """A look is no failure; with --exit-code a monitor learns that something is left, and -q keeps it quiet."""
+    offline(tmp_path)
+    assert 0 == here("status", "-d", tmp_path).code
+    assert (3, "", "") == here("status", "-d", tmp_path, "-q", "--exit-code")
+
+
+def test_ten_million_events_are_counted_quickly(here: Here, tmp_path: Path) -> None:
+    """By numbers and heads: only the last segment of a writer is looked into, however many there are."""
+    (run_id,) = offline(tmp_path, points=1)
+    directory = OutboxDirectory.open(outbox_of(tmp_path))
+    folder = directory.run(run_id)
+    writer, total, per_segment = "ab" * 8, 10_000_000, 220_000
+    event = encode(Metric("loss", 0.5, 1_700_000_000_000, 1))
+    for ordinal, first in enumerate(range(0, total, per_segment)):
+        header = SegmentHeader(run_id, "experiment", writer, ordinal, first, 7, 1_700_000_000_000)
+        last = first + per_segment >= total
+        # Segments that nobody reads need no frames; the last one is as a writer leaves it.
+        frames = [pack(event, seq, 7) for seq in range(first, total)] if last else []
+        end = pack(encode(SegmentClosed(not last)), min(first + per_segment, total), 7)
+        (folder / f"{writer}-{ordinal:06d}.log").write_bytes(b"".join([pack_header(header), *frames, end]))
+    started = time.process_time()
+    found = survey(directory, Settings())
+    spent = time.process_time() - started
+    assert total + 4 == found.pending
+    assert spent < 0.3, f"{spent:.3f} s of CPU"
+
+
+def test_it_counts_while_a_program_logs(here: Here, tmp_path: Path) -> None:
+    """A live segment is counted to its last whole event, and reading disturbs the writer in nothing."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    one = tracker.start_run()
+    seen = []
+    for step in range(50):
+        one.log_metric("loss", 1.0, step=step)
+        seen.append(here("status", "-d", tmp_path, "--json").data["pending"])
+    assert list(range(2, 52)) == seen
+    assert {} == {name: number for name, number in tracker.counters.items() if name.startswith("refused")}
+    one.end()
+    tracker.close()
+
+
+def test_who_delivers_and_why_nothing_arrives(here: Here, tmp_path: Path) -> None:
+    """While the experiment's worker meets a server that is down, status names the worker and the error."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, settings=QUICK)
+    tracker.start_run().log_metric("loss", 1.0)
+
+    def noted() -> bool:
+        return bool(here("status", "-d", tmp_path, "--json").data["outboxes"][0]["destination_state"] == "away")
+
+    eventually(noted, 30)
+    (outbox,) = here("status", "-d", tmp_path, "--json").data["outboxes"]
+    assert {"kind": "thread", "pid": os.getpid()}.items() <= outbox["worker"].items()
+    assert "refused" in outbox["last_error"]
+    out = here("status", "-d", tmp_path).out
+    assert "a worker (thread" in out
+    assert "the destination does not take events" in out
+    tracker.close(0)
+
+
+def test_delivered_is_nothing_left(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """After delivery nothing waits, and the exit code says so."""
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK)
+    with tracker.start_run() as one:
+        one.log_metric("loss", 1.0)
+    assert tracker.close(60)
+    done = here("status", "-d", tmp_path, "--exit-code")
+    assert 0 == done.code
+    assert "nothing waits" in done.out
+
+
+def test_dead_letters_and_parked_runs_are_counted(here: Here, tmp_path: Path) -> None:
+    """Parked before left over before dead, in the exit code as in the words."""
+    first, second = offline(tmp_path, runs=2)
+    directory = OutboxDirectory.open(outbox_of(tmp_path))
+    ledger = Ledger.open(directory.ledger)
+    letter = DeadLetter(first, "", encode(Metric("x", 1.0, 1, 1)), "no", "", 400, 1)
+    ledger.commit(RunRecord(first), dead=[letter])
+    assert 3 == here("status", "-d", tmp_path, "--exit-code").code
+    ledger.commit(RunRecord(second, state="parked", reason="the run is gone", failed_at_ms=1))
+    ledger.close()
+    done = here("status", "-d", tmp_path, "--exit-code")
+    assert 4 == done.code
+    assert "13 events parked: a person is needed" in done.out
+    assert "the run is gone" in done.out
+    assert "1 dead letter; see: mlflow-outbox dead list" in done.out
+
+
+def test_watching_ends_with_the_interrupt(tmp_path: Path) -> None:
+    """--watch prints again and again; ctrl-C ends it with 130 and one sentence."""
+    import signal
+
+    from commands import start
+
+    offline(tmp_path)
+    process = start("status", "-d", tmp_path, "--watch", "--interval", "0.1", "--json")
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=30)
+    assert all('"pending": 13' in line for line in lines)
+    assert 130 == process.returncode
+    assert "Traceback" not in rest
+
+
+def test_two_outboxes_and_none(here: Here, tmp_path: Path) -> None:
+    """Several are shown with a total; where there is none the sentence says how to name one, and the code is 2."""
+    offline(tmp_path / "two")
+    offline(tmp_path / "two", "http://127.0.0.1:10")
+    done = here("status", "-d", tmp_path / "two")
+    assert "all 2 outboxes: 26 events waiting" in done.out
+    missing = here("status", "-d", tmp_path / "none")
+    assert 2 == missing.code
+    assert "--outbox-dir" in missing.err
+
+
+def test_the_real_command_in_a_pipe(tmp_path: Path) -> None:
+    """Plain lines, whole ids, no escape sequences, also where the environment asks for colours."""
+    (run_id,) = offline(tmp_path)
+    done = run("status", FORCE_COLOR="1", TERM="xterm-256color", COLUMNS="40", MLFLOW_OUTBOX_DIR=str(tmp_path))
+    assert 0 == done.code, done.err
+    assert "\x1b" not in done.out
+    assert run_id in done.out
+
+
+class TestNotes:
+    def test_an_attempt_is_noted_again_after_a_hurry(self, tmp_path: Path) -> None:
+        """The same state twice is one note; after somebody asked to hurry the next attempt is noted, since when stays."""
+        ledger = Ledger.open(tmp_path / "ledger")
+        notes = Notes(0.0)
+        notes.destination(ledger, "away", "refused", 1000)
+        notes.destination(ledger, "away", "refused", 2000)
+        assert DestinationNote("away", "refused", 1000, 1000) == destination_note(ledger)
+        notes.hurried()
+        notes.destination(ledger, "away", "reset", 3000)
+        assert DestinationNote("away", "reset", 1000, 3000) == destination_note(ledger)
+        notes.destination(ledger, "ok", "", 4000)
+        assert DestinationNote("ok", "", 4000, 4000) == destination_note(ledger)
+        ledger.close()
+
+    def test_the_pace_is_that_of_the_last_seconds(self, tmp_path: Path) -> None:
+        """It is noted every few seconds while events arrive, and forgotten when that was long ago."""
+        ledger = Ledger.open(tmp_path / "ledger")
+        notes = Notes(100.0)
+        notes.pace(ledger, 50, 101.0, 0)
+        assert noted_pace(ledger) is None
+        notes.pace(ledger, 500, 105.0, 5000)
+        pace = noted_pace(ledger)
+        assert Pace(500, 5.0, 5000) == pace
+        assert pace is not None
+        assert 100.0 == pace.rate(6000)
+        assert 0.0 == pace.rate(60_000)
+        ledger.close()

@@ -1,0 +1,226 @@
+"""Two machines never deliver one outbox at once, and the one that is left takes over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlflow_outbox_worker import host_lease
+from mlflow_outbox_worker.host_lease import HostLease, described
+from mlflow_outbox_worker.lease import Holder
+from servers import eventually
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Callable[..., HostLease]:
+    """Return the lease of an outbox as a machine of a given name sees it, each with its own local state."""
+
+    def make(name: str, *, beat: float = 0.02, missed: int = 5) -> HostLease:
+        return HostLease(
+            tmp_path / "host.lease", tmp_path / name / "worker.lock", "command", host=name, beat=beat, missed=missed
+        )
+
+    return make
+
+
+def test_only_one_of_two_machines_holds_the_lease(machine: Callable[..., HostLease]) -> None:
+    """The second gets it when the first has given it back."""
+    first, second = machine("node1"), machine("node2")
+    assert first.acquire()
+    assert not second.acquire()
+    assert first.is_sound()
+    first.release()
+    assert second.acquire()
+    second.release()
+
+
+def test_who_has_to_wait_learns_the_other_machines_name(machine: Callable[..., HostLease]) -> None:
+    """The message names machine, process and kind."""
+    first, second = machine("node1"), machine("node2")
+    assert first.acquire()
+    holder = second.holder()
+    assert holder is not None
+    assert f"a worker (command, process {os.getpid()}) on the machine node1" == described(holder)
+    first.release()
+
+
+def test_a_holder_that_beats_is_never_taken_for_dead(machine: Callable[..., HostLease]) -> None:
+    """Twenty times the time after which a silent one would be."""
+    first, second = machine("node1", beat=0.01, missed=5), machine("node2", beat=0.01, missed=20)
+    assert first.acquire()
+    deadline = time.monotonic() + 1.0
+    eventually(lambda: time.monotonic() > deadline or second.acquire(), 5)
+    assert not second.is_held()
+    assert first.is_sound()
+    first.release()
+
+
+def test_a_machine_that_died_is_succeeded_after_the_missed_beats_and_not_before(
+    machine: Callable[..., HostLease], tmp_path: Path
+) -> None:
+    """A process on "another machine" is killed; its lease lies there and grows old."""
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(
+                """
+                import sys, time
+                from pathlib import Path
+                from mlflow_outbox_worker.host_lease import HostLease
+                place = Path(sys.argv[1])
+                lease = HostLease(place / "host.lease", place / "node1" / "worker.lock", "process", host="node1", beat=0.02)
+                print(lease.acquire(), flush=True)
+                time.sleep(60)
+                """
+            ),
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert "True\n" == child.stdout.readline()
+    second = machine("node2", beat=0.1, missed=5)
+    assert not second.acquire()
+    child.kill()
+    child.wait()
+    died = time.monotonic()
+    eventually(second.acquire, 10)
+    assert 0.4 <= time.monotonic() - died < 5
+    assert second.is_sound()
+    second.release()
+
+
+def test_what_a_dead_process_of_this_machine_left_is_replaced_at_once(
+    machine: Callable[..., HostLease], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The local lock says that it is dead; there is nothing to wait for."""
+    first = machine("node1", beat=60)
+    assert first.acquire()
+    first._stop.set()
+    first._local.release()  # what the kernel does for a process that dies
+    second = machine("node1", beat=60)
+    assert second.acquire()
+    assert not first.is_sound()
+    second.release()
+
+
+def test_a_holder_that_was_stopped_too_long_lets_go(machine: Callable[..., HostLease]) -> None:
+    """It missed its beats, another machine took over, and its own end takes nothing from that one."""
+    first, second = machine("node1"), machine("node2")
+    assert first.acquire()
+    first._stop.set()  # its beats end, as those of a stopped process
+    eventually(second.acquire, 10)
+    assert not first.is_sound()
+    first.release()
+    assert second.is_sound()
+    second.release()
+
+
+def test_a_forked_child_neither_holds_nor_gives_back_its_parents_lease(machine: Callable[..., HostLease]) -> None:
+    """The lease is the parent's alone."""
+    lease = machine("node1")
+    assert lease.acquire()
+    child = os.fork()
+    if child == 0:
+        held = lease.is_held()
+        lease.release()
+        os._exit(1 if held else 0)
+    assert 0 == os.waitpid(child, 0)[1]
+    assert lease.is_sound()
+    lease.release()
+
+
+def test_a_lease_file_without_sense_grows_old_like_any_other(machine: Callable[..., HostLease], tmp_path: Path) -> None:
+    """It may be one whose writer is about to fill it, so it is not replaced at once."""
+    (tmp_path / "host.lease").write_bytes(b"\x00\xff")
+    lease = machine("node1")
+    assert not lease.acquire()
+    eventually(lease.acquire, 10)
+    lease.release()
+
+
+def test_of_many_successors_one_is_left(machine: Callable[..., HostLease], tmp_path: Path) -> None:
+    """All find the old lease at the same time; whoever else believed to be first notices."""
+    first = machine("node0")
+    assert first.acquire()
+    first._stop.set()
+    candidates = [machine(f"node{number}") for number in range(1, 6)]
+    eventually(lambda: any([candidate.acquire() for candidate in candidates]), 10)
+    assert 1 == sum(candidate.is_sound() for candidate in candidates)
+    for candidate in candidates:
+        candidate.release()
+    first.release()
+    assert [] == [path.name for path in tmp_path.iterdir() if path.name.startswith(".host.lease")]
+
+
+def test_a_file_system_without_links_serves_too(machine: Callable[..., HostLease], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exclusive creation decides there."""
+
+    def no_links(*_args: object, **_kwargs: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(host_lease.os, "link", no_links)
+    first, second = machine("node1"), machine("node2")
+    assert first.acquire()
+    assert not second.acquire()
+    first.release()
+    assert second.acquire()
+    second.release()
+
+
+def test_an_old_lease_says_nothing_about_who_delivers_now(tmp_path: Path, machine: Callable[..., HostLease]) -> None:
+    """A machine that died last week is not named as the one to wait for."""
+    lease = machine("node1")
+    assert lease.acquire()
+    lease._stop.set()
+    assert Holder("node1", os.getpid(), "command") == machine("node2").holder()
+    eventually(lambda: lease._note is not None, 5)
+    os.utime(tmp_path / "host.lease", (time.time() - 7 * 86_400,) * 2)
+    assert machine("node2").holder() is None
+    lease.release()
+
+
+def test_a_stopped_process_does_not_keep_the_outbox(machine: Callable[..., HostLease], tmp_path: Path) -> None:
+    """SIGSTOP on the other machine: no beats, so this one takes over; SIGCONT: the other notices."""
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(
+                """
+                import sys
+                from pathlib import Path
+                from mlflow_outbox_worker.host_lease import HostLease
+                place = Path(sys.argv[1])
+                lease = HostLease(place / "host.lease", place / "node1" / "worker.lock", "process", host="node1", beat=0.02)
+                print(lease.acquire(), flush=True)
+                sys.stdin.readline()
+                print(lease.is_sound(), flush=True)
+                """
+            ),
+            str(tmp_path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert "True\n" == child.stdout.readline()
+    child.send_signal(signal.SIGSTOP)
+    second = machine("node2")
+    eventually(second.acquire, 10)
+    child.send_signal(signal.SIGCONT)
+    said, _ = child.communicate("\n", timeout=10)
+    assert "False\n" == said
+    assert second.is_sound()
+    second.release()

@@ -1,0 +1,395 @@
+"""Offline runs reach MLflow from wherever they lie, once, whatever happens in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from contents import QUICK, artifact_text, numbered, points, runs, stamped_points, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.replay import Job, JobResult, Replay, Wish, prepare
+from replays import NOW_MS, command, contents_of, log_offline, run_with_kills, the_outbox
+from servers import MlflowServer, eventually
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def replayed(*paths: Path, **wish: object) -> list[JobResult]:
+    """Replay and return how it went."""
+    wanted = Wish(**wish)  # type: ignore[arg-type]
+    prepared = prepare(list(paths), wanted)
+    assert [] == prepared.problems
+    stopped = threading.Event()
+    return [Replay(job, QUICK, wanted, stopped=stopped).run(lambda _: None, timeout=60) for job in prepared.jobs]
+
+
+def states(results: list[JobResult]) -> list[str]:
+    """Return the state of every run."""
+    return sorted(run.state for result in results for run in result.runs)
+
+
+@pytest.mark.parametrize("store", ["server", "sqlite", "file"])
+def test_an_offline_run_arrives_as_it_was_on_the_writing_machine(
+    store: str, mlflow_server: MlflowServer, sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Start, end and metric times, status, name, user, source and other tags, params, files."""
+    uri = {"server": mlflow_server.url, "sqlite": sqlite_uri, "file": file_uri}[store]
+    log_offline(experiment_name, uri, tmp_path / "outbox", status="FAILED")
+    assert ["sent"] == states(replayed(tmp_path / "outbox"))
+    run = the_run(uri, experiment_name)
+    assert ("offline", "FAILED") == (run.info.run_name, run.info.status)
+    assert (NOW_MS, NOW_MS + 100_000) == (run.info.start_time, run.info.end_time)
+    assert {"depth": "3", "name": "offline"} == run.data.params
+    assert "train" == run.data.tags["phase"]
+    assert {"mlflow.user", "mlflow.source.name", "mlflow.source.type"} <= run.data.tags.keys()
+    assert [(i, NOW_MS + i, i / 2) for i in range(100)] == stamped_points(uri, run.info.run_id, "loss")
+    assert "report of offline" == artifact_text(uri, run.info.run_id, "reports/report.txt")
+
+
+def test_a_run_that_was_never_ended_stays_running(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """That a replay came to its end says nothing about the run."""
+    log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox", status=None)
+    replayed(tmp_path / "outbox")
+    assert "RUNNING" == the_run(mlflow_server.url, experiment_name).info.status
+
+
+def test_a_replay_to_another_server_only_reads(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """Not a byte, name or time changes in the source; the second time there is nothing to send."""
+    for name in ("one", "two", "three"):
+        log_offline(experiment_name, NOWHERE, tmp_path / "outbox", name=name)
+    before = contents_of(tmp_path / "outbox")
+    assert ["sent"] * 3 == states(replayed(tmp_path / "outbox", to=mlflow_server.url))
+    assert "before" == replayed(tmp_path / "outbox", to=mlflow_server.url)[0].cut_short
+    assert before == contents_of(tmp_path / "outbox")
+    assert {"one", "two", "three"} == {run.info.run_name for run in runs(mlflow_server.url, experiment_name)}
+
+
+def test_a_second_machine_with_a_copy_of_the_files_creates_nothing_twice(
+    mlflow_server: MlflowServer, file_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no ledger of the first; the run is found by its tag, and every point is there once, in a file store too."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox", points=2500)
+    shutil.copytree(tmp_path / "outbox", tmp_path / "copy")
+    for uri in (mlflow_server.url, file_uri):
+        for machine, files in (("first", "outbox"), ("second", "copy")):
+            monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / machine))
+            assert ["sent"] == states(replayed(tmp_path / files, to=uri))
+        run = the_run(uri, experiment_name)
+        assert numbered(2500) == points(uri, run.info.run_id, "loss")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_single_run_is_replayed_from_a_directory_that_was_moved_and_renamed(
+    beside: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """With outbox.json beside it, it knows where to go; alone it needs to be told."""
+    run_id = log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
+    place = tmp_path / "usb"
+    place.mkdir()
+    shutil.move(the_outbox(tmp_path / "outbox") / "runs" / run_id, place / "my best run")
+    if beside:
+        shutil.copy(the_outbox(tmp_path / "outbox") / "outbox.json", place)
+        assert ["sent"] == states(replayed(place / "my best run"))
+    else:
+        assert "give --to" in prepare([place / "my best run"], Wish()).problems[0]
+        assert ["sent"] == states(replayed(place / "my best run", to=mlflow_server.url))
+    assert numbered(100) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
+
+
+def test_a_delivered_run_is_replayed_to_another_server_from_where_it_was_filed(
+    mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Filed runs stay on disk for this; at their own destination they are left alone."""
+    run_id = log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
+    replayed(tmp_path / "outbox")
+    filed = the_outbox(tmp_path / "outbox") / "delivered" / run_id
+    assert filed.is_dir()
+    assert ([], 1) == (prepare([tmp_path / "outbox"], Wish()).jobs, prepare([filed], Wish()).before)
+    assert ["sent"] == states(replayed(filed, to=sqlite_uri))
+    assert numbered(100) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
+
+
+def test_runs_go_into_another_experiment_beside_their_own(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It is another run there, and again only one however often it is sent."""
+    log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
+    replayed(tmp_path / "outbox")
+    for _ in range(2):
+        replayed(tmp_path / "outbox", experiment=f"{experiment_name}-copy")
+    own, copy = (the_run(mlflow_server.url, name).info.run_id for name in (experiment_name, f"{experiment_name}-copy"))
+    assert own != copy
+    assert numbered(100) == points(mlflow_server.url, copy, "loss")
+
+
+def test_only_finished_runs_go_when_only_they_are_wanted(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Failed, killed and unended ones stay."""
+    for status in ("FINISHED", "FAILED", "KILLED", None):
+        log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox", name=str(status), status=status)
+    assert ["sent"] == states(replayed(tmp_path / "outbox", only_finished=True))
+    assert "FINISHED" == the_run(mlflow_server.url, experiment_name).info.run_name
+    assert ["sent"] * 3 == states(replayed(tmp_path / "outbox"))
+
+
+def test_a_wiped_server_gets_everything_again(
+    own_mlflow_server: Callable[..., MlflowServer], experiment_name: str, tmp_path: Path
+) -> None:
+    """Delivered runs are sent once more, each once; --again twice changes nothing."""
+    server = own_mlflow_server()
+    for name in ("one", "two"):
+        log_offline(experiment_name, server.url, tmp_path / "outbox", name=name)
+    replayed(tmp_path / "outbox")
+    server.wipe()
+    server.start()
+    for _ in range(2):
+        assert ["sent"] * 2 == states(replayed(tmp_path / "outbox", again=True))
+        found = runs(server.url, experiment_name)
+        assert {"one", "two"} == {run.info.run_name for run in found}
+        assert 2 == len(found)
+        for run in found:
+            assert numbered(100) == points(server.url, run.info.run_id, "loss")
+            assert "FINISHED" == run.info.status
+
+
+def test_again_to_another_server_starts_anew_there_only(
+    own_mlflow_server: Callable[..., MlflowServer], sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """What is known of other destinations stays known."""
+    server = own_mlflow_server()
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    for uri in (server.url, sqlite_uri):
+        replayed(tmp_path / "outbox", to=uri)
+    server.wipe()
+    server.start()
+    assert ["sent"] == states(replayed(tmp_path / "outbox", to=server.url, again=True))
+    assert numbered(100) == points(server.url, the_run(server.url, experiment_name).info.run_id, "loss")
+    assert "before" == replayed(tmp_path / "outbox", to=sqlite_uri)[0].cut_short
+
+
+def test_a_bad_run_is_skipped_and_named_and_the_rest_goes_on(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose segment cannot be read at all, one that MLflow refuses, and three good ones."""
+    good = [log_offline(experiment_name, NOWHERE, tmp_path / "outbox", name=f"run {n}") for n in range(3)]
+    unreadable = log_offline(experiment_name, NOWHERE, tmp_path / "outbox", name="unreadable")
+    refused = log_offline(" \t", NOWHERE, tmp_path / "outbox", name="refused") if False else ""
+    [segment] = (the_outbox(tmp_path / "outbox") / "runs" / unreadable).glob("*.log")
+    segment.write_bytes(b"\0" * 5000)
+    assert 1 == command("replay", tmp_path / "outbox", "--to", mlflow_server.url)
+    said = capsys.readouterr()
+    assert segment.name in said.err
+    assert "3 runs sent" in said.out
+    assert len(good) == len(runs(mlflow_server.url, experiment_name))
+    assert not refused
+
+
+def test_a_run_that_mlflow_refuses_is_skipped_and_named(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its experiment was deleted; the other experiment's run arrives, the code says that a person is needed."""
+    from contents import client
+
+    with client(mlflow_server.url) as mlflow:
+        mlflow.delete_experiment(mlflow.create_experiment(f"{experiment_name}-gone"))
+    bad = log_offline(f"{experiment_name}-gone", NOWHERE, tmp_path / "outbox")
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    assert 4 == command("replay", tmp_path / "outbox", "--to", mlflow_server.url)
+    said = capsys.readouterr()
+    assert f"run {bad} was skipped" in said.err
+    assert "1 run sent" in said.out
+    assert "1 run skipped" in said.out
+    assert 1 == len(runs(mlflow_server.url, experiment_name))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_replay_that_is_killed_again_and_again_creates_nothing_twice(
+    own: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """SIGKILL at random moments, from an own outbox and from a copy: every run and point is there once at the end."""
+    uri = mlflow_server.url
+    for number in range(8):
+        log_offline(experiment_name, uri, tmp_path / "outbox", name=f"run {number}", points=1500)
+    arguments = [tmp_path / "outbox"] if own else [tmp_path / "outbox", "--to", f"{uri}/"]
+    if not own:
+        path = the_outbox(tmp_path / "outbox") / "outbox.json"
+        path.write_text(path.read_text().replace(uri, NOWHERE))
+    killed, code = run_with_kills("replay", *arguments, least=0.1, most=0.6)
+    assert (True, 0) == (killed > 1, code)
+    found = runs(uri, experiment_name)
+    assert {f"run {number}" for number in range(8)} == {run.info.run_name for run in found}
+    assert 8 == len(found)
+    for run in found:
+        assert numbered(1500) == points(uri, run.info.run_id, "loss")
+        assert "FINISHED" == run.info.status
+
+
+def test_a_bundle_is_replayed_without_unpacking_it_by_hand(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """To its recorded destination or another; nothing of it stays on the machine, and the second time nothing is sent."""
+    log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
+    assert 0 == command("export", "--all", "-o", "runs.tar.gz", "-d", tmp_path / "outbox")
+    assert 0 == command("replay", "runs.tar.gz")
+    assert 0 == command("replay", "runs.tar.gz")
+    assert numbered(100) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
+    assert [] == list((tmp_path / "state" / "mlflow-outbox" / "bundles").iterdir())
+
+
+def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run, name, status and number of events; no ledger is made either."""
+    run_id = log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
+    before = contents_of(tmp_path)
+    assert 0 == command("replay", tmp_path / "outbox", "--dry-run")
+    said = capsys.readouterr().out
+    assert all(part in said for part in (run_id, "offline", "FINISHED", "104", mlflow_server.url))
+    assert before == contents_of(tmp_path)
+    assert [] == runs(mlflow_server.url, experiment_name)
+
+
+def test_an_outbox_that_another_worker_delivers_is_left_to_it(experiment_name: str, tmp_path: Path) -> None:
+    """The message names it, and the exit code is its own."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    lease = Lease(OutboxDirectory.open(the_outbox(tmp_path / "outbox")).lock, "thread")
+    assert lease.acquire()
+    assert 6 == command("replay", tmp_path / "outbox")
+    lease.release()
+
+
+def test_a_server_that_is_away_leaves_the_runs_where_they_are(experiment_name: str, tmp_path: Path) -> None:
+    """Within the time that was given; the exit code says that something is left."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    assert 3 == command("replay", tmp_path / "outbox", "--timeout", "0.5")
+
+
+def test_bad_usage_is_told_from_failure(tmp_path: Path) -> None:
+    """A path that is not there, options that exclude each other."""
+    assert 2 == command("replay", tmp_path / "nowhere")
+    assert 2 == command("replay", tmp_path, "--follow", "--again")
+    assert 2 == command("replay")
+
+
+# -- following
+
+
+class Follower:
+    """A replay that follows, in a thread."""
+
+    def __init__(self, path: Path, uri: str | None = None) -> None:
+        wish = Wish(to=uri, follow=True)
+        [job] = prepare([path], wish).jobs
+        self.notes: list[str] = []
+        self.result: JobResult | None = None
+        self.job: Job = job
+        self._replay = Replay(job, dataclasses.replace(QUICK, poll_interval=0.02), wish, stopped=threading.Event())
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.result = self._replay.run(lambda progress: self.notes.append(progress.note), timeout=60)
+
+    def is_over(self) -> bool:
+        """Tell whether it came to its end."""
+        return not self._thread.is_alive()
+
+    def join(self) -> JobResult:
+        """Wait for its end."""
+        self._thread.join(60)
+        assert self.result is not None
+        return self.result
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_is_followed_while_it_is_written_and_until_it_has_ended(
+    own: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Points arrive while the writer is idle in between; its files are never moved; the end ends the following."""
+    uri = mlflow_server.url
+    tracker = MLflowTracker(experiment_name, uri if own else NOWHERE, outbox_dir=tmp_path / "outbox", worker="none")
+    run = tracker.start_run("followed")
+    run.log_metric("loss", 0.0, step=0)
+    follower = Follower(tmp_path / "outbox", None if own else uri)
+    segment = next(the_outbox(tmp_path / "outbox").glob("runs/*/*.log"))
+    for step in range(1, 4):
+        run.log_metric("loss", step / 2, step=step)
+        remote = eventually(lambda: runs(uri, experiment_name), 20)[0]
+        eventually(lambda s=step: numbered(s + 1) == points(uri, remote.info.run_id, "loss"), 20)  # type: ignore[misc]
+    assert not follower.is_over()
+    assert any("writing" in note for note in follower.notes)
+    assert "RUNNING" == runs(uri, experiment_name)[0].info.status
+    run.end()
+    assert "" == follower.join().cut_short
+    assert "FINISHED" == the_run(uri, experiment_name).info.status
+    assert segment.exists()
+
+
+def test_a_writer_that_died_ends_the_following_and_not_the_run(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Told from one that is idle: nobody holds its segment any more. The run stays as it was left."""
+    uri = mlflow_server.url
+    child = os.fork()
+    if child == 0:
+        tracker = MLflowTracker(experiment_name, NOWHERE, outbox_dir=tmp_path / "outbox", worker="none")
+        run = tracker.start_run("dies")
+        run.log_metric("loss", 0.0, step=0)
+        signal.pause()
+        os._exit(0)
+    try:
+        eventually(lambda: list(tmp_path.glob("outbox/*/runs/*/*.log")))
+        follower = Follower(tmp_path / "outbox", uri)
+        eventually(lambda: any("writing" in note for note in follower.notes), 30)
+        assert not follower.is_over()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    follower.join()
+    assert any("died" in note for note in follower.notes)
+    assert "RUNNING" == the_run(uri, experiment_name).info.status
+
+
+def test_a_writer_on_another_machine_may_be_silent_for_long(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its lock cannot be seen and its boot is another: silence alone does not end the following, its end does."""
+    from mlflow_outbox.spool import journal
+
+    uri = mlflow_server.url
+    real, journal._boot_id = journal._boot_id, lambda: "another machine's"  # type: ignore[assignment]
+    try:
+        tracker = MLflowTracker(experiment_name, NOWHERE, outbox_dir=tmp_path / "outbox", worker="none")
+        run = tracker.start_run("far away")
+        run.log_metric("loss", 0.0, step=0)
+        [segment] = the_outbox(tmp_path / "outbox").glob("runs/*/*.log")
+        shutil.copytree(tmp_path / "outbox", tmp_path / "share")
+        [seen] = the_outbox(tmp_path / "share").glob("runs/*/*.log")
+        ten_minutes_ago = seen.stat().st_mtime - 600
+        os.utime(seen, (ten_minutes_ago, ten_minutes_ago))
+        follower = Follower(tmp_path / "share", uri)
+        eventually(lambda: any("silent" in note for note in follower.notes), 30)
+        assert not follower.is_over()
+        run.log_metric("loss", 0.5, step=1)
+        run.end()
+        shutil.copyfile(segment, seen)
+        follower.join()
+    finally:
+        journal._boot_id = real
+    remote = the_run(uri, experiment_name)
+    assert ("FINISHED", numbered(2)) == (remote.info.status, points(uri, remote.info.run_id, "loss"))

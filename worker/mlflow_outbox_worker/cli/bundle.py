@@ -1,0 +1,130 @@
+"""``mlflow-outbox export`` and ``import``: runs in one file, for machines that share no network."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.destination import Destination
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
+from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.terminal import count
+
+if TYPE_CHECKING:
+    from mlflow_outbox.settings import Settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("export")(export)
+    app.command("import")(import_)
+
+
+def export(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN...", help="Ids, beginnings of ids, or directories of runs.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The file; NAME.tar, or NAME.tar.gz for gzip.")
+    ] = Path("runs.tar"),
+    everything: Annotated[bool, typer.Option("--all", help="All runs of the outbox, delivered ones too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    outbox_dir: OutboxDir = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Put runs with their files into one file that can be carried to another machine.
+
+    A run that is still being written goes in as far as it is; the same command later takes the rest too.
+
+    \b
+    Examples:
+      mlflow-outbox export 3f9c 81aa -o runs.tar
+      mlflow-outbox export --all -o runs.tar.gz
+    """
+    from mlflow_outbox_worker.packing import write_bundle
+
+    terminal.behave(quiet=quiet, verbose=verbose)
+    if bool(runs) == everything:
+        msg = "name the runs, or give --all"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    settings = outboxes.settings_for(outbox_dir)
+    destination, chosen = _everything(settings) if everything else _chosen(runs or [], settings)
+    if not chosen:
+        msg = "there is no run to export"
+        raise CommandFailed(msg)
+    manifest = write_bundle(output, chosen, destination, now_ms=time.time_ns() // 1_000_000, replace=force)
+    size = sum(member.size for run in manifest.runs for member in run.members)
+    terminal.say(f"{count(len(manifest.runs), 'run')}, {terminal.size(size)}, in {output}")
+    return ExitCode.DONE
+
+
+def _everything(settings: Settings) -> tuple[Destination, dict[str, tuple[Path, ...]]]:
+    from mlflow_outbox_worker.sources import find_runs
+
+    directory = outboxes.open_one(settings)
+    found = find_runs(directory.path)
+    for problem in found.problems:
+        terminal.error(problem)
+    return directory.destination, found.runs
+
+
+def _chosen(names: list[str], settings: Settings) -> tuple[Destination, dict[str, tuple[Path, ...]]]:
+    from mlflow_outbox_worker.sources import find_runs, merged
+
+    destinations: dict[str, Destination] = {}
+    runs: list[dict[str, tuple[Path, ...]]] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = find_runs(path)
+            if found.identity is None or not found.runs:
+                msg = "; ".join(found.problems) or f"{printable(name, 300)} has no outbox.json beside or above it"
+                raise CommandFailed(msg)
+            destination = Destination(found.identity.destination, found.identity.artifact_root)
+            runs.append(found.runs)
+        else:
+            directory, run_id = outboxes.find_run(outboxes.open_all(settings), settings, name)
+            destination = directory.destination
+            runs.append({run_id: tuple(p for p in (directory.run(run_id), directory.delivered / run_id) if p.is_dir())})
+        destinations[destination.uri] = destination
+    if len(destinations) > 1:
+        msg = f"these runs are for {len(destinations)} destinations; export each destination's runs by themselves"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    return next(iter(destinations.values())), merged(runs)
+
+
+def import_(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file made by export.")],
+    outbox_dir: OutboxDir = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Check a bundle, and put its runs into an outbox from which they are delivered.
+
+    Nothing of a bundle is used before all of it has been checked. Importing it twice changes nothing; a later export of the
+    same runs completes them.
+
+    \b
+    Examples:
+      mlflow-outbox import runs.tar && mlflow-outbox flush
+      mlflow-outbox replay runs.tar --to http://mlflow:5000     without keeping the runs here
+    """
+    from mlflow_outbox_worker.bundle import read_manifest
+    from mlflow_outbox_worker.unpacking import import_bundle
+
+    terminal.behave(quiet=quiet, verbose=verbose)
+    manifest = read_manifest(bundle)
+    root = outboxes.root_of(outboxes.settings_for(outbox_dir))
+    destination = Destination(manifest.destination, manifest.artifact_root)
+    directory = OutboxDirectory.create(root, destination, now_ms=time.time_ns() // 1_000_000)
+    result = list(import_bundle(bundle, directory).values())
+    parts = [f"{result.count(what)} {what}" for what in ("new", "completed", "unchanged") if what in result]
+    terminal.say(f"{count(len(result), 'run')} in {directory.path} for {destination.uri}: {', '.join(parts)}")
+    return ExitCode.DONE

@@ -1,0 +1,135 @@
+"""``mlflow-outbox verify``: read back from MLflow what the outbox has, and compare."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.destination import Destination, resolve, with_credentials
+from mlflow_outbox.errors import TrackingUnavailable
+from mlflow_outbox.settings import tracking_uri_from_environment
+from mlflow_outbox.spool import provisional
+from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.exits import ExitCode
+from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.terminal import count
+
+if TYPE_CHECKING:
+    from mlflow_outbox.settings import Settings
+    from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox_worker.comparison import Comparison
+    from mlflow_outbox_worker.sink import Sink
+
+#: Differences shown of one run.
+_SHOWN = 20
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("verify")(verify)
+
+
+def verify(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN...]", help="Ids of runs; else all on disk.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Every point, and the content of every artifact.")] = False,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="URI", help="A tracking URI that the runs were replayed to.")
+    ] = None,
+    as_json: AsJson = False,
+    outbox_dir: OutboxDir = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Read runs back from MLflow and compare them with what is on disk: points, params, tags, artifacts.
+
+    Changes nothing, here or there. Exit code 0 says that MLflow holds everything, 1 that something differs or is absent, 3 that
+    some of it has not been sent yet.
+
+    \b
+    Examples:
+      mlflow-outbox verify                       what is still on disk, delivered runs too
+      mlflow-outbox verify --deep 3f9c           one run, to the last point and byte
+      mlflow-outbox verify --to http://new:5000  after a replay to another server
+    """
+    terminal.behave(quiet=quiet or as_json, verbose=verbose)
+    settings = outboxes.settings_for(outbox_dir)
+    directories = outboxes.open_all(settings)
+    chosen = [outboxes.find_run(directories, settings, name) for name in runs or []]
+    found: list[Comparison] = []
+    for directory in directories:
+        wanted = {run_id for place, run_id in chosen if place.path == directory.path} if runs else None
+        if wanted is None or wanted:
+            found += _of_outbox(directory, settings, wanted, to, deep=deep)
+    if as_json:
+        terminal.raw(json.dumps([one._asdict() for one in found], indent=2))
+    else:
+        _show(found)
+    if any(one.state in {"different", "absent"} or one.differences for one in found if not one.pending):
+        return ExitCode.ERROR
+    return ExitCode.LEFT if any(one.pending for one in found) else ExitCode.DONE
+
+
+def _of_outbox(
+    directory: OutboxDirectory, settings: Settings, wanted: set[str] | None, to: str | None, *, deep: bool
+) -> Iterator[Comparison]:
+    from mlflow_outbox_worker.comparison import compare
+    from mlflow_outbox_worker.ledger import Ledger
+    from mlflow_outbox_worker.sink import SinkError
+    from mlflow_outbox_worker.sources import find_runs, replay_directory
+
+    recorded = directory.destination
+    destination = resolve(to) if to is not None else with_credentials(recorded, tracking_uri_from_environment())
+    own = destination.uri == recorded.uri
+    place = outboxes.ledger_path(directory, settings) if own else replay_directory(destination) / "delivery"
+    on_disk = find_runs(directory.path)
+    for problem in on_disk.problems:
+        terminal.error(problem)
+    try:
+        with (
+            _opened(destination, settings) as sink,
+            terminal.progress() as show,
+            contextlib.closing(Ledger.open(place, read_only=True)) as ledger,
+        ):
+            for number, (run_id, folders) in enumerate(sorted(on_disk.runs.items())):
+                if provisional.is_room(run_id) or (wanted is not None and run_id not in wanted):
+                    continue
+                show(f"{number} of {count(len(on_disk.runs), 'run')} compared")
+                letters = [*ledger.dead_letters(run_id), *ledger.settled_letters(run_id)]
+                yield compare(sink, run_id, folders, ledger.record(run_id), letters, deep=deep)
+    except SinkError as error:
+        msg = f"{printable(destination.uri)} cannot be asked now: {error}"
+        raise TrackingUnavailable(msg) from None
+
+
+@contextlib.contextmanager
+def _opened(destination: Destination, settings: Settings) -> Iterator[Sink]:
+    from mlflow_outbox_worker.mlflow_sink import open_sink
+
+    sink = open_sink(
+        destination.secret_uri or destination.uri,
+        artifact_root=destination.artifact_root or None,
+        timeout=settings.request_timeout,
+    )
+    with contextlib.closing(sink):
+        yield sink
+
+
+def _show(found: list[Comparison]) -> None:
+    for one in found:
+        if one.state == "absent":
+            terminal.data(f"{one.run_id}  MLflow does not have this run")
+        for difference in one.differences[:_SHOWN]:
+            terminal.data(f"{one.run_id}  {difference}")
+        if len(one.differences) > _SHOWN:
+            terminal.data(f"{one.run_id}  and {count(len(one.differences) - _SHOWN, 'further difference')}")
+        if one.pending and one.state != "absent":
+            terminal.data(f"{one.run_id}  {count(one.pending, 'event')} not sent yet")
+    same = sum(one.state == "same" for one in found)
+    dead = sum(one.dead for one in found)
+    refused = f"; {count(dead, 'dead letter')} not expected there" if dead else ""
+    terminal.say(f"{same} of {count(len(found), 'run')} held by MLflow in full{refused}")
