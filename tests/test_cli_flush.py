@@ -234,7 +234,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(
         proxy.on("runs/create", forward_then_drop_response(), times=1)
         proxy.on("log-batch", forward_then_drop_response(), times=3)
         offline(tmp_path, proxy.url, experiment=experiment_name, runs=2, points=3000)
-        for _ in range(3):
+        for _ in range(2):
             seen = len(proxy.requests)
             process = subprocess.Popen(
                 command("flush", "-d", tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()

@@ -11,8 +11,14 @@ def quantiles(nanoseconds: Sequence[int]) -> dict[str, float]:
     """Return p50, p99, p99.9 and the largest of some durations, in microseconds.
 
     Args:
-        nanoseconds: the durations, at least one, in any order.
+        nanoseconds: the durations in any order.
+
+    Raises:
+        ValueError: there are none, because every call failed.
     """
+    if not nanoseconds:
+        msg = "no call was made"
+        raise ValueError(msg)
     ordered = sorted(nanoseconds)
 
     def at(share: float) -> float:

@@ -69,8 +69,13 @@ class Child:
             except OSError:
                 return
             if not part:
+                self._reader.close()
                 return
             self._data += part
+
+    def is_heard(self) -> bool:
+        """Return whether somebody can still say something: the child, or a process that it forked."""
+        return self._thread.is_alive()
 
     def lines(self) -> list[str]:
         """Return the complete lines so far."""
@@ -108,7 +113,6 @@ class Child:
             failure = f"the child {self.process} did not end within {timeout} s; it said {self.lines()[-3:]}"
             raise AssertionError(failure)
         self._thread.join(10)
-        self._reader.close()
         return int(self.process.exitcode)
 
     def report(self, timeout: float = 120.0) -> dict[str, Any]:

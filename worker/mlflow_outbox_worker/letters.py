@@ -18,6 +18,7 @@ from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import ArtifactRefused, OutboxError
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.disk import SystemDisk
 from mlflow_outbox.spool.events import (
     Artifact,
     Event,
@@ -61,7 +62,13 @@ def event_of(letter: DeadLetter) -> Event:
 
 
 def send_again(
-    directory: OutboxDirectory, ledger: Ledger, settings: Settings, letter: DeadLetter, replacement: Event | None = None
+    directory: OutboxDirectory,
+    ledger: Ledger,
+    settings: Settings,
+    letter: DeadLetter,
+    replacement: Event | None = None,
+    *,
+    disk: SystemDisk | None = None,
 ) -> None:
     """Write a dead letter's event to its run's journal again, then take the letter out of the queue.
 
@@ -71,6 +78,7 @@ def send_again(
         settings: limits.
         letter: the letter.
         replacement: what to send in its place; None is the event itself.
+        disk: the system calls that write the journal.
 
     Raises:
         LetterRefused: the event could not be put on disk; the letter stays.
@@ -81,7 +89,7 @@ def send_again(
     if isinstance(event, (Artifact, FileFor)):
         _bring_file(directory, settings, letter, event.sha256)
     counters = Counters()
-    journal = Journal(directory, identity, dataclasses.replace(settings, sync="always"), counters)
+    journal = Journal(directory, identity, dataclasses.replace(settings, sync="always"), counters, disk=disk)
     kept = journal.append(event)
     journal.close()
     if not kept or journal.in_memory or counters["unsynced_not_rewritten"]:

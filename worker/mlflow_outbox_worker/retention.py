@@ -61,6 +61,8 @@ def file_run(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: d
             cursor = cursors.get(writer)
             if cursor is None or writer_state(segment.path, segment.header).kind == "writing":
                 return False
+            if segment.header.ordinal > cursor.ordinal:
+                return False  # begun since, perhaps closed already: a run that was resumed for a moment
             if segment.header.ordinal == cursor.ordinal and segment.path.stat().st_size > cursor.offset:
                 return False
     if reader.bad_headers():

@@ -93,7 +93,7 @@ class Runs(Experiments):
         opened = self.journals.open(local, self.experiment_name(experiment_id))
         opened.append(
             RunStarted(
-                start_time or now_ms(), name, user_id or texts.get(MLFLOW_USER, ""), texts, False, experiment_id, attempted  # noqa: FBT003 - as above
+                start_time or now_ms(), name, texts.get(MLFLOW_USER, ""), texts, False, experiment_id, attempted  # noqa: FBT003 - as above
             )
         )
         say_once(

@@ -1,0 +1,88 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from servers import forget_mlflow_variables
+
+from benchmarks import arrival, backlog, calls, draining, experiment, growth, report, starting
+from benchmarks.machine import describe
+from benchmarks.peers import install
+from benchmarks.plan import Plan, Stores
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_MEASUREMENTS = {
+    "calls": calls.measure,
+    "starting": starting.measure,
+    "experiment": experiment.measure,
+    "draining": draining.measure,
+    "arrival": arrival.measure,
+    "backlog": backlog.measure,
+    "growth": growth.measure,
+}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure the outbox beside other trackers.")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller backlogs: about five minutes")
+    parser.add_argument("--only", action="append", choices=[*_MEASUREMENTS], help="one measurement; may be repeated")
+    parser.add_argument("--no-peers", action="store_true", help="compare with MLflow alone; nothing is installed")
+    parser.add_argument("--points", type=int, help="metric points of a backlog (100,000; quick 20,000)")
+    parser.add_argument("--pending", type=int, help="events in the largest waiting outbox (10,000,000; quick 100,000)")
+    parser.add_argument("--output", type=Path, default=_ROOT / "docs" / "bench", help="where figures and plots go")
+    parser.add_argument("--peers", type=Path, default=Path(sys.prefix) / "peers", help="where peers are installed")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, write results.json and the plots, and print the tables."""
+    given = _arguments()
+    forget_mlflow_variables()
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s  {text}"[:200], file=sys.stderr, flush=True)
+
+    found, versions, missing = ({}, {}, {}) if given.no_peers else install(given.peers, say)
+    results: dict[str, Any] = {"machine": describe(Path(tempfile.gettempdir())), "quick": given.quick}
+    results["peers"] = {"versions": versions, "not installed": missing}
+    stores = Stores()
+    try:
+        plan = Plan(
+            stores,
+            found,
+            say,
+            given.quick,
+            rounds=2 if given.quick else 3,
+            calls=1500 if given.quick else 10_000,
+            call_seconds=0.3 if given.quick else 1.0,
+            loop_seconds=4.0 if given.quick else 30.0,
+            points=given.points or (20_000 if given.quick else 100_000),
+            pending=given.pending or (100_000 if given.quick else 10_000_000),
+            waiting_runs=1000 if given.quick else 10_000,
+            arrivals=3.0 if given.quick else 10.0,
+        )
+        for name in given.only or _MEASUREMENTS:
+            results[name] = _MEASUREMENTS[name](plan)
+    finally:
+        stores.close()
+    results["machine"]["load_at_end"] = [round(load, 1) for load in os.getloadavg()]
+    results["seconds"] = round(time.monotonic() - began)
+    given.output.mkdir(parents=True, exist_ok=True)
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
+    (given.output / "results.json").write_text(json.dumps(rounded, indent=1) + "\n")
+    report.plot(rounded, given.output)
+    report.show(rounded)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

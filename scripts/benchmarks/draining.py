@@ -1,0 +1,165 @@
+"""Draining a backlog, beside hand-written ``log_batch`` calls of 1,000 points over one connection.
+
+The hand-written program is what somebody would write who has all points at hand: MLflow's own client, runs created
+first, batches as large as MLflow takes them, the status at the end. The outbox does the same from its journal, finds
+out first that the run is not there yet, keeps its ledger, and reads every run back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import children
+from benchmarks.numbers import median
+from benchmarks.plan import Plan
+
+#: Added to each round trip, seconds.
+DELAY = 0.05
+_BATCH = 1000
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Drain one backlog in this process."""
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # for the hand-written program; the outbox needs no permission
+    uri, delay = request["uri"], request["delay"]
+    with contextlib.ExitStack() as stack:
+        proxy = None
+        if uri.startswith("http"):
+            from mlflow_outbox.testing.faults import delay as slower
+            from mlflow_outbox.testing.proxy import FaultProxy
+
+            if delay or request["count"]:
+                proxy = stack.enter_context(FaultProxy(uri))
+                uri = proxy.url
+                if delay:
+                    proxy.on("", slower(delay), times=None)
+        drain = _by_hand if request["by_hand"] else _by_outbox
+        result = drain(uri, request["runs"], request["points"] // request["runs"], Path(request["directory"]))
+        if proxy is not None and request["count"]:
+            result["requests"] = len(proxy.requests)
+            result["request_bytes"] = sum(len(one.body) for one in proxy.requests)
+    result["points_per_s"] = request["points"] / result["seconds"]
+    result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result
+
+
+def _by_hand(uri: str, runs: int, points: int, _directory: Path) -> dict[str, Any]:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client = MlflowClient(uri)
+    experiment = client.create_experiment(f"by-hand-{time.time_ns()}", artifact_location="/nowhere")
+    now = time.time_ns() // 1_000_000
+    begin, cpu = time.perf_counter(), time.process_time()
+    for _ in range(runs):
+        run_id = client.create_run(experiment).info.run_id
+        for start in range(0, points, _BATCH):
+            some = range(start, min(points, start + _BATCH))
+            client.log_batch(run_id, [Metric("loss", 0.5 * step, now + step, step) for step in some])
+        client.set_terminated(run_id)
+    return {"seconds": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}
+
+
+def _by_outbox(uri: str, runs: int, points: int, directory: Path) -> dict[str, Any]:
+    from mlflow_outbox import MLflowTracker
+    from mlflow_outbox_worker.mlflow_sink import open_sink
+
+    tracker = MLflowTracker(f"outbox-{time.time_ns()}", uri, outbox_dir=directory / "outbox", worker="none")
+    for _ in range(runs):
+        run = tracker.start_run()
+        for step in range(points):
+            run.log_metric("loss", 0.5 * step, step=step)
+        run.end()
+    size = sum(file.stat().st_size for file in (directory / "outbox").rglob("*.log"))
+    tracker.close()
+    # MLflow is imported and the store opened before the clock starts, as for the hand-written program.
+    open_sink(uri).close()
+    delivering = MLflowTracker(tracker.experiment_name, uri, outbox_dir=directory / "outbox", worker="thread")
+    begin, cpu = time.perf_counter(), time.process_time()
+    result = delivering.flush(3600)
+    seconds, spent = time.perf_counter() - begin, time.process_time() - cpu
+    if not result:
+        msg = f"not everything was delivered: {result}"
+        raise RuntimeError(msg)
+    return {"seconds": seconds, "cpu_s": spent, "bytes_per_event": size / (runs * points)}
+
+
+#: (store, runs that share the points, seconds added to each round trip): what is drained.
+CASES = (
+    ("http", 1, 0.0),
+    ("sqlite", 1, 0.0),
+    ("file", 1, 0.0),
+    ("http", 100, 0.0),
+    ("http", 1, DELAY),
+    ("http", 100, DELAY),
+)
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """Drain every backlog both ways, in turn, round after round; add requests and bytes, counted once."""
+    results: dict[str, Any] = {}
+    for store, runs, delay in CASES:
+        name = f"{store}, {runs} run{'s' if runs > 1 else ''}{', 50 ms more' if delay else ''}"
+        points = plan.points if store != "file" else plan.points // 2
+        pairs: list[dict[str, Any]] = []
+        for turn in range(max(1, plan.rounds - 1)):
+            pair: dict[str, Any] = {}
+            order = (True, False) if turn % 2 == 0 else (False, True)
+            for by_hand in order:
+                found = children.run(
+                    "draining",
+                    {
+                        "uri": plan.stores.fresh(store),
+                        "by_hand": by_hand,
+                        "runs": runs,
+                        "points": points,
+                        "delay": delay,
+                        "count": False,
+                    },
+                    timeout=1200,
+                )
+                pair["by hand" if by_hand else "outbox"] = found
+            plan.say(f"draining: {name}: {_short(pair)}")
+            pairs.append(pair)
+        results[name] = _merged(pairs, points)
+    results["counted"] = {
+        who: children.run(
+            "draining",
+            {
+                "uri": plan.stores.fresh("http"),
+                "by_hand": who == "by hand",
+                "runs": 10,
+                "points": 20_000,
+                "delay": 0.0,
+                "count": True,
+            },
+        )
+        for who in ("by hand", "outbox")
+    }
+    return results
+
+
+def _merged(pairs: list[dict[str, Any]], points: int) -> dict[str, Any]:
+    good = [pair for pair in pairs if all("error" not in one for one in pair.values())]
+    if not good:
+        return pairs[0]
+    ratios = [{"ratio": pair["by hand"]["seconds"] / pair["outbox"]["seconds"]} for pair in good]
+    return {
+        "points": points,
+        "by hand": median([pair["by hand"] for pair in good]),
+        "outbox": median([pair["outbox"] for pair in good]),
+        **median(ratios),
+    }
+
+
+def _short(pair: dict[str, Any]) -> str:
+    for who, one in pair.items():
+        if "error" in one:
+            return f"{who}: {one['error']}"
+    hand, outbox = pair["by hand"]["points_per_s"], pair["outbox"]["points_per_s"]
+    return f"{outbox:,.0f} points/s, by hand {hand:,.0f}, ratio {outbox / hand:.2f}"

@@ -1,0 +1,261 @@
+"""Forks in every state, every way to end, worker threads that die, workers that stand still."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults import workload
+from faults.children import Nest
+from faults.oracle import held
+from faults.table import Row
+from faults.test_kills import recovered
+from faults.test_space import check_manners, log_timed
+from mlflow_outbox import MLflowTracker
+from servers import MlflowServer, eventually
+
+
+def fork_while(fd: int, uri: str, outbox: str, state: str, first_out: str, base: int) -> None:
+    """Fork while threads log and a worker delivers; parent and child both log to the run, in their own numbers."""
+    tracker = MLflowTracker("forks", uri, outbox_dir=outbox, settings=workload.settings(**workload.TINY))
+    run = tracker.start_run(f"forked {base}")
+    if state != "before the first event":
+        for n in range(base, base + 20):
+            assert workload.log_event(run, n)
+            workload.ack(fd, n)
+    over = threading.Event()
+
+    def log(first: int) -> None:
+        n = first
+        while not over.is_set() and n < first + 3000:
+            if workload.log_event(run, n):
+                workload.ack(fd, n)
+            n += 1
+            if n % 8 == 0:
+                time.sleep(0.0005)
+
+    threads = [threading.Thread(target=log, args=(base + 10_000 * k,)) for k in (1, 2)] if state == "while threads log" else []
+    for thread in threads:
+        thread.start()
+    if state == "while the worker delivers":
+        eventually(lambda: tracker.counters.get("delivered"), 30)
+    if state == "after close":
+        tracker.close(10)
+    child = os.fork()
+    if child == 0:
+        for n in range(base + 40_000, base + 40_200):
+            if workload.log_event(run, n):
+                workload.ack(fd, n)
+        if first_out == "parent":
+            time.sleep(0.3)
+        os._exit(0)
+    for n in range(base + 50_000, base + 50_200):
+        if workload.log_event(run, n):
+            workload.ack(fd, n)
+    over.set()
+    for thread in threads:
+        thread.join()
+    if first_out == "child":
+        os.waitpid(child, 0)
+    os._exit(0)
+
+
+@pytest.mark.fault("F05", "fork before the first event, while idle, while threads log, while delivering, after close")
+@pytest.mark.parametrize("first_out", ["child", "parent"])
+def test_a_fork_in_any_state_loses_and_doubles_nothing(
+    first_out: str, empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """Parent and child write segments of their own; the next program delivers both."""
+    states = ["before the first event", "idle", "while threads log", "while the worker delivers", "after close"]
+    for turn in range(row.pick(1, 40, 400)):
+        uri = f"sqlite:///{empty_database(tmp_path / f'{turn}.db')}"
+        outbox = tmp_path / f"outbox{turn}"
+        acked: set[int] = set()
+        issued: set[int] = set()
+        for number, state in enumerate(states, 1):
+            base = 100_000 * number
+            child = nest.start(fork_while, uri, str(outbox), state, first_out, base)
+            child.join()
+            eventually(lambda child=child: not child.is_heard(), 20, "the grandchild is gone")
+            said = child.acked()
+            assert {*range(base + 40_000, base + 40_200), *range(base + 50_000, base + 50_200)} <= said, state
+            acked |= said
+            issued |= workload.issued_by(said, base, 3)
+            row.done()
+        recovered(nest, uri, outbox, "forks", acked, issued, 50)
+
+
+def end_by(fd: int, uri: str, outbox: str, how: str, base: int) -> None:
+    """Log, and end in one of the ways in which programs end."""
+    tracker = MLflowTracker("ends", uri, outbox_dir=outbox, settings=workload.settings(exit_timeout=0.2))
+    run = tracker.start_run(how)
+
+    def log(first: int, last: int) -> None:
+        for n in range(base + first, base + last):
+            if workload.log_event(run, n):
+                workload.ack(fd, n)
+
+    class Late:
+        def __del__(self) -> None:
+            log(500, 510)
+
+    late = Late()
+    log(0, 100)
+    if how == "SIGTERM":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    if how == "os._exit":
+        os._exit(3)
+    if how == "SIGINT":
+        os.kill(os.getpid(), signal.SIGINT)
+    if how == "__del__":
+        del late
+    if how == "a closed tracker":
+        tracker.close(0.1)
+        log(100, 120)
+    if how == "a daemon thread":
+        threading.Thread(target=log, args=(1000, 9000), daemon=True).start()
+    if how == "sys.exit":
+        sys.exit(3)
+    if how == "an exception":
+        raise RuntimeError(how)
+
+
+@pytest.mark.fault("F04", "SIGTERM, SIGINT, sys.exit, os._exit, an exception, __del__, a daemon thread (F06)")
+def test_every_way_to_end_keeps_every_event(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """The next program delivers what the ended one acknowledged."""
+    ways = ["SIGTERM", "SIGINT", "os._exit", "sys.exit", "an exception", "__del__", "a closed tracker", "a daemon thread"]
+    for turn in range(row.pick(1, 50, 500)):
+        uri = f"sqlite:///{empty_database(tmp_path / f'{turn}.db')}"
+        outbox = tmp_path / f"outbox{turn}"
+        acked: set[int] = set()
+        issued: set[int] = set()
+        for number, how in enumerate(ways, 1):
+            base = 20_000 * number
+            child = nest.start(end_by, uri, str(outbox), how, base)
+            child.join()
+            said = child.acked()
+            assert set(range(base, base + 100)) <= said, how
+            acked |= said
+            issued |= said | {max(said) + 1, *range(base + 500, base + 510)}
+            row.done()
+        recovered(nest, uri, outbox, "ends", acked, issued, 50)
+
+
+class Broken(BaseException):
+    """Nothing that anybody expects to be raised."""
+
+
+def with_dying_worker(fd: int, uri: str, outbox: str, experiment: str, where: str, what: str) -> None:
+    """Log while something unexpected is raised inside the worker, and then no longer."""
+    from mlflow_outbox_worker import courier, delivery
+
+    def work() -> dict[str, Any]:
+        error: type[BaseException] = {"exception": ZeroDivisionError, "base": Broken, "exit": SystemExit}[what]
+        place: Any = courier.Courier if where in {"courier", "lane"} else delivery.Delivery
+        name = {"loop": "_listen", "courier": "_deliver", "lane": "_deliver", "tails": "_watch_tails"}[where]
+        whole, raised_times = getattr(place, name), [0]
+
+        def break_down(*arguments: Any, **named: Any) -> Any:
+            if raised_times[0] < 2:
+                raised_times[0] += 1
+                raise error(where)
+            return whole(*arguments, **named)
+
+        threading.excepthook = lambda _: None
+        setattr(place, name, break_down)
+        given = workload.settings(sync_interval=0.02, retry_max=0.2)
+        tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=given)
+        run = tracker.start_run("dying")
+        took: list[float] = []
+        raised: list[str] = []
+        started = time.monotonic()
+        for first in range(0, 60, 20):
+            log_timed(fd, run, range(first, first + 20), took, raised)
+            time.sleep(0.05)
+        run.end()
+        left = tracker.flush(30)
+        return {
+            "raised": raised,
+            "p999_ms": workload.quantile(took, 0.999),
+            "max_ms": workload.quantile(took, 1.0),
+            "left": [left.pending, left.parked, left.dead],
+            "seconds": time.monotonic() - started,
+            "times": raised_times[0],
+            "counters": tracker.counters,
+        }
+
+    workload.reported(fd, work)
+
+
+@pytest.mark.fault("F08", "an exception, a BaseException and SystemExit inside the worker's loop and inside a delivery")
+@pytest.mark.parametrize("what", ["exception", "base", "exit"])
+@pytest.mark.parametrize("where", ["loop", "courier", "lane", "tails"])
+def test_a_worker_that_dies_is_replaced_and_counted(
+    where: str,
+    what: str,
+    empty_database: Callable[[Path], Path],
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    nest: Nest,
+    row: Row,
+    tmp_path: Path,
+) -> None:
+    """Delivery goes on within seconds, and a counter says what happened."""
+    for number in range(row.pick(1, 10, 50)):
+        store = f"sqlite:///{empty_database(tmp_path / f'{number}.db')}"
+        uri = store
+        if where == "lane":  # only runs for a server are delivered in threads of their own
+            uri, store = mlflow_server.url, mlflow_server.database_uri
+        name = f"{experiment_name}-{number}"
+        child = nest.start(with_dying_worker, uri, str(tmp_path / f"outbox{number}"), name, where, what)
+        report = child.report()
+        check_manners(row, report)
+        assert report["times"] == 2, report
+        assert [0, 0, 0] == report["left"], report
+        told = ("worker_crashes", "run_crashes", "workers_replaced", "worker_errors")
+        assert any(report["counters"].get(name) for name in told), report["counters"]
+        held(store, name).check(child.acked())
+        row.measure(where=where, what=what, seconds=report["seconds"])
+        row.done()
+
+
+@pytest.mark.fault("F07", "SIGSTOP of the process that delivers, while another one logs and waits, then SIGCONT")
+def test_a_worker_that_stands_still_keeps_its_lease_and_harms_nothing(
+    sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """Nobody else delivers meanwhile, and when it goes on nothing is there twice."""
+    outbox = str(tmp_path / "outbox")
+    acked: set[int] = set()
+    issued: set[int] = set()
+    for number in range(row.pick(1, 10, 50)):
+        first = (number + 1) * 100_000
+        holder = nest.start(workload.log_forever, sqlite_uri, outbox, "still", first, 1, "thread", {})
+        eventually(lambda holder=holder: workload.lease_pid(outbox, sqlite_uri) == holder.pid, 30)
+        os.kill(holder.pid, signal.SIGSTOP)
+        other = nest.start(workload.log_forever, sqlite_uri, outbox, "still", first + 50_000, 1, "thread", {})
+        other.wait_for_lines(50)
+        other.process.join(row.pick(2, 30))
+        assert holder.pid == workload.lease_pid(outbox, sqlite_uri)
+        os.kill(holder.pid, signal.SIGCONT)
+        count = len(holder.lines())
+        holder.wait_for_lines(count + 20)
+        for each, start in ((holder, first), (other, first + 50_000)):
+            with contextlib.suppress(OSError):
+                each.kill()
+            acked |= each.acked()
+            issued |= workload.issued_by(each.acked(), start, 1)
+        row.done()
+    recovered(nest, sqlite_uri, Path(outbox), "still", acked, issued, 50)
+

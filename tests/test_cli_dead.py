@@ -1,0 +1,311 @@
+"""``mlflow-outbox dead``: no letter is lost, whatever is done with it and whoever else is at work."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import Here, command, environment, offline, outbox_of
+from contents import QUICK, artifacts, the_run
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.errors import InvalidEvent
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Artifact, Event, Metric, Params, RunEnded, Tags, encode
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.testing.disk import FailingDisk
+from mlflow_outbox.testing.faults import status
+from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.letters import LetterRefused, changed, fields_of, send_again
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from servers import MlflowServer
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Run commands in this process."""
+    return Here(capsys, monkeypatch)
+
+
+def with_letters(root: Path, *events: Event) -> str:
+    """Make an outbox whose one run has these dead letters; return the run's id."""
+    (run_id,) = offline(root)
+    ledger = Ledger.open(outbox_of(root) / "delivery")
+    letters = [DeadLetter(run_id, "ab" * 16, encode(event), "it was refused", "BAD", 400, 1000) for event in events]
+    ledger.commit(RunRecord(run_id), dead=letters)
+    ledger.close()
+    return run_id
+
+
+def conflict(here: Here, uri: str, experiment: str, root: Path) -> None:
+    """Deliver a run with two values of one param: the second becomes a dead letter."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none")
+    with tracker.start_run() as one:
+        one.log_param("depth", 3)
+        one.log_param("depth", 5)
+    tracker.close()
+    assert 5 == here("flush", "-d", root, "--timeout", 60).code
+
+
+def written(root: Path, run_id: str) -> list[Event]:
+    """Return the events that wait in the journals of a run."""
+    reader = RunReader(OutboxDirectory.open(outbox_of(root)).run(run_id))
+    return [event for _, event in reader.window({}).events]
+
+
+def test_list_and_show_say_what_and_why(here: Here, tmp_path: Path) -> None:
+    """In words and as JSON: the event, MLflow's answer, and what can be edited."""
+    run_id = with_letters(tmp_path, Params({"lr": "0.1"}, 5), Metric("loss", float("nan"), 6, 7))
+    out = here("dead", "list", "-d", tmp_path).out
+    assert "param lr = 0.1" in out
+    assert "metric loss = nan at step 7" in out
+    first, second = here("dead", "list", "-d", tmp_path, "--json").data
+    assert ("1", run_id, "it was refused", 400) == (first["id"], first["run_id"], first["reason"], first["status"])
+    assert {"kind": "metric", "key": "loss", "value": "NaN", "time_ms": 6, "step": 7} == second["event"]
+    shown = here("dead", "show", "2", "-d", tmp_path)
+    assert "key, value, step, time_ms" in shown.out
+    assert here("dead", "show", "000000000002", "-d", tmp_path).out == shown.out
+
+
+def test_a_dropped_letter_is_printed_and_gone(here: Here, tmp_path: Path) -> None:
+    """Only with --yes where nobody can be asked; what is dropped was printed first."""
+    with_letters(tmp_path, Params({"lr": "0.1"}, 5))
+    refused = here("dead", "drop", "1", "-d", tmp_path)
+    assert 1 == refused.code
+    assert "--yes" in refused.err
+    assert 1 == len(here("dead", "list", "-d", tmp_path, "--json").data)
+    dropped = here("dead", "drop", "1", "-d", tmp_path, "--yes")
+    assert 0 == dropped.code
+    assert {"lr": "0.1"} == dropped.data["event"]["values"]
+    assert [] == here("dead", "list", "-d", tmp_path, "--json").data
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["show", "9"], 2),
+        (["show", "../x"], 2),
+        (["retry"], 2),
+        (["retry", "1", "--all"], 2),
+        (["retry", "1", "9"], 2),
+        (["edit", "1", "--set", "key"], 2),
+        (["edit", "1", "--set", "stem=1"], 1),
+        (["edit", "1", "--set", "key=a\x1b[2J"], 1),
+        (["edit", "1"], 2),
+    ],
+)
+def test_wrong_words_change_nothing(here: Here, tmp_path: Path, words: list[str], code: int) -> None:
+    """One sentence, no traceback, no control characters, and the letter is where it was."""
+    run_id = with_letters(tmp_path, Params({"lr": "0.1"}, 5))
+    before = written(tmp_path, run_id)
+    done = here("dead", *words, "-d", tmp_path)
+    assert code == done.code, done
+    assert "\x1b" not in done.out + done.err
+    assert "Traceback" not in done.err
+    assert 1 == len(here("dead", "list", "-d", tmp_path, "--json").data)
+    assert before == written(tmp_path, run_id)
+
+
+def test_a_retried_letter_arrives(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A server with narrower limits refused it; since they are wider, retry and flush deliver it and all is well."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("log-batch", status(400, body='{"error_code": "INVALID_PARAMETER_VALUE", "message": "too long"}'), times=None)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none")
+        with tracker.start_run() as one:
+            one.log_param("depth", 3)
+            one.log_metric("loss", 0.5, step=1)
+        tracker.close()
+        assert 5 == here("flush", "-d", tmp_path, "--timeout", 60).code
+        assert 0 < len(here("dead", "list", "-d", tmp_path, "--json").data)
+        proxy.clear()
+        assert 0 == here("dead", "retry", "--all", "-d", tmp_path).code
+        done = here("flush", "-d", tmp_path, "--timeout", 60)
+    assert 0 == done.code, done
+    held = the_run(mlflow_server.url, experiment_name)
+    assert ({"depth": "3"}, {"loss": 0.5}) == (held.data.params, held.data.metrics)
+    assert [] == OutboxDirectory.open(outbox_of(tmp_path)).run_ids(), "filed again"
+
+
+def test_a_letter_refused_again_comes_back(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The param has another value in MLflow for good: after a retry the letter is in the queue again, once."""
+    conflict(here, mlflow_server.url, experiment_name, tmp_path)
+    assert 0 == here("dead", "retry", "1", "-d", tmp_path).code
+    assert 5 == here("flush", "-d", tmp_path, "--timeout", 60).code
+    (letter,) = here("dead", "list", "-d", tmp_path, "--json").data
+    assert ("2", {"depth": "5"}) == (letter["id"], letter["event"]["values"])
+
+
+def test_an_edited_letter_arrives_under_its_new_key(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """And reading back expects the replacement, not what was logged: the run is verified, nothing is parked."""
+    conflict(here, mlflow_server.url, experiment_name, tmp_path)
+    done = here("dead", "edit", "1", "--set", "key=depth_2", "-d", tmp_path)
+    assert (0, "will be sent: param depth_2 = 5\n") == (done.code, done.out)
+    flushed = here("flush", "-d", tmp_path, "--timeout", 60)
+    assert 0 == flushed.code, flushed
+    assert {"depth": "3", "depth_2": "5"} == the_run(mlflow_server.url, experiment_name).data.params
+
+
+def test_a_run_goes_on_after_its_letter_was_dropped(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A resumed run is verified anew: the param that MLflow never took and a person dropped is no difference."""
+    first = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK)
+    with first.start_run() as one:
+        one.log_param("depth", 3)
+    assert first.close(60)
+    remote = the_run(mlflow_server.url, experiment_name).info.run_id
+    other = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path / "b", settings=QUICK)
+    with other.start_run(run_id=remote) as again:
+        again.log_param("depth", 5)
+    assert 1 == other.close(60).dead
+    assert 0 == here("dead", "drop", "1", "--yes", "-d", tmp_path / "b").code
+    with other.start_run(run_id=remote) as once_more:
+        once_more.log_metric("loss", 1.0)
+    result = other.close(60)
+    assert result, result
+    done = here("flush", "-d", tmp_path / "b", "--timeout", 60)
+    assert 0 == done.code, done
+
+
+def test_a_filed_artifact_is_brought_back(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its copy was filed with the run; a retry finds it, sends it, and leaves no run behind in runs/."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("artifacts", status(400, body='{"error_code": "BAD_REQUEST", "message": "no"}'), times=None)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none")
+        with tracker.start_run() as one:
+            one.log_text("weights", "model.txt")
+        tracker.close()
+        assert 5 == here("flush", "-d", tmp_path, "--timeout", 60).code
+        assert 0 == here("gc", "--older-than", "0", "-d", tmp_path).code
+        assert 1 == len(OutboxDirectory.open(outbox_of(tmp_path)).delivered_ids()), "its letter still needs the file"
+        proxy.clear()
+        assert 0 == here("dead", "retry", "1", "-d", tmp_path).code
+        done = here("flush", "-d", tmp_path, "--timeout", 60)
+    assert 0 == done.code, done
+    held = the_run(mlflow_server.url, experiment_name)
+    assert ["model.txt"] == artifacts(mlflow_server.url, held.info.run_id)
+    assert [] == OutboxDirectory.open(outbox_of(tmp_path)).run_ids()
+
+
+def test_it_works_beside_a_running_worker(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The experiment goes on logging and its worker delivering while a letter is edited and sent again."""
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK)
+    one = tracker.start_run()
+    one.log_param("depth", 3)
+    assert tracker.flush(60)
+    one.log_param("depth", 5)
+    assert 1 == tracker.flush(60).dead
+    assert 0 == here("dead", "edit", "1", "--set", "key=depth_2", "-d", tmp_path).code
+    one.log_metric("loss", 1.0)
+    assert tracker.flush(60)
+    held = the_run(mlflow_server.url, experiment_name)
+    assert ({"depth": "3", "depth_2": "5"}, {"loss": 1.0}) == (held.data.params, held.data.metrics)
+    one.end()
+    assert tracker.close(60)
+
+
+def test_killed_in_a_retry_every_letter_is_somewhere(tmp_path: Path) -> None:
+    """SIGKILL at random moments: each event is in the queue or in the journal afterwards, or in both; never nowhere."""
+    number = 60
+    run_id = with_letters(tmp_path, *(Params({f"p{n}": str(n)}, 5) for n in range(number)))
+    ledger_path = outbox_of(tmp_path) / "delivery"
+    seen = 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            command("dead", "retry", "--all", "-d", tmp_path), env=environment(), stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and len(written(tmp_path, run_id)) <= 13 + seen + 3:
+            pass
+        process.kill()
+        process.wait()
+        journal = {key for event in written(tmp_path, run_id) if isinstance(event, Params) for key in event.values}
+        ledger = Ledger.open(ledger_path, read_only=True)
+        queue = {key for letter in ledger.dead_letters() for key in _params(letter)}
+        assert {f"p{n}" for n in range(number)} <= journal | queue
+        seen = len(journal)
+    assert seen > 3
+
+
+def _params(letter: DeadLetter) -> set[str]:
+    from mlflow_outbox_worker.letters import event_of
+
+    event = event_of(letter)
+    assert isinstance(event, Params)
+    return set(event.values)
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "expected"),
+    [
+        (Metric("a", 1.0, 5, 2), {"value": "0.5"}, Metric("a", 0.5, 5, 2)),
+        (Metric("a", 1.0, 5, 2), {"key": "b", "step": "3", "time_ms": "9"}, Metric("b", 1.0, 9, 3)),
+        (Metric("a", 1.0, 5, 2), {"value": "nan", "step": "9007199254740993"}, None),
+        (Params({"a": "1"}, 5), {"value": "2=3"}, Params({"a": "2=3"}, 5)),
+        (Tags({"a": "1"}, 5), {"key": "b"}, Tags({"b": "1"}, 5)),
+        (Artifact("x/y.txt", "0" * 64, 1, 5), {"path": "x/z.txt"}, Artifact("x/z.txt", "0" * 64, 1, 5)),
+        (RunEnded("DONE", 5), {"status": "finished"}, RunEnded("FINISHED", 5)),
+    ],
+)
+def test_what_an_edit_makes_of_an_event(event: Event, fields: dict[str, str], expected: Event | None) -> None:
+    """The named fields change, all others stay; numbers keep their precision."""
+    result = changed(event, fields)
+    if expected is not None:
+        assert expected == result
+    else:
+        assert isinstance(result, Metric)
+        assert 9007199254740993 == result.step
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "error"),
+    [
+        (Metric("a", 1.0, 5, 2), {"value": "many"}, InvalidEvent),
+        (Metric("a", 1.0, 5, 2), {"step": "1.5"}, InvalidEvent),
+        (Metric("a", 1.0, 5, 2), {"key": "a$"}, InvalidEvent),
+        (Artifact("x", "0" * 64, 1, 5), {"path": "../x"}, InvalidEvent),
+        (RunEnded("DONE", 5), {"status": "OVER"}, InvalidEvent),
+        (Params({"a": "1", "b": "2"}, 5), {"key": "c"}, LetterRefused),
+        (Params({"a": "1"}, 5), {"time_ms": "1"}, LetterRefused),
+    ],
+)
+def test_what_an_edit_refuses(event: Event, fields: dict[str, str], error: type[Exception]) -> None:
+    """As a logging call would, with a sentence."""
+    with pytest.raises(error):
+        changed(event, fields)
+
+
+def test_an_event_of_several_keys_has_no_fields() -> None:
+    """Delivery narrows a refusal down to one key; should another letter turn up, it can be sent again or dropped."""
+    assert () == fields_of(Params({"a": "1", "b": "2"}, 5))
+
+
+@pytest.mark.parametrize("operation", ["create", "write", "datasync"])
+def test_a_disk_that_fails_keeps_the_letter(operation: Any, tmp_path: Path) -> None:
+    """The event cannot be put on disk to stay, so the letter stays, and the message says why."""
+    run_id = with_letters(tmp_path, Params({"lr": "0.1"}, 5))
+    directory = OutboxDirectory.open(outbox_of(tmp_path))
+    ledger = Ledger.open(directory.ledger)
+    (letter,) = ledger.dead_letters()
+    disk = FailingDisk()
+    disk.fail(operation, error=errno.ENOSPC, times=None)
+    with pytest.raises(LetterRefused, match="stays"):
+        send_again(directory, ledger, Settings(), letter, disk=disk)
+    assert [letter] == list(ledger.dead_letters())
+    send_again(directory, ledger, Settings(), letter)
+    assert [] == list(ledger.dead_letters())
+    assert Params({"lr": "0.1"}, 5) == written(tmp_path, run_id)[-1]
+    ledger.close()
