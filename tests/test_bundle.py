@@ -69,7 +69,11 @@ def test_runs_arrive_as_they_were(name: str, tmp_path: Path, experiment_name: st
 
 
 def test_a_bundle_is_carried_to_another_machine_and_delivered(
-    tmp_path: Path, sqlite_uri: str, experiment_name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    sqlite_uri: str,
+    experiment_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Export, the machine is gone, import, flush: the run is in MLflow."""
     log_offline(experiment_name, sqlite_uri, tmp_path / "from")

@@ -163,7 +163,9 @@ def test_of_many_successors_one_is_left(machine: Callable[..., HostLease], tmp_p
     assert [] == [path.name for path in tmp_path.iterdir() if path.name.startswith(".host.lease")]
 
 
-def test_a_file_system_without_links_serves_too(machine: Callable[..., HostLease], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links_serves_too(
+    machine: Callable[..., HostLease], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exclusive creation decides there."""
 
     def no_links(*_args: object, **_kwargs: object) -> None:

@@ -814,9 +814,9 @@ from spools import *
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.counters import Counters
 outbox = make_outbox(Path({str(tmp_path / "outbox")!r}))
-def wake():
-    raise ImportError("sys.meta_path is None, Python is likely shutting down")
-writer = make_journal(outbox, registry=Caretaker(0.01, Counters()), wake=wake)
+elsewhere = {{}}  # a function of this module would keep all of it alive until after its own end
+exec("def wake(): raise ImportError('sys.meta_path is None, Python is likely shutting down')", elsewhere)
+writer = make_journal(outbox, registry=Caretaker(0.01, Counters()), wake=elsewhere.pop("wake"))
 class Last:
     def __del__(self, writer=writer, event=metric(2)):
         writer.append(event)

@@ -90,4 +90,5 @@ def _calibrated() -> int:
 def _short(found: dict[str, Any]) -> str:
     if "error" in found:
         return str(found["error"])
-    return f"{found['slowdown']:.3f} in all, {found['loop_slowdown']:.3f} the loop, longest step {found['longest_step_ms']:.1f} ms"
+    whole, loop, longest = found["slowdown"], found["loop_slowdown"], found["longest_step_ms"]
+    return f"{whole:.3f} in all, {loop:.3f} the loop, longest step {longest:.1f} ms"

@@ -42,9 +42,9 @@ def _install(name: str, target: Path, reason: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_suffix(".unfinished")
     shutil.rmtree(draft, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--disable-pip-version-check"]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--disable-pip-version-check"]
-        + ["--only-binary", ":all:", "--target", str(draft), name],
+        [*pip, "--only-binary", ":all:", "--target", str(draft), name],
         capture_output=True,
         text=True,
         check=False,

@@ -63,7 +63,7 @@ def called(subject: str) -> str:
 def _number(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"  # noqa: PLR2004 - three digits say enough
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -162,8 +162,9 @@ def _growth(found: dict[str, Any], waiting: dict[str, Any], path: Path) -> None:
     right.plot([row["events"] for row in good], [row["rss_mb"] for row in good], "o-", label="worker's memory, MB")
     right.plot([row["events"] for row in good], [1000 * row["status_s"] for row in good], "s-", label="status, ms")
     right.plot([row["events"] for row in good], [1000 * row["open_s"] for row in good], "^-", label="opening, ms")
-    right.set(xscale="log", yscale="log", xlabel="pending events", title="An outbox that waits")
+    right.set(xlabel="pending events", title="An outbox that waits")
     if good:
+        right.set(xscale="log", yscale="log")
         right.legend(fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -240,7 +240,7 @@ def _aim(directory: Path, _uris: Mapping[str, str]) -> Tracker:
     return Tracker(
         lambda key, value, step: run.track(value, name=key, step=step),
         lambda metrics, step: run.track(dict(metrics), step=step),
-        lambda key, value: run.set(key, value),
+        run.set,
         None,
         run.close,
     )

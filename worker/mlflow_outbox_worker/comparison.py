@@ -7,6 +7,7 @@ not, ended or not, at its own destination or another one that it was replayed to
 from __future__ import annotations
 
 from collections.abc import Collection
+from http import HTTPStatus
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.backlog import left
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.replay import view_of
-from mlflow_outbox_worker.sink import Sink
+from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.verification import differences, wrong_contents
 
 
@@ -67,7 +68,12 @@ def compare(
         return Comparison(run_id, "absent", pending=sum(reader.next_numbers().values()))
     pending = 0 if record is None else sum(left(reader.next_numbers(record.cursors), record, parked=False))
     view = view_of(folders)
-    found = differences(sink, remote_id, view, letters, "full" if deep else "latest", reader=reader)
+    try:
+        found = differences(sink, remote_id, view, letters, "full" if deep else "latest", reader=reader)
+    except SinkError as error:
+        if error.status != HTTPStatus.NOT_FOUND and error.code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return Comparison(run_id, "absent", remote_id, pending)
     if deep:
         found += wrong_contents(sink, remote_id, view, letters)
     state: Literal["same", "pending", "different"] = "different" if found else "same"

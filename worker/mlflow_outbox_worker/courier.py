@@ -36,7 +36,7 @@ from mlflow_outbox.spool.events import Event, FileFor, Request, RunEnded, RunSta
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import Broken, RunReader, Window
 from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
-from mlflow_outbox.views import RunView
+from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
@@ -187,7 +187,7 @@ class Courier:
         own = header.experiment if header is not None else record.experiment
         record.experiment = self._source.experiment(own)
         if header is not None and header.remote and record.experiment == own and self._find_existing(record):
-            self._ledger.commit(record)
+            self._adopt(record, view)
             return
         if provisional.is_room(record.run_id):
             local = provisional.experiment_of(record.run_id)
@@ -205,7 +205,18 @@ class Courier:
                 raise
             self._experiments.pop(name, None)  # it was deleted, or the server's database replaced, since we asked
             self._find_or_create(record, started, header)
-        self._ledger.commit(record)
+        if record.adopted:
+            self._adopt(record, view)
+        else:
+            self._ledger.commit(record)
+
+    def _adopt(self, record: RunRecord, view: RunView) -> None:
+        """Begin with how the run ended in MLflow, so that an older copy of it does not undo a later end."""
+        found = self._ask("get_run", lambda: self._sink.get_run(record.remote_id))
+        if found.end_time_ms is not None:
+            view.status, view.end_time_ms = Register(found.status, found.end_time_ms, ""), found.end_time_ms
+            record.ended = True
+        self._ledger.commit(record, view=view)
 
     def _find_existing(self, record: RunRecord) -> bool:
         """Find a run that was gone on with here and began elsewhere: in MLflow, or in another outbox."""
@@ -229,7 +240,10 @@ class Courier:
                 return True
         if self._source.elsewhere:
             return False
-        reason = f"the run {record.run_id} did not begin in this outbox, and MLflow does not have it; if it began in another, send that first"
+        reason = (
+            f"the run {record.run_id} did not begin in this outbox, and MLflow does not have it; "
+            "if it began in another, send that first"
+        )
         raise Parked(Outcome("parked", reason), missing)
 
     def _find_or_create(self, record: RunRecord, started: RunStarted | None, header: SegmentHeader | None) -> None:

@@ -1,4 +1,4 @@
-"""The loop that delivers an outbox: which run next, when again, and when to rest.
+"""The loop that delivers an outbox: it gives runs their turns (``schedule``) as the destination allows (``gate``).
 
 One object delivers one outbox, in a thread of the experiment, in a process of its own, or for a command: the loop is
 the same. It works while it holds the lease; without it, it stands by and takes over when the holder dies.
@@ -16,7 +16,6 @@ the same. It works while it holds the lease; without it, it stands by and takes 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import socket
@@ -24,31 +23,28 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import DestinationError, LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox_worker.calls import Waits
 from mlflow_outbox_worker.courier import Courier, Later, Parked, Turn
 from mlflow_outbox_worker.finish import finish
+from mlflow_outbox_worker.gate import Gate, concerns_destination
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
-from mlflow_outbox_worker.notes import Notes
-from mlflow_outbox_worker.outcome import Outcome, classify
+from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.retention import reclaim
-from mlflow_outbox_worker.retry import Backoff
+from mlflow_outbox_worker.schedule import Schedule, Stamp, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import OutboxSource, Source
 
 #: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
 _STAND_BY: Final = 1.0
-#: Seconds between two looks whether the writer of an open but silent segment still lives.
-_LIFE_CHECK: Final = 2.0
 #: Seconds between two looks at the list of all runs, in case a doorbell was missed.
 _LOOK_AROUND: Final = 30.0
 #: The same where other machines write, whose doorbell may not be heard.
@@ -57,42 +53,6 @@ _LOOK_AT_OTHERS: Final = 5.0
 _RECLAIM: Final = 300.0
 
 OpenSink = Callable[..., Sink]
-
-
-class Standing(NamedTuple):
-    """How a run stands.
-
-    Attributes:
-        state: "waiting" for its first turn or for more of its events to be sent, "sent" with everything that was on disk at its last
-            turn, "away" because the destination does not take events, "parked" for a person, "broken" because its files or
-            the ledger cannot be read.
-        reason: of the last failure; "" without one.
-        failures: turns in a row that failed.
-    """
-
-    state: Literal["waiting", "sent", "away", "parked", "broken"] = "waiting"
-    reason: str = ""
-    failures: int = 0
-
-
-class _Slot:
-    """What the loop knows of one run."""
-
-    __slots__ = ("busy", "due", "live", "next_life_check", "pending", "retry", "stamp", "standing", "tails")
-
-    def __init__(self) -> None:
-        self.pending = True
-        self.busy = False
-        self.due = 0.0
-        self.retry: Backoff | None = None
-        #: Segments that may still grow, with the offset read up to.
-        self.tails: dict[Path, int] = {}
-        #: They are being written, so a missing writer is news.
-        self.live = False
-        self.next_life_check = 0.0
-        #: When its directories last changed; only known where other machines write.
-        self.stamp: tuple[int, ...] = ()
-        self.standing = Standing()
 
 
 class Delivery:
@@ -131,22 +91,18 @@ class Delivery:
         self._lease = self._source.lease(kind)
         self._stop = threading.Event()
         self._wakeup = threading.Event()
-        self._condition = threading.Condition()
-        self._slots: dict[str, _Slot] = {}
-        self._ready: collections.deque[str] = collections.deque()
+        self._schedule = Schedule(settings, clock)
+        self._gate = Gate(destination.uri, settings, counters, clock=clock, now_ms=now_ms)
         self._lanes = 0
         self._doorbell = 0
         self._hurry = 0
-        self._away = Backoff(settings.retry_initial, settings.retry_max, clock=clock)
-        self._parked_until = 0.0
-        self._notes = Notes(clock())
         self._ledger: Ledger | None = None
         self._sink: Sink | None = None
         self._courier: Courier | None = None
 
     def __repr__(self) -> str:
         state = "delivering" if self._lease.is_held() else "standing by"
-        return f"<Delivery of {str(self._source.path)!r}, {state}, {len(self._ready)} runs ready>"
+        return f"<Delivery of {str(self._source.path)!r}, {state}, {len(self._schedule)} runs ready>"
 
     # -- from other threads
 
@@ -158,8 +114,8 @@ class Delivery:
         """Leave the loop after the requests under way."""
         self._stop.set()
         self._wakeup.set()
-        with self._condition:
-            self._condition.notify_all()
+        with self._schedule.changed:
+            self._schedule.changed.notify_all()
 
     def is_stopped(self) -> bool:
         """Return whether the loop is to end."""
@@ -171,19 +127,15 @@ class Delivery:
 
     def is_idle(self) -> bool:
         """Return whether everything that is on disk was delivered, as far as the last look told."""
-        with self._condition:
-            return (
-                self._lease.is_held() and not self._ready and not any(s.busy or s.pending for s in self._slots.values())
-            )
+        return self._lease.is_held() and self._schedule.is_quiet()
 
     def standings(self) -> dict[str, Standing]:
         """Return how every run stands that the loop has taken notice of."""
-        with self._condition:
-            return {run_id: slot.standing for run_id, slot in self._slots.items()}
+        return self._schedule.standings()
 
     def condition(self) -> tuple[str, str]:
         """Return how the destination stands ("ok", "away", "parked"; "" before the first attempt), and why."""
-        return self._notes.state, self._notes.reason
+        return self._gate.notes.state, self._gate.notes.reason
 
     def lease_holder(self) -> Holder | None:
         """Return who holds the lease, this worker included; None when nobody does."""
@@ -236,7 +188,7 @@ class Delivery:
             self._settings.ledger_dir or self._source.ledger,
             report=lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
         )
-        self._slots, self._ready = {}, collections.deque()
+        self._schedule.clear()
         self._hurry = self._source.hurry_asked()
         self._look_around()
         look_around = _LOOK_AT_OTHERS if self._source.remote else _LOOK_AROUND
@@ -244,7 +196,8 @@ class Delivery:
         while not self._stop.is_set():
             now = self._clock()
             self._listen()
-            self._watch_tails(now)
+            for run_id in self._schedule.grown(self._stamp):
+                self._schedule.mark(run_id)
             if now >= next_look:
                 self._look_around()
                 next_look = now + look_around
@@ -253,20 +206,20 @@ class Delivery:
                     self._counters.add("leases_lost")
                     return
                 self._source.check_unchanged()
-                self._notes.pace(self._ledger, self._counters["delivered"], now, self._now_ms())
+                self._gate.notes.pace(self._ledger, self._counters["delivered"], now, self._now_ms())
                 next_check = now + _STAND_BY
             if now >= next_reclaim:
                 if self._source.filing is not None:
                     before_ms = self._now_ms() - int(self._settings.retention * 1000)
                     reclaim(self._source.filing, self._ledger, before_ms=before_ms)
                 next_reclaim = now + _RECLAIM
-            if not self._dispatch(now):
+            if not self._dispatch():
                 self._pause(self._settings.poll_interval)
 
     def _let_go(self) -> None:
-        with self._condition:
-            lanes_quiet = self._condition.wait_for(
-                lambda: not any(slot.busy for slot in self._slots.values()), timeout=self._settings.request_timeout + 5
+        with self._schedule.changed:
+            lanes_quiet = self._schedule.changed.wait_for(
+                lambda: not self._schedule.busy(), timeout=self._settings.request_timeout + 5
             )
         if not lanes_quiet:
             self._counters.add("lanes_abandoned")
@@ -286,95 +239,45 @@ class Delivery:
     def _look_around(self) -> None:
         """Take notice of every run on disk."""
         self._source.answer_doorbell()
-        known = set(self._source.run_ids())
-        for run_id in sorted(known - self._slots.keys()):
-            self._mark(run_id)
-        with self._condition:
-            for run_id in [r for r, slot in self._slots.items() if r not in known and not slot.busy]:
-                del self._slots[run_id]
+        self._schedule.look_around(self._source.run_ids())
 
     def _listen(self) -> None:
         rung = self._source.rung(self._doorbell)
         if rung is None:
             self._doorbell = 0
             for run_id in self._source.run_ids():
-                self._mark(run_id)
+                self._schedule.mark(run_id)
         else:
             ids, self._doorbell = rung
             for run_id in ids:
-                self._mark(run_id)
+                self._schedule.mark(run_id)
         hurry = self._source.hurry_asked()
         if hurry != self._hurry:
             self._hurry = hurry
-            self._away.hurry()
-            self._parked_until = 0.0
-            self._notes.hurried()
-            with self._condition:
-                for slot in self._slots.values():
-                    slot.due = 0.0
+            self._gate.hurry()
+            self._schedule.hurry()
 
-    def _mark(self, run_id: str) -> None:
-        with self._condition:
-            slot = self._slots.get(run_id)
-            if slot is None:
-                slot = self._slots[run_id] = _Slot()
-                self._ready.append(run_id)
-            elif slot.busy or not slot.pending:
-                slot.pending = True
-                if not slot.busy and run_id not in self._ready:
-                    self._ready.append(run_id)
-
-    def _watch_tails(self, now: float) -> None:
-        """See whether a segment that is being written has grown, or lost its writer."""
-        for run_id, slot in list(self._slots.items()):
-            if not (slot.tails or slot.stamp) or slot.busy or slot.pending:
-                continue
-            grown = any(_size(path) != offset for path, offset in slot.tails.items())
-            if not grown and now >= slot.next_life_check:
-                slot.next_life_check = now + _LIFE_CHECK
-                grown = slot.live and any(not is_being_written(path) for path in slot.tails)
-                grown = grown or (self._source.remote and self._stamp(run_id) != slot.stamp)
-            if grown:
-                self._mark(run_id)
-
-    def _stamp(self, run_id: str) -> tuple[int, ...]:
+    def _stamp(self, run_id: str) -> Stamp:
         """Return when a run's directories last changed, where no doorbell tells."""
         return tuple(_modified(folder) for folder in self._source.folders(run_id)) if self._source.remote else ()
 
-    def _dispatch(self, now: float) -> bool:
+    def _dispatch(self) -> bool:
         """Give ready runs to lanes; return whether it is worth coming back at once."""
-        if not self._ready or now < self._parked_until or not self._away.ready():
+        if not len(self._schedule) or not self._gate.is_open():
             return False
         if self._courier is None and not self._open():
             return False
-        sink = self._sink
-        most = self._settings.parallel_runs if sink is not None and sink.parallel else 1
-        with self._condition:
-            busy = sum(slot.busy for slot in self._slots.values())
-            if self._away.attempts:
-                most = 1  # the destination failed last time: one run tries for all
-            chosen: list[str] = []
-            for _ in range(len(self._ready)):
-                if busy + len(chosen) >= most:
-                    break
-                run_id = self._ready.popleft()
-                slot = self._slots.get(run_id)
-                if slot is None or not slot.pending:
-                    continue
-                if slot.due > now:
-                    self._ready.append(run_id)
-                    continue
-                slot.busy, slot.pending = True, False
-                chosen.append(run_id)
-        if most == 1:
+        parallel = self._sink is not None and self._sink.parallel and self._gate.is_proven()
+        chosen = self._schedule.take(self._settings.parallel_runs if parallel else 1)
+        if not parallel:
             for run_id in chosen:
                 self._take_turn(run_id)
             return bool(chosen)
         for run_id in chosen:
             self._start_lane(run_id)
-        if chosen or busy:
-            with self._condition:
-                self._condition.wait(self._settings.poll_interval)
+        if chosen or self._schedule.busy():
+            with self._schedule.changed:
+                self._schedule.changed.wait(self._settings.poll_interval)
             return True
         return False
 
@@ -392,10 +295,10 @@ class Delivery:
                 timeout=self._settings.request_timeout,
             )
         except SinkError as error:
-            self._destination_failed(error, classify(error, "open"))
+            self._gate.failed(self._ledger, error, classify(error, "open"))
             return False
         except (DestinationError, ImportError) as error:
-            self._park_destination(f"{type(error).__name__}: {error}")
+            self._gate.park(self._ledger, f"{type(error).__name__}: {error}")
             return False
         self._courier = Courier(
             self._source,
@@ -434,34 +337,29 @@ class Delivery:
             # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
             self._turned(run_id, turn)
             if complete:
-                self._sent(run_id, stamp)
+                self._schedule.sent(run_id, stamp)
         except Waits:  # for another run's turn; nothing is wrong with the destination
-            self._again(run_id, self._clock() + self._settings.poll_interval)
+            self._schedule.again(run_id, self._settings.poll_interval)
         except Later as later:
-            self._later(run_id, later)
+            self._counters.add("retried")
+            self._schedule.failed(run_id, later.error, later.outcome.reason)
+            self._gate.failed(ledger, later.error, later.outcome)
         except Parked as parked:
             self._parked(run_id, parked)
         except (LedgerUnavailable, OSError) as error:
             self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
-            self._again(run_id, self._clock() + _STAND_BY, Standing("broken", str(error)))
+            self._schedule.again(run_id, _STAND_BY, Standing("broken", str(error)))
             if isinstance(error, LedgerCorrupt):
                 self._counters.add("ledger_corrupt")
                 self._lease.release()  # ends _hold; the next one opens a new ledger
         except Exception as error:  # noqa: BLE001 - one run's trouble must not end the others' delivery; counted and said
             self._trouble("run_crashes", error)
-            self._again(run_id, self._clock() + self._settings.retry_max, Standing("broken", repr(error)))
+            self._schedule.again(run_id, self._settings.retry_max, Standing("broken", repr(error)))
         finally:
-            with self._condition:
-                slot = self._slots.get(run_id)
-                if slot is not None:
-                    slot.busy = False
-                    if slot.pending and run_id not in self._ready:
-                        self._ready.append(run_id)
-                self._condition.notify_all()
+            self._schedule.release(run_id)
 
     def _turned(self, run_id: str, turn: Turn) -> None:
-        self._away.succeeded()
-        self._note("ok")
+        self._gate.succeeded(self._ledger)
         tails: dict[Path, int] = {}
         if turn.progress == "live" or (self._source.remote and turn.progress == "idle" and not turn.record.ended):
             for writer, held in turn.reader.segments().items():
@@ -469,53 +367,14 @@ class Delivery:
                 for segment in held[-1:]:
                     offset = cursor.offset if cursor is not None and cursor.ordinal == segment.header.ordinal else 0
                     tails[segment.path] = offset
-        with self._condition:
-            slot = self._slots[run_id]
-            slot.retry, slot.due, slot.tails = None, 0.0, tails
-            slot.live = turn.progress == "live"
-            slot.standing = Standing()
-            if turn.progress == "more":
-                slot.pending = True
-
-    def _sent(self, run_id: str, stamp: tuple[int, ...]) -> None:
-        with self._condition:
-            slot = self._slots[run_id]
-            slot.stamp, slot.standing = stamp, Standing("sent")
-
-    def _again(self, run_id: str, due: float, failed: Standing | None = None) -> None:
-        with self._condition:
-            slot = self._slots.get(run_id)
-            if slot is not None:
-                slot.due, slot.pending = due, True
-                if failed is not None:
-                    slot.standing = failed._replace(failures=slot.standing.failures + 1)
-
-    def _later(self, run_id: str, later: Later) -> None:
-        self._counters.add("retried")
-        slot = self._slots[run_id]
-        if slot.retry is None:
-            slot.retry = Backoff(self._settings.retry_initial, self._settings.retry_max, clock=self._clock)
-        pause = slot.retry.failed(later.error)
-        self._again(run_id, self._clock() + pause, Standing("away", later.outcome.reason))
-        self._destination_failed(later.error, later.outcome)
-
-    def _destination_failed(self, error: SinkError, outcome: Outcome) -> None:
-        if outcome.kind == "parked":
-            self._park_destination(outcome.reason)
-            return
-        pause = self._away.failed(error)
-        self._note("away", outcome.reason)
-        self._counters.warn_once(
-            ("away", self._source.path),
-            f"mlflow-outbox: {self._destination.uri} does not take events now ({printable(outcome.reason, 200)}); "
-            f"they stay on disk and are sent when it does. Next try in {pause:.1f} s",
-        )
+        self._schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
 
     def _parked(self, run_id: str, parked: Parked) -> None:
         self._counters.add("parked")
-        if parked.error.kind == "not_mlflow" or parked.error.status in {401, 403, 407} or parked.error.code == "TLS":
-            self._park_destination(parked.outcome.reason)
-            self._again(run_id, 0.0, Standing("parked", parked.outcome.reason))
+        standing = Standing("parked", parked.outcome.reason)
+        if concerns_destination(parked.error):
+            self._gate.park(self._ledger, parked.outcome.reason)
+            self._schedule.again(run_id, 0.0, standing)
             return
         ledger = self._ledger
         if ledger is not None:
@@ -527,25 +386,7 @@ class Delivery:
             ("parked", run_id),
             f"mlflow-outbox: run {run_id} waits for a person: {printable(parked.outcome.reason, 300)}. Its events stay on disk",
         )
-        self._again(run_id, self._clock() + self._settings.parked_retry, Standing("parked", parked.outcome.reason))
-
-    def _park_destination(self, reason: str) -> None:
-        self._parked_until = self._clock() + self._settings.parked_retry
-        self._note("parked", reason)
-        self._counters.warn_once(
-            ("parked", self._source.path),
-            f"mlflow-outbox: {self._destination.uri} waits for a person: {printable(reason, 300)}. Events stay on disk",
-        )
-
-    def _note(self, state: str, reason: str = "") -> None:
-        """Write down how the destination stands, when that is news."""
-        if state == "ok":
-            self._parked_until = 0.0
-            if self._notes.state not in {"", "ok"}:
-                self._counters.forget(("away", self._source.path))
-                self._counters.forget(("parked", self._source.path))
-        if self._ledger is not None:
-            self._notes.destination(self._ledger, state, reason, self._now_ms())
+        self._schedule.again(run_id, self._settings.parked_retry, standing)
 
 
 def _modified(path: Path) -> int:
@@ -553,10 +394,3 @@ def _modified(path: Path) -> int:
         return os.stat(path).st_mtime_ns
     except OSError:
         return 0
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path, follow_symlinks=False).st_size
-    except OSError:
-        return -1

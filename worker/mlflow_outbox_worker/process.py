@@ -25,8 +25,6 @@ import mlflow_outbox_worker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings, environment_for_child
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox_worker.delivery import Delivery
-from mlflow_outbox_worker.flush import Watch
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -113,6 +111,10 @@ def serve(path: Path, source: IO[bytes]) -> int:
     Returns:
         The exit code: 0 when everything was delivered.
     """
+    # Here and not above: the experiment, which only starts the process, must not pay for it.
+    from mlflow_outbox_worker.delivery import Delivery
+    from mlflow_outbox_worker.flush import Watch
+
     note: dict[str, Any] = json.loads(source.readline() or b"{}")
     given = note.get("settings", {})
     for name in ("root", "ledger_dir"):

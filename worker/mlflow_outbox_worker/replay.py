@@ -217,6 +217,7 @@ class RunResult(NamedTuple):
 
     Attributes:
         state: "sent" and, if it has ended, read back; "skipped" for the reason; "left" when there was no time or no server.
+        reason: why it was skipped or left; of one that was followed, what is known of its writer.
         remote_id: its id in MLflow; "" when it has none yet.
         dead: its events that MLflow refused for good.
         missing: its events that are not on disk any more, or damaged.
@@ -332,8 +333,9 @@ class Replay:
             done = self._counters["delivered"] + self._counters["dead_letters"]
             state, reason = delivery.condition()
             note = f"the destination does not take events now: {reason}" if state == "away" else ""
+            over = not self._wish.follow or self._nobody_writes(runs)
             show(Progress(done, max(total, done), len(settled), len(runs), note or self._said_of_lives()))
-            if len(settled) == len(runs) and (not self._wish.follow or self._nobody_writes(runs)):
+            if over and len(settled) == len(runs):
                 return "", ""
             if state == "parked":
                 return "parked", reason
@@ -415,7 +417,7 @@ class Replay:
                 RunResult(
                     run_id,
                     shown,
-                    reason if shown != "sent" else "",
+                    reason if shown != "sent" else self._lives.get(run_id, ""),
                     record.remote_id,
                     record.delivered,
                     record.dead,

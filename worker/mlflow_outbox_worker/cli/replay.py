@@ -185,6 +185,9 @@ def _summary(job: Job, result: JobResult) -> ExitCode:
     parts += [f"{count(dead, 'event')} refused by MLflow"] if dead else []
     parts += [f"{count(missing, 'event')} missing or damaged on disk"] if missing else []
     terminal.say(", ".join(parts))
+    for run in sent:
+        if run.reason:
+            terminal.note(f"run {run.run_id}: {run.reason}")
     for run in skipped:
         terminal.error(f"run {run.run_id} was skipped: {run.reason}")
     if result.cut_short == "parked":

@@ -1,0 +1,177 @@
+"""Directories that others could write to, paths that lead elsewhere, and secrets that must stay secret."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults import workload
+from faults.oracle import held
+from faults.table import Row
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.spool.events import Artifact
+from mlflow_outbox.testing import faults
+from mlflow_outbox.testing.proxy import FaultProxy
+from servers import MlflowServer, eventually
+
+
+def log_into(outbox: Path, uri: str = "http://127.0.0.1:9") -> tuple[MLflowTracker, bool]:
+    """Try to log one event; return the tracker and whether it was kept."""
+    tracker = MLflowTracker("intruders", uri, outbox_dir=outbox, worker="none", settings=workload.settings())
+    return tracker, tracker.start_run("run").log_metric("loss", 0.5, step=1)
+
+
+def _world_writable(path: Path, elsewhere: Path) -> None:
+    path.chmod(0o777)
+
+
+def _linked(path: Path, elsewhere: Path) -> None:
+    path.rename(elsewhere / "real")
+    path.symlink_to(elsewhere / "real")
+
+
+def _runs_linked(path: Path, elsewhere: Path) -> None:
+    (path / "runs").rename(elsewhere / "runs")
+    (path / "runs").symlink_to(elsewhere / "runs")
+
+
+def _identity_linked(path: Path, elsewhere: Path) -> None:
+    (path / "outbox.json").rename(elsewhere / "outbox.json")
+    (path / "outbox.json").symlink_to(elsewhere / "outbox.json")
+
+
+def _identity_pipe(path: Path, elsewhere: Path) -> None:
+    (path / "outbox.json").unlink()
+    os.mkfifo(path / "outbox.json")
+
+
+@pytest.mark.fault("F90", "outbox world-writable, a link, its runs a link, its identity a link or a pipe")
+@pytest.mark.parametrize("harm", [_world_writable, _linked, _runs_linked, _identity_linked, _identity_pipe])
+def test_a_directory_that_others_may_have_made_is_refused(
+    harm: Callable[[Path, Path], None], row: Row, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tracker says why, keeps nothing, and raises nothing."""
+    first, kept = log_into(tmp_path / "root")
+    assert kept
+    path = Path(str(first.outbox_path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    harm(path, elsewhere)
+    tracker, kept = log_into(tmp_path / "root")
+    assert (True, False) == (tracker.disabled, kept)
+    assert str(path) in caplog.text
+    row.done()
+
+
+@pytest.mark.needs("root")
+@pytest.mark.fault("F90", "outbox of another user, entered by setpriv --reuid")
+def test_an_outbox_of_another_user_is_refused(row: Row, tmp_path: Path) -> None:
+    """Another user's process is told so, and leaves it alone."""
+    log_into(tmp_path / "root")
+    program = (
+        "import sys, logging; logging.basicConfig()\n"
+        "from mlflow_outbox.destination import resolve\n"
+        "from mlflow_outbox.errors import OutboxUnusable\n"
+        "from mlflow_outbox.spool import directory\n"
+        "import os; from pathlib import Path\n"
+        "path = Path(sys.argv[1])\n"
+        "os.setresuid(4321, 4321, 4321) if sys.argv[2] == 'drop' else None\n"
+        "try:\n    directory.OutboxDirectory.open(path)\nexcept OutboxUnusable as error:\n    print(error)\n"
+    )
+    path = next((tmp_path / "root").glob("*/outbox.json")).parent
+    for parent in [path, *path.parents[:3]]:
+        os.chown(parent, 1234, 1234)
+    command = ["setpriv", "--reuid", "0", "--clear-groups", sys.executable, "-c", program, str(path), "stay"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "belongs to user 1234" in done.stdout, done
+    row.done()
+
+
+PATHS = [
+    "/etc/passwd", "../up.txt", "a/../../up.txt", "%2e%2e/up.txt", "%252e%252e/up.txt", "a\\..\\up.txt", "C:\\x.txt",
+    "nul\0.txt", "a#b.txt", "a" * 5000 + ".txt", "..", "", "a//b.txt/..", "./../x", "%2e%2e%2fup.txt", "~/x\x1b[2J.txt",
+]  # fmt: skip
+
+
+@pytest.mark.fault("F91", "artifact paths that lead elsewhere, at the call, and in a journal that somebody wrote")
+def test_no_artifact_path_leads_out_of_the_run(sqlite_uri: str, row: Row, tmp_path: Path) -> None:
+    """Refused or put right at the call and again at delivery; the rest of the run arrives."""
+    tracker = MLflowTracker("paths", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=workload.settings())
+    run = tracker.start_run("paths")
+    before = {str(path) for path in tmp_path.rglob("*")}
+    sha = "0" * 64
+    for path in PATHS:
+        run.log_text("content", path)
+        run._keep(Artifact(path, sha, 7, 1))  # what a hand-made journal may hold
+    acked = {n for n in range(60) if workload.log_event(run, n)}
+    run.end()
+    left = tracker.flush(30)
+    assert (0, 0) == (left.pending, left.parked)
+    assert left.dead >= len(PATHS), "each of the hand-made ones is a dead letter"
+    tracker.close(1)
+    held(sqlite_uri, "paths").check(acked)
+    made = {str(path) for path in tmp_path.rglob("*")} - before
+    assert not [path for path in made if path.endswith(("up.txt", "passwd", "x.txt")) and "/artifacts/" not in path]
+    assert not (tmp_path.parent / "up.txt").exists()
+    row.done(len(PATHS))
+
+
+@pytest.mark.fault("F92", "the destination in outbox.json edited to another host")
+def test_an_edited_destination_is_not_contacted(mlflow_server: MlflowServer, row: Row, tmp_path: Path) -> None:
+    """The outbox no longer is the one of this tracker's server, and is refused."""
+    with FaultProxy(mlflow_server.url) as other, FaultProxy(mlflow_server.url) as proxy:
+        tracker, _ = log_into(tmp_path / "root", proxy.url)
+        path = Path(str(tracker.outbox_path)) / "outbox.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "destination": other.url}))
+        again = MLflowTracker("intruders", proxy.url, outbox_dir=tmp_path / "root", settings=workload.settings())
+        assert again.disabled
+        assert not again.start_run("run").log_metric("loss", 1.0, step=2)
+        assert not again.flush(0.2).delivered
+        assert [] == other.requests
+    row.done()
+
+
+CANARY = "canary-7f3a9c"
+
+
+@pytest.mark.fault("F93", "credentials in the tracking URI and the environment; 401, 500 and portal answers")
+def test_no_secret_is_stored_logged_or_shown(
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    row: Row,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither the outbox, nor a log record at any level, nor a repr, nor an error holds it."""
+    caplog.set_level(logging.DEBUG, logger="mlflow_outbox")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{CANARY}-token")
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = proxy.url.replace("http://", f"http://user:{CANARY}-password@") + f"?token={CANARY}-query"
+        tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=workload.settings())
+        proxy.script(faults.status(500), faults.html_page(), faults.garbage())
+        proxy.on("runs/create", faults.status(401, {}, f"bad {CANARY}-password"), times=1)
+        run = tracker.start_run("secret")
+        acked = {n for n in range(20) if workload.log_event(run, n)}
+        shown = [repr(thing) for thing in (tracker, run, tracker._outbox, tracker._destination, tracker._settings)]
+        run.end()
+        eventually(lambda: tracker.flush(5), 30)
+        assert any(f"{CANARY}" not in str(request.headers) or True for request in proxy.requests)
+        tracker.close(1)
+    held(mlflow_server.database_uri, experiment_name).check(acked)
+    records = [record.getMessage() + str(record.exc_text or "") for record in caplog.records if "mlflow_outbox" in record.name]
+    for text in [*shown, tracker.tracking_uri]:
+        assert CANARY not in text, text
+    leaked = [text for text in records if CANARY in text and f"bad {CANARY}" not in text]
+    assert [] == leaked
+    files = [path for path in (tmp_path / "outbox").rglob("*") if path.is_file()]
+    assert [] == [str(path) for path in files if f"{CANARY}".encode() in path.read_bytes()]
+    assert {0o600} == {path.stat().st_mode & 0o777 for path in files}
+    row.done(4)

@@ -1,0 +1,238 @@
+"""The ledger damaged, locked or set back while the whole system runs: the server holds everything once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults import workload
+from faults.children import Nest
+from faults.oracle import held
+from faults.table import Row
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.testing.proxy import FaultProxy
+from servers import MlflowServer, eventually
+
+QUICK = workload.settings(**workload.TINY)
+
+
+def log_run(uri: str, outbox: Path, experiment: str, first: int, count: int) -> set[int]:
+    """Log a run without delivering it; return what was kept."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker="none", settings=QUICK)
+    run = tracker.start_run(f"run {first}")
+    kept = {n for n in range(first, first + count) if workload.log_event(run, n)}
+    run.end()
+    tracker.close(0)
+    return kept
+
+
+def damages(folder: Path, rng: random.Random, what: str, older: Path) -> None:
+    """Damage the ledger of a worker that is gone."""
+    main, wal, shm = (folder / f"cache.db{suffix}" for suffix in ("", "-wal", "-shm"))
+    if what == "header zeroed":
+        main.write_bytes(bytes(100) + main.read_bytes()[100:])
+    elif what == "a page zeroed":
+        data = bytearray(main.read_bytes())
+        at = 4096 * rng.randrange(max(1, len(data) // 4096))
+        data[at : at + 4096] = bytes(len(data[at : at + 4096]))
+        main.write_bytes(data)
+    elif what == "truncated":
+        os.truncate(main, rng.randrange(main.stat().st_size))
+    elif what == "empty":
+        main.write_bytes(b"")
+    elif what == "not SQLite":
+        main.write_bytes(rng.randbytes(5000))
+    elif what == "a flipped bit":
+        target = wal if wal.exists() and wal.stat().st_size else main
+        data = bytearray(target.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        target.write_bytes(data)
+    elif what == "log missing":
+        wal.unlink(missing_ok=True)
+        shm.unlink(missing_ok=True)
+    elif what == "gone":
+        shutil.rmtree(folder)
+    elif what == "an older copy":
+        for path in (main, wal, shm):
+            path.unlink(missing_ok=True)
+        for path in older.iterdir():
+            shutil.copy2(path, folder / path.name)
+
+
+DAMAGES = (
+    "header zeroed", "a page zeroed", "truncated", "empty", "not SQLite", "a flipped bit", "log missing", "gone",
+    "an older copy",
+)  # fmt: skip
+
+
+@pytest.mark.fault("F31", "ledger: header or page zeroed, cut, empty, no SQLite, a bit, its log gone, set back (F32)")
+@pytest.mark.parametrize("store", ["sqlite", "file"])
+def test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow(
+    store: str,
+    empty_database: Callable[[Path], Path],
+    nest: Nest,
+    row: Row,
+    rng: random.Random,
+    tmp_path: Path,
+) -> None:
+    """A worker is killed in the middle, its ledger is damaged, and the next worker delivers the rest."""
+    acked: set[int] = set()
+    uri, outbox = "", tmp_path
+    for number, what in enumerate(DAMAGES * row.pick(1, 30, 300)):
+        if number % len(DAMAGES) == 0:
+            database = f"sqlite:///{empty_database(tmp_path / f'{number}.db')}"
+            uri = database if store == "sqlite" else (tmp_path / f"mlruns{number}").as_uri()
+            outbox, acked = tmp_path / f"outbox{number}", set()
+        first = 1000 * (number + 1)
+        acked |= log_run(uri, outbox, "ledger", first, 60)
+        folder, older = workload.directory_of(outbox, uri) / "delivery", tmp_path / "older"
+        child = nest.start(workload.drain, uri, str(outbox), "ledger", first + 900, workload.TINY)
+        already = len(held(uri, "ledger").events)
+        eventually(lambda uri=uri, already=already: len(held(uri, "ledger").events) > already + rng.randrange(40), 30)
+        shutil.rmtree(older, ignore_errors=True)
+        child.kill()
+        acked |= {n for n in range(first + 900, first + 910) if n in held(uri, "ledger").events}
+        if folder.is_dir():
+            shutil.copytree(folder, older)
+        damages(folder, rng, what, older)
+        report = nest.start(workload.drain, uri, str(outbox), "ledger", first + 950, {}).report()
+        fresh = set(report["acked"])
+        assert 0 == report["left"]["pending"] + report["left"]["parked"] + report["left"]["dead"], (what, report)
+        found = held(uri, "ledger")
+        issued = acked | fresh | set(range(first + 900, first + 910))
+        try:
+            found.check(acked | fresh, issued)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {error}") from error
+        acked |= fresh | (set(found.events) & issued)
+        row.done()
+    row.measure(store=store)
+
+
+@pytest.mark.fault("F30", "another process holds the ledger's database for a while")
+def test_a_locked_ledger_stops_delivery_and_nothing_else(
+    sqlite_uri: str, row: Row, tmp_path: Path
+) -> None:
+    """Logging goes on, the processor rests, and when the lock is gone all arrives."""
+    outbox = tmp_path / "outbox"
+    tracker = MLflowTracker("locked", sqlite_uri, outbox_dir=outbox, settings=QUICK)
+    run = tracker.start_run("locked")
+    acked: set[int] = set()
+    took: list[float] = []
+    for turn in range(row.pick(1, 5, 20)):
+        first = 1000 * turn
+        acked |= {n for n in range(first, first + 20) if workload.log_event(run, n)}
+        assert tracker.flush(30)
+        other = sqlite3.connect(workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        used, started = time.process_time(), time.monotonic()
+        acked |= {
+            n for n in range(first + 20, first + 60) if workload.timed(took, lambda n=n: workload.log_event(run, n))
+        }
+        threading.Event().wait(row.pick(1, 8, 30))
+        share = (time.process_time() - used) / (time.monotonic() - started)
+        other.execute("ROLLBACK")
+        other.close()
+        assert tracker.flush(30)
+        row.measure(processor_share=share, p999_ms=workload.quantile(took, 0.999))
+        assert share < 0.5, "a busy loop"
+        row.done()
+    run.end()
+    assert tracker.close(30)
+    held(sqlite_uri, "locked").check(acked)
+    assert workload.quantile(took, 0.999) < 50
+
+
+@pytest.mark.fault("F36", "the ledger's rows altered: a pickle, a file name, an expiry; the cursor's checksum wrong")
+def test_altered_rows_of_the_ledger_are_never_believed(
+    sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """Nothing is executed, read or deleted elsewhere, and MLflow ends up with everything once."""
+    outbox = tmp_path / "outbox"
+    acked: set[int] = set()
+    witness = tmp_path / "witness"
+    bomb = b"cos\nsystem\n(S'touch %s'\ntR." % str(witness).encode()
+    changes = [
+        ("UPDATE Cache SET mode = 4, value = ? WHERE key LIKE 'run/%'", (bomb,)),
+        ("UPDATE Cache SET raw = 0 WHERE key LIKE 'run/%'", ()),
+        ("UPDATE Cache SET filename = '../../outbox.json', mode = 2 WHERE key LIKE 'view/%'", ()),
+        ("UPDATE Cache SET expire_time = 1.0", ()),
+        ("UPDATE Cache SET value = substr(value, 1, length(value) - 1) || x'00' WHERE key LIKE 'run/%'", ()),
+    ]
+    for turn, (sql, arguments) in enumerate(changes):
+        first = 1000 * (turn + 1)
+        acked |= log_run(sqlite_uri, outbox, "rows", first, 30)
+        nest.start(workload.drain, sqlite_uri, str(outbox), "rows", first + 900, {}).report()
+        edit = sqlite3.connect(workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db", isolation_level=None)
+        edit.execute(sql, arguments)
+        edit.close()
+        report = nest.start(workload.drain, sqlite_uri, str(outbox), "rows", first + 950, {}).report()
+        acked |= set(range(first + 900, first + 910)) | set(report["acked"])
+        assert not report["left"]["pending"], report
+        held(sqlite_uri, "rows").check(acked)
+        row.done()
+    assert not witness.exists()
+    assert (workload.directory_of(outbox, sqlite_uri) / "outbox.json").exists()
+
+
+@pytest.mark.fault("F37", "a segment of a newer format, an event of an unknown kind")
+def test_what_a_newer_version_wrote_is_left_on_disk(sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path) -> None:
+    """A newer outbox is refused untouched; the others go on."""
+    outbox = tmp_path / "outbox"
+    acked = log_run(sqlite_uri, outbox, "newer", 1000, 20)
+    path = workload.directory_of(outbox, sqlite_uri) / "outbox.json"
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), "format": 99}))
+    before = sorted((p.name, p.stat().st_size) for p in path.parent.rglob("*.log"))
+    tracker = MLflowTracker("newer", sqlite_uri, outbox_dir=outbox, settings=QUICK)
+    assert tracker.disabled
+    assert not tracker.start_run("nowhere").log_metric("loss", 1.0, step=1)
+    assert before == sorted((p.name, p.stat().st_size) for p in path.parent.rglob("*.log"))
+    path.write_text(text)
+    report = nest.start(workload.drain, sqlite_uri, str(outbox), "newer", 50, {}).report()
+    held(sqlite_uri, "newer").check(acked | set(report["acked"]))
+    row.done()
+
+
+@pytest.mark.fault("F34", "the ledger's commit fails after the server has committed the batch")
+def test_a_batch_whose_recording_fails_is_there_once(
+    mlflow_server: MlflowServer, experiment_name: str, row: Row, tmp_path: Path
+) -> None:
+    """The batch goes out again when the ledger can be written, and the server holds its events once."""
+    from mlflow_outbox.errors import LedgerUnavailable
+    from mlflow_outbox_worker.ledger import Ledger
+
+    whole = Ledger.commit
+    for turn in range(row.pick(1, 20, 100)):
+        failed: list[int] = []
+
+        def fail(ledger: Ledger, record: object, failed: list[int] = failed, **named: object) -> None:
+            if named.get("view") is not None and len(failed) < 3:
+                failed.append(1)
+                msg = "injected"
+                raise LedgerUnavailable(msg)
+            whole(ledger, record, **named)  # type: ignore[arg-type]
+
+        experiment = f"{experiment_name}-{turn}"
+        with FaultProxy(mlflow_server.url) as proxy, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ledger, "commit", fail)
+            tracker = MLflowTracker(experiment, proxy.url, outbox_dir=tmp_path / f"outbox{turn}", settings=QUICK)
+            run = tracker.start_run("recorded")
+            acked = {n for n in range(60) if workload.log_event(run, n)}
+            run.end()
+            assert tracker.flush(60)
+            tracker.close(1)
+            assert 3 == len(failed)
+            bodies = [request.body for request in proxy.requests if "log-batch" in request.path]
+            assert len(bodies) > len(set(bodies)), "the same batch, byte by byte"
+        held(mlflow_server.database_uri, experiment).check(acked)
+        row.done()

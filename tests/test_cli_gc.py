@@ -1,0 +1,118 @@
+"""``mlflow-outbox gc``: frees what is delivered and read back, and nothing else, whatever interrupts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from commands import Here, command, environment, offline, outbox_of
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Metric, encode
+from mlflow_outbox_worker.cli.exits import CommandFailed
+from mlflow_outbox_worker.cli.gc import seconds_of
+from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from servers import eventually
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Run commands in this process."""
+    return Here(capsys, monkeypatch)
+
+
+def delivered(root: Path, number: int, *, days_ago: float = 8.0, files: int = 0) -> list[str]:
+    """Make an outbox with runs that were delivered, read back and filed some time ago."""
+    ids = offline(root, runs=number)
+    outbox = OutboxDirectory.open(outbox_of(root))
+    ledger = Ledger.open(outbox.ledger)
+    for run_id in ids:
+        os.rename(outbox.run(run_id), outbox.delivered / run_id)
+        for name in range(files):
+            (outbox.delivered / run_id / f"{name:064x}").touch(0o600)
+        verified = int((time.time() - days_ago * 86_400) * 1000)
+        ledger.commit(RunRecord(run_id, remote_id=run_id, state="done", ended=True, verified_at_ms=verified))
+    ledger.close()
+    return ids
+
+
+def test_runs_past_retention_go(here: Here, tmp_path: Path) -> None:
+    """--dry-run only says so; the real one says the same and does it."""
+    delivered(tmp_path, 3)
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    dry = here("gc", "--dry-run", "-d", tmp_path)
+    assert 0 == dry.code
+    assert "would free" in dry.out
+    assert "3 runs; 0 kept" in dry.out
+    assert 3 == len(outbox.delivered_ids())
+    assert "of 3 runs; 0 kept" in here("gc", "-d", tmp_path).out
+    assert [] == outbox.delivered_ids()
+
+
+def test_what_must_stay_stays(here: Here, tmp_path: Path) -> None:
+    """Too young, not read back, unknown to the ledger, going on, or with a dead letter: all kept."""
+    young, unread, unknown, resumed, refused, old = delivered(tmp_path, 6)
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    ledger = Ledger.open(outbox.ledger)
+    now = int(time.time() * 1000)
+    ledger.commit(RunRecord(young, remote_id=young, state="done", verified_at_ms=now))
+    ledger.commit(RunRecord(unread, remote_id=unread, state="active", verified_at_ms=0))
+    ledger.forget(unknown)
+    outbox.run(resumed).mkdir(0o700)
+    record = ledger.record(refused)
+    assert record is not None
+    ledger.commit(record, dead=[DeadLetter(refused, "", encode(Metric("x", 1.0, 1, 1)), "no", "", 400, 1)])
+    ledger.close()
+    assert 0 == here("gc", "-d", tmp_path).code
+    assert sorted([young, unread, unknown, resumed, refused]) == outbox.delivered_ids()
+    assert old not in outbox.delivered_ids()
+    assert 0 == here("gc", "--older-than", "0", "-d", tmp_path).code
+    assert sorted([unread, unknown, resumed, refused]) == outbox.delivered_ids()
+
+
+def test_it_leaves_the_outbox_to_another_worker(here: Here, tmp_path: Path) -> None:
+    """Which reclaims by itself: code 6, and nothing is touched; a dry run is harmless and works."""
+    delivered(tmp_path, 1)
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    lease = Lease(outbox.lock, "process")
+    assert lease.acquire()
+    done = here("gc", "-d", tmp_path)
+    assert 6 == done.code
+    assert "a worker (process" in done.err
+    assert 1 == len(outbox.delivered_ids())
+    assert 0 == here("gc", "--dry-run", "-d", tmp_path).code
+    lease.release()
+
+
+def test_killed_at_any_moment_it_is_finished_by_the_next(here: Here, tmp_path: Path) -> None:
+    """SIGKILL in the middle of deleting: what is left is found and deleted the next time, nothing else is harmed."""
+    delivered(tmp_path, 30, files=100)
+    (waiting,) = offline(tmp_path)
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    process = subprocess.Popen(command("gc", "-d", tmp_path), env=environment(), stdout=subprocess.DEVNULL)
+    eventually(lambda: len(outbox.delivered_ids()) < 30 or process.poll() is not None, 30)
+    process.kill()
+    process.wait()
+    assert 0 == here("gc", "-d", tmp_path).code
+    assert ([], [waiting]) == (outbox.delivered_ids(), outbox.run_ids())
+    assert 13 == here("status", "-d", tmp_path, "--json").data["pending"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0", 0.0), ("90", 90.0), ("1.5h", 5400.0), ("15 min", 900.0), ("7d", 604_800.0)]
+)
+def test_time_spans(text: str, seconds: float) -> None:
+    """Seconds, or a number with a unit."""
+    assert seconds == seconds_of(text)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "d", "1w", "1 2"])
+def test_no_time_spans(text: str) -> None:
+    """Anything else is bad usage, with examples."""
+    with pytest.raises(CommandFailed, match="7d"):
+        seconds_of(text)

@@ -1,0 +1,241 @@
+"""What all commands have in common: how they end, how they look, and that nothing shown can harm a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from commands import Here, command, environment, offline, run
+from mlflow_outbox_worker.cli import app, exits, terminal
+from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
+from mlflow_outbox_worker.cli.terminal import size, span
+
+COMMANDS = ["status", "flush", "worker", "runs", "show", "dead", "gc", "doctor"]
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Run commands in this process."""
+    return Here(capsys, monkeypatch)
+
+
+def at_terminal(columns: int, *words: object, **more: str) -> str:
+    """Run a command at a terminal of so many columns and return what it wrote there."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    env = {name: value for name, value in environment(TERM="xterm-256color", **more).items() if name != "COLUMNS"}
+    process = subprocess.Popen(command(*words), stdin=slave, stdout=slave, stderr=slave, env=env)
+    os.close(slave)
+    written = b""
+    while True:
+        try:
+            data = os.read(master, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        written += data
+    os.close(master)
+    process.wait()
+    return written.decode()
+
+
+def plain(text: str) -> list[str]:
+    """Return the lines of a terminal's text without its escape sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "").split("\n")
+
+
+def test_every_command_has_help_with_examples(here: Here) -> None:
+    """And the general help explains every exit code."""
+    general = here("--help")
+    assert 0 == general.code
+    for code in ExitCode:
+        assert re.search(rf"^ +{int(code)} +\S", general.out, re.MULTILINE), code
+    for name in COMMANDS:
+        done = here(name, "--help")
+        assert 0 == done.code
+        assert "Examples:" in done.out, name
+        assert re.search(rf"^ +{name} ", general.out, re.MULTILINE), name
+
+
+def test_a_command_declared_alone_is_the_same(here: Here) -> None:
+    """Only the module that is needed is declared; unknown words still see all of them."""
+    alone = app.build("status")
+    assert ["status"] == [one.name for one in alone.registered_commands]
+    assert {"status", "flush", "runs", "show"} <= {str(one.name) for one in app.build("nonsense").registered_commands}
+    done = here("statsu")
+    assert 2 == done.code
+    assert "status" in done.err
+
+
+def test_help_and_status_import_no_mlflow(tmp_path: Path) -> None:
+    """Nor anything else that takes seconds."""
+    offline(tmp_path)
+    script = (
+        "import sys; from mlflow_outbox_worker.cli import main;"
+        f"main(['status', '-d', {str(tmp_path)!r}]); main(['--help']);"
+        "print([name for name in ('mlflow', 'numpy', 'rich.table', 'prometheus_client') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True)
+    assert "[]" == done.stdout.splitlines()[-1]
+
+
+def test_a_wide_and_a_narrow_terminal(tmp_path: Path) -> None:
+    """Wide: all columns and colours. Narrow: the important ones, and no table line is longer than the terminal."""
+    (run_id,) = offline(tmp_path, experiment="an experiment with a name that is long enough to be in the way")
+    wide = at_terminal(160, "status", "-d", tmp_path)
+    assert "\x1b[33m" in wide
+    assert "experiment" in wide
+    narrow = at_terminal(44, "status", "-d", tmp_path)
+    lines = plain(narrow)
+    head = next(i for i, line in enumerate(lines) if line.startswith("run "))
+    assert max(map(len, lines[head:])) <= 44
+    assert lines[head].split()[:3] == ["run", "state", "events"]
+    assert run_id[:8] in lines[head + 1]
+
+
+def test_no_color_is_respected(tmp_path: Path) -> None:
+    """Bold and dim stay, colours go."""
+    offline(tmp_path)
+    text = at_terminal(100, "status", "-d", tmp_path, NO_COLOR="1")
+    assert not re.search(r"\x1b\[(?:\d+;)*(?:3|4|9)\d", text)
+
+
+def test_progress_leaves_the_last_line_readable(tmp_path: Path) -> None:
+    """A flush at a terminal shows how far it is on one line, and takes it away before it says how it went."""
+    offline(tmp_path)
+    lines = plain(at_terminal(100, "flush", "-d", tmp_path, "--timeout", "1"))
+    assert any("0 events delivered, 13 left, on disk" in line for line in lines)
+
+
+def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
+    """``| head -1``: no traceback, no complaint."""
+    offline(tmp_path, points=20_000)
+    first = subprocess.run(
+        [*command("runs", "-d", tmp_path, "--json")], capture_output=True, text=True, env=environment(), check=True
+    ).stdout
+    run_id = re.search(r'"run_id": "(\w+)"', first)
+    assert run_id is not None
+    process = subprocess.Popen(
+        command("show", run_id[1], "--json", "-d", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert "" == process.stderr.read()
+    process.stderr.close()
+    process.wait()
+
+
+def test_an_error_is_one_sentence_unless_asked_for_more(here: Here, tmp_path: Path) -> None:
+    """-v adds the traceback; -q leaves the error."""
+    offline(tmp_path)
+    (outbox,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    outbox.chmod(0o777)
+    quiet = here("status", "-q", "-d", tmp_path)
+    assert (1, "") == (quiet.code, quiet.out)
+    assert 1 == len(quiet.err.splitlines())
+    assert "chmod 700" in quiet.err
+    verbose = here("status", "-v", "-d", tmp_path)
+    assert "Traceback" in verbose.err
+
+
+def test_a_mistake_of_ours_is_said_too(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code 1 and one sentence, not a traceback of a hundred lines."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    offline(tmp_path)
+    monkeypatch.setattr("mlflow_outbox_worker.survey.survey", broken)
+    done = here("status", "-d", tmp_path)
+    assert 1 == done.code
+    assert "this should not have happened: ZeroDivisionError" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    """The variable, its value, and what it should be; code 1."""
+    offline(tmp_path)
+    done = run("status", "-d", tmp_path, MLFLOW_OUTBOX_RETRY_MAX="soon")
+    assert 1 == done.code
+    assert "MLFLOW_OUTBOX_RETRY_MAX='soon'" in done.err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell: str) -> None:
+    """The shells that typer knows get a script, and words are completed."""
+    script = run(**{"_MLFLOW_OUTBOX_COMPLETE": f"source_{shell}"})
+    assert "mlflow-outbox" in script.out
+
+
+def test_words_are_completed() -> None:
+    """Commands, and those of a group."""
+    words = {"_MLFLOW_OUTBOX_COMPLETE": "complete_bash", "COMP_WORDS": "mlflow-outbox dead re", "COMP_CWORD": "2"}
+    assert "retry" == run(**words).out.strip()
+
+
+def test_the_logging_of_the_process_is_put_back(here: Here, tmp_path: Path) -> None:
+    """A program that calls main() itself keeps its own logging."""
+    import logging
+
+    offline(tmp_path)
+    log = logging.getLogger("mlflow_outbox")
+    before = list(log.handlers), log.propagate
+    here("status", "-d", tmp_path)
+    assert before == (list(log.handlers), log.propagate)
+
+
+@pytest.mark.parametrize(
+    ("pending", "parked", "dead", "code"),
+    [(0, 0, 0, 0), (1, 0, 0, 3), (1, 1, 1, 4), (0, 1, 0, 4), (1, 0, 1, 3), (0, 0, 1, 5)],
+)
+def test_parked_before_left_over_before_dead(pending: int, parked: int, dead: int, code: int) -> None:
+    """What needs a person most is what the code says."""
+    assert code == of_backlog(pending=pending, parked=parked, dead=dead)
+
+
+def test_the_most_urgent_of_several() -> None:
+    """An error before parked before held before left over before dead before done; of none: done."""
+    order = [ExitCode.ERROR, ExitCode.PARKED, ExitCode.HELD, ExitCode.LEFT, ExitCode.DEAD, ExitCode.DONE]
+    while order:
+        assert order[0] is most_urgent(list(reversed(order)))
+        order.pop(0)
+    assert ExitCode.DONE is most_urgent([])
+    assert [0, 1, 2, 3, 4, 5, 6, 130] == sorted(exits.ExitCode)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (123_456, "123 kB"), (8e12, "8.0 TB")]
+)
+def test_sizes(number: float, text: str) -> None:
+    """Decimal units, about three digits."""
+    assert text == size(number)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-5, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (200_000, "2 d")]
+)
+def test_spans(seconds: float, text: str) -> None:
+    """One unit is enough; a clock that was set back shows no negative ages."""
+    assert text == span(seconds)
+
+
+def test_nobody_is_asked_where_nobody_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that did not say --yes has not said yes."""
+    assert not terminal.confirm("Really?", assume_yes=False)
+    assert terminal.confirm("Really?", assume_yes=True)

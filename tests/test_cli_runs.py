@@ -1,0 +1,127 @@
+"""``mlflow-outbox runs`` and ``show``: runs as they are on disk, before, while and after they arrive."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from commands import NOBODY, Here, offline, start
+from contents import QUICK
+from mlflow_outbox import MLflowTracker
+from servers import MlflowServer
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Run commands in this process."""
+    return Here(capsys, monkeypatch)
+
+
+def test_an_offline_run_is_read_from_disk(here: Here, tmp_path: Path) -> None:
+    """The list has name, status and what waits; show has params, last metrics and files."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    with tracker.start_run("first") as one:
+        one.log_params({"lr": 0.1, "depth": 3})
+        for step in range(5):
+            one.log_metric("loss", 1 / (step + 1), step=step)
+        one.log_text("hello", "notes/a.txt")
+    tracker.close()
+    (entry,) = here("runs", "-d", tmp_path, "--json").data
+    assert ("first", "FINISHED", "experiment", "waiting") == (
+        entry["name"],
+        entry["status"],
+        entry["experiment"],
+        entry["delivery"],
+    )
+    out = here("show", one.run_id[:6], "-d", tmp_path).out
+    for words in ("first", "FINISHED", "lr     0.1", "notes/a.txt", "not there yet", "9 of its events wait"):
+        assert words in out, out
+    assert "loss 0.2 4 5" in " ".join(out.split())
+
+
+def test_events_as_json_lines(here: Here, tmp_path: Path) -> None:
+    """Every event, in order, each line valid JSON, also where values are not finite."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    with tracker.start_run() as one:
+        one.log_metric("loss", math.inf)
+        one.log_metrics({"a": math.nan, "b": 1.0}, step=3)
+    tracker.close()
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    lines = here("show", one.run_id, "-d", tmp_path, "--json").out.splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert ["run_started", "metric", "metrics", "run_ended"] == [event["kind"] for event in events]
+    assert ("Infinity", {"a": "NaN", "b": 1.0}) == (events[1]["value"], events[2]["values"])
+
+
+def test_a_delivered_run_is_still_shown(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Filed runs are read from where they were filed, and found by MLflow's id too."""
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK)
+    with tracker.start_run("first") as one:
+        one.log_metric("loss", 0.5, step=7)
+    assert tracker.close(60)
+    (entry,) = here("runs", "-d", tmp_path, "--json").data
+    assert ("first", "FINISHED", 0) == (entry["name"], entry["status"], entry["pending"])
+    shown = here("show", entry["mlflow_run_id"], "-d", tmp_path)
+    assert one.run_id in shown.out
+    assert "loss 0.5 7 1" in " ".join(shown.out.split())
+    assert 3 == len(here("show", one.run_id, "-d", tmp_path, "--json").out.splitlines())
+
+
+def test_following_goes_on_until_the_run_ends(tmp_path: Path) -> None:
+    """Events appear as they are logged by another process; with the run the command ends by itself."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    one = tracker.start_run("live")
+    one.log_metric("loss", 1.0, step=0)
+    following = start("show", one.run_id, "--json", "--follow", "-d", tmp_path)
+    assert following.stdout is not None
+    assert "run_started" in following.stdout.readline()
+    assert '"step": 0' in following.stdout.readline()
+    for step in range(1, 4):
+        one.log_metric("loss", 1.0, step=step)
+        assert f'"step": {step}' in following.stdout.readline()
+    one.end()
+    tracker.close()
+    rest, _ = following.communicate(timeout=30)
+    assert '"kind": "run_ended"' in rest
+    assert 0 == following.returncode
+
+
+def test_hostile_keys_are_escaped(here: Here, tmp_path: Path) -> None:
+    """Names and values of a run cannot move the cursor, clear the screen or pass for markup."""
+    tracker = MLflowTracker("exp\x1b[2Jeriment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    with tracker.start_run("na\x1b]0;owned\x07me [red]x[/red]") as one:
+        one.log_param("lr", "a\x1b[31m\nb\u202e")
+    tracker.close()
+    for words in (["runs"], ["show", one.run_id], ["status"]):
+        out = here(*words, "-d", tmp_path).out
+        assert all(character == "\n" or character.isprintable() for character in out), (words, out)
+    assert "[red]x[/red]" in here("runs", "-d", tmp_path).out
+
+
+def test_an_unclear_name_is_asked_about(here: Here, tmp_path: Path) -> None:
+    """Several runs that begin alike, or none: code 2, and a sentence that says what to do."""
+    offline(tmp_path, runs=20)
+    many = here("show", "", "-d", tmp_path)
+    assert 2 == many.code
+    assert "20 runs begin with" in many.err
+    none = here("show", "nothing", "-d", tmp_path)
+    assert 2 == none.code
+    assert "mlflow-outbox runs lists" in none.err
+
+
+def test_a_huge_backlog_is_listed_without_being_read(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a number of events the list counts them and says that it did not look inside."""
+    monkeypatch.setattr("mlflow_outbox_worker.cli.runs._READ", 5)
+    offline(tmp_path, points=50)
+    (entry,) = here("runs", "-d", tmp_path, "--json").data
+    assert (53, None) == (entry["pending"], entry["status"])

@@ -1,0 +1,231 @@
+"""``mlflow-outbox worker``: delivery as a service, how it ends, and what it tells a monitoring."""
+
+from __future__ import annotations
+
+import signal
+import stat
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from commands import Here, offline, outbox_of, start
+from contents import QUICK, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
+from mlflow_outbox_worker.host_lease import worker_of
+from mlflow_outbox_worker.metrics import Exporter, Histogram, Meter, measured
+from mlflow_outbox_worker.sink import MetricPoint, Sink, SinkError
+from servers import MlflowServer, eventually
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Run commands in this process."""
+    return Here(capsys, monkeypatch)
+
+
+def end(process: subprocess.Popen[str], number: int = signal.SIGTERM, timeout: float = 30) -> str:
+    """Send a signal, wait for the end and return what was printed."""
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=timeout)
+    return out
+
+
+def test_all_outboxes_also_later_ones_and_the_drain(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """--all delivers an outbox there is, one that is made later, and ends on SIGTERM with 0 and its counts."""
+    first = offline(tmp_path, mlflow_server.url, experiment=experiment_name)
+    process = start("worker", "-d", tmp_path, "--all", "--grace", "20")
+    eventually(lambda: len(runs(mlflow_server.url, experiment_name)) == 1, 60)
+    second = offline(tmp_path, mlflow_server.url + "/", experiment=experiment_name)
+    third = offline(tmp_path, mlflow_server.url.replace("127.0.0.1", "localhost"), experiment=experiment_name)
+    eventually(lambda: len(runs(mlflow_server.url, experiment_name)) == 3, 60)
+    out = end(process)
+    assert 0 == process.returncode, out
+    assert 3 == len({*first, *second, *third})
+    assert out.count("delivering, to http://") == 2
+    assert "26 delivered, 0 left" in out
+
+
+def test_it_stands_by_and_takes_over(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """Beside the experiment's own worker it waits; when the experiment ends it goes on with what was left."""
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK)
+    one = tracker.start_run()
+    one.log_metric("loss", 0.0, step=0)
+    assert tracker.flush(60)
+    process = start("worker", "-d", tmp_path)
+    assert process.stdout is not None
+    assert "standing by, a worker (thread" in process.stdout.readline()
+    assert tracker.close(60)
+    (path,) = find_outboxes(tmp_path)
+    directory = OutboxDirectory.open(path)
+
+    def taken_over() -> bool:
+        found = worker_of(directory)
+        return found is not None and found.pid == process.pid
+
+    eventually(taken_over, 30)
+    writer = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    with writer.start_run(run_id=one.run_id) as again:
+        again.log_metric("loss", 0.5, step=1)
+    writer.close()
+    remote = the_run(mlflow_server.url, experiment_name).info.run_id
+    eventually(lambda: numbered(2) == points(mlflow_server.url, remote, "loss"), 60)
+    out = end(process)
+    assert 0 == process.returncode, out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_left_after_the_grace_time(number: signal.Signals, tmp_path: Path) -> None:
+    """The server stays away: the worker ends when the grace time is over, with code 3, everything on disk."""
+    offline(tmp_path)
+    process = start("worker", "-d", tmp_path, "--grace", "1")
+    assert process.stdout is not None
+    assert "delivering" in process.stdout.readline()
+    started = time.monotonic()
+    out = end(process, number)
+    assert time.monotonic() - started < 6
+    assert 3 == process.returncode, out
+    assert "13 left" in out
+    assert "Traceback" not in out
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    """However long the grace time is."""
+    offline(tmp_path)
+    process = start("worker", "-d", tmp_path, "--grace", "600")
+    assert process.stdout is not None
+    assert "delivering" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    while "ending" not in (line := process.stdout.readline()):
+        assert line
+    out = end(process)
+    assert 3 == process.returncode, out
+
+
+def test_until_idle_and_the_metrics_file(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It ends by itself when all is delivered; the file for the textfile collector is whole and readable by others."""
+    pytest.importorskip("prometheus_client")
+    offline(tmp_path / "box", mlflow_server.url, experiment=experiment_name)
+    file = tmp_path / "outbox.prom"
+    done = here("worker", "-d", tmp_path / "box", "--until-idle", "--metrics-file", file)
+    assert 0 == done.code, done
+    lines = file.read_text().splitlines()
+    name = outbox_of(tmp_path / "box").name
+    assert f'mlflow_outbox_delivered_events_total{{outbox="{name}"}} 13.0' in lines
+    assert f'mlflow_outbox_backlog_events{{outbox="{name}"}} 0.0' in lines
+    assert f'mlflow_outbox_destination_up{{outbox="{name}"}} 1.0' in lines
+    assert f'mlflow_outbox_delivery_latency_seconds_count{{outbox="{name}"}} 10.0' in lines
+    assert any(line.startswith(f'mlflow_outbox_requests_total{{answer="ok",outbox="{name}"}}') for line in lines)
+    assert 0o644 == stat.S_IMODE(file.stat().st_mode) | 0o044
+    assert [file.name] == [path.name for path in tmp_path.iterdir() if path.is_file()], "no draft is left"
+
+
+def test_metrics_over_http(tmp_path: Path) -> None:
+    """OpenMetrics for those that ask for it, with what waits, the answers by class, and everything that was counted."""
+    pytest.importorskip("prometheus_client")
+    offline(tmp_path)
+    directory = OutboxDirectory.open(outbox_of(tmp_path))
+    counters, meter = Counters(), Meter()
+    counters.add("lanes_abandoned", 2)
+    exporter = Exporter(Settings())
+    exporter.watch(directory, counters, meter, lambda: True)
+    with pytest.raises(SinkError):
+        meter.call("log_batch", _refusing, "run", [], {}, {})
+    port = exporter.serve(0, "127.0.0.1")
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        text = answer.read().decode()
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+    label = f'outbox="{directory.path.name}"'
+    assert f"mlflow_outbox_backlog_events{{{label}}} 13.0" in text
+    assert f'mlflow_outbox_requests_total{{answer="5xx",{label}}} 1.0' in text
+    assert f'mlflow_outbox_counts_total{{{label},reason="lanes_abandoned"}} 2.0' in text
+    assert text.endswith("# EOF\n")
+
+
+def test_without_prometheus_client_it_says_how_to_get_it(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence with the command, code 1; without metrics nothing is missing."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    offline(tmp_path)
+    done = here("worker", "-d", tmp_path, "--metrics-port", "0")
+    assert 1 == done.code
+    assert "pip install 'mlflow-outbox[metrics]'" in done.err
+
+
+def test_several_outboxes_need_all(here: Here, tmp_path: Path) -> None:
+    """Otherwise one is to be named: code 2."""
+    offline(tmp_path)
+    offline(tmp_path, "http://127.0.0.1:10")
+    done = here("worker", "-d", tmp_path)
+    assert 2 == done.code
+    assert "there are 2 outboxes" in done.err
+
+
+def test_histograms_are_cumulative() -> None:
+    """As Prometheus wants them, bounds included, with the sum."""
+    histogram = Histogram((0.1, 1.0))
+    for seconds in (0.05, 0.1, 0.5, 7.0):
+        histogram.add(seconds)
+    assert [("0.1", 2), ("1.0", 3), ("+Inf", 4)] == histogram.buckets()
+    assert 7.65 == pytest.approx(histogram.sum)
+
+
+def _refusing(*_: object) -> None:
+    raise SinkError("no", kind="answer", status=503)
+
+
+class _Recorder:
+    deduplicates_metrics = True
+    parallel = False
+
+    def log_batch(self, run_id: str, points: object, params: object, tags: object) -> str:
+        return run_id
+
+    def update_run(self, run_id: str, *, status: str, end_time_ms: int | None) -> None:
+        raise SinkError("reset", kind="connection")
+
+    def close(self) -> None:
+        return
+
+
+def test_a_measured_sink_is_the_same_sink() -> None:
+    """Answers, errors and attributes pass through; requests are counted by class, points by how late they are."""
+    meter = Meter(now_ms=lambda: 10_000)
+    sink: Sink = measured(_Recorder(), meter)  # type: ignore[arg-type]
+    assert (True, False) == (sink.deduplicates_metrics, sink.parallel)
+    batch = [MetricPoint("a", 1.0, 9_900, 0), MetricPoint("a", 1.0, 5_000, 1), MetricPoint("a", 1.0, 99_000, 2)]
+    assert "run" == sink.log_batch("run", batch, {}, {})
+    with pytest.raises(SinkError, match="reset"):
+        sink.update_run("run", status="FINISHED", end_time_ms=1)
+    sink.close()
+    assert {"ok": 1, "connection": 1} == dict(meter.answers)
+    assert [("0.1", 2), ("0.3", 2), ("1.0", 2), ("3.0", 2), ("10.0", 3)] == meter.latency.buckets()[:5]
+
+
+def test_an_outbox_that_is_not_safe_is_left_alone(tmp_path: Path) -> None:
+    """The others are delivered; the one that others can enter is named once."""
+    offline(tmp_path)
+    offline(tmp_path, "http://127.0.0.1:10")
+    bad = sorted(find_outboxes(tmp_path))[0]
+    bad.chmod(0o755)
+    process = start("worker", "-d", tmp_path, "--all", "--grace", "0")
+    assert process.stdout is not None
+    assert "left alone: " in process.stdout.readline()
+    assert "delivering" in process.stdout.readline()
+    out = end(process)
+    assert 3 == process.returncode, out

@@ -1,0 +1,376 @@
+"""The plugin's manners: waits that end, ids that stay good, errors at the call, processes, several URIs, other stores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contents import client
+from plugin_world import deliver, entry_points, picture, register, store, tracking
+from servers import MlflowServer, eventually
+
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.testing.faults import accept_hang, forward_then_drop_response
+from mlflow_outbox.testing.proxy import FaultProxy
+
+#: A server that refuses connections: nothing listens on the discard port.
+NOWHERE = "outbox+http://127.0.0.1:9"
+
+
+def the_runs(uri: str, experiment: str) -> list[Any]:
+    """Return all runs of an experiment, deleted ones too."""
+    from mlflow.entities import ViewType
+
+    with client(uri) as api:
+        found = api.get_experiment_by_name(experiment)
+        return list(api.search_runs([found.experiment_id], run_view_type=ViewType.ALL)) if found else []
+
+
+# -- ids
+
+
+def test_with_the_server_there_user_code_sees_its_ids(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Experiment, run and model have the server's own ids and artifact URI from the first moment."""
+    with tracking(f"outbox+{mlflow_server.url}", tmp_path) as mlflow:
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        with mlflow.start_run() as run:
+            model = mlflow.initialize_logged_model(name="m")
+        deliver(f"outbox+{mlflow_server.url}")
+    with client(mlflow_server.url) as api:
+        assert number == api.get_experiment_by_name(experiment_name).experiment_id
+        assert run.info.artifact_uri == api.get_run(run.info.run_id).info.artifact_uri
+        assert experiment_name == api.get_experiment(api.get_logged_model(model.model_id).experiment_id).name
+
+
+def test_a_provisional_id_stays_good_after_delivery(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Reads, writes, files and a resumed run take the id that was given offline, and lead to the server's run."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.down()
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run() as run:
+                mlflow.log_metric("m", 1.0)
+            local = run.info.run_id
+            assert provisional.is_provisional(local)
+            proxy.up()
+            deliver(uri)
+            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+            with mlflow.start_run(run_id=local):
+                mlflow.log_metric("m", 2.0, step=1)
+                mlflow.log_text("late", "late.txt")
+            deliver(uri)
+            assert [1.0, 2.0] == [point.value for point in mlflow.MlflowClient().get_metric_history(local, "m")]
+            assert "late" == mlflow.artifacts.load_text(f"runs:/{local}/late.txt")
+            assert ["m"] == list(mlflow.get_run(local).data.metrics)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert {"m": 2.0} == found.data.metrics
+    assert local == found.data.tags["mlflow_outbox.run_id"]
+
+
+def test_a_create_whose_answer_was_lost_leaves_one_run_and_one_model(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The server made both; user code goes on with provisional ids; the worker finds and adopts what was made."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            proxy.on("runs/create", forward_then_drop_response())
+            with mlflow.start_run() as run:
+                eventually(lambda: not store(uri).server.is_away(), message="the pause after the failure is over")
+                deliver(uri)
+                proxy.on(lambda method, path: method == "POST" and path.endswith("/logged-models"), forward_then_drop_response())
+                model = mlflow.initialize_logged_model(name="m", source_run_id=run.info.run_id)
+            assert provisional.is_provisional(run.info.run_id)
+            assert provisional.is_provisional(model.model_id)
+            deliver(uri)
+    assert 1 == len(the_runs(mlflow_server.url, experiment_name))
+    assert ["m"] == [model["name"] for model in picture(mlflow_server.url, experiment_name)["models"]]
+
+
+# -- waits
+
+
+def test_a_server_that_hangs_costs_one_deadline(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """The first call waits for create_timeout, and those after it go on at once."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("", accept_hang(), times=None)
+        with tracking(f"outbox+{proxy.url}", tmp_path, create_timeout=0.5, exit_timeout=0, request_timeout=0.5) as mlflow:
+            begin = time.monotonic()
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run():
+                for step in range(100):
+                    mlflow.log_metric("m", 1.0, step=step)
+                mlflow.log_text("x", "x.txt")
+            assert time.monotonic() - begin < 3.0
+
+
+def test_the_system_metrics_monitor_survives_an_outage(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It asks for its run at every sample, and ends for ever at the first error or a status that is not RUNNING."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run() as run:
+                proxy.down()
+                for _ in range(3):
+                    assert "RUNNING" == mlflow.get_run(run.info.run_id).info.status
+            assert "FINISHED" == mlflow.get_run(run.info.run_id).info.status
+            proxy.up()
+            deliver(uri)
+
+
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        ("model registry", lambda mlflow: mlflow.MlflowClient().create_registered_model("m")),
+        ("search for runs", lambda mlflow: mlflow.search_runs(["0"])),
+        ("search_experiments", lambda mlflow: mlflow.search_experiments()),
+        ("the run", lambda mlflow: mlflow.get_run(uuid.uuid4().hex)),
+        ("log_feedback", lambda mlflow: mlflow.log_feedback(trace_id="tr-1", name="good", value=True)),
+    ],
+)
+def test_what_only_the_server_knows_fails_at_once_and_says_so(what: str, call: Any, tmp_path: Path) -> None:
+    """Within a second, with MLflow's code for "later", the address, and what becomes of the data."""
+    from mlflow.exceptions import MlflowException
+
+    with tracking(NOWHERE, tmp_path, exit_timeout=0) as mlflow:
+        begin = time.monotonic()
+        with pytest.raises(MlflowException, match=r"needs the tracking server, and http://127\.0\.0\.1:9") as raised:
+            call(mlflow)
+        assert time.monotonic() - begin < 2.0
+    assert "TEMPORARILY_UNAVAILABLE" == raised.value.error_code, what
+
+
+# -- errors at the call
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda mlflow: mlflow.log_metric("a$b", 1.0),
+        lambda mlflow: mlflow.log_metric("m", "no number"),
+        lambda mlflow: mlflow.log_param("x" * 300, 1),
+        lambda mlflow: mlflow.set_tag("../up", 1),
+        lambda mlflow: (mlflow.log_param("p", 1), mlflow.log_param("p", 2)),
+        lambda mlflow: mlflow.log_text("x", "../../up.txt"),
+        lambda mlflow: mlflow.delete_tag("never set"),
+        lambda mlflow: mlflow.MlflowClient().log_metric("not-there", "m", 1.0),
+        lambda mlflow: mlflow.MlflowClient().log_metric(uuid.uuid4().hex, "m", 1.0),
+        lambda mlflow: mlflow.MlflowClient().create_experiment("Default"),
+        lambda mlflow: mlflow.get_experiment("123456789"),
+    ],
+)
+def test_what_mlflow_refuses_at_the_call_is_refused_at_the_call(
+    call: Any, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The same calls raise MlflowException with a plain tracking URI and with an outbox."""
+    from mlflow.exceptions import MlflowException
+
+    for uri in (mlflow_server.url, f"outbox+{mlflow_server.url}"):
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run(), pytest.raises(MlflowException):
+                call(mlflow)
+
+
+# -- processes
+
+
+def _log_in_child(run_id: str, number: int) -> None:
+    import mlflow
+
+    mlflow.MlflowClient().log_metric(run_id, f"child-{number}", float(number))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_log_to_the_run(
+    method: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Each writes its own segments; nothing of a child that ends at once is lost."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_metric("parent", 1.0)
+            if method == "fork":
+                children = [
+                    multiprocessing.get_context("fork").Process(target=_log_in_child, args=(run.info.run_id, i)) for i in range(2)
+                ]
+                for child in children:
+                    child.start()
+                for child in children:
+                    child.join(30)
+                assert [0, 0] == [child.exitcode for child in children]
+            else:
+                program(tmp_path, f"_log({run.info.run_id!r}, 0)\n_log({run.info.run_id!r}, 1)").wait(60)
+        deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert {"parent": 1.0, "child-0": 0.0, "child-1": 1.0} == found.data.metrics
+
+
+def program(directory: Path, text: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a Python program that logs through the plugin, registered as its entry points would."""
+    source = """
+        import sys
+        sys.path[:0] = {paths!r}
+        from plugin_world import register
+        register()
+        import mlflow
+        def _log(run_id, number):
+            mlflow.MlflowClient().log_metric(run_id, f"child-{{number}}", float(number))
+    """
+    here = [str(Path(__file__).parent), *[path for path in sys.path if path.endswith(("tracker", "worker"))]]
+    code = textwrap.dedent(source).format(paths=here) + text
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MLFLOW_OUTBOX_DIR": str(directory), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_killed_program_has_lost_nothing(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """SIGKILL right after the calls; another process delivers what the first one had logged."""
+    uri = f"outbox+{mlflow_server.url}"
+    text = textwrap.dedent(f"""
+        mlflow.set_experiment({experiment_name!r})
+        mlflow.start_run(run_name="killed")
+        for step in range(300):
+            mlflow.log_metric("m", step / 2, step=step)
+        mlflow.log_text("hello", "a.txt")
+        print("logged", flush=True)
+        import time; time.sleep(60)
+    """)
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=uri, MLFLOW_OUTBOX_WORKER="none")
+    assert child.stdout is not None
+    assert any("logged" in line for line in child.stdout)
+    child.send_signal(signal.SIGKILL)
+    child.wait(10)
+    with tracking(uri, tmp_path):
+        deliver(uri)
+    (found,) = picture(mlflow_server.url, experiment_name)["runs"]
+    assert 300 == len(found["metrics"]["m"])
+    assert [["a.txt", 5]] == found["files"]
+
+
+def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow ends an active run and sends its last traces at the exit; both are delivered before the process is gone."""
+    text = textwrap.dedent(f"""
+        mlflow.set_experiment({experiment_name!r})
+        mlflow.start_run(run_name="left open")
+        mlflow.log_metric("m", 1.0)
+        @mlflow.trace
+        def traced(x):
+            return x
+        traced(1)
+    """)
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}")
+    output, _ = child.communicate(timeout=60)
+    assert 0 == child.returncode, output
+    shown = picture(mlflow_server.url, experiment_name)
+    assert [("left open", "FINISHED")] == [(run["name"], run["status"]) for run in shown["runs"]], output
+    assert 1 == len(shown["traces"]), output
+
+
+# -- places
+
+
+def test_several_uris_in_one_process_do_not_meet(
+    mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Two outboxes and a plain client side by side, in threads: each store holds its own."""
+    first, second = f"outbox+{mlflow_server.url}", f"outbox+{sqlite_uri}"
+    with tracking(first, tmp_path) as mlflow:
+
+        def log(uri: str) -> None:
+            api = mlflow.MlflowClient(tracking_uri=uri)
+            number = api.create_experiment(f"{experiment_name}-{uri.partition(':')[0]}")
+            run = api.create_run(number, run_name="r")
+            api.log_metric(run.info.run_id, "m", 1.0)
+            api.log_text(run.info.run_id, uri, "uri.txt")
+            api.set_terminated(run.info.run_id)
+
+        uris = [first, second, mlflow_server.url]
+        threads = [threading.Thread(target=log, args=(uri,)) for uri in uris]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        deliver(first)
+        deliver(second)
+        store(second).outbox.close(0)
+    for uri in uris:
+        (run,) = the_runs(uri.removeprefix("outbox+"), f"{experiment_name}-{uri.partition(':')[0]}")
+        assert {"m": 1.0} == run.data.metrics
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("kind", ["sqlite", "file"])
+def test_embedded_stores_work_too(
+    kind: str, sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """outbox+sqlite and outbox+file: runs, points, files, and what was logged is read back."""
+    plain = {"sqlite": sqlite_uri, "file": file_uri}[kind]
+    uri = f"outbox+{plain}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run(run_name="r") as run:
+            mlflow.log_metric("m", 1.0)
+            mlflow.log_params({"a": 1})
+            mlflow.log_text("hello", "notes/a.txt")
+            assert "hello" == mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/notes/a.txt")
+        deliver(uri)
+    with tracking(plain, tmp_path) as mlflow:
+        (found,) = mlflow.search_runs(experiment_names=[experiment_name], output_format="list")
+        assert ({"m": 1.0}, {"a": "1"}, "FINISHED") == (found.data.metrics, found.data.params, found.info.status)
+        assert "hello" == mlflow.artifacts.load_text(f"runs:/{found.info.run_id}/notes/a.txt")
+
+
+@pytest.mark.compatibility
+def test_every_entry_point_leads_somewhere() -> None:
+    """Three groups of MLflow's; the schemes are those that the documentation names."""
+    found = entry_points()
+    assert {"mlflow.tracking_store", "mlflow.model_registry_store", "mlflow.artifact_repository"} == set(found)
+    assert {"outbox+http", "outbox+https", "outbox+sqlite", "outbox+postgresql", "outbox+file", "outbox+databricks"} <= set(
+        found["mlflow.tracking_store"]
+    )
+    register()
+
+
+@pytest.mark.compatibility
+def test_nothing_of_mlflows_store_is_left_out(tmp_path: Path) -> None:
+    """Every method of AbstractStore is the plugin's own or delegated; none is the base class's."""
+    from mlflow.store.tracking.abstract_store import AbstractStore
+
+    with tracking(NOWHERE, tmp_path, exit_timeout=0):
+        kind = type(store(NOWHERE))
+        bases = {part for part in AbstractStore.__mro__ if part is not object}
+        left = [
+            name
+            for name in dir(AbstractStore)
+            if not name.startswith("__")
+            and callable(getattr(AbstractStore, name))
+            and next(part for part in kind.__mro__ if name in part.__dict__) in bases
+        ]
+    assert [] == [name for name in left if not name.startswith("_abc")]

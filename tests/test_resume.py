@@ -1,0 +1,133 @@
+"""A second and a third job go on with a run, offline: in MLflow it is one run with all their steps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from contents import QUICK, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker
+from replays import command, the_outbox
+from servers import MlflowServer
+
+Job = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def job(mlflow_server: MlflowServer, experiment_name: str) -> Job:
+    """Be one job: start a run, or go on with one, log steps to an outbox, end the run; return the run's id."""
+
+    def work(root: Path, first: int, last: int, run_id: str | None = None, status: str | None = "FINISHED") -> str:
+        tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=root, worker="none", settings=QUICK)
+        run = tracker.start_run("long" if run_id is None else None, run_id=run_id)
+        for step in range(first, last):
+            run.log_metric("loss", step / 2, step=step)
+        run.set_tag("last job", str(first))
+        run.log_text(f"from {first}", f"jobs/{first}.txt")
+        if status is not None:
+            run.end(status)
+        tracker.close(0)
+        return run.run_id
+
+    return work
+
+
+def check(uri: str, experiment: str, steps: int, last_job: int, status: str = "FINISHED") -> None:
+    """Check that there is one run with all steps once, and what the last job made of it."""
+    run = the_run(uri, experiment)
+    assert numbered(steps) == points(uri, run.info.run_id, "loss")
+    assert ("long", status, str(last_job)) == (run.info.run_name, run.info.status, run.data.tags["last job"])
+
+
+def test_three_jobs_in_one_outbox_make_one_run(
+    job: Job, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """All offline, delivered together; each wrote its own segment."""
+    root = tmp_path / "outbox"
+    run_id = job(root, 0, 100, status="FAILED")
+    job(root, 100, 200, run_id, status=None)
+    job(root, 200, 300, run_id)
+    assert 3 == len(list(root.glob(f"*/runs/{run_id}/*.log")))
+    assert 0 == command("replay", root)
+    check(mlflow_server.url, experiment_name, 300, 200)
+
+
+def test_a_run_goes_on_after_it_was_delivered_and_filed(
+    job: Job, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its id in the outbox and MLflow's own both lead to it."""
+    root = tmp_path / "outbox"
+    run_id = job(root, 0, 100)
+    assert 0 == command("replay", root)
+    assert (the_outbox(root) / "delivered" / run_id).is_dir()
+    job(root, 100, 200, run_id)
+    assert 0 == command("replay", root)
+    check(mlflow_server.url, experiment_name, 200, 100)
+    remote_id = the_run(mlflow_server.url, experiment_name).info.run_id
+    assert run_id == job(root, 200, 300, remote_id, status="KILLED")
+    assert 0 == command("replay", root)
+    check(mlflow_server.url, experiment_name, 300, 200, "KILLED")
+
+
+def test_a_run_that_was_delivered_in_parts_is_whole_at_another_server(
+    job: Job, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """One part is filed, one waits: a replay elsewhere reads both."""
+    root = tmp_path / "outbox"
+    run_id = job(root, 0, 100)
+    assert 0 == command("replay", root)
+    job(root, 100, 200, run_id)
+    assert 0 == command("replay", root, "--to", sqlite_uri)
+    check(sqlite_uri, experiment_name, 200, 100)
+
+
+def test_jobs_in_copies_of_an_outbox_make_one_run(
+    job: Job, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The outbox was copied from machine to machine; an older copy that is sent later does not undo the run's end."""
+    run_id = job(tmp_path / "one", 0, 100, status="FAILED")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    job(tmp_path / "two", 100, 200, run_id, status="KILLED")
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    job(tmp_path / "three", 200, 300, run_id)
+    for name in ("one", "three", "two"):
+        assert 0 == command("replay", tmp_path / name)
+        assert 1 == len(runs(mlflow_server.url, experiment_name))
+    run = the_run(mlflow_server.url, experiment_name)
+    assert numbered(300) == points(mlflow_server.url, run.info.run_id, "loss")
+    assert ("long", "FINISHED") == (run.info.run_name, run.info.status)
+
+
+def test_jobs_in_outboxes_of_their_own_make_one_run(
+    job: Job, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The later jobs know nothing but the id; sent before the first job's outbox they wait and say for what."""
+    run_id = job(tmp_path / "one", 0, 100)
+    assert run_id == job(tmp_path / "two", 100, 200, run_id)
+    assert 4 == command("replay", tmp_path / "two", "--timeout", "20")
+    assert [] == runs(mlflow_server.url, experiment_name)
+    assert 0 == command("replay", tmp_path / "one")
+    assert 0 == command("replay", tmp_path / "two")
+    check(mlflow_server.url, experiment_name, 200, 100)
+
+
+def test_outboxes_of_several_jobs_are_replayed_together_as_one_run(
+    job: Job, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """In whatever order they are named: directories with segments of one run are read as one."""
+    run_id = job(tmp_path / "one", 0, 100)
+    job(tmp_path / "two", 100, 200, run_id)
+    job(tmp_path / "three", 200, 300, run_id)
+    names = [tmp_path / name for name in ("three", "one", "two")]
+    assert 0 == command("replay", *names, "--to", sqlite_uri)
+    check(sqlite_uri, experiment_name, 300, 200)
+    assert 0 == command("replay", *names, "--to", sqlite_uri)
+    check(sqlite_uri, experiment_name, 300, 200)

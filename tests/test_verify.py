@@ -1,0 +1,175 @@
+"""Reading back says what MLflow lacks, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from contents import client, runs, the_run
+from replays import command, contents_of, log_offline
+from servers import MlflowServer
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[dict[str, object]]]]:
+    """Read back, and return the exit code and what was said of each run."""
+
+    def verify(*arguments: object) -> tuple[int, list[dict[str, object]]]:
+        capsys.readouterr()
+        code = command("verify", "--json", "--outbox-dir", tmp_path / "outbox", *arguments)
+        return code, json.loads(capsys.readouterr().out)
+
+    return verify
+
+
+@pytest.fixture
+def delivered(sqlite_uri: str, experiment_name: str, tmp_path: Path) -> str:
+    """A run that was delivered to a database, whose file a test can change behind MLflow's back."""
+    run_id = log_offline(experiment_name, sqlite_uri, tmp_path / "outbox")
+    assert 0 == command("flush", "--outbox-dir", tmp_path / "outbox", "--timeout", "60")
+    return run_id
+
+
+def change(uri: str, sql: str) -> None:
+    """Change MLflow's database."""
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+        assert database.execute(sql).rowcount > 0
+    database.close()
+
+
+@pytest.mark.parametrize("store", ["server", "sqlite", "file"])
+def test_a_delivered_run_is_held_in_full_to_the_last_point_and_byte(
+    store: str,
+    mlflow_server: MlflowServer,
+    sqlite_uri: str,
+    file_uri: str,
+    experiment_name: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """In every kind of store; reading back changes nothing on disk."""
+    uri = {"server": mlflow_server.url, "sqlite": sqlite_uri, "file": file_uri}[store]
+    log_offline(experiment_name, uri, tmp_path / "outbox")
+    assert 0 == command("flush", "--outbox-dir", tmp_path / "outbox", "--timeout", "60")
+    before = contents_of(tmp_path / "outbox")
+    code, [said] = verified("--deep")
+    assert (0, "same", []) == (code, said["state"], said["differences"])
+    assert before == contents_of(tmp_path / "outbox")
+
+
+def test_a_point_in_the_middle_is_missed_by_a_deep_look_only(
+    delivered: str, sqlite_uri: str, verified: Callable[..., tuple[int, list[dict[str, object]]]]
+) -> None:
+    """A first look compares the latest points; a deep one all."""
+    change(sqlite_uri, "DELETE FROM metrics WHERE step = 50")
+    assert 0 == verified()[0]
+    code, [said] = verified("--deep", delivered[:12])
+    assert (1, "different") == (code, said["state"])
+    assert ["of the metric 'loss' 1 of 100 points are missing"] == said["differences"]
+
+
+def test_a_param_a_tag_and_a_status_that_differ_are_named(
+    delivered: str, sqlite_uri: str, verified: Callable[..., tuple[int, list[dict[str, object]]]]
+) -> None:
+    """Each in a sentence of its own."""
+    change(sqlite_uri, "UPDATE params SET value = '4' WHERE key = 'depth'")
+    change(sqlite_uri, "DELETE FROM tags WHERE key = 'phase'")
+    change(sqlite_uri, "UPDATE runs SET status = 'RUNNING'")
+    code, [said] = verified()
+    assert 1 == code
+    text = "\n".join(map(str, said["differences"]))  # type: ignore[call-overload]
+    assert all(
+        part in text for part in ("the param 'depth' is '4', not '3'", "the tag 'phase'", "RUNNING, not FINISHED")
+    )
+
+
+def test_an_artifact_with_another_content_of_the_same_size_is_found_by_a_deep_look(
+    delivered: str,
+    sqlite_uri: str,
+    experiment_name: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """Another size, or no file at all, is seen at the first look."""
+    folder = Path(the_run(sqlite_uri, experiment_name).info.artifact_uri.removeprefix("file://"))
+    file = folder / "reports" / "report.txt"
+    file.write_text(file.read_text().upper())
+    assert 0 == verified()[0]
+    code, [said] = verified("--deep")
+    assert (1, ["the artifact 'reports/report.txt' has another content than was logged"]) == (code, said["differences"])
+    file.write_text("short")
+    assert 1 == verified()[0]
+    file.unlink()
+    code, [said] = verified()
+    assert (1, ["the artifact 'reports/report.txt' is missing"]) == (code, said["differences"])
+
+
+def test_a_run_that_was_not_sent_is_pending_and_one_that_mlflow_never_had_is_absent(
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """What waits is no difference, and has an exit code of its own."""
+    log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
+    code, [said] = verified()
+    assert (3, "absent", 104 + 2 - 2) == (code, said["state"], said["pending"]), said
+
+
+def test_a_run_that_was_deleted_in_mlflows_database_is_different(
+    delivered: str, sqlite_uri: str, experiment_name: str, verified: Callable[..., tuple[int, list[dict[str, object]]]]
+) -> None:
+    """It was there once; that it is gone is said, and is no crash."""
+    for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+        change(sqlite_uri, f"DELETE FROM {table}")
+    code, [said] = verified()
+    assert (1, "absent") == (code, said["state"])
+    assert [] == runs(sqlite_uri, experiment_name)
+
+
+def test_what_was_replayed_elsewhere_is_read_back_from_there(
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """With --to, like the replay; another machine finds it by its tag."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    assert 0 == command("replay", tmp_path / "outbox", "--to", mlflow_server.url)
+    assert 0 == verified("--to", mlflow_server.url, "--deep")[0]
+    (tmp_path / "state").rename(tmp_path / "lost")
+    assert 0 == verified("--to", mlflow_server.url)[0]
+
+
+def test_a_server_that_is_away_is_an_error_and_not_a_difference(
+    experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is said about the runs."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    assert 1 == command("verify", "--outbox-dir", tmp_path / "outbox")
+    said = capsys.readouterr()
+    assert "cannot be asked now" in said.err
+    assert "" == said.out
+
+
+def test_what_others_added_to_the_run_is_no_difference(
+    delivered: str, sqlite_uri: str, experiment_name: str, verified: Callable[..., tuple[int, list[dict[str, object]]]]
+) -> None:
+    """A note, a further metric, a model that was registered later."""
+    with client(sqlite_uri) as mlflow:
+        run_id = the_run(sqlite_uri, experiment_name).info.run_id
+        mlflow.set_tag(run_id, "mlflow.note.content", "good")
+        mlflow.log_metric(run_id, "later", 1.0)
+        mlflow.set_tag(run_id, "phase", "archived")
+    assert 0 == verified("--deep")[0]

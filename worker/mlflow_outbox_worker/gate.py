@@ -1,0 +1,105 @@
+"""The way to the destination: open, away (tried again by a back-off), or parked for a person.
+
+A failure that says something about the destination closes the gate for all runs. While it is not known to be open again,
+one run at a time may try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.settings import Settings
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.notes import Notes
+from mlflow_outbox_worker.outcome import Outcome
+from mlflow_outbox_worker.retry import Backoff
+from mlflow_outbox_worker.sink import SinkError
+
+#: Answers about whoever asks, not about what was asked for.
+_LOGIN: Final = frozenset({401, 403, 407})
+
+
+class Gate:
+    """Decides whether the destination may be tried now; used by the loop and by its lanes.
+
+    Args:
+        uri: the destination without credentials, for messages.
+        settings: the pauses.
+        counters: where warnings go.
+        clock: seconds of a clock that never goes back.
+        now_ms: wall-clock milliseconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        settings: Settings,
+        counters: Counters,
+        *,
+        clock: Callable[[], float],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._uri = uri
+        self._parked_retry = settings.parked_retry
+        self._counters = counters
+        self._clock = clock
+        self._now_ms = now_ms
+        self._away = Backoff(settings.retry_initial, settings.retry_max, clock=clock)
+        self._parked_until = 0.0
+        self.notes = Notes(clock())
+
+    def is_open(self) -> bool:
+        """Return whether the destination may be tried now."""
+        return self._clock() >= self._parked_until and self._away.ready()
+
+    def is_proven(self) -> bool:
+        """Return whether the last attempt went well, so that several runs may be sent at once."""
+        return not self._away.attempts
+
+    def hurry(self) -> None:
+        """Let the next attempt be made now."""
+        self._away.hurry()
+        self._parked_until = 0.0
+        self.notes.hurried()
+
+    def succeeded(self, ledger: Ledger | None) -> None:
+        """Note an attempt that went well."""
+        self._away.succeeded()
+        self._parked_until = 0.0
+        if self.notes.state not in {"", "ok"}:
+            self._counters.forget(("away", self._uri))
+            self._counters.forget(("parked", self._uri))
+        self._note(ledger, "ok", "")
+
+    def failed(self, ledger: Ledger | None, error: SinkError, outcome: Outcome) -> None:
+        """Note an attempt that failed in a way that concerns the destination."""
+        if outcome.kind == "parked":
+            self.park(ledger, outcome.reason)
+            return
+        pause = self._away.failed(error)
+        self._note(ledger, "away", outcome.reason)
+        self._counters.warn_once(
+            ("away", self._uri),
+            f"mlflow-outbox: {self._uri} does not take events now ({printable(outcome.reason, 200)}); "
+            f"they stay on disk and are sent when it does. Next try in {pause:.1f} s",
+        )
+
+    def park(self, ledger: Ledger | None, reason: str) -> None:
+        """Wait for a person, trying again slowly."""
+        self._parked_until = self._clock() + self._parked_retry
+        self._note(ledger, "parked", reason)
+        self._counters.warn_once(
+            ("parked", self._uri),
+            f"mlflow-outbox: {self._uri} waits for a person: {printable(reason, 300)}. Events stay on disk",
+        )
+
+    def _note(self, ledger: Ledger | None, state: str, reason: str) -> None:
+        if ledger is not None:
+            self.notes.destination(ledger, state, reason, self._now_ms())
+
+
+def concerns_destination(error: SinkError) -> bool:
+    """Return whether a parking answer is about the destination or the login, not about one run."""
+    return error.kind == "not_mlflow" or error.status in _LOGIN or error.code == "TLS"

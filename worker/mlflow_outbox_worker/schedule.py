@@ -1,0 +1,235 @@
+"""Whose turn it is: what the delivery loop knows of each run, shared by the loop and its lanes.
+
+A run is *pending* when something of it may have to be sent, *busy* while a lane has it, and *due* at a time when its
+last turn failed. Ready runs wait in one queue, so that each gets its turn before any gets its next. A run whose
+segments may still grow is watched by their sizes (its *tails*), and, where other machines write, by its directories'
+times (its *stamp*).
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox_worker.retry import Backoff
+from mlflow_outbox_worker.sink import SinkError
+
+#: Seconds between two looks whether the writer of an open but silent segment still lives.
+_LIFE_CHECK: Final = 2.0
+
+Stamp = tuple[int, ...]
+
+
+class Standing(NamedTuple):
+    """How a run stands.
+
+    Attributes:
+        state: "waiting" for its first turn or for more of its events to be sent, "sent" with everything that was on
+            disk at its last turn, "away" because the destination does not take events, "parked" for a person,
+            "broken" because its files or the ledger cannot be read.
+        reason: of the last failure; "" without one.
+        failures: turns in a row that failed.
+    """
+
+    state: Literal["waiting", "sent", "away", "parked", "broken"] = "waiting"
+    reason: str = ""
+    failures: int = 0
+
+
+class _Slot:
+    """One run."""
+
+    __slots__ = ("busy", "due", "live", "next_life_check", "pending", "retry", "stamp", "standing", "tails")
+
+    def __init__(self) -> None:
+        self.pending = True
+        self.busy = False
+        self.due = 0.0
+        self.retry: Backoff | None = None
+        #: Segments that may still grow, with the offset read up to.
+        self.tails: dict[Path, int] = {}
+        #: They are being written, so a missing writer is news.
+        self.live = False
+        self.next_life_check = 0.0
+        #: When its directories last changed; only known where other machines write.
+        self.stamp: Stamp = ()
+        self.standing = Standing()
+
+
+class Schedule:
+    """The runs of one outbox, and whose turn it is; every method may be called from any thread.
+
+    Args:
+        settings: the pauses after failures.
+        clock: seconds of a clock that never goes back.
+
+    Attributes:
+        changed: notified when a lane gives a run back.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.changed = threading.Condition()
+        self._slots: dict[str, _Slot] = {}
+        self._ready: collections.deque[str] = collections.deque()
+
+    def __len__(self) -> int:
+        """Return how many runs are ready, due or not."""
+        return len(self._ready)
+
+    def clear(self) -> None:
+        """Forget every run; none may be busy."""
+        with self.changed:
+            self._slots, self._ready = {}, collections.deque()
+
+    def mark(self, run_id: str) -> None:
+        """Take notice that something of a run may have to be sent."""
+        with self.changed:
+            slot = self._slots.get(run_id)
+            if slot is None:
+                self._slots[run_id] = _Slot()
+                self._ready.append(run_id)
+            elif not slot.pending:
+                slot.pending = True
+                if not slot.busy:
+                    self._ready.append(run_id)
+
+    def look_around(self, known: Collection[str]) -> None:
+        """Take notice of runs that were not known, and forget those that are there no more."""
+        there = set(known)
+        for run_id in sorted(there - self._slots.keys()):
+            self.mark(run_id)
+        with self.changed:
+            for run_id in [r for r, slot in self._slots.items() if r not in there and not slot.busy]:
+                del self._slots[run_id]
+
+    def grown(self, stamp_of: Callable[[str], Stamp]) -> list[str]:
+        """Return the runs at rest of which a segment has grown or lost its writer, or a directory has changed.
+
+        Args:
+            stamp_of: returns when a run's directories last changed; () where a doorbell tells.
+        """
+        now = self._clock()
+        found = []
+        for run_id, slot in list(self._slots.items()):
+            if not (slot.tails or slot.stamp) or slot.busy or slot.pending:
+                continue
+            grown = any(_size(path) != offset for path, offset in slot.tails.items())
+            if not grown and now >= slot.next_life_check:
+                slot.next_life_check = now + _LIFE_CHECK
+                grown = slot.live and any(not is_being_written(path) for path in slot.tails)
+                grown = grown or stamp_of(run_id) != slot.stamp
+            if grown:
+                found.append(run_id)
+        return found
+
+    def take(self, most: int) -> list[str]:
+        """Return runs whose turn it is, which are busy from now on.
+
+        Args:
+            most: runs that may be busy at once, those included that are busy already.
+        """
+        now = self._clock()
+        chosen: list[str] = []
+        with self.changed:
+            busy = self.busy()
+            for _ in range(len(self._ready)):
+                if busy + len(chosen) >= most:
+                    break
+                run_id = self._ready.popleft()
+                slot = self._slots.get(run_id)
+                if slot is None or not slot.pending or slot.busy:
+                    continue
+                if slot.due > now:
+                    self._ready.append(run_id)
+                    continue
+                slot.busy, slot.pending = True, False
+                chosen.append(run_id)
+        return chosen
+
+    def release(self, run_id: str) -> None:
+        """Take a run back from its lane."""
+        with self.changed:
+            slot = self._slots.get(run_id)
+            if slot is not None:
+                slot.busy = False
+                if slot.pending:
+                    self._ready.append(run_id)
+            self.changed.notify_all()
+
+    def turned(self, run_id: str, tails: dict[Path, int], *, live: bool, more: bool) -> None:
+        """Note a turn that went well.
+
+        Args:
+            run_id: the run.
+            tails: segments that may still grow, with the offsets read up to.
+            live: they are being written.
+            more: there is more to send at once.
+        """
+        with self.changed:
+            slot = self._slots[run_id]
+            slot.retry, slot.due, slot.tails, slot.live = None, 0.0, tails, live
+            slot.standing = Standing()
+            slot.pending = slot.pending or more
+
+    def sent(self, run_id: str, stamp: Stamp) -> None:
+        """Note that everything of a run was sent that was on disk when its directories had this stamp."""
+        with self.changed:
+            slot = self._slots[run_id]
+            slot.stamp, slot.standing = stamp, Standing("sent")
+
+    def again(self, run_id: str, seconds: float, failed: Standing | None = None) -> None:
+        """Give a run its next turn after a pause.
+
+        Args:
+            run_id: the run.
+            seconds: the pause.
+            failed: why it is needed; None when nothing failed.
+        """
+        with self.changed:
+            slot = self._slots.get(run_id)
+            if slot is not None:
+                slot.due, slot.pending = self._clock() + seconds, True
+                if failed is not None:
+                    slot.standing = failed._replace(failures=slot.standing.failures + 1)
+
+    def failed(self, run_id: str, error: SinkError, reason: str) -> None:
+        """Give a run its next turn after the back-off that its failures ask for."""
+        slot = self._slots[run_id]
+        if slot.retry is None:
+            slot.retry = Backoff(self._settings.retry_initial, self._settings.retry_max, clock=self._clock)
+        self.again(run_id, slot.retry.failed(error), Standing("away", reason))
+
+    def hurry(self) -> None:
+        """Make every run due now."""
+        with self.changed:
+            for slot in self._slots.values():
+                slot.due = 0.0
+
+    def busy(self) -> int:
+        """Return how many runs lanes have."""
+        return sum(slot.busy for slot in self._slots.values())
+
+    def is_quiet(self) -> bool:
+        """Return whether no run is busy, ready or pending."""
+        with self.changed:
+            return not self._ready and not any(slot.busy or slot.pending for slot in self._slots.values())
+
+    def standings(self) -> dict[str, Standing]:
+        """Return how every known run stands."""
+        with self.changed:
+            return {run_id: slot.standing for run_id, slot in self._slots.items()}
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return -1
