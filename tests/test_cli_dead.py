@@ -115,7 +115,11 @@ def test_a_retried_letter_arrives(
 ) -> None:
     """A server with narrower limits refused it; since they are wider, retry and flush deliver it and all is well."""
     with FaultProxy(mlflow_server.url) as proxy:
-        proxy.on("log-batch", status(400, body='{"error_code": "INVALID_PARAMETER_VALUE", "message": "too long"}'), times=None)
+        proxy.on(
+            "log-batch",
+            status(400, body='{"error_code": "INVALID_PARAMETER_VALUE", "message": "too long"}'),
+            times=None,
+        )
         tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none")
         with tracker.start_run() as one:
             one.log_param("depth", 3)

@@ -237,7 +237,10 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(
         for _ in range(2):
             seen = len(proxy.requests)
             process = subprocess.Popen(
-                command("flush", "-d", tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+                command("flush", "-d", tmp_path),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment(),
             )
             wanted = seen + dice.randint(0, 12)
             eventually(lambda p=process, n=wanted: p.poll() is not None or len(proxy.requests) > n, 60)  # type: ignore[misc]

@@ -49,7 +49,7 @@ def test_all_outboxes_also_later_ones_and_the_drain(
     out = end(process)
     assert 0 == process.returncode, out
     assert 3 == len({*first, *second, *third})
-    assert out.count("delivering, to http://") == 2
+    assert "delivering, to http://localhost" in out
     assert "26 delivered, 0 left" in out
 
 
@@ -113,7 +113,6 @@ def test_until_idle_and_the_metrics_file(
     here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """It ends by itself when all is delivered; the file for the textfile collector is whole and readable by others."""
-    pytest.importorskip("prometheus_client")
     offline(tmp_path / "box", mlflow_server.url, experiment=experiment_name)
     file = tmp_path / "outbox.prom"
     done = here("worker", "-d", tmp_path / "box", "--until-idle", "--metrics-file", file)
@@ -131,7 +130,6 @@ def test_until_idle_and_the_metrics_file(
 
 def test_metrics_over_http(tmp_path: Path) -> None:
     """OpenMetrics for those that ask for it, with what waits, the answers by class, and everything that was counted."""
-    pytest.importorskip("prometheus_client")
     offline(tmp_path)
     directory = OutboxDirectory.open(outbox_of(tmp_path))
     counters, meter = Counters(), Meter()

@@ -173,8 +173,10 @@ def test_an_exit_with_the_server_away_is_bounded_and_says_what_is_left(experimen
         import atexit, sys, time
         atexit.register(lambda: print(time.monotonic() - logged))  # registered first, so it runs last
         from mlflow_outbox import MLflowTracker, Settings
-        tracker = MLflowTracker(sys.argv[1], "http://127.0.0.1:9", outbox_dir=sys.argv[2],
-        settings=Settings(exit_timeout=1.0)) run = tracker.start_run("offline") for i in range(300):
+        settings = Settings(exit_timeout=1.0)
+        tracker = MLflowTracker(sys.argv[1], "http://127.0.0.1:9", outbox_dir=sys.argv[2], settings=settings)
+        run = tracker.start_run("offline")
+        for i in range(300):
             run.log_metric("loss", i / 2, step=i)
         logged = time.monotonic()
         """,

@@ -9,14 +9,22 @@ from pathlib import Path
 
 _PROBE = """
 import json, logging, os, signal, sys, threading, warnings
-before = (dict(os.environ), logging.root.level, list(logging.root.handlers), signal.getsignal(signal.SIGINT),
-os.umask(0o22)) os.umask(before[-1]) import mlflow_outbox tracker = mlflow_outbox.MLflowTracker("experiment",
-"http://127.0.0.1:9", outbox_dir=sys.argv[1]) created = sorted({name.split(".")[0] for name in sys.modules} &
-set(sys.argv[2].split())) threads = threading.active_count() run = mlflow_outbox.MLflowTracker("experiment",
-"http://127.0.0.1:9", outbox_dir=sys.argv[1], worker="none").start_run() run.log_metric("loss", 1.0) logged =
-sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split())) after = (dict(os.environ),
-logging.root.level, list(logging.root.handlers), signal.getsignal(signal.SIGINT), os.umask(0o22))
-print(json.dumps({"created": created, "logged": logged, "threads": threads, "same": before == after})) os._exit(0)
+
+def host():
+    umask = os.umask(0o22)
+    os.umask(umask)
+    return dict(os.environ), logging.root.level, list(logging.root.handlers), signal.getsignal(signal.SIGINT), umask
+
+before = host()
+import mlflow_outbox
+tracker = mlflow_outbox.MLflowTracker("experiment", "http://127.0.0.1:9", outbox_dir=sys.argv[1])
+created = sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split()))
+threads = threading.active_count()
+offline = mlflow_outbox.MLflowTracker("experiment", "http://127.0.0.1:9", outbox_dir=sys.argv[1], worker="none")
+offline.start_run().log_metric("loss", 1.0)
+logged = sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split()))
+print(json.dumps({"created": created, "logged": logged, "threads": threads, "same": before == host()}))
+os._exit(0)
 """
 _HEAVY = "mlflow diskcache sqlalchemy pandas numpy requests rich typer tenacity sqlite3 asyncio mlflow_outbox_worker"
 

@@ -193,6 +193,9 @@ class Exporter:
         Raises:
             OSError: it cannot be written.
         """
+        with self._lock:
+            for one in self._watched:
+                one.forget()  # a file is read later than it is written: at least it is not old from the start
         draft = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -266,7 +269,12 @@ class _Watched:
         self._found: OutboxSurvey | None = None
         self._looked = 0.0
 
+    def forget(self) -> None:
+        """Have the next look be a new one."""
+        self._found = None
+
     def look(self) -> OutboxSurvey:
+        """Return what waits, as it was some seconds ago at most."""
         now = time.monotonic()
         if self._found is None or now - self._looked > _FRESH:
             self._found, self._looked = survey(self._directory, self._settings), now

@@ -56,6 +56,7 @@ class Base:
         self.journals = Journals(self.outbox)
         self._memory = threading.Lock()
         self._experiment_names: dict[str, str] = dict([_DEFAULT_EXPERIMENT])
+        self._handed_out: set[str] = set()
         self._artifact_uris: dict[str, str] = {}
         self._model_homes: dict[str, str] = {}
 
@@ -159,9 +160,21 @@ class Base:
         """Return an experiment's name as far as it is known here, else its id."""
         return self._experiment_names.get(experiment_id, experiment_id)
 
+    def shown_experiment(self, experiment_id: str) -> str:
+        """Return the id by which this process knows an experiment: MLflow compares ids, so one that was given here stays."""
+        for local in self._handed_out:
+            try:
+                if self.ids.remote(local) == experiment_id:
+                    return local
+            except NotYet:
+                continue
+        return experiment_id
+
     def know_experiment(self, experiment_id: str, name: str) -> None:
         """Remember an experiment's name."""
         self._experiment_names[experiment_id] = name
+        if provisional.is_provisional(experiment_id):
+            self._handed_out.add(experiment_id)
 
     # -- files
 

@@ -76,6 +76,9 @@ class Experiments(Base):
         """Return the experiment of a name, or None."""
         theirs = self.ask(lambda store: store.get_experiment_by_name(experiment_name))
         if theirs is not None:
+            shown = self.shown_experiment(theirs.experiment_id)
+            if shown != theirs.experiment_id:
+                return self.get_experiment(shown)
             self.know_experiment(theirs.experiment_id, theirs.name)
             return theirs
         local = provisional.experiment_id(self.outbox.directory.identity.id, experiment_name)

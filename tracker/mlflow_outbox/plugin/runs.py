@@ -286,12 +286,16 @@ class Runs(Experiments):
                 raise
         if theirs is not None:
             uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)
-            return reads.folded(theirs, local.pending if local is not None else (), run_id, uri)
+            return self._placed(reads.folded(theirs, local.pending if local is not None else (), run_id, uri))
         if local is not None:
             return reads.local_run_of(local, run_id, self._uri(local_id))
         if away is not None:
             raise self.server.needed(f"the run {run_id}", away)
         raise no_such("Run", run_id)
+
+    def _placed(self, run: Run) -> Run:
+        run.info._experiment_id = self.shown_experiment(run.info.experiment_id)  # noqa: SLF001 - MLflow's entity has no setter
+        return run
 
     def _uri(self, local_id: str) -> str:
         return self.shown_uri("run", local_id, self._artifact_uris.get(local_id))
@@ -405,7 +409,7 @@ class Runs(Experiments):
     def _shown(self, run: Run, local: Any) -> Run:
         home = local.run_id if local is not None else run.info.run_id
         uri = self.shown_uri("run", home, run.info.artifact_uri)
-        return reads.folded(run, local.pending if local is not None else (), run.info.run_id, uri)
+        return self._placed(reads.folded(run, local.pending if local is not None else (), run.info.run_id, uri))
 
     @staticmethod
     def _matching(runs: list[Run], filter_string: str, view: int, order_by: list[str] | None) -> list[Run]:

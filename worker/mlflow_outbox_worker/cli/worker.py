@@ -95,7 +95,7 @@ def worker(
             file=metrics_file,
             interval=metrics_interval,
         )
-        return service.end(grace)
+        return service.end(grace, metrics_file)
 
 
 def _exporter(settings: Settings, port: int | None, address: str, file: Path | None) -> Exporter | None:
@@ -190,13 +190,17 @@ class Service:
                 next_report = now + _REPORT
             if until_idle and self._workers and all(self._is_idle(one) for one in self._workers.values()):
                 break
-        if file is not None:
-            self._write(file)
 
-    def end(self, grace: float) -> int:
-        """Deliver what can be delivered within the grace time, stop, and return the exit code."""
+    def end(self, grace: float, file: Path | None) -> int:
+        """Deliver what can be delivered within the grace time, stop, and return the exit code.
+
+        Args:
+            grace: seconds.
+            file: where metrics are written to for the last time.
+        """
         from mlflow_outbox_worker.survey import survey
 
+        self._say_changes()
         deadline = time.monotonic() + grace
         if self._stop.is_set():
             log(f"ending; {terminal.span(grace)} to deliver what is left")
@@ -213,6 +217,8 @@ class Service:
         parting = time.monotonic() + _PARTING
         for one in self._workers.values():
             one.stop(max(0.0, parting - time.monotonic()))
+        if file is not None:
+            self._write(file)
         codes = []
         for one in self._workers.values():
             found = survey(one.directory, self._settings)
