@@ -24,6 +24,10 @@ QUICK_ENVIRONMENT = {
 }
 
 
+#: Seconds after which a command that does not end fails its test.
+_PATIENCE = 120.0
+
+
 class Done(NamedTuple):
     """What a command came to."""
 
@@ -54,10 +58,10 @@ def start(*words: object, **more: str) -> subprocess.Popen[str]:
     )
 
 
-def run(*words: object, timeout: float = 60, **more: str) -> Done:
+def run(*words: object, **more: str) -> Done:
     """Run a command in a process of its own."""
     done = subprocess.run(
-        command(*words), capture_output=True, text=True, timeout=timeout, env=environment(**more), check=False
+        command(*words), capture_output=True, text=True, timeout=_PATIENCE, env=environment(**more), check=False
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

@@ -1,4 +1,4 @@
-"""What users do with MLflow, written against MLflow alone: each runs with a plain tracking URI and with an outbox in front."""
+"""What users do with MLflow, written against MLflow alone: run with and without an outbox in front."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def client(mlflow: Any, experiment: str, halfway: Halfway) -> None:
     number = api.create_experiment(experiment, tags={"made": "by the client"})
     assert experiment == api.get_experiment(number).name
     run = api.create_run(number, run_name="one", tags={"k": "v"}, start_time=1_700_000_000_000)
-    api.log_batch(run.info.run_id, [Metric("m", i / 2, 1_700_000_000_000 + i, i) for i in range(50)], [Param("p", "1")], [RunTag("t", "1")])
+    api.log_batch(
+        run.info.run_id,
+        [Metric("m", i / 2, 1_700_000_000_000 + i, i) for i in range(50)],
+        [Param("p", "1")],
+        [RunTag("t", "1")],
+    )
     halfway()
     api.log_metric(run.info.run_id, "async", 1.0, synchronous=False)
     api.log_param(run.info.run_id, "async", "yes", synchronous=False)
@@ -70,14 +75,14 @@ def figures(mlflow: Any, experiment: str, halfway: Halfway) -> None:
     import numpy as np
 
     mpl.use("agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
     mlflow.set_experiment(experiment)
     with mlflow.start_run(run_name="figures"):
-        figure, axes = pyplot.subplots(figsize=(1, 1))
+        figure, axes = plt.subplots(figsize=(1, 1))
         axes.plot([1, 2])
         mlflow.log_figure(figure, "plots/line.png")
-        pyplot.close(figure)
+        plt.close(figure)
         halfway()
         mlflow.log_image(np.zeros((4, 4, 3), dtype="uint8"), "image.png")
         mlflow.log_image(np.zeros((4, 4, 3), dtype="uint8"), key="photo", step=1, timestamp=1_700_000_000_000)
@@ -93,7 +98,9 @@ def datasets(mlflow: Any, experiment: str, halfway: Halfway) -> None:
         data = mlflow.data.from_pandas(pd.DataFrame({"x": [1, 2], "y": [0, 1]}), name="table", targets="y")
         mlflow.log_input(data, context="training")
         halfway()
-        mlflow.log_input(mlflow.data.from_pandas(pd.DataFrame({"x": [3]}), name="other"), context="test", tags={"a": "b"})
+        mlflow.log_input(
+            mlflow.data.from_pandas(pd.DataFrame({"x": [3]}), name="other"), context="test", tags={"a": "b"}
+        )
         assert 2 == len(mlflow.get_run(run.info.run_id).inputs.dataset_inputs)
 
 
@@ -109,7 +116,9 @@ def model(mlflow: Any, experiment: str, halfway: Halfway) -> None:
         mlflow.log_param("kind", "identity")
         mlflow.log_metric("before", 1.0)
         halfway()
-        info = mlflow.pyfunc.log_model(name="same", python_model=Same(), pip_requirements=["mlflow"], params={"extra": "1"})
+        info = mlflow.pyfunc.log_model(
+            name="same", python_model=Same(), pip_requirements=["mlflow"], params={"extra": "1"}
+        )
         mlflow.log_metric("score", 0.75, step=3, model_id=info.model_id)
         mlflow.set_logged_model_tags(info.model_id, {"quality": "good"})
     held = mlflow.get_logged_model(info.model_id)
@@ -162,5 +171,3 @@ ALL: dict[str, Callable[[Any, str, Halfway], None]] = {
 
 def nothing() -> None:
     """Stand in for what a test does halfway."""
-
-

@@ -1,4 +1,4 @@
-"""The plugin's tests: MLflow pointed at an outbox, and what MLflow holds afterwards in a form that two stores can share."""
+"""The plugin's tests: MLflow pointed at an outbox, and what it holds then in a form that can be compared."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def register() -> None:
 
 @contextmanager
 def tracking(uri: str, outbox: Path, **settings: object) -> Iterator[Any]:
-    """Point MLflow at a tracking URI, with an outbox directory and settings of the test's own; yield the mlflow module."""
+    """Point MLflow at a tracking URI, with an outbox directory and settings of the test's own; yield mlflow."""
     import mlflow
 
     register()
@@ -212,5 +212,9 @@ def differences(expected: Any, found: Any, path: str = "") -> list[str]:
             for line in differences(expected.get(key), found.get(key), f"{path}/{key}")
         ]
     if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        return [line for i, pair in enumerate(zip(expected, found, strict=True)) for line in differences(*pair, f"{path}/{i}")]
+        return [
+            line
+            for i, pair in enumerate(zip(expected, found, strict=True))
+            for line in differences(*pair, f"{path}/{i}")
+        ]
     return [] if expected == found else [f"{path}: {expected!r} became {found!r}"]

@@ -56,6 +56,17 @@ class SinkContract:
         assert runs == sink.find_runs(experiment_id, local_id)
         assert [] == sink.find_runs(experiment_id, uuid.uuid4().hex)
 
+    def test_an_artifact_is_read_back_as_it_was_stored(self, sink: Sink, run_id: str, tmp_path: Path) -> None:
+        """Also an empty one, and one in a folder; one that is not there is an error."""
+        for content, path in ((b"\x00\xff" * 100_000, "models/weights.bin"), (b"", "empty.txt")):
+            source, copy = tmp_path / "source", tmp_path / f"copy of {len(content)}"
+            source.write_bytes(content)
+            sink.upload(run_id, source, path)
+            sink.download(run_id, path, copy, len(content))
+            assert content == copy.read_bytes()
+        with pytest.raises(SinkError):
+            sink.download(run_id, "models/nothing.bin", tmp_path / "nothing", 1)
+
     def test_a_local_id_that_cannot_be_quoted_finds_nothing(self, sink: Sink, experiment_name: str) -> None:
         """An id with a quote cannot change the meaning of the search."""
         experiment_id = sink.experiment_id(experiment_name)

@@ -19,8 +19,9 @@ from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.faults import accept_hang, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import FaultProxy
-from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.mlflow_sink import open_sink
 from servers import MlflowServer, eventually
 
 
@@ -63,14 +64,15 @@ def test_a_second_flush_has_nothing_to_do(
     assert "nothing waits" in again.out
 
 
-def test_a_server_that_is_down_leaves_events(tmp_path: Path) -> None:
+def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None:
     """Exit code 3, the number that is left, the reason, and everything still on disk."""
+    open_sink(NOBODY).close()  # imports mlflow, which may take longer than the time-out below
     offline(tmp_path)
-    done = run("flush", "-d", tmp_path, "--timeout", 4)
+    done = here("flush", "-d", tmp_path, "--timeout", 2)
     assert 3 == done.code
     assert "0 events delivered, 13 left, on disk" in done.out
     assert "refused" in done.err
-    assert 13 == run("status", "-d", tmp_path, "--json").data["pending"]
+    assert 13 == here("status", "-d", tmp_path, "--json").data["pending"]
 
 
 @pytest.mark.parametrize("seconds", [0.5, 4.0])
@@ -246,7 +248,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(
             eventually(lambda p=process, n=wanted: p.poll() is not None or len(proxy.requests) > n, 60)  # type: ignore[misc]
             process.send_signal(signal.SIGKILL)
             process.wait()
-        done = run("flush", "-d", tmp_path, "--timeout", 90, timeout=120)
+        done = run("flush", "-d", tmp_path, "--timeout", 90)
     assert 0 == done.code, done
     held = runs(mlflow_server.url, experiment_name)
     assert 2 == len(held)

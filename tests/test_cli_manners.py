@@ -74,7 +74,7 @@ def test_a_command_declared_alone_is_the_same(here: Here) -> None:
     assert {"status", "flush", "runs", "show"} <= {str(one.name) for one in app.build("nonsense").registered_commands}
     done = here("statsu")
     assert 2 == done.code
-    assert "status" in done.err
+    assert "No such command 'statsu'" in done.err
 
 
 def test_help_and_status_import_no_mlflow(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_help_and_status_import_no_mlflow(tmp_path: Path) -> None:
     script = (
         "import sys; from mlflow_outbox_worker.cli import main;"
         f"main(['status', '-d', {str(tmp_path)!r}]); main(['--help']);"
-        "print([name for name in ('mlflow', 'numpy', 'rich.table', 'prometheus_client') if name in sys.modules])"
+        "print([name for name in ('mlflow', 'numpy', 'prometheus_client') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True)
     assert "[]" == done.stdout.splitlines()[-1]
@@ -179,7 +179,7 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shell_completion(shell: str) -> None:
     """The shells that typer knows get a script, and words are completed."""
-    script = run(**{"_MLFLOW_OUTBOX_COMPLETE": f"source_{shell}"})
+    script = run(_MLFLOW_OUTBOX_COMPLETE=f"source_{shell}")
     assert "mlflow-outbox" in script.out
 
 

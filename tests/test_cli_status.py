@@ -174,7 +174,7 @@ def test_the_real_command_in_a_pipe(tmp_path: Path) -> None:
 
 class TestNotes:
     def test_an_attempt_is_noted_again_after_a_hurry(self, tmp_path: Path) -> None:
-        """The same state twice is one note; after somebody asked to hurry the next attempt is noted, since when stays."""
+        """The same state twice is one note; after a hurry the next attempt is noted, and since when stays."""
         ledger = Ledger.open(tmp_path / "ledger")
         notes = Notes(0.0)
         notes.destination(ledger, "away", "refused", 1000)

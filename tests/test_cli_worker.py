@@ -191,8 +191,8 @@ class _Recorder:
     deduplicates_metrics = True
     parallel = False
 
-    def log_batch(self, run_id: str, points: object, params: object, tags: object) -> str:
-        return run_id
+    def log_batch(self, run_id: str, points: object, params: object, tags: object) -> None:
+        return
 
     def update_run(self, run_id: str, *, status: str, end_time_ms: int | None) -> None:
         raise SinkError("reset", kind="connection")
@@ -207,7 +207,7 @@ def test_a_measured_sink_is_the_same_sink() -> None:
     sink: Sink = measured(_Recorder(), meter)  # type: ignore[arg-type]
     assert (True, False) == (sink.deduplicates_metrics, sink.parallel)
     batch = [MetricPoint("a", 1.0, 9_900, 0), MetricPoint("a", 1.0, 5_000, 1), MetricPoint("a", 1.0, 99_000, 2)]
-    assert "run" == sink.log_batch("run", batch, {}, {})
+    sink.log_batch("run", batch, {}, {})
     with pytest.raises(SinkError, match="reset"):
         sink.update_run("run", status="FINISHED", end_time_ms=1)
     sink.close()
@@ -219,7 +219,7 @@ def test_an_outbox_that_is_not_safe_is_left_alone(tmp_path: Path) -> None:
     """The others are delivered; the one that others can enter is named once."""
     offline(tmp_path)
     offline(tmp_path, "http://127.0.0.1:10")
-    bad = sorted(find_outboxes(tmp_path))[0]
+    bad = min(find_outboxes(tmp_path))
     bad.chmod(0o755)
     process = start("worker", "-d", tmp_path, "--all", "--grace", "0")
     assert process.stdout is not None

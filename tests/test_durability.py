@@ -219,13 +219,16 @@ def test_however_a_program_ends_its_events_are_delivered_later(
     assert numbered(200) == points(sqlite_uri, run.info.run_id, "loss")
 
 
-def test_logging_from_del_and_atexit_is_kept(sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
-    """Events of the very last moments of an interpreter reach the disk."""
+@pytest.mark.parametrize("worker", ["none", "thread"])
+def test_logging_from_del_and_atexit_is_kept(
+    worker: str, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Events of the very last moments of an interpreter reach the disk, and do not keep it from ending."""
     child = program(
         """
         import atexit, sys
         from mlflow_outbox import MLflowTracker
-        tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="none")
+        tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker=sys.argv[4])
         run = tracker.start_run("late")
         class Late:
             def __del__(self): run.log_metric("from_del", 1.0, step=1)
@@ -235,6 +238,7 @@ def test_logging_from_del_and_atexit_is_kept(sqlite_uri: str, experiment_name: s
         experiment_name,
         sqlite_uri,
         str(tmp_path / "outbox"),
+        worker,
     )
     _, said = child.communicate(timeout=30)
     assert 0 == child.returncode, said

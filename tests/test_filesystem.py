@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,13 +67,13 @@ def test_local_file_systems_are_not(kind: str) -> None:
 
 
 @pytest.fixture
-def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that counts as being on NFS, and a local state directory on another file system."""
     place = tmp_path / "share"
     place.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(filesystem, "_known", _Everything())
-    yield place
+    return place
 
 
 class _Everything(dict[int, bool]):
@@ -105,6 +104,7 @@ def test_a_logging_call_on_a_network_file_system_locks_nothing(
     run = tracker.start_run("on the share")
     assert run.log_metric("loss", 0.5, step=1)
     run.end()
+    tracker.close(0)
     assert [] == locked
     assert 1 == len(list(shared.glob("*/runs/*/*.log")))
 

@@ -6,12 +6,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import plugin_scenarios
 import pytest
+
+import plugin_scenarios
+from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, differences, picture, tracking
 from servers import MlflowServer
-
-from mlflow_outbox.testing.proxy import FaultProxy
 
 pytestmark = pytest.mark.compatibility
 
@@ -43,7 +43,9 @@ def test_mlflow_holds_what_it_holds_without_an_outbox(
         with tracking(uri, tmp_path / "outbox") as mlflow:
             if mode == "away from the start":
                 proxy.down()
-            plugin_scenarios.ALL[name](mlflow, experiment, proxy.down if "halfway" in mode else plugin_scenarios.nothing)
+            plugin_scenarios.ALL[name](
+                mlflow, experiment, proxy.down if "halfway" in mode else plugin_scenarios.nothing
+            )
             mlflow.flush_trace_async_logging()
             proxy.up()
             deliver(uri)

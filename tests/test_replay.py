@@ -15,8 +15,9 @@ import pytest
 from contents import QUICK, artifact_text, numbered, points, runs, stamped_points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.jobs import Job, Wish, prepare
 from mlflow_outbox_worker.lease import Lease
-from mlflow_outbox_worker.replay import Job, JobResult, Replay, Wish, prepare
+from mlflow_outbox_worker.replay import JobResult, Replay
 from replays import NOW_MS, command, contents_of, log_offline, run_with_kills, the_outbox
 from servers import MlflowServer, eventually
 
@@ -85,7 +86,7 @@ def test_a_replay_to_another_server_only_reads(
 def test_a_second_machine_with_a_copy_of_the_files_creates_nothing_twice(
     mlflow_server: MlflowServer, file_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has no ledger of the first; the run is found by its tag, and every point is there once, in a file store too."""
+    """It has no ledger of the first; the run is found by its tag, and every point is there once."""
     log_offline(experiment_name, NOWHERE, tmp_path / "outbox", points=2500)
     shutil.copytree(tmp_path / "outbox", tmp_path / "copy")
     for uri in (mlflow_server.url, file_uri):
@@ -223,7 +224,7 @@ def test_a_run_that_mlflow_refuses_is_skipped_and_named(
 def test_a_replay_that_is_killed_again_and_again_creates_nothing_twice(
     own: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """SIGKILL at random moments, from an own outbox and from a copy: every run and point is there once at the end."""
+    """SIGKILL at random moments, of an own outbox and of a copy: every run and point is there once at the end."""
     uri = mlflow_server.url
     for number in range(6):
         log_offline(experiment_name, uri, tmp_path / "outbox", name=f"run {number}", points=400)
@@ -231,7 +232,9 @@ def test_a_replay_that_is_killed_again_and_again_creates_nothing_twice(
     if not own:
         path = the_outbox(tmp_path / "outbox") / "outbox.json"
         path.write_text(path.read_text().replace(uri, NOWHERE))
-    killed, code = run_with_kills("replay", *arguments, least=0.2, most=0.8, env={"MLFLOW_OUTBOX_BATCH_POINTS": "100"})
+    killed, code = run_with_kills(
+        "replay", *arguments, least=0.2, most=1.0, kills=7, env={"MLFLOW_OUTBOX_BATCH_POINTS": "100"}
+    )
     assert (True, 0) == (killed > 0, code)
     found = runs(uri, experiment_name)
     assert {f"run {number}" for number in range(6)} == {run.info.run_name for run in found}
@@ -244,7 +247,7 @@ def test_a_replay_that_is_killed_again_and_again_creates_nothing_twice(
 def test_a_bundle_is_replayed_without_unpacking_it_by_hand(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """To its recorded destination or another; nothing of it stays on the machine, and the second time nothing is sent."""
+    """Nothing of it stays on the machine, and the second time nothing is sent."""
     log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
     assert 0 == command("export", "--all", "-o", "runs.tar.gz", "-d", tmp_path / "outbox")
     assert 0 == command("replay", "runs.tar.gz")
@@ -331,8 +334,8 @@ def test_a_run_is_followed_while_it_is_written_and_until_it_has_ended(
     segment = next(the_outbox(tmp_path / "outbox").glob("runs/*/*.log"))
     for step in range(1, 4):
         run.log_metric("loss", step / 2, step=step)
-        remote = eventually(lambda: runs(uri, experiment_name), 20)[0]
-        eventually(lambda s=step: numbered(s + 1) == points(uri, remote.info.run_id, "loss"), 20)  # type: ignore[misc]
+        run_id = eventually(lambda: runs(uri, experiment_name), 20)[0].info.run_id
+        eventually(lambda s=step, r=run_id: numbered(s + 1) == points(uri, r, "loss"), 20)  # type: ignore[misc]
     assert not follower.is_over()
     assert any("writing" in note for note in follower.notes)
     assert "RUNNING" == runs(uri, experiment_name)[0].info.status

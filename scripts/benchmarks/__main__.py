@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from servers import forget_mlflow_variables
-
 from benchmarks import arrival, backlog, calls, draining, experiment, growth, report, starting
 from benchmarks.machine import describe
 from benchmarks.peers import install
 from benchmarks.plan import Plan, Stores
+from servers import forget_mlflow_variables
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _MEASUREMENTS = {
@@ -35,6 +34,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller backlogs: about five minutes")
     parser.add_argument("--only", action="append", choices=[*_MEASUREMENTS], help="one measurement; may be repeated")
     parser.add_argument("--no-peers", action="store_true", help="compare with MLflow alone; nothing is installed")
+    parser.add_argument("--rounds", type=int, help="repetitions of each comparison (2; quick 1)")
+    parser.add_argument("--loop-seconds", type=float, help="seconds of the experiment's loop (30; quick 4)")
     parser.add_argument("--points", type=int, help="metric points of a backlog (100,000; quick 20,000)")
     parser.add_argument("--pending", type=int, help="events in the largest waiting outbox (10,000,000; quick 100,000)")
     parser.add_argument("--output", type=Path, default=_ROOT / "docs" / "bench", help="where figures and plots go")
@@ -61,10 +62,10 @@ def main() -> int:
             found,
             say,
             given.quick,
-            rounds=2 if given.quick else 3,
+            rounds=given.rounds or (1 if given.quick else 2),
             calls=1500 if given.quick else 10_000,
-            call_seconds=0.3 if given.quick else 1.0,
-            loop_seconds=4.0 if given.quick else 30.0,
+            call_seconds=0.2 if given.quick else 0.7,
+            loop_seconds=given.loop_seconds or (4.0 if given.quick else 30.0),
             points=given.points or (20_000 if given.quick else 100_000),
             pending=given.pending or (100_000 if given.quick else 10_000_000),
             waiting_runs=1000 if given.quick else 10_000,
@@ -77,6 +78,8 @@ def main() -> int:
     results["machine"]["load_at_end"] = [round(load, 1) for load in os.getloadavg()]
     results["seconds"] = round(time.monotonic() - began)
     given.output.mkdir(parents=True, exist_ok=True)
+    if given.only and (given.output / "results.json").exists():  # the other measurements stay as they are
+        results = json.loads((given.output / "results.json").read_text()) | results
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
     (given.output / "results.json").write_text(json.dumps(rounded, indent=1) + "\n")
     report.plot(rounded, given.output)

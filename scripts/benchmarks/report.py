@@ -57,7 +57,12 @@ def called(subject: str) -> str:
         return f"outbox, sync={sync}" + ("" if worker == "none" else f", {worker} delivering")
     if parts[0] == "mlflow":
         return f"MLflow {parts[1]}, {parts[2]}"
-    return PEERS.get(subject, {"write": "bare os.write", "diskcache": "diskcache push"}.get(subject, subject))
+    return PEERS.get(
+        subject,
+        {"write": "bare os.write", "write spaced": "bare os.write, spaced", "diskcache": "diskcache push"}.get(
+            subject, subject
+        ),
+    )
 
 
 def _number(value: Any) -> str:

@@ -40,7 +40,7 @@ def open_tracker(name: str, directory: Path, uris: Mapping[str, str]) -> Tracker
     """Open a tracker by its name.
 
     Args:
-        name: a peer's, or "write", "diskcache", "mlflow <sync|async> <http|sqlite>",
+        name: a peer's, or "write", "write spaced", "diskcache", "mlflow <sync|async> <http|sqlite>",
             "outbox <sync level> <worker> [destination]".
         directory: an empty directory for what it writes.
         uris: MLflow tracking URIs by "http", "sqlite".
@@ -49,7 +49,7 @@ def open_tracker(name: str, directory: Path, uris: Mapping[str, str]) -> Tracker
     return _OPENERS[kind](directory, uris, *rest)
 
 
-def _write(directory: Path, _uris: Mapping[str, str]) -> Tracker:
+def _write(directory: Path, _uris: Mapping[str, str], _pace: str = "") -> Tracker:
     fd = os.open(directory / "bytes", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     one, write = b"x" * 38, os.write
     size = {1: 38, 10: 131, 100: 1220}  # bytes that the outbox writes for so many metrics in one call
@@ -234,6 +234,7 @@ def _clearml(directory: Path, _uris: Mapping[str, str]) -> Tracker:
 
 
 def _aim(directory: Path, _uris: Mapping[str, str]) -> Tracker:
+    os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # its messages are older than today's protobuf
     import aim
 
     run = aim.Run(repo=str(directory / "aim"), system_tracking_interval=None, capture_terminal_logs=False)

@@ -54,6 +54,4 @@ def _loop() -> str:
 
 
 def _root() -> str:
-    if os.geteuid() != 0:
-        return "root, to act as another user"
-    return "" if shutil.which("setpriv") else "the program setpriv"
+    return "" if os.geteuid() == 0 else "root, to act as another user"

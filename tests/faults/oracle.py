@@ -97,7 +97,7 @@ def held(uri: str, experiment: str) -> Held:
 
 def _in_database(path: Path, experiment: str) -> Held:
     found = Held()
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=20)
+    connection = sqlite3.connect(path, timeout=20)  # not read-only: what a killed writer left is rolled back first
     try:
         runs = connection.execute(
             "SELECT run_uuid, runs.name, status, artifact_uri FROM runs JOIN experiments USING (experiment_id)"

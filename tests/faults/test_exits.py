@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ def fork_while(fd: int, uri: str, outbox: str, state: str, first_out: str, base:
         tracker.close(10)
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs shows where
         for n in range(base + 40_000, base + 40_200):
             if workload.log_event(run, n):
                 workload.ack(fd, n)
@@ -164,7 +166,7 @@ def with_dying_worker(fd: int, uri: str, outbox: str, experiment: str, where: st
     def work() -> dict[str, Any]:
         error: type[BaseException] = {"exception": ZeroDivisionError, "base": Broken, "exit": SystemExit}[what]
         place: Any = courier.Courier if where in {"courier", "lane"} else delivery.Delivery
-        name = {"loop": "_listen", "courier": "_deliver", "lane": "_deliver", "tails": "_watch_tails"}[where]
+        name = {"loop": "_listen", "courier": "_deliver", "lane": "_deliver", "look": "_look_around"}[where]
         whole, raised_times = getattr(place, name), [0]
 
         def break_down(*arguments: Any, **named: Any) -> Any:
@@ -201,7 +203,7 @@ def with_dying_worker(fd: int, uri: str, outbox: str, experiment: str, where: st
 
 @pytest.mark.fault("F08", "an exception, a BaseException and SystemExit inside the worker's loop and inside a delivery")
 @pytest.mark.parametrize("what", ["exception", "base", "exit"])
-@pytest.mark.parametrize("where", ["loop", "courier", "lane", "tails"])
+@pytest.mark.parametrize("where", ["loop", "courier", "lane", "look"])
 def test_a_worker_that_dies_is_replaced_and_counted(
     where: str,
     what: str,

@@ -154,3 +154,20 @@ def test_a_killed_lease_holder_is_replaced_within_two_seconds(
     row.measure(slowest_takeover_s=slowest)
     recovered(nest, sqlite_uri, tmp_path / "outbox", "lease", acked, issued, 50)
     assert slowest <= 2.0 + workload.PATIENCE
+
+
+@pytest.mark.fault("F01", "a worker killed between making and writing a file store's param")
+def test_a_param_that_a_killed_worker_left_empty_is_written_again(
+    file_uri: str, nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """The empty file that MLflow's own code leaves is not taken for somebody's value."""
+    experiment, outbox = "torn", tmp_path / "outbox"
+    report = nest.start(workload.drain, file_uri, str(outbox), experiment, 0, {}).report()
+    (param,) = (tmp_path / "mlruns").glob("*/*/params/p3")
+    param.write_bytes(b"")
+    shutil.rmtree(workload.directory_of(outbox, file_uri) / "delivery")  # the worker died before it recorded anything
+    filed = workload.directory_of(outbox, file_uri) / "delivered"
+    for run in filed.iterdir():
+        run.rename(filed.parent / "runs" / run.name)
+    recovered(nest, file_uri, outbox, experiment, set(report["acked"]), set(report["acked"]), 100)
+    row.done()

@@ -56,6 +56,7 @@ class Session:
     def settle(self, row: Row, *, dead: int = 0, timeout: float = 30.0) -> None:
         """Check liveness with a fresh run, conservation, integrity, and how long logging took."""
         self.log(10)
+        eventually(lambda: self.tracker.flush(5), timeout + 10, "everything is delivered")
         left = self.tracker.flush(timeout)
         assert (0, 0, dead) == (left.pending, left.parked, left.dead), (left, self.tracker.counters)
         self.judge(row)

@@ -17,6 +17,7 @@ from faults.mounts import mount, own_namespace, tmpfs
 from faults.oracle import held, log_event
 from faults.table import Row
 from mlflow_outbox import MLflowTracker
+from servers import MlflowServer
 
 #: Milliseconds that 99.9 % of logging calls may take on a disk that is full or stalled, and any of them.
 MANNERS_MS = (50.0, 1000.0)
@@ -25,8 +26,10 @@ MANNERS_MS = (50.0, 1000.0)
 def check_manners(row: Row, report: dict[str, Any]) -> None:
     """Check that no logging call raised or waited, and note what was measured."""
     assert [] == report["raised"]
-    row.measure(p999_ms=report["p999_ms"], max_ms=report["max_ms"])
-    assert report["p999_ms"] < MANNERS_MS[0] * (1 + workload.PATIENCE)
+    row.measure(slowest_call_ms=report["max_ms"])
+    if report.get("calls", 0) >= 1000:  # of fewer, it would be the slowest one
+        row.measure(p999_ms=report["p999_ms"])
+        assert report["p999_ms"] < MANNERS_MS[0]
     assert report["max_ms"] < MANNERS_MS[1] * (1 + workload.PATIENCE)
 
 
@@ -116,8 +119,10 @@ def log_with_limit(fd: int, uri: str, outbox: str, limit: int) -> None:
         tracker._outbox.sync()  # type: ignore[union-attr]
         log_timed(fd, run, range(20, 23), took, raised)
         run.end()
-        left = MLflowTracker("limit", uri, outbox_dir=outbox, settings=given).flush(60)
+        other = MLflowTracker("limit", uri, outbox_dir=outbox, settings=given)
+        left = other.flush(60)
         return {
+            "damage": other.counters.get("quarantined", 0) + other.counters.get("missing", 0),
             "raised": raised,
             "p999_ms": workload.quantile(took, 0.999),
             "max_ms": workload.quantile(took, 1.0),
@@ -141,7 +146,7 @@ def test_a_write_that_is_short_at_any_byte_leaves_no_torn_frame(
         check_manners(row, report)
         assert report["left"], report
         assert report["counters"].get("disk_errors", 0) > 0, report["counters"]
-        assert "torn_frames_left" not in report["counters"]
+        assert 0 == report["damage"], "the next program found a torn frame"
         fresh = child.acked()
         assert {*range(3), *range(10, 20), *range(20, 23)} == fresh, "memory took what the disk did not"
         acked |= fresh
@@ -200,3 +205,62 @@ def test_no_descriptor_left_loses_nothing(
         assert [0, 0, 0] == report["left"], report
         held(uri, "descriptors").check(child.acked())
         row.done()
+
+
+def log_mannerly(fd: int, uri: str, folder: str, what: str, count: int) -> None:
+    """Log many metrics in one of several troubles and report how long the calls took, by the clock and in processor time."""
+
+    def work() -> dict[str, Any]:
+        outbox = Path(folder)
+        if what == "full disk":
+            own_namespace()
+            outbox = tmpfs(Path(folder), "size=128k") / "outbox"
+        given = workload.settings(free_bytes=0, sync_interval=0.05)
+        tracker = MLflowTracker("manners", uri, outbox_dir=outbox, settings=given)
+        run = tracker.start_run("manners")
+        took: list[float] = []
+        used: list[float] = []
+        raised: list[str] = []
+        for step in range(count):
+            started, spent = time.perf_counter(), time.thread_time()
+            try:
+                run.log_metric("loss", step / 2, step=step)
+            except Exception as error:  # noqa: BLE001 - the test is that there is none; it is reported
+                raised.append(repr(error))
+            used.append(time.thread_time() - spent)
+            took.append(time.perf_counter() - started)
+            if step % 20 == 0:
+                time.sleep(0.001)
+        return {
+            "raised": raised,
+            "calls": count,
+            "median_us": 1000 * workload.quantile(took, 0.5),
+            "p999_ms": workload.quantile(took, 0.999),
+            "used_p999_ms": workload.quantile(used, 0.999),
+            "max_ms": workload.quantile(took, 1.0),
+        }
+
+    workload.reported(fd, work)
+
+
+@pytest.mark.needs("mounts", "strace")
+@pytest.mark.fault("I5", "10,000 calls: server there, server away, disk full, each fdatasync 0.2 s")
+@pytest.mark.parametrize("what", ["delivering", "server away", "full disk", "stalled disk"])
+def test_a_logging_call_waits_for_nobody(
+    what: str, mlflow_server: MlflowServer, nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """No call raises; 99.9 % need less than 1 ms of processor time, and less than 50 ms by the clock in any trouble."""
+    uri = "http://127.0.0.1:9" if what == "server away" else mlflow_server.url
+    count = row.pick(5_000, 50_000, 500_000)
+    arguments = (uri, str(tmp_path / "outbox"), what, count)
+    if what == "stalled disk":
+        slow = "fdatasync:delay_enter=200000"
+        child = nest.traced(tmp_path / "trace", "fdatasync", slow, log_mannerly, *arguments)
+    else:
+        child = nest.start(log_mannerly, *arguments)
+    report = child.report()
+    row.measure(what=what, median_us=report["median_us"], p999_processor_ms=report["used_p999_ms"])
+    check_manners(row, report)
+    if what in {"delivering", "server away"}:
+        assert report["used_p999_ms"] < 1.0
+    row.done(count)

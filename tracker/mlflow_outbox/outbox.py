@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 import weakref
@@ -101,7 +102,7 @@ class Outbox:
 
     def _wake(self) -> None:
         """Start the worker, or tell it that there is a new segment."""
-        if self.worker_kind == "none":
+        if self.worker_kind == "none" or sys.is_finalizing():  # a thread started by now would be waited for forever
             return
         worker = self._worker
         if worker is not None and worker.is_alive():

@@ -1,8 +1,8 @@
 """The options of an outbox, and the only place that reads environment variables.
 
-Every option has a default that is right for a training job on a workstation or a cluster node. Values given in code win
-over the environment, the environment wins over the defaults. ``Settings`` is frozen: two parts of the program can never
-disagree about an option, and a test states in one line what it changes.
+Every option has a default that is right for a training job on a workstation or a cluster node. Values given in code
+win over the environment, the environment wins over the defaults. ``Settings`` is frozen: two parts of the program can
+never disagree about an option, and a test states in one line what it changes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Settings:
     memory_bytes: int = 8 * _MIB
     #: Bytes of the largest file that log_artifact copies; a larger one is refused.
     artifact_bytes: int = 64 * 1024 * _MIB
-    #: Bytes that all of one outbox may take; at the cap new events are refused and counted, old ones are never dropped.
+    #: Bytes that all of one outbox may take; at the cap new events are refused and counted, old ones are never
+    #: dropped.
     outbox_bytes: int = 64 * 1024 * _MIB
     #: Bytes of the file system that are left free for others; below it new events are refused and counted.
     free_bytes: int = 64 * _MIB

@@ -94,7 +94,7 @@ class RunView(msgspec.Struct):
             self._point(event.key, event.value, event.time_ms, event.step)  # type: ignore[union-attr]
         elif kind is Metrics:
             for key, value in event.values.items():  # type: ignore[union-attr]
-                self._point(key, value, event.time_ms, event.step)  # type: ignore[union-attr]
+                self._point(key, value, event.time_ms, event.step)  # type: ignore[union-attr, arg-type]
         elif isinstance(event, Params):
             for key, text in event.values.items():
                 self.params.setdefault(key, text)

@@ -2,9 +2,10 @@
 
 Format
 ------
-A tar archive, plain or gzipped, of regular files only. The first is ``manifest.json``: a line with the SHA-256 (hex) of what follows
-it, then the manifest as JSON. It names every other member, ``runs/<run id>/<segment>.log`` or ``runs/<run id>/files/<sha256>``, with its size
-and SHA-256, and where the runs were to be delivered to. Nothing else may be in the archive, nothing may be twice or missing.
+A tar archive, plain or gzipped, of regular files only. The first is ``manifest.json``: a line with the SHA-256 (hex)
+of what follows it, then the manifest as JSON. It names every other member, ``runs/<run id>/<segment>.log`` or
+``runs/<run id>/files/<sha256>``, with its size and SHA-256, and where the runs were to be delivered to. Nothing else
+may be in the archive, nothing may be twice or missing.
 
 Reading and writing live in ``unpacking`` and ``packing``.
 """

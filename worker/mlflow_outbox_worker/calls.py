@@ -1,11 +1,11 @@
 """Requests of MLflow's own that travel through a journal: what ids in them have become, and what an answer means.
 
-Provisional ids are replaced when a request is made, not when it is logged: a run that was started offline gets MLflow's id only then.
-A request that names a run whose turn has not come waits for it (``Waits``), and with it what follows in the same journal. Since an id
-is given before it is used, nothing can wait for itself.
+Provisional ids are replaced when a request is made, not when it is logged: a run that was started offline gets
+MLflow's id only then. A request that names a run whose turn has not come waits for it (``Waits``), and with it what
+follows in the same journal. Since an id is given before it is used, nothing can wait for itself.
 
-Once in effect: most of these requests change nothing when they are made again. The others are recognised by their answers (a row
-that exists), or carry a tag of the outbox by which what they create is found before it is created.
+Once in effect: most of these requests change nothing when they are made again. The others are recognised by their
+answers (a row that exists), or carry a tag of the outbox by which what they create is found before it is created.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.sink import Sink, SinkError
+from mlflow_outbox_worker.sources import Source
 
 #: Seconds after which an id that no journal seems to explain is sent as it is, for MLflow to judge.
 _PATIENCE: Final = 600.0
@@ -39,7 +39,7 @@ _ONE_BY_ONE: Final = {"log_outputs": "models", "log_logged_model_params": "param
 _DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag"})
 
 
-class Waits(Exception):  # noqa: N818 - a turn of events, not an error
+class Waits(Exception):
     """Raised when a request names something whose own creation has not been delivered yet; try again soon."""
 
 
@@ -99,7 +99,8 @@ class Calls:
             self._known[local] = remote
             self._since.pop(local, None)
             return remote
-        if time.monotonic() - self._since.setdefault(local, time.monotonic()) > _PATIENCE and not any(folder.is_dir() for folder in self._source.folders(local)):
+        waited = time.monotonic() - self._since.setdefault(local, time.monotonic())
+        if waited > _PATIENCE and not any(folder.is_dir() for folder in self._source.folders(local)):
             return local
         msg = f"waits for {local}"
         raise Waits(msg)
@@ -124,7 +125,9 @@ class Calls:
                 if request is None or request.operation != "create_experiment":
                     continue
                 wanted: dict[str, Any] = msgspec.json.decode(request.arguments)
-                remote = self._sink.create_experiment(wanted["name"], wanted.get("artifact_location"), wanted.get("tags") or {})
+                remote = self._sink.create_experiment(
+                    wanted["name"], wanted.get("artifact_location"), wanted.get("tags") or {}
+                )
                 self._ledger.set_meta(f"experiment/{local}", remote.encode())
                 return remote
         return ""

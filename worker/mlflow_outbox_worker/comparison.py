@@ -1,7 +1,8 @@
 """Comparing runs on disk with what a tracking store holds of them, at any time, for whoever asks.
 
-Delivery reads an ended run back by itself before it files it. This does the same again for any run that is still on disk: filed or
-not, ended or not, at its own destination or another one that it was replayed to. It changes nothing, here or there.
+Delivery reads an ended run back by itself before it files it. This does the same again for any run that is still on
+disk: filed or not, ended or not, at its own destination or another one that it was replayed to. It changes nothing,
+here or there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Literal, NamedTuple
 
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.backlog import left
+from mlflow_outbox_worker.jobs import view_of
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
-from mlflow_outbox_worker.replay import view_of
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.verification import differences, wrong_contents
 

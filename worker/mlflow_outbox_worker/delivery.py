@@ -355,6 +355,10 @@ class Delivery:
         except Exception as error:  # noqa: BLE001 - one run's trouble must not end the others' delivery; counted and said
             self._trouble("run_crashes", error)
             self._schedule.again(run_id, self._settings.retry_max, Standing("broken", repr(error)))
+        except BaseException as error:  # this thread ends, and if it is a lane nobody else would return to the run
+            self._trouble("run_crashes", error)
+            self._schedule.again(run_id, self._settings.retry_max, Standing("broken", repr(error)))
+            raise
         finally:
             self._schedule.release(run_id)
 

@@ -1,16 +1,17 @@
 """One machine per outbox on a network file system, where flock excludes nobody on other machines.
 
-``host.lease`` in the outbox says which machine delivers. It is made whole under another name and linked into place, which is atomic on
-every network file system that has links (exclusive creation serves those that have none). Its holder changes it every ``beat``
-seconds. Who finds it looks at its modification time against that of a file made just now on the same file system, so that only the
-file server's clock counts: after ``missed`` beats the holder is dead, its file is moved away, and the content of what was moved is
-compared, so that of two successors only one believes that it was first.
+``host.lease`` in the outbox says which machine delivers. It is made whole under another name and linked into place,
+which is atomic on every network file system that has links (exclusive creation serves those that have none). Its
+holder changes it every ``beat`` seconds. Who finds it looks at its modification time against that of a file made just
+now on the same file system, so that only the file server's clock counts: after ``missed`` beats the holder is dead,
+its file is moved away, and the content of what was moved is compared, so that of two successors only one believes
+that it was first.
 
-On one machine the lock of the local state directory decides (``Lease``), as it does for a local outbox. So a file that names this lock
-was left by a process of this machine that has died, and is replaced at once.
+On one machine the lock of the local state directory decides (``Lease``), as it does for a local outbox. So a file
+that names this lock was left by a process of this machine that has died, and is replaced at once.
 
-A holder that was stopped or cut off for longer than its beats allow finds its file gone or changed and lets go. What it may have sent
-meanwhile does no harm: runs are found by their tag, and sending something twice changes nothing.
+A holder that was stopped or cut off for longer than its beats allow finds its file gone or changed and lets go. What
+it may have sent meanwhile does no harm: runs are found by their tag, and sending something twice changes nothing.
 """
 
 from __future__ import annotations

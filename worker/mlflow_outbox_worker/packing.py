@@ -1,8 +1,8 @@
 """Writing a bundle.
 
-A segment that is still being written goes in up to its last whole frame: segments are looked at before files, and a file is there before
-the event that names it, so what goes in is a state that the run once had. The bundle is written under another name, synced, and
-renamed.
+A segment that is still being written goes in up to its last whole frame: segments are looked at before files, and a
+file is there before the event that names it, so what goes in is a state that the run once had. The bundle is written
+under another name, synced, and renamed.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class RunRecord(msgspec.Struct):
         cursors: how far each writer (by writer id) was delivered.
         uncertain: where the window began (cursors) whose requests may have been carried out in part; None when all
             before the cursors is known to have been answered. Only kept for stores that do not deduplicate.
-        adopted: the run was found in MLflow when it was first looked for, so that any of its events may be there already.
+        adopted: the run was found in MLflow when it was first looked for, so that any of its events may be there
+            already.
         delivered, dead, quarantined, missing: counts of events.
         reason: why the run is parked, or the last error.
         failed_at_ms: wall-clock time of that error.

@@ -1,4 +1,4 @@
-"""Sending delivered runs once more, to a server that was wiped or replaced: what is known of their delivery is forgotten.
+"""Sending delivered runs once more, to a server that was wiped or replaced: their delivery is forgotten.
 
 The ledger forgets first, the files move second: a kill in between leaves a run that is found by the same command again.
 Points, params and files that the server has after all do no harm: the run is found by its tag, and what it holds is not

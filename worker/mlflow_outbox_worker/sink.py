@@ -16,7 +16,8 @@ from typing import Final, Literal, NamedTuple, Protocol
 #: The tag by which a run of an outbox is found in MLflow, whoever created it.
 RUN_ID_TAG = "mlflow_outbox.run_id"
 
-#: The methods of MLflow's tracking store that ``Sink.call`` makes: each concerns what its arguments name, and nothing else.
+#: The methods of MLflow's tracking store that ``Sink.call`` makes: each concerns what its arguments name, and nothing
+#: else.
 OPERATIONS: Final = frozenset(
     {"delete_tag", "update_run_info", "delete_run", "restore_run", "log_inputs", "log_outputs", "log_batch"}
     | {"set_experiment_tag", "delete_experiment_tag", "delete_experiment", "restore_experiment", "rename_experiment"}
@@ -33,8 +34,8 @@ class SinkError(Exception):
     """Raised when a request was refused, or when it is not known whether it was carried out.
 
     Attributes:
-        kind: "connection" (refused, reset, DNS, TLS), "timeout", "answer" (the store said no) or "not_mlflow" (a login
-            page, a redirect, a body that is not MLflow's).
+        kind: "connection" (refused, reset, DNS, TLS), "timeout", "answer" (the store said no) or "not_mlflow" (a
+            login page, a redirect, a body that is not MLflow's).
         status: HTTP status, or the one that MLflow's server would give; None without an answer.
         code: MLflow's error code, for instance "RESOURCE_DOES_NOT_EXIST"; "" without one.
         retry_after: seconds that the server asked to wait; None when it did not.
@@ -96,7 +97,8 @@ class Sink(Protocol):
 
     #: True when the store keeps a metric point once however often it is sent (SQL stores do, file stores do not).
     deduplicates_metrics: bool
-    #: True when requests for several runs may be in flight at once (a tracking server; not an embedded file or SQLite).
+    #: True when requests for several runs may be in flight at once (a tracking server; not an embedded file or
+    #: SQLite).
     parallel: bool
 
     def experiment_id(self, name: str) -> str:

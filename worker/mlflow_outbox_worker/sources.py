@@ -1,9 +1,10 @@
 """Where delivery takes runs from: an outbox of one's own, or run directories that are only read.
 
-``OutboxSource`` is an outbox with its ledger and its lease; what was delivered from it may be filed. ``RunsSource`` is any number of
-directories, moved, renamed, copied or on read-only media: nothing in them is ever written, locked, moved or deleted, and what was sent
-from them is remembered in a ledger of this machine, one for each destination. Directories that hold segments of the same run
-(the outboxes of three jobs that went on with it, or two copies of one) are read as one run.
+``OutboxSource`` is an outbox with its ledger and its lease; what was delivered from it may be filed. ``RunsSource``
+is any number of directories, moved, renamed, copied or on read-only media: nothing in them is ever written, locked,
+moved or deleted, and what was sent from them is remembered in a ledger of this machine, one for each destination.
+Directories that hold segments of the same run (the outboxes of three jobs that went on with it, or two copies of one)
+are read as one run.
 
 The id of a run is the one in its segments' headers; the name of its directory says nothing.
 """

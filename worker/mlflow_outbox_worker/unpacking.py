@@ -1,10 +1,11 @@
 """Reading a bundle into an outbox.
 
-Everything is unpacked beside the outbox's runs and compared with the manifest before any of it is used; a name, a size, a type or a
-digest that is not as it must be refuses the whole bundle. Then a run that is new is renamed into place as a whole. A run that is there
-already gets what it lacks: files first, then segments in their order, each by one rename, so that whenever a reader looks it
-finds a state that the run once had, and the same import again does the rest. A segment is replaced by a longer one only when it is
-the beginning of that; segments that contradict each other refuse the bundle.
+Everything is unpacked beside the outbox's runs and compared with the manifest before any of it is used; a name, a
+size, a type or a digest that is not as it must be refuses the whole bundle. Then a run that is new is renamed into
+place as a whole. A run that is there already gets what it lacks: files first, then segments in their order, each by
+one rename, so that whenever a reader looks it finds a state that the run once had, and the same import again does the
+rest. A segment is replaced by a longer one only when it is the beginning of that; segments that contradict each other
+refuse the bundle.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _write(target: Path, content: IO[bytes], member: Member, bundle: Path) -> No
 
 
 def _lacking(run: BundledRun, staging: Path, directory: OutboxDirectory) -> list[str] | None:
-    """Return the files that the outbox lacks of a run, in the order in which to add them; None when it has none of it."""
+    """Return the files that the outbox lacks of a run, in the order to add them in; None when it has none of it."""
     places = (directory.run(run.run_id), directory.delivered / run.run_id)
     found = {segment.header.run_id for held in RunReader(staging / run.run_id).segments().values() for segment in held}
     if found - {run.run_id}:

@@ -1,10 +1,12 @@
 """MLflow's own API through the outbox: ``MLFLOW_TRACKING_URI=outbox+http://host:5000`` and unchanged code.
 
-MLflow imports these modules through its entry points (see pyproject.toml), and nothing else does, so they may import mlflow.
+MLflow imports these modules through its entry points (see pyproject.toml), and nothing else does, so they may import
+mlflow.
 
 * ``entry`` is what the entry points name.
 * ``tracking_store`` is the store: writes become events of the journal, reads are answered in ``reads``.
-* ``wrapped`` is the server's own store behind it, asked once and briefly; what the plugin does not know is delegated to it.
+* ``wrapped`` is the server's own store behind it, asked once and briefly; what the plugin does not know is delegated
+  to it.
 * ``ids`` knows what a provisional id has become.
 * ``journals`` holds the journals that this process writes.
 * ``models`` and ``traces`` are the parts of the store that their names say.

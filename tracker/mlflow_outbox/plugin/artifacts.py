@@ -1,8 +1,9 @@
 """Files: copied into the outbox when they are logged, read from the server with what has not arrived in front.
 
-Two schemes lead here. ``outbox-artifacts:/<outbox>/<kind>/<id>/artifacts`` is the outbox's own, for what has no address at the server yet
-and for stores whose clients would write to the storage themselves. ``mlflow-artifacts:`` stays as the server gave it, so that what user
-code writes down is right; its repository is only ours while the tracking URI is an outbox, and MLflow's own otherwise.
+Two schemes lead here. ``outbox-artifacts:/<outbox>/<kind>/<id>/artifacts`` is the outbox's own, for what has no
+address at the server yet and for stores whose clients would write to the storage themselves. ``mlflow-artifacts:``
+stays as the server gave it, so that what user code writes down is right; its repository is only ours while the
+tracking URI is an outbox, and MLflow's own otherwise.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
     from mlflow_outbox.views import File
 
 #: The tail of an artifact URI of MLflow's server: experiment, then the run, model or trace.
-_PROXIED: Final = re.compile(r"/(?P<experiment>[^/]+)/(?:(?P<kind>models|traces)/)?(?P<id>[^/]+)/artifacts(?:/(?P<below>.*))?$")
+_PROXIED: Final = re.compile(
+    r"/(?P<experiment>[^/]+)/(?:(?P<kind>models|traces)/)?(?P<id>[^/]+)/artifacts(?:/(?P<below>.*))?$"
+)
 _PREFIX: Final = "outbox+"
 
 
-class StagedArtifacts(ArtifactRepository):
+class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is not followed by mypy
     """The files of one run, model or trace.
 
     Args:
@@ -100,7 +103,9 @@ class StagedArtifacts(ArtifactRepository):
     def _owner_name(self) -> str:
         return f"model:{self._id}" if self._kind == "model" else f"uri:{_root(self.artifact_uri, self._below)}"
 
-    def _log_artifact_async(self, filename: str, artifact_path: str | None = None, artifact: Any = None) -> RunOperations:
+    def _log_artifact_async(
+        self, filename: str, artifact_path: str | None = None, artifact: Any = None
+    ) -> RunOperations:
         """Copy an image into the outbox now: MLflow's own queue is memory."""
         with tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
             path = os.path.join(private, filename)
@@ -144,7 +149,7 @@ class StagedArtifacts(ArtifactRepository):
         if path in pending and self._copied(pending[path], local_path):
             return
         try:
-            self._repository()._download_file(path, local_path)  # noqa: SLF001 - MLflow's own way from one repository to another
+            self._repository()._download_file(path, local_path)
         except Away as away:
             if path in local and self._copied(local[path], local_path):
                 return
@@ -194,7 +199,9 @@ class StagedArtifacts(ArtifactRepository):
             Away: it did not, or does not know the owner yet.
         """
         uri = self._store.remote_location(self._kind, self._id, _root(self.artifact_uri, self._below))
-        return get_artifact_repository(uri, tracking_uri=self._store.outbox.destination.secret_uri or self._store.server.uri)
+        return get_artifact_repository(
+            uri, tracking_uri=self._store.outbox.destination.secret_uri or self._store.server.uri
+        )
 
 
 def _owner(uri: str) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""What all parts of the plugin's store share: the outbox, the server behind it, journals, ids, and where things are at home."""
+"""What all parts of the plugin's store share: outbox, server, journals, ids, and where things are at home."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Base:
         OutboxUnusable: the outbox directory cannot be made, or is not safe to use.
     """
 
-    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:  # noqa: ARG002 - MLflow's signature
+    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
         super().__init__()
         settings = Settings.from_environment()
         destination = resolve(store_uri)
@@ -87,7 +87,7 @@ class Base:
             raise AttributeError(name)
         found = getattr(type(self.server.opened().store), name, None)
         if not callable(found):
-            raise AttributeError(name)
+            raise AttributeError(name)  # noqa: TRY004 - what __getattr__ raises
         return lambda *args, **kwargs: self._delegate(name, *args, **kwargs)
 
     def settle(self) -> None:
@@ -161,7 +161,7 @@ class Base:
         return self._experiment_names.get(experiment_id, experiment_id)
 
     def shown_experiment(self, experiment_id: str) -> str:
-        """Return the id by which this process knows an experiment: MLflow compares ids, so one that was given here stays."""
+        """Return the id by which this process knows an experiment; MLflow compares ids, so a given one stays."""
         for local in self._handed_out:
             try:
                 if self.ids.remote(local) == experiment_id:
@@ -184,7 +184,7 @@ class Base:
         return f"{provisional.ARTIFACT_SCHEME}:/{slug}/{kind}/{subject}/artifacts"
 
     def shown_uri(self, kind: str, subject: str, theirs: str | None) -> str:
-        """Return the artifact URI that readers get: the server's own when it leads back here, else one of the outbox's scheme."""
+        """Return the artifact URI for readers: the server's when it leads back here, else one of the outbox's."""
         if theirs and theirs.startswith("mlflow-artifacts:") and subject in theirs:
             self._artifact_uris[subject] = theirs
             return theirs
@@ -216,17 +216,20 @@ class Base:
             for name in dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]):
                 local = self.local_run(name)
                 if local is not None and any(
-                    kept.operation == "create_logged_model" and model_id.encode() in kept.arguments for kept in local.view.requests
+                    kept.operation == "create_logged_model" and model_id.encode() in kept.arguments
+                    for kept in local.view.requests
                 ):
                     return name
             raise no_such("Logged model", model_id)
         theirs = self.ask(lambda store: store.get_logged_model(model_id))
         if theirs is None:
             return provisional.COMMON_ROOM
-        return self.ids.local(theirs.source_run_id) if theirs.source_run_id else provisional.room_of(theirs.experiment_id)
+        return (
+            self.ids.local(theirs.source_run_id) if theirs.source_run_id else provisional.room_of(theirs.experiment_id)
+        )
 
     def files(self, home: str, owner: str) -> tuple[dict[str, File], dict[str, File]]:
-        """Return the files of an owner ("" is the run itself) that the outbox knows of, and those that are not delivered."""
+        """Return the files of an owner ("" is the run) that the outbox knows, and those not delivered."""
         local = self.local_run(home)
         if local is None:
             return {}, {}

@@ -1,8 +1,9 @@
 """MLflow's entities as JSON and back, for the arguments of calls that travel through the journal.
 
-An entity is written as ``{"$": <class>, "v": <content>}``. Content is the JSON form of the protobuf message that MLflow itself sends, so
-it is complete and compatible between MLflow's versions; only metrics (floats that JSON has no word for) and spans, whose
-message does not hold their trace's id, have a form of their own. Only the classes named here are ever made from what is read.
+An entity is written as ``{"$": <class>, "v": <content>}``. Content is the JSON form of the protobuf message that
+MLflow itself sends, so it is complete and compatible between MLflow's versions; only metrics (floats that JSON has no
+word for) and spans, whose message does not hold their trace's id, have a form of their own. Only the classes named
+here are ever made from what is read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 from typing import Any, Final
 
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict  # type: ignore[import-untyped]
 from mlflow.entities import (
     DatasetInput,
     ExperimentTag,

@@ -1,4 +1,4 @@
-"""MLflow's entry points: loaded by every ``import mlflow`` where this package is installed, so they import nothing yet."""
+"""MLflow's entry points: loaded by every ``import mlflow`` beside this package, so they import nothing yet."""
 
 from __future__ import annotations
 

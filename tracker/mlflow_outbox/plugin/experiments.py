@@ -18,7 +18,7 @@ from mlflow_outbox.spool import provisional
 
 
 class Experiments(Base):
-    """Experiments are asked for and made online first; a name met offline gets a provisional id, the same in every process."""
+    """Experiments are made online first; a name met offline gets a provisional id, one for all processes."""
 
     def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
         """Create an experiment and return its id, a provisional one when the server is away.
@@ -31,7 +31,9 @@ class Experiments(Base):
             _validate_experiment_tag(tag.key, tag.value)
         local = provisional.experiment_id(self.outbox.directory.identity.id, name)
         try:
-            made = self.server.ask(lambda store: store.create_experiment(name, artifact_location, list(tags or ())), quick=True)
+            made = self.server.ask(
+                lambda store: store.create_experiment(name, artifact_location, list(tags or ())), quick=True
+            )
         except Away:
             if self.journals.exists(provisional.room_of(local)):
                 raise _exists(name) from None
@@ -69,7 +71,9 @@ class Experiments(Base):
             return found
         if not provisional.is_provisional(given) and self.server.is_away():
             # It was named by its id, so it exists; its name is asked for again when the server is back.
-            return Experiment(given, self.experiment_name(given), self.own_uri("experiment", given), "active", creation_time=now_ms())
+            return Experiment(
+                given, self.experiment_name(given), self.own_uri("experiment", given), "active", creation_time=now_ms()
+            )
         raise no_such("Experiment", given)
 
     def get_experiment_by_name(self, experiment_name: str) -> Experiment | None:
@@ -98,7 +102,9 @@ class Experiments(Base):
 
     def delete_experiment_tag(self, experiment_id: str, key: str) -> None:
         """Delete a tag of an experiment."""
-        self.journals.room(str(experiment_id)).request("delete_experiment_tag", experiment_id=str(experiment_id), key=key)
+        self.journals.room(str(experiment_id)).request(
+            "delete_experiment_tag", experiment_id=str(experiment_id), key=key
+        )
 
     def delete_experiment(self, experiment_id: str) -> None:
         """Delete an experiment."""
@@ -118,7 +124,7 @@ class Experiments(Base):
         self._change("rename_experiment", experiment_id, new_name=new_name)
 
     def _change(self, operation: str, experiment_id: str, **arguments: Any) -> None:
-        """Change an experiment as a whole: at once when the server is there and nothing waits, else in its place in the journal."""
+        """Change an experiment as a whole: at once when the server is there, else in its place in the journal."""
         given = str(experiment_id)
         self.settle()
         try:

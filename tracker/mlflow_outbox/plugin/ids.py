@@ -1,4 +1,4 @@
-"""What ids have become: provisional ones lead to MLflow's, and MLflow's back to the journals that were begun under others."""
+"""What ids have become: provisional ones lead to MLflow's, and these back to the journals begun under others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
 
 
-class NotYet(Exception):  # noqa: N818 - a state, not an error
+class NotYet(Exception):
     """Raised when something that exists only here is to be named to the server."""
 
 

@@ -124,5 +124,3 @@ class Journals:
 def say_once(outbox: Outbox, key: str, text: str) -> None:
     """Warn once per outbox and key."""
     outbox.counters.warn_once(("plugin", key), f"mlflow-outbox: {text}")
-
-

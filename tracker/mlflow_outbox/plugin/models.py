@@ -50,29 +50,35 @@ class Models(Runs):
         made = self._made_by_server(arguments)
         model_id = made.model_id if made is not None else local
         self._model_homes[model_id] = home.run_id
-        home.request("create_logged_model", known=made.model_id if made is not None else "", model_id=model_id, **arguments)
+        home.request(
+            "create_logged_model", known=made.model_id if made is not None else "", model_id=model_id, **arguments
+        )
         if made is not None:
-            made._artifact_location = self.shown_uri("model", model_id, made.artifact_location)  # noqa: SLF001 - MLflow's entity has no setter
+            made._artifact_location = self.shown_uri("model", model_id, made.artifact_location)
             return made
         return self._folded(home, model_id, None)
 
     def _made_by_server(self, arguments: dict[str, Any]) -> LoggedModel | None:
         try:
-            ids = {key: self.ids.remote(arguments[key]) if arguments[key] else None for key in ("experiment_id", "source_run_id")}
+            ids = {
+                key: self.ids.remote(arguments[key]) if arguments[key] else None
+                for key in ("experiment_id", "source_run_id")
+            }
             return self.server.ask(lambda store: store.create_logged_model(**{**arguments, **ids}), quick=True)
         except (Away, NotYet):
             return None
 
     def _folded(self, home: OpenRun, model_id: str, theirs: LoggedModel | None) -> LoggedModel:
         local = self.local_run(home.run_id)
-        # Requests that were delivered are in the server's answer; folding them in again changes nothing that came after them.
+        # Requests that were delivered are in the server's answer; folding them in again changes nothing that came
+        # after them.
         requests = local.view.requests if local is not None else []
         found = reads.model_of(requests, model_id, theirs, self.own_uri("model", model_id))
         if found is None:
             raise no_such("Logged model", model_id)
         return found
 
-    def get_logged_model(self, model_id: str, allow_deleted: bool = False) -> LoggedModel:  # noqa: FBT001, FBT002 - MLflow's signature
+    def get_logged_model(self, model_id: str, allow_deleted: bool = False) -> LoggedModel:
         """Return a logged model.
 
         Raises:
@@ -90,10 +96,10 @@ class Models(Runs):
             if provisional.is_room(home.run_id) and self.local_run(home.run_id) is None:
                 raise self.server.needed(f"the model {model_id}", away) from None
         if theirs is not None:
-            theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)  # noqa: SLF001 - as above
-            theirs._model_id = model_id  # noqa: SLF001 - the caller's id for it goes on to be right
+            theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)
+            theirs._model_id = model_id
         found = self._folded(home, model_id, theirs)
-        found._model_uri = f"models:/{model_id}"  # noqa: SLF001 - as above
+        found._model_uri = f"models:/{model_id}"
         return found
 
     def finalize_logged_model(self, model_id: str, status: Any) -> LoggedModel:
@@ -142,5 +148,3 @@ class Models(Runs):
             MlflowException: the server is away, or said no.
         """
         return self._delegate("search_logged_models", [str(number) for number in experiment_ids], *args, **kwargs)
-
-

@@ -1,7 +1,7 @@
-"""What readers see: the server's answer with what has not arrived folded in, or what the outbox has when there is no answer.
+"""What readers see: the server's answer with what has not arrived folded in, or what the outbox has without one.
 
-The pending events are read before the server is asked. So an event that is delivered in between is folded in twice, which changes
-nothing, and never missed.
+The pending events are read before the server is asked. So an event that is delivered in between is folded in twice,
+which changes nothing, and never missed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def view_of(run: Run) -> RunView:
     view.status = Register(run.info.status, 0, "")
     view.params = dict(run.data.params)
     view.tags = {key: Register(value, 0, "") for key, value in run.data.tags.items()}
-    view.metrics = {m.key: Latest(m.value, m.step, m.timestamp, 1) for m in run.data._metric_objs}  # noqa: SLF001 - with steps and times
+    view.metrics = {m.key: Latest(m.value, m.step, m.timestamp, 1) for m in run.data._metric_objs}
     return view
 
 
@@ -195,7 +195,9 @@ def _fold_model(found: dict[str, Any], operation: str, given: dict[str, Any], ti
     found["last_updated_timestamp"] = max(time_ms, found["last_updated_timestamp"])
 
 
-def experiment_of(requests: Iterable[Kept], theirs: Experiment | None, experiment_id: str, location: str) -> Experiment | None:
+def experiment_of(
+    requests: Iterable[Kept], theirs: Experiment | None, experiment_id: str, location: str
+) -> Experiment | None:
     """Return an experiment: the server's answer, if there is one, with requests of its room folded in."""
     name = theirs.name if theirs is not None else None
     tags = dict(theirs.tags) if theirs is not None else {}

@@ -1,8 +1,8 @@
 """The model registry for an ``outbox+`` URI: MLflow's own store for the server, asked only while the server is there.
 
-Version numbers, stages and aliases are the server's alone, so nothing of the registry is kept for later: a call while the server is away
-fails within the deadline and says so. Before each call what was logged here gets a moment to arrive, because a model version
-points to a model, and ids that were given here are replaced by the server's.
+Version numbers, stages and aliases are the server's alone, so nothing of the registry is kept for later: a call while
+the server is away fails within the deadline and says so. Before each call what was logged here gets a moment to
+arrive, because a model version points to a model, and ids that were given here are replaced by the server's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OutboxRegistry:
         tracking_uri: MLflow's tracking URI; not used, since the server is the same.
     """
 
-    def __init__(self, store_uri: str, tracking_uri: str | None = None) -> None:  # noqa: ARG002 - MLflow's signature
+    def __init__(self, store_uri: str, tracking_uri: str | None = None) -> None:
         self._uri = store_uri
 
     def __getattr__(self, name: str) -> Any:
@@ -46,8 +46,8 @@ class OutboxRegistry:
             except Away as away:
                 raise tracking.server.needed(f"the model registry ({name})", away) from None
             except NotYet as missing:
-                away = Away(f"{missing} has not been delivered yet", sent=False)
-                raise tracking.server.needed(f"the model registry ({name})", away) from None
+                pending = Away(f"{missing} has not been delivered yet", sent=False)
+                raise tracking.server.needed(f"the model registry ({name})", pending) from None
             return theirs(*given, **named)
 
         return call

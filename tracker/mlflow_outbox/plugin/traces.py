@@ -37,7 +37,9 @@ class Traces(Models):
         experiment = str(trace_info.experiment_id)
         self.journals.room(experiment).request("start_trace", trace_info=trace_info)
         shown = TraceInfo.from_dict(trace_info.to_dict())
-        shown.tags[MLFLOW_ARTIFACT_LOCATION] = f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
+        shown.tags[MLFLOW_ARTIFACT_LOCATION] = (
+            f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
+        )
         if self._has_spans:
             shown.tags[TraceTagKey.SPANS_LOCATION] = "TRACKING_STORE"
         self._remember(self._recent, trace_info.trace_id, shown)
@@ -50,7 +52,7 @@ class Traces(Models):
             while len(where) > _REMEMBERED:
                 where.popitem(last=False)
 
-    def log_spans(self, location: str, spans: list[Span], tracking_uri: str | None = None) -> list[Span]:  # noqa: ARG002 - MLflow's signature
+    def log_spans(self, location: str, spans: list[Span], tracking_uri: str | None = None) -> list[Span]:
         """Record spans.
 
         Raises:
@@ -136,7 +138,10 @@ class Traces(Models):
         """
         held = {trace_id: trace for trace_id in trace_ids if (trace := self._held(trace_id)) is not None}
         try:
-            found = {t.info.trace_id: t for t in self.server.ask(lambda store: store.batch_get_traces(trace_ids, location, **options))}
+            found = {
+                t.info.trace_id: t
+                for t in self.server.ask(lambda store: store.batch_get_traces(trace_ids, location, **options))
+            }
         except Away as away:
             if set(trace_ids) - held.keys():
                 raise self.server.needed("traces that this process did not make", away) from None

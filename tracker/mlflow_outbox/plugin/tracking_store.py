@@ -1,9 +1,9 @@
 """The store that MLflow is given for an ``outbox+`` tracking URI: see the package's docstring for what is where.
 
-Manners: what MLflow refuses at the call (a bad key, a changed param, an unknown run) is refused at the call here too. Beyond that no
-write ever waits for the server or fails because of it. Three calls ask it first, for at most ``create_timeout`` seconds, because
-their answers are seen by people: the creation of experiments, runs and logged models. A call that only the server can answer fails
-at once, and says so, while the server is away.
+Manners: what MLflow refuses at the call (a bad key, a changed param, an unknown run) is refused at the call here too.
+Beyond that no write ever waits for the server or fails because of it. Three calls ask it first, for at most
+``create_timeout`` seconds, because their answers are seen by people: the creation of experiments, runs and logged
+models. A call that only the server can answer fails at once, and says so, while the server is away.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ _stores: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _at_exit() -> None:
-    """Bring what MLflow would only say later at the exit into the journals, before the outbox delivers for the last time.
+    """Bring what MLflow would only say later at the exit into the journals, before the outbox's last delivery.
 
-    Handlers run in reverse order of their registration: MLflow's end of an active run was registered before the outbox, and would come
+    Handlers run in reverse order of their registration: MLflow's end of an active run was registered before the
+        outbox, and would come
     after its last delivery.
     """
     if not _stores:
         return
-    from mlflow.tracking import fluent
     from mlflow.tracing import provider
+    from mlflow.tracking import fluent
 
     with contextlib.suppress(Exception):  # whatever MLflow's own handlers raise, MLflow ignores as well
-        fluent._safe_end_run()  # noqa: SLF001 - what MLflow itself calls at the exit
+        fluent._safe_end_run()
     with contextlib.suppress(Exception):
-        exporter = provider._get_trace_exporter()  # noqa: SLF001 - MLflow's flush would import the whole of its client
+        exporter = provider._get_trace_exporter()
         queue = getattr(exporter, "_async_queue", None)
         if queue is not None:
             queue.flush(terminate=True)

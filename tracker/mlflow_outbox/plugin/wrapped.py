@@ -1,9 +1,11 @@
-"""The server's own store behind the plugin: asked once, within a time, and left alone for a while after it did not answer.
+"""The server's own store behind the plugin: asked once, within a time, and left alone for a while after a failure.
 
-The store is the one that the worker delivers to: one attempt for each request, an end to each wait. After a failure it is not asked
-again for a pause that doubles up to half a minute, so a training loop does not pay the deadline at every call of an outage.
+The store is the one that the worker delivers to: one attempt for each request, an end to each wait. After a failure
+it is not asked again for a pause that doubles up to half a minute, so a training loop does not pay the deadline at
+every call of an outage.
 
-What the server says no to is raised as MLflow's own exception. Everything else is ``Away``: callers go on with what is on disk.
+What the server says no to is raised as MLflow's own exception. Everything else is ``Away``: callers go on with what
+is on disk.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ T = TypeVar("T")
 _PAUSE_FIRST: Final = 1.0
 _PAUSE_MOST: Final = 30.0
 #: Statuses that say nothing about the question: not now, or not you.
+_REFUSALS: Final = range(400, 500)
 _NOT_ABOUT_IT: Final = frozenset({401, 403, 407, 408, 425, 429})
 
 
-class Away(Exception):  # noqa: N818 - a state of the server, not an error of the caller
+class Away(Exception):
     """Raised when the server cannot be asked now; ``sent`` tells whether a request may have been carried out."""
 
     def __init__(self, reason: str, *, sent: bool) -> None:
@@ -95,10 +98,11 @@ class Server:
         self._pause, self._asleep_until = _PAUSE_FIRST, 0.0
         return answer
 
-    def _meaning(self, error: Exception) -> Exception:
+    def _meaning(self, error: Exception) -> Any:
         found = delivery.translate(error)
         status = found.status or 500
-        if isinstance(error, MlflowException) and 400 <= status < 500 and status not in _NOT_ABOUT_IT and found.kind == "answer":  # noqa: PLR2004 - the statuses of refusals
+        about_it = found.kind == "answer" and status in _REFUSALS and status not in _NOT_ABOUT_IT
+        if isinstance(error, MlflowException) and about_it:
             code = found.code if found.code in ErrorCode.keys() else "INTERNAL_ERROR"  # noqa: SIM118 - a protobuf enum
             return MlflowException(error.message, error_code=ErrorCode.Value(code))
         self._why = str(found)
@@ -131,7 +135,7 @@ class Server:
 
 
 def delegating(base: type) -> Callable[[type[T]], type[T]]:
-    """Return a class decorator that hands every method of a base class which the class does not define to ``_delegate``.
+    """Return a class decorator that hands each method which a class does not define to its ``_delegate``.
 
     So a method that MLflow adds to its stores works without a change here.
 

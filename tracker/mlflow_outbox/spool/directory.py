@@ -12,8 +12,8 @@ Layout::
       doorbell            a line with the run's id for each segment that a writer opened
       hurry               its modification time changes when somebody wants delivery at once
 
-On a network file system the ledger and the lock lie in the local state directory instead, and ``host.lease`` says which machine
-delivers (see ``mlflow_outbox_worker.host_lease``).
+On a network file system the ledger and the lock lie in the local state directory instead, and ``host.lease`` says
+which machine delivers (see ``mlflow_outbox_worker.host_lease``).
 
 The directory is a trust boundary: whoever may write to it decides what is sent under the user's name. So it is
 refused when it belongs to somebody else, when group or others may enter it, or when it is a symbolic link; and

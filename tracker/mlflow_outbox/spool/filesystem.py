@@ -1,10 +1,10 @@
-"""Is a path on a network file system? There, locks and SQLite cannot be relied on, and other machines see the same files.
+"""Is a path on a network file system? There, locks and SQLite cannot be relied on, and others see the same files.
 
-``statvfs`` does not tell the type of a file system, so the kernel's table of mounts is asked (``/proc/self/mountinfo``). Where there is
-no such table, a path counts as local.
+``statvfs`` does not tell the type of a file system, so the kernel's table of mounts is asked
+(``/proc/self/mountinfo``). Where there is no such table, a path counts as local.
 
-What follows from the answer: no logging call locks a file there, the ledger and the worker's lock live in the local state directory, and
-a *host lease* in the outbox keeps two machines from delivering it at once.
+What follows from the answer: no logging call locks a file there, the ledger and the worker's lock live in the local
+state directory, and a *host lease* in the outbox keeps two machines from delivering it at once.
 """
 
 from __future__ import annotations

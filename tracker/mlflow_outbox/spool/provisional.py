@@ -1,16 +1,16 @@
 """Ids given here while MLflow could not be asked for its own, in a form that can be found wherever they were written.
 
-An id is copied by user code and by MLflow into tags, traces, links and files. So a provisional id can be told from one of MLflow's by its
-look, in any text, and is replaced there at delivery by what it has become:
+An id is copied by user code and by MLflow into tags, traces, links and files. So a provisional id can be told from
+one of MLflow's by its look, in any text, and is replaced there at delivery by what it has become:
 
 * a run's is 32 hex digits, a model's the same behind ``m-``, and both begin with ``0b0e5e1f``;
-* an experiment's is a number of 18 digits (MLflow takes nothing else) that begins with ``90669``, made from the outbox and the
-  experiment's name: two processes that meet the same new experiment offline give it the same id.
+* an experiment's is a number of 18 digits (MLflow takes nothing else) that begins with ``90669``, made from the
+  outbox and the experiment's name: two processes that meet the same new experiment offline give it the same id.
 
 An id that looks like this and that no outbox gave is left as it is.
 
-What belongs to no run (an experiment's tags, traces) is written to the journal of a *room*: a run directory whose name says which
-experiment it is for, and that never becomes a run in MLflow.
+What belongs to no run (an experiment's tags, traces) is written to the journal of a *room*: a run directory whose
+name says which experiment it is for, and that never becomes a run in MLflow.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ class RunReader:
 
     Args:
         path: the run's directory.
-        others: further directories with segments and files of the same run; a segment may move to a later one meanwhile.
+        others: further directories with segments and files of the same run; a segment may move to a later one
+            meanwhile.
         settle: seconds without growth after which a segment without a lock counts as left by its writer.
     """
 

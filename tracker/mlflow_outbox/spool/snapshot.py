@@ -29,6 +29,7 @@ from mlflow_outbox.spool.directory import create_private, sync_directory
 _CHUNK: Final = 1024 * 1024
 _MAX_PATH: Final = 1000
 _BAD: Final = re.compile(r"[\x00-\x1f\x7f\\#]")
+_BAD_DECODED: Final = re.compile(r"[\x00\x7f\\#]")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -169,19 +170,20 @@ def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact
             break
         before, decoded = decoded, unquote(decoded)
     for form in {text, decoded}:
-        problem = _path_problem(form)
+        problem = _path_problem(form, literal=form == text)
         if problem:
             msg = f"the {what} {shown!r} {problem}; use a relative path such as 'plots/loss.png'"
             raise InvalidEvent("bad_path", msg)
     return posixpath.normpath(text) if text else ""
 
 
-def _path_problem(text: str) -> str | None:
+def _path_problem(text: str, *, literal: bool) -> str | None:
     if len(text) > _MAX_PATH:
         return f"has {len(text)} characters, more than {_MAX_PATH}"
-    if _BAD.search(text):
+    # Older MLflow names images "loss%step%1%timestamp%17...": what that seems to escape is no control character.
+    if (_BAD if literal else _BAD_DECODED).search(text):
         return "holds a control character, a backslash or '#'"
-    if any(unicodedata.category(c) in {"Cc", "Cf", "Cs"} for c in text):
+    if literal and any(unicodedata.category(c) in {"Cc", "Cf", "Cs"} for c in text):
         return "holds an invisible character"
     if text.startswith("/") or re.match(r"[A-Za-z]:", text):
         return "is absolute"

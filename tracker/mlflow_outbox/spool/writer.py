@@ -7,8 +7,8 @@ silent         another machine wrote it, or an earlier boot, or the file system 
                say nothing: only the time since its last change tells, and that is an estimate
 =============  ===========================================================================================
 
-A clock of a file server may be wrong, so on a network file system a segment counts as left only when this process has itself
-seen it unchanged for the time in question, or when its last change is ten times as long ago.
+A clock of a file server may be wrong, so on a network file system a segment counts as left only when this process has
+itself seen it unchanged for the time in question, or when its last change is ten times as long ago.
 """
 
 from __future__ import annotations

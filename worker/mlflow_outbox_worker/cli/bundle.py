@@ -108,8 +108,8 @@ def import_(
 ) -> int:
     """Check a bundle, and put its runs into an outbox from which they are delivered.
 
-    Nothing of a bundle is used before all of it has been checked. Importing it twice changes nothing; a later export of the
-    same runs completes them.
+    Nothing of a bundle is used before all of it has been checked. Importing it twice changes nothing; a later export
+    of the same runs completes them.
 
     \b
     Examples:

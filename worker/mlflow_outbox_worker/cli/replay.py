@@ -1,4 +1,4 @@
-"""``mlflow-outbox replay``: send runs that lie somewhere on disk, to where they were meant to go or to another place."""
+"""``mlflow-outbox replay``: send runs that lie somewhere on disk, to where they were meant to go or elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from mlflow_outbox_worker.cli.options import Quiet, Verbose
 from mlflow_outbox_worker.cli.terminal import Column, count
 
 if TYPE_CHECKING:
-    from mlflow_outbox_worker.replay import Job, JobResult, Prepared, Progress, Wish
+    from mlflow_outbox_worker.jobs import Job, Prepared, Wish
+    from mlflow_outbox_worker.replay import JobResult, Progress
 
 #: Events of which a terminal shows the rate over, in seconds.
 _RATE_OVER = 10.0
@@ -61,8 +62,8 @@ def replay(
 ) -> int:
     """Send runs that are on disk: offline runs, copies, bundles, runs on a shared file system.
 
-    Interrupted and started again it goes on where it was. Nothing arrives twice, also when another machine replays the same
-    files. Whatever is not this user's own outbox is only read.
+    Interrupted and started again it goes on where it was. Nothing arrives twice, also when another machine replays
+    the same files. Whatever is not this user's own outbox is only read.
 
     \b
     Examples:
@@ -72,7 +73,7 @@ def replay(
       mlflow-outbox replay /scratch/outbox --follow                    from a login node, while the job runs
       mlflow-outbox replay ./.mlflow-outbox --again                    after the server's database was lost
     """
-    from mlflow_outbox_worker.replay import Wish, prepare
+    from mlflow_outbox_worker.jobs import Wish, prepare
 
     terminal.behave(quiet=quiet, verbose=verbose)
     if follow and (only_finished or again):
@@ -118,7 +119,7 @@ def _nothing(prepared: Prepared) -> str:
 
 
 def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
-    from mlflow_outbox_worker.replay import known_records, pending_events, view_of
+    from mlflow_outbox_worker.jobs import known_records, pending_events, view_of
 
     if not prepared.jobs:
         terminal.say(_nothing(prepared))

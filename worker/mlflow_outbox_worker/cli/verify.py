@@ -47,8 +47,8 @@ def verify(
 ) -> int:
     """Read runs back from MLflow and compare them with what is on disk: points, params, tags, artifacts.
 
-    Changes nothing, here or there. Exit code 0 says that MLflow holds everything, 1 that something differs or is absent, 3 that
-    some of it has not been sent yet.
+    Changes nothing, here or there. Exit code 0 says that MLflow holds everything, 1 that something differs or is
+    absent, 3 that some of it has not been sent yet.
 
     \b
     Examples:

@@ -39,7 +39,9 @@ def find_model(store: Any, experiment_id: str, local_id: str) -> str:
     """Return the id of the logged model that carries the outbox's id for it, or ""."""
     if not re.fullmatch(r"[\w.-]+", local_id):
         return ""
-    found = store.search_logged_models([experiment_id], filter_string=f"tags.`{MODEL_ID_TAG}` = '{local_id}'", max_results=2)
+    found = store.search_logged_models(
+        [experiment_id], filter_string=f"tags.`{MODEL_ID_TAG}` = '{local_id}'", max_results=2
+    )
     return min((str(model.model_id) for model in found), default="")
 
 
@@ -56,7 +58,7 @@ def _log_spans(store: ServerStore, location: str, spans: list[Any]) -> None:
     """Send spans in one attempt; MLflow's own store asks for the server's version first and then tries for minutes."""
     request = ExportTraceServiceRequest()
     resource = request.resource_spans.add()
-    resource.resource.CopyFrom(resource_to_otel_proto(getattr(spans[0]._span, "resource", None)))  # noqa: SLF001 - as MLflow's store
+    resource.resource.CopyFrom(resource_to_otel_proto(getattr(spans[0]._span, "resource", None)))
     resource.scope_spans.add().spans.extend(span.to_otel_proto() for span in spans)
     answer = store.transport.request(
         store.get_host_creds(),
@@ -65,5 +67,5 @@ def _log_spans(store: ServerStore, location: str, spans: list[Any]) -> None:
         data=request.SerializeToString(),
         extra_headers={"Content-Type": "application/x-protobuf", MLFLOW_EXPERIMENT_ID_HEADER: location},
     )
-    if answer.status >= 300:  # noqa: PLR2004 - anything but success; a successful answer is no JSON
+    if answer.status >= 300:
         checked(answer, f"POST {OTLP_TRACES_PATH}")

@@ -1,0 +1,207 @@
+"""Proves that the tests notice the faults they are there for: each mutant is a mistake that somebody could make.
+
+A mutant is applied to a copy of the tree, and the test that is named with it is run there. It must fail, or the
+mutant has survived, which is reported and makes this script fail. Before that, the same tests must pass unmutated.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+#: Seconds that one mutant's test may take; a mutant that makes it hang is noticed too.
+_PATIENCE: Final = 240
+
+
+class Mutant(NamedTuple):
+    """A mistake: where, what stands there, what it becomes, and the test that has to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+COURIER: Final = "worker/mlflow_outbox_worker/courier.py"
+MUTANTS: Final = [
+    Mutant(
+        "acknowledge before sending",
+        COURIER,
+        "        dead: list[DeadLetter] = []\n        if window.events:\n",
+        "        dead: list[DeadLetter] = []\n        record.cursors = window.cursors\n"
+        "        self._ledger.commit(record)\n        if window.events:\n",
+        "tests/faults/test_network.py::test_statuses_that_pass_are_retried_and_never_dead_lettered",
+    ),
+    Mutant(
+        "drop the search for the run's tag",
+        COURIER,
+        '        twins = self._ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))\n',
+        "        twins: list[str] = []\n",
+        "tests/faults/test_network.py::test_an_answer_lost_at_any_request_doubles_nothing",
+    ),
+    Mutant(
+        "unlink before sending",
+        COURIER,
+        "        dead: list[DeadLetter] = []\n        if window.events:\n",
+        "        dead: list[DeadLetter] = []\n        for writer, held in reader.segments().items():\n"
+        "            for segment in held:\n"
+        "                if segment.header.ordinal < window.cursors[writer].ordinal:\n"
+        "                    os.unlink(segment.path)\n        if window.events:\n",
+        "tests/faults/test_kills.py::test_a_kill_at_any_system_call_loses_and_doubles_nothing",
+    ),
+    Mutant(
+        "fold before sending",
+        COURIER,
+        "            steps, ended = plan(",
+        "            for writer, event in window.events:\n                view.fold(event, writer)\n"
+        "            steps, ended = plan(",
+        "tests/faults/test_network.py::test_a_refused_connection_is_retried_until_it_is_accepted",
+    ),
+    Mutant(
+        "a lane that dies takes its run along",
+        "worker/mlflow_outbox_worker/delivery.py",
+        "        except BaseException as error:  # this thread ends",
+        "        except MemoryError as error:  # this thread ends",
+        "tests/faults/test_exits.py::test_a_worker_that_dies_is_replaced_and_counted",
+    ),
+    Mutant(
+        "dead-letter on 503",
+        "worker/mlflow_outbox_worker/outcome.py",
+        "status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code",
+        "(status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != 503) or error.code",
+        "tests/faults/test_network.py::test_statuses_that_pass_are_retried_and_never_dead_lettered",
+    ),
+    Mutant(
+        "retry a failed fsync on the same descriptor",
+        "tracker/mlflow_outbox/spool/journal.py",
+        "            self._disk.datasync(fd)\n        except OSError as error:\n",
+        "            self._disk.datasync(fd)\n        except OSError as error:\n            try:\n"
+        "                self._disk.datasync(fd)\n                return True\n            except OSError:\n"
+        "                pass\n",
+        "tests/faults/test_disk_errors.py::test_an_input_output_error_at_any_call_loses_nothing_that_was_kept",
+    ),
+    Mutant(
+        "no cut-back after a short write",
+        "tracker/mlflow_outbox/spool/journal.py",
+        "                if found is None and tail:\n                    self._disk.truncate(self._fd, self._offset)\n",
+        "                if found is None and tail:\n                    self._offset += len(tail)\n",
+        "tests/faults/test_space.py::test_a_write_that_is_short_at_any_byte_leaves_no_torn_frame",
+    ),
+    Mutant(
+        "skip the CRC check",
+        "tracker/mlflow_outbox/spool/frame.py",
+        "    if _crc32(data[offset + 4 : stop], seed) != crc:",
+        "    if _crc32(data[offset + 4 : stop], seed) == -1 and crc:",
+        "tests/test_recovery.py::test_any_flipped_bit_of_a_segment_costs_at_most_its_frame",
+    ),
+    Mutant(
+        "ignore a gap in the sequence",
+        "tracker/mlflow_outbox/spool/reader.py",
+        "        self.missing += ahead\n        self._seq = (seq + 1)",
+        "        self._seq = (seq + 1)",
+        "tests/test_recovery.py::test_a_removed_frame_is_counted_as_missing",
+    ),
+    Mutant(
+        "pickle in the ledger",
+        "worker/mlflow_outbox_worker/disk.py",
+        "        if type(mode) is int and mode == RAW and",
+        "        if mode == 4:  # noqa: PLR2004\n            import pickle\n\n            return pickle.loads(value)\n"
+        "        if type(mode) is int and mode == RAW and",
+        "tests/test_disk.py",
+    ),
+    Mutant(
+        "a lease that does not lock",
+        "worker/mlflow_outbox_worker/lease.py",
+        "            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "tests/faults/test_many.py::test_of_many_workers_one_delivers",
+    ),
+    Mutant(
+        "trust a lock file that is no longer there",
+        "worker/mlflow_outbox_worker/lease.py",
+        "return self._fd >= 0 and _is_same(self._fd, self._path)",
+        "return self._fd >= 0",
+        "tests/faults/test_many.py::test_only_the_kernel_s_lock_decides_who_delivers",
+    ),
+    Mutant(
+        "a param torn by a kill is refused for ever",
+        "worker/mlflow_outbox_worker/mlflow_sink/stores.py",
+        "        store = _Directory(root, artifact_root or root)",
+        "        store = file_store.FileStore(root, artifact_root or root)",
+        "tests/faults/test_kills.py::test_a_param_that_a_killed_worker_left_empty_is_written_again",
+    ),
+]
+
+
+def main(names: list[str]) -> int:
+    """Run mutants, all or those named; return the exit code."""
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    if len(chosen) < len(names):
+        print("mutants:", *(mutant.name for mutant in MUTANTS), sep="\n  ")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="mlflow-outbox-mutants-") as folder:
+        copy = Path(folder) / "tree"
+        for part in ("tracker", "worker", "tests", "scripts"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "seeds"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        whole, failed, _ = _run(copy, sorted({mutant.test for mutant in chosen}))
+        if not whole:
+            print(f"these fail without any mutant, so nothing can be proved with them: {failed}")
+            return 1
+        results = [_try(copy, mutant) for mutant in chosen]
+    survived = results.count("SURVIVED")
+    print(f"{len(results)} mutants, {results.count('noticed')} noticed, {survived} survived")
+    return 0 if results.count("noticed") == len(results) else 1
+
+
+def _try(copy: Path, mutant: Mutant) -> str:
+    path = copy / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        print(f"NOT APPLIED  {mutant.name}: {mutant.file} has changed; write the mutant anew")
+        return "not applied"
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        passed, failed, seconds = _run(copy, [mutant.test])
+    finally:
+        path.write_text(text, encoding="utf-8")
+    verdict = "SURVIVED" if passed else "noticed"
+    print(f"{verdict:12} {mutant.name:45} {seconds:5.0f} s  {failed or mutant.test}", flush=True)
+    return verdict
+
+
+def _run(copy: Path, tests: list[str]) -> tuple[bool, str, float]:
+    """Run tests on a tree; return whether all passed, which did not, and the seconds it took."""
+    environment = {**os.environ, "PYTHONPATH": f"{copy / 'tracker'}{os.pathsep}{copy / 'worker'}"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE * len(tests),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False, "it hangs", time.monotonic() - started
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in {0, 1}:
+        return False, f"pytest itself: {done.stdout[-600:]}", time.monotonic() - started
+    return done.returncode == 0, ", ".join(failed), time.monotonic() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

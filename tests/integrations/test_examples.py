@@ -1,0 +1,80 @@
+"""Every example, as a user runs it: plain, with the outbox, and with the outbox while the server is away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_outbox.testing.proxy import FaultProxy
+from plugin_world import deliver, differences, picture, tracking
+from servers import MlflowServer
+
+_EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+#: Experiments by example, and what differs from one training to the next.
+_EXPERIMENTS = {
+    "sklearn_autolog": "sklearn example",
+    "xgboost_autolog": "xgboost example",
+    "lightgbm_autolog": "lightgbm example",
+    "optuna_study": "optuna example",
+    "lightning_trainer": "lightning example",
+    "hf_trainer": "transformers example",
+    "keras_fit": "keras example",
+}
+
+
+def run(example: str, uri: str, outbox: Path) -> None:
+    """Run one example; its working directory is a new one."""
+    outbox.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, str(_EXAMPLES / f"{example}.py")],
+        cwd=outbox,
+        env={
+            **os.environ,
+            "MLFLOW_TRACKING_URI": uri,
+            "MLFLOW_OUTBOX_DIR": str(outbox),
+            "MLFLOW_OUTBOX_EXIT_TIMEOUT": "5",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stdout + done.stderr
+
+
+def shape(server: MlflowServer, example: str) -> dict[str, Any]:
+    """Return what a training of an example left behind, without what chance decides: the values of points and sizes."""
+    shown = picture(server.url, _EXPERIMENTS[example])
+    for one in shown["runs"]:
+        one["metrics"] = {key: [step for step, _ in points] for key, points in one["metrics"].items()}
+        one["files"] = [name for name, _ in one["files"]]
+        one["params"] = {key: value for key, value in one["params"].items() if "dir" not in key}
+        one["tags"].pop("mlflow.log-model.history", None)
+    for model in shown["models"]:
+        model["metrics"] = [key for key, *_ in model["metrics"]]
+    return shown
+
+
+@pytest.mark.parametrize("mode", ["up", "away"])
+@pytest.mark.parametrize("example", list(_EXPERIMENTS))
+def test_an_example_leaves_the_same_behind_with_an_outbox(
+    example: str, mode: str, own_mlflow_server: Any, tmp_path: Path
+) -> None:
+    """Field by field, but for values that training makes anew each time."""
+    pytest.importorskip({"hf_trainer": "transformers"}.get(example, example.partition("_")[0]))
+    plain, through = own_mlflow_server(), own_mlflow_server()
+    run(example, plain.url, tmp_path / "plain")
+    with FaultProxy(through.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        if mode == "away":
+            proxy.down()
+        run(example, uri, tmp_path / "outbox")
+        proxy.up()
+        with tracking(uri, tmp_path / "outbox"):
+            deliver(uri)
+    assert [] == differences(shape(plain, example), shape(through, example))

@@ -1,0 +1,111 @@
+"""One worker per outbox (F80 to F82)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlflow_outbox_worker.lease import Lease, holder
+from servers import eventually
+
+
+def test_only_one_of_many_holds_the_lease(tmp_path: Path) -> None:
+    """In one process too; releasing hands it on."""
+    first, second = Lease(tmp_path / "lock", "thread"), Lease(tmp_path / "lock", "command")
+    assert first.acquire()
+    assert first.acquire()
+    assert not second.acquire()
+    assert (True, False) == (first.is_held(), second.is_held())
+    first.release()
+    first.release()
+    assert second.acquire()
+    assert 0o600 == stat.S_IMODE((tmp_path / "lock").stat().st_mode)
+
+
+def test_the_holder_is_named_while_it_holds(tmp_path: Path) -> None:
+    """For messages: host, process and kind."""
+    lease = Lease(tmp_path / "lock", "process")
+    assert holder(tmp_path / "lock") is None
+    lease.acquire()
+    found = lease.holder()
+    assert found is not None
+    assert (os.getpid(), "process") == (found.pid, found.kind)
+    lease.release()
+    assert lease.holder() is None
+
+
+def test_a_note_that_cannot_be_read_hides_no_holder(tmp_path: Path) -> None:
+    """What decides is the lock."""
+    lease = Lease(tmp_path / "lock", "thread")
+    lease.acquire()
+    (tmp_path / "lock").write_bytes(b"\xff junk")
+    found = lease.holder()
+    assert found is not None
+    assert "unknown" == found.host
+
+
+def test_the_kernel_releases_the_lease_of_a_killed_holder(tmp_path: Path) -> None:
+    """F81: no time-out, no stale lock."""
+    code = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from mlflow_outbox_worker.lease import Lease
+lease = Lease(Path({str(tmp_path / "lock")!r}), "process")
+print(lease.acquire(), flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert b"True\n" == other.stdout.readline()
+        mine = Lease(tmp_path / "lock", "thread")
+        assert not mine.acquire()
+        other.send_signal(signal.SIGKILL)
+    eventually(mine.acquire, timeout=2)
+
+
+def test_a_forked_child_does_not_keep_its_parents_lease(tmp_path: Path) -> None:
+    """The child lives on, and the parent's release counts all the same."""
+    lease = Lease(tmp_path / "lock", "thread")
+    lease.acquire()
+    gate, end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end)
+        held = lease.is_held()
+        os.read(gate, 1)
+        os._exit(1 if held else 0)
+    os.close(gate)
+    assert lease.is_held()
+    lease.release()
+    assert Lease(tmp_path / "lock", "thread").acquire()
+    os.close(end)
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_holder_notices_that_its_lock_file_is_not_the_one(tmp_path: Path, how: str) -> None:
+    """F82: somebody else may lock the new file, so the old holder must stop."""
+    lease = Lease(tmp_path / "lock", "thread")
+    lease.acquire()
+    assert lease.is_sound()
+    (tmp_path / "lock").unlink()
+    if how == "replaced":
+        (tmp_path / "lock").write_text("")
+    assert not lease.is_sound()
+    assert Lease(tmp_path / "lock", "thread").acquire()
+
+
+def test_a_link_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+    """F90: it is not followed."""
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        Lease(tmp_path / "lock", "thread").acquire()
+    assert not (tmp_path / "elsewhere").exists()
+    assert holder(tmp_path / "lock") is None

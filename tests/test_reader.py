@@ -1,0 +1,279 @@
+"""The reader against a plain list: what is written is read once, in order, from any point on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mlflow_outbox.spool import frame
+from mlflow_outbox.spool.events import Metric, Metrics, RunStarted, encode
+from mlflow_outbox.spool.journal import Journal
+from mlflow_outbox.spool.reader import Cursor, RunReader
+from spools import RUN, Everything, closing, header, make_journal, make_outbox, metric, packed, write_segment
+
+
+def test_reading_resumes_at_every_window_boundary(tmp_path: Path) -> None:
+    """Windows of any size, with a fresh reader each: together they are the whole, nothing twice."""
+    writer = make_journal(make_outbox(tmp_path / "outbox"), segment_bytes=1024)
+    for number in range(120):
+        writer.append(metric(number) if number % 3 else Metrics({"loss": 1.0, "b": 2.0}, 1, number))
+    folder = writer.directory.run(RUN)
+    writer.close()
+    whole = Everything(folder).events
+    for items in (1, 2, 7, 50):
+        cursors: dict[str, Cursor] = {}
+        found = []
+        while True:
+            window = RunReader(folder).window(cursors, items=items)
+            assert len(window.events) <= items
+            assert window.events == RunReader(folder).window(cursors, items=items).events, "reading changes nothing"
+            found += [event for _, event in window.events]
+            cursors = window.cursors
+            if not window.more:
+                break
+        assert whole == found
+
+
+@pytest.mark.parametrize("limits", [{"points": 5}, {"size": 100}, {"items": 1}])
+def test_a_window_stops_at_each_limit(tmp_path: Path, limits: dict[str, int]) -> None:
+    """Points, bytes and events: a window is some requests large, not the whole run; but never empty."""
+    frames = packed(map(metric, range(20)), header())
+    write_segment(tmp_path, header(), [*frames, closing(20, header())])
+    window = RunReader(tmp_path).window({}, **limits)
+    assert 1 <= len(window.events) <= 5
+    assert window.more
+    assert list(range(20)) == Everything(tmp_path, **limits).steps
+
+
+def test_a_reclaimed_segment_is_no_gap(tmp_path: Path) -> None:
+    """What was delivered and removed is not read again and not missed."""
+    writer = make_journal(make_outbox(tmp_path / "outbox"), segment_bytes=1024)
+    for number in range(60):
+        writer.append(metric(number))
+    folder = writer.directory.run(RUN)
+    first = Everything(folder)
+    for path in sorted(folder.glob("*.log"))[:-1]:
+        path.unlink()
+    for number in range(60, 100):
+        writer.append(metric(number))
+    found = Everything(folder, first.cursors)
+    assert (list(range(60, 100)), 0, []) == (found.steps, found.missing, found.broken)
+
+
+def test_next_numbers_do_not_depend_on_what_the_last_event_holds(tmp_path: Path) -> None:
+    """The last event's bytes may look like those of a closing frame; flush would end one event early."""
+    head = header()
+    for number in range(300):
+        events = [Metric("loss", 0.5, 1_700_000_000_000 + number, 1)]
+        write_segment(tmp_path, head, packed(events, head))
+        assert {head.writer: 1} == RunReader(tmp_path).next_numbers()
+
+
+def test_next_numbers_are_the_same_from_any_cursor(tmp_path: Path) -> None:
+    """A cursor makes counting faster, not different."""
+    writer = make_journal(make_outbox(tmp_path / "outbox"), segment_bytes=1024)
+    for number in range(100):
+        writer.append(metric(number))
+    reader = RunReader(writer.directory.run(RUN))
+    cursors: dict[str, Cursor] = {}
+    while (window := reader.window(cursors, items=7)).more:
+        cursors = window.cursors
+        assert {writer.writer: 100} == reader.next_numbers(cursors)
+
+
+def test_a_damaged_last_frame_does_not_make_a_flush_wait_for_ever(tmp_path: Path) -> None:
+    """The number in a damaged frame is not believed."""
+    head = header()
+    frames = packed(map(metric, range(5)), head)
+    for bit in range(8 * 4, 8 * 10):
+        bad = bytearray(frames[4])
+        bad[bit // 8] ^= 1 << bit % 8
+        write_segment(tmp_path, head, [*frames[:4], bytes(bad)])
+        assert {head.writer: 4} == RunReader(tmp_path).next_numbers(), f"bit {bit}"
+
+
+def test_a_run_begins_with_its_start_however_many_tags_it_has(tmp_path: Path) -> None:
+    """The first event may be larger than one read."""
+    head = header()
+    start = RunStarted(1, "name", "user", {f"tag{number}": "x" * 8000 for number in range(100)})
+    write_segment(tmp_path, head, packed([start], head))
+    assert (start, head) == RunReader(tmp_path).started()
+    assert start == RunReader(tmp_path).first(RunStarted)
+
+
+def test_a_run_without_files_has_not_begun(tmp_path: Path) -> None:
+    """A missing directory is an empty one."""
+    assert (None, None) == RunReader(tmp_path / "none").started()
+    assert [] == Everything(tmp_path / "none").events
+
+
+def test_files_that_are_no_segments_are_named_and_harmless(tmp_path: Path) -> None:
+    """F90, F37: a FIFO, a link, a directory, junk, a newer version: none blocks, each is reported, the rest is read."""
+    head = header()
+    write_segment(tmp_path, head, [*packed(map(metric, range(3)), head), closing(3, head)])
+    os.mkfifo(tmp_path / "fifo.log")
+    (tmp_path / "link.log").symlink_to(tmp_path / f"{head.writer}-000000.log")
+    (tmp_path / "folder.log").mkdir()
+    (tmp_path / "junk.log").write_bytes(b"junk")
+    (tmp_path / "newer.log").write_bytes(frame.pack_header(header(version=99, writer="n" * 16)))
+    (tmp_path / "empty.log").write_bytes(b"")
+    found = Everything(tmp_path)
+    assert [0, 1, 2] == found.steps
+    assert {"fifo.log", "link.log", "folder.log", "junk.log", "newer.log"} == {item.path.name for item in found.broken}
+    assert ["newer"] == [item.kind for item in found.broken if item.path.name == "newer.log"]
+
+
+def test_a_bad_file_that_is_gone_is_not_reported_any_more(tmp_path: Path) -> None:
+    """Somebody moved it away."""
+    (tmp_path / "junk.log").write_bytes(b"junk")
+    reader = RunReader(tmp_path)
+    reader.segments()
+    assert 1 == len(reader.bad_headers())
+    (tmp_path / "junk.log").unlink()
+    reader.segments()
+    assert [] == reader.bad_headers()
+
+
+def test_a_copy_of_a_segment_brings_nothing_twice(tmp_path: Path) -> None:
+    """A backup restored beside the original."""
+    head = header()
+    path = write_segment(tmp_path, head, [*packed(map(metric, range(3)), head), closing(3, head)])
+    (tmp_path / "copy.log").write_bytes(path.read_bytes())
+    found = Everything(tmp_path)
+    assert ([0, 1, 2], 0) == (found.steps, found.missing)
+
+
+def test_a_living_writer_is_told_from_a_dead_one(tmp_path: Path) -> None:
+    """Its lock says so, whatever the clock says."""
+    writer = make_journal(make_outbox(tmp_path / "outbox"))
+    writer.append(metric(0))
+    folder = writer.directory.run(RUN)
+    assert Everything(folder, settle=0.0).live
+    os.close(writer._fd)
+    assert not Everything(folder).live
+    writer._fd = -1
+
+
+def test_a_writer_is_locked_even_while_readers_look(tmp_path: Path) -> None:
+    """A look at the moment of a segment's creation must not make its writer seem dead."""
+    from mlflow_outbox.spool.disk import SystemDisk, is_being_written
+
+    stop = threading.Event()
+    path = [tmp_path / "0.log"]
+
+    def look() -> None:
+        while not stop.is_set():
+            is_being_written(path[0])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for number in range(300):
+            path[0] = tmp_path / f"{number}.log"
+            fd = SystemDisk().create(path[0])
+            assert is_being_written(path[0])
+            os.close(fd)
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Spool(RuleBasedStateMachine):
+    """Writers, a reader that remembers its cursors, and the list of what was acknowledged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self._folder = tempfile.TemporaryDirectory(prefix="spool-")
+        self.outbox = make_outbox(Path(self._folder.name) / "outbox")
+        self.writers: list[Journal] = []
+        self.model: dict[str, list[int]] = {}
+        self.seen: dict[str, list[int]] = {}
+        self.cursors: dict[str, Cursor] = {}
+        self.missing = 0
+        self.torn = 0
+        self.number = 0
+        self.start()
+
+    @rule()
+    def start(self) -> None:
+        """Another process begins to write."""
+        if len(self.writers) < 3:
+            self.writers.append(make_journal(self.outbox, segment_bytes=1024))
+
+    @rule(which=st.integers(0, 2), count=st.integers(1, 40))
+    def append(self, which: int, count: int) -> None:
+        """Log some events."""
+        writer = self.writers[which % len(self.writers)]
+        for _ in range(count):
+            assert writer.append(metric(self.number))
+            self.model.setdefault(writer.writer, []).append(self.number)
+            self.number += 1
+
+    @rule(which=st.integers(0, 2), close=st.booleans())
+    def sync_or_close(self, which: int, close: bool) -> None:
+        """What the background, or the end of a run, does."""
+        writer = self.writers[which % len(self.writers)]
+        writer.close() if close else writer.sync()
+
+    @precondition(lambda self: any(writer._fd >= 0 for writer in self.writers))
+    @rule(size=st.integers(1, 30))
+    def die_with_a_torn_tail(self, size: int) -> None:
+        """A writer dies in the middle of a write: part of a frame that was never acknowledged stays."""
+        at = next(at for at, writer in enumerate(self.writers) if writer._fd >= 0)
+        writer = self.writers.pop(at)
+        os.write(writer._fd, frame.pack(encode(metric(-1)), writer._seq, writer._seed)[:size])
+        os.close(writer._fd)
+        for old in writer._retired:
+            os.close(old.fd)
+        writer._reset()
+        self.torn += 1
+        self.start()
+
+    @rule(items=st.integers(1, 20), points=st.integers(1, 20), size=st.integers(1, 400), windows=st.integers(1, 5))
+    def read(self, items: int, points: int, size: int, windows: int) -> None:
+        """Deliver some windows, with a reader that knows nothing but the cursors."""
+        for _ in range(windows):
+            window = RunReader(self.outbox.run(RUN)).window(self.cursors, items=items, points=points, size=size)
+            self.cursors = window.cursors
+            self.missing += window.missing
+            for writer, event in window.events:
+                assert isinstance(event, Metric)
+                self.seen.setdefault(writer, []).append(event.step)
+
+    @invariant()
+    def what_was_read_is_a_prefix_of_what_was_written(self) -> None:
+        """No phantom, exact order, nothing twice."""
+        for writer, steps in self.seen.items():
+            assert self.model[writer][: len(steps)] == steps
+        assert 0 == self.missing
+
+    def teardown(self) -> None:
+        """In the end everything is read, and the numbers agree."""
+        for writer in self.writers:
+            writer.close()
+            writer.sync()
+        for _ in range(2000):
+            before = self.cursors
+            self.read(50, 50, 10**6, 1)
+            if before == self.cursors:
+                break
+        assert self.seen == self.model
+        ends = RunReader(self.outbox.run(RUN)).next_numbers()
+        assert {writer: len(steps) for writer, steps in self.model.items()} == {
+            writer: end for writer, end in ends.items() if end
+        }
+        self._folder.cleanup()
+
+
+TestSpool = Spool.TestCase
+TestSpool.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

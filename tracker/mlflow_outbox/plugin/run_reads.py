@@ -1,0 +1,208 @@
+"""Reading runs: from the server with what is pending, from the outbox while the server is away."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from mlflow.entities import Metric, Run, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.store.entities.paged_list import PagedList
+from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
+from mlflow.utils.search_utils import SearchUtils
+
+from mlflow_outbox import delivery
+from mlflow_outbox.plugin import reads
+from mlflow_outbox.plugin.base import no_such
+from mlflow_outbox.plugin.experiments import Experiments
+from mlflow_outbox.plugin.ids import NotYet
+from mlflow_outbox.plugin.journals import say_once
+from mlflow_outbox.plugin.wrapped import Away
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.reader import Cursor, RunReader
+
+#: Points asked for in one page of a metric's history.
+_PAGE: Final = 25_000
+
+
+class RunReads(Experiments):
+    """What readers of runs ask."""
+
+    def get_run(self, run_id: str) -> Run:
+        """Return a run.
+
+        Raises:
+            MlflowException: there is none of this id, or only the server would know and is away.
+        """
+        local_id = self.canonical(run_id)
+        local = self.local_run(local_id)
+        theirs: Run | None = None
+        away: Away | None = None
+        try:
+            remote = self.ids.remote(local_id)
+            theirs = self.server.ask(lambda store: store.get_run(remote), quick=True)
+        except NotYet:
+            pass
+        except Away as error:
+            away = error
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST" or local is None or not local.pending:
+                raise
+        if theirs is not None:
+            uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)
+            return self._placed(reads.folded(theirs, local.pending if local is not None else (), run_id, uri))
+        if local is not None:
+            return reads.local_run_of(local, run_id, self._uri(local_id))
+        if away is not None:
+            raise self.server.needed(f"the run {run_id}", away)
+        raise no_such("Run", run_id)
+
+    def _placed(self, run: Run) -> Run:
+        run.info._experiment_id = self.shown_experiment(run.info.experiment_id)
+        return run
+
+    def _uri(self, local_id: str) -> str:
+        return self.shown_uri("run", local_id, self._artifact_uris.get(local_id))
+
+    def get_metric_history(
+        self, run_id: str, metric_key: str, max_results: int | None = None, page_token: str | None = None
+    ) -> PagedList:
+        """Return every point of a metric.
+
+        Raises:
+            MlflowException: only the server would know and is away.
+        """
+        local_id = self.canonical(run_id)
+        local = self.local_run(local_id)
+        pending = reads.points(local.pending, metric_key) if local is not None else []
+        try:
+            remote = self.ids.remote(local_id)
+            found = self.server.ask(
+                lambda store: store.get_metric_history(
+                    remote, metric_key, max_results=max_results, page_token=page_token
+                )
+            )
+        except (Away, NotYet) as away:
+            if local is None:
+                raise self.server.needed(
+                    f"the metric {metric_key} of run {run_id}", Away(str(away), sent=False)
+                ) from None
+            return PagedList(reads.merged_points((), self._points_on_disk(local_id, metric_key)), None)
+        last = getattr(found, "token", None) is None
+        return PagedList(reads.merged_points(found, pending if last else ()), getattr(found, "token", None))
+
+    def _points_on_disk(self, local_id: str, key: str) -> list[Metric]:
+        found: list[Metric] = []
+        for parent in (self.outbox.directory.delivered, self.outbox.directory.runs):
+            reader = RunReader(parent / local_id)
+            cursors: dict[str, Cursor] = {}
+            while True:
+                window = reader.window(cursors, points=_PAGE, items=_PAGE)
+                found += reads.points(window.events, key)
+                if not window.more:
+                    break
+                cursors = window.cursors
+        return found
+
+    def search_runs(
+        self,
+        experiment_ids: list[str],
+        filter_string: str,
+        run_view_type: int,
+        max_results: int = SEARCH_MAX_RESULTS_DEFAULT,
+        order_by: list[str] | None = None,
+        page_token: str | None = None,
+    ) -> PagedList:
+        """Return runs: the server's and those on their way; those of this outbox while the server is away.
+
+        Raises:
+            MlflowException: the server is away and this outbox has no run in these experiments, or the server said
+                no.
+        """
+        return PagedList(
+            *self._search_runs(experiment_ids, filter_string, run_view_type, max_results, order_by or [], page_token)
+        )
+
+    def _search_runs(
+        self,
+        experiment_ids: list[str],
+        filter_string: str,
+        run_view_type: int,
+        max_results: int,
+        order_by: list[str],
+        page_token: str | None,
+    ) -> tuple[list[Run], str | None]:
+        wanted = [str(number) for number in experiment_ids]
+        known = []
+        for number in wanted:
+            try:
+                known.append(self.ids.remote(number))
+            except NotYet:
+                continue
+        local = [
+            run
+            for run in self._local_runs()
+            if {run.view.experiment_id, self._remote_experiment(run)} & {*wanted, *known}
+        ]
+        try:
+            if known:
+                runs, token = self.server.ask(
+                    lambda store: store._search_runs(
+                        known, self._outgoing_filter(filter_string), run_view_type, max_results, order_by, page_token
+                    )
+                )
+            else:
+                runs, token = [], None
+        except Away as away:
+            if not local:
+                raise self.server.needed("a search for runs that this outbox did not make", away) from None
+            say_once(self.outbox, "search", "the server is away, so a search for runs found only those of this outbox")
+            found = self._matching([self._local_entity(run) for run in local], filter_string, run_view_type, order_by)
+            page: tuple[list[Run], str | None] = SearchUtils.paginate(found, page_token, max_results)
+            return page
+        mine = {run.remote_id or run.run_id: run for run in local}
+        shown = [self._shown(run, mine.get(run.info.run_id)) for run in runs]
+        if page_token or token:
+            return shown, token
+        seen = {run.info.run_id for run in runs}
+        fresh = [
+            run
+            for key, run in mine.items()
+            if key not in seen and not run.remote_id and provisional.is_provisional(run.run_id)
+        ]
+        if fresh:
+            shown += self._matching([self._local_entity(run) for run in fresh], filter_string, run_view_type, None)
+            shown = SearchUtils.sort(shown, order_by)[:max_results]
+        return shown, None
+
+    def _local_runs(self) -> list[Any]:
+        return list(delivery.reading(self.outbox).local_runs())
+
+    def _remote_experiment(self, run: Any) -> str:
+        try:
+            return self.ids.remote(run.view.experiment_id)
+        except NotYet:
+            return ""
+
+    def _outgoing_filter(self, text: str | None) -> str | None:
+        try:
+            return self.ids.outgoing(text) if text else text
+        except NotYet:
+            return text
+
+    def _local_entity(self, run: Any) -> Run:
+        return reads.local_run_of(run, run.run_id, self._uri(run.run_id))
+
+    def _shown(self, run: Run, local: Any) -> Run:
+        home = local.run_id if local is not None else run.info.run_id
+        uri = self.shown_uri("run", home, run.info.artifact_uri)
+        return self._placed(reads.folded(run, local.pending if local is not None else (), run.info.run_id, uri))
+
+    @staticmethod
+    def _matching(runs: list[Run], filter_string: str, view: int, order_by: list[str] | None) -> list[Run]:
+        stages = set(_stages(view))
+        runs = [run for run in runs if run.info.lifecycle_stage in stages]
+        return list(SearchUtils.sort(SearchUtils.filter(runs, filter_string), order_by))
+
+
+def _stages(view: int) -> list[str]:
+    return {ViewType.ACTIVE_ONLY: ["active"], ViewType.DELETED_ONLY: ["deleted"]}.get(view, ["active", "deleted"])
