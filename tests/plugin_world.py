@@ -19,7 +19,7 @@ else:  # a dependency of pytest there
 
 _ROOT = Path(__file__).parent.parent
 #: Ids, addresses and times differ from run to run; what they stand for does not.
-_HEX = re.compile(r"(?:m-|tr-)?[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_HEX = re.compile(r"(?:m-|tr-)?[0-9a-f]{32}|[0-9a-z]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _OWN_TAGS = ("mlflow_outbox.",)
 
 

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks import arrival, backlog, calls, draining, experiment, growth, report, starting
 from benchmarks.machine import describe
 from benchmarks.peers import install
@@ -79,11 +81,16 @@ def main() -> int:
     results["seconds"] = round(time.monotonic() - began)
     given.output.mkdir(parents=True, exist_ok=True)
     if given.only and (given.output / "results.json").exists():  # the other measurements stay as they are
-        results = json.loads((given.output / "results.json").read_text()) | results
+        held = json.loads((given.output / "results.json").read_text())
+        if given.no_peers:
+            del results["peers"]
+        results = held | results
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
     (given.output / "results.json").write_text(json.dumps(rounded, indent=1) + "\n")
     report.plot(rounded, given.output)
-    report.show(rounded)
+    report.show(rounded, Console())
+    with (given.output / "tables.txt").open("w", encoding="utf-8") as tables:
+        report.show(rounded, Console(file=tables, width=130))
     return 0
 
 

@@ -1,8 +1,9 @@
 """What the experiment pays: a loop of steps with one metric each, from the start of the process to its end.
 
 The steps are busy work in Python of a size that is calibrated once, so that a step without tracking takes 0.2 ms.
-What tracking costs shows in three numbers: how much longer the whole process takes than one without tracking, how
-much longer its loop alone takes, and the longest of its steps.
+What tracking costs shows in four numbers: how much longer the whole process takes than one without tracking, how
+much longer its loop alone takes, how much more processor time the process uses (which says the same on a machine
+that is busy with other things, the tracking server among them), and the longest of its steps.
 
 A subject that delivers to a server must have delivered everything by the time the clock stops, except a worker
 process, which exists so that the experiment need not wait for it.
@@ -45,7 +46,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if finish is not None and " process " not in name:
         with contextlib.suppress(Exception):  # what a peer says at its end is not measured here
             finish()
-    return {"loop_s": loop, "longest_step_ms": longest / 1e6}
+    return {"loop_s": loop, "cpu_s": time.process_time(), "longest_step_ms": longest / 1e6}
 
 
 def measure(plan: Plan) -> dict[str, Any]:
@@ -70,6 +71,8 @@ def measure(plan: Plan) -> dict[str, Any]:
                 bare = bare or found
                 start = bare["whole_s"] - bare["loop_s"]
                 found["slowdown"] = found["whole_s"] / (start + bare["loop_s"] * some / steps)
+                start_cpu = max(0.0, bare["cpu_s"] - bare["loop_s"])
+                found["cpu_slowdown"] = found["cpu_s"] / (start_cpu + (bare["cpu_s"] - start_cpu) * some / steps)
                 found["loop_slowdown"] = found["loop_s"] / (bare["loop_s"] * some / steps)
             rounds.setdefault(subject or "without tracking", []).append(found)
             plan.say(f"experiment: {subject or 'without tracking'}: {_short(found)}")
@@ -91,4 +94,4 @@ def _short(found: dict[str, Any]) -> str:
     if "error" in found:
         return str(found["error"])
     whole, loop, longest = found["slowdown"], found["loop_slowdown"], found["longest_step_ms"]
-    return f"{whole:.3f} in all, {loop:.3f} the loop, longest step {longest:.1f} ms"
+    return f"{whole:.3f} in all, {loop:.3f} the loop, {found['cpu_slowdown']:.3f} CPU, longest step {longest:.1f} ms"

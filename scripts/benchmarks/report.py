@@ -14,16 +14,20 @@ _SIZE = (7.5, 4.5)
 _OURS, _OTHERS = "#1a7f5a", "#8a8f98"
 
 
-def show(results: dict[str, Any]) -> None:
+def show(results: dict[str, Any], console: Console) -> None:
     """Print every measurement that was taken as a table."""
-    console = Console()
     console.print(results["machine"])
     for name, reason in results["peers"]["not installed"].items():
         console.print(f"not installed: {name}: {reason}", markup=False)
     if "calls" in results:
         _calls(console, results["calls"])
     if "experiment" in results:
-        columns = {"whole process": "slowdown", "its loop": "loop_slowdown", "longest step, ms": "longest_step_ms"}
+        columns = {
+            "whole process": "slowdown",
+            "its loop": "loop_slowdown",
+            "its CPU": "cpu_slowdown",
+            "longest step, ms": "longest_step_ms",
+        }
         _plain(console, "What the experiment pays (1 is no tracking)", results["experiment"], columns)
     if "starting" in results:
         columns = {"ready, ms": "ready_ms", "first call done, ms": "first_call_ms"}

@@ -90,7 +90,8 @@ def _outbox(
         uris.get(destination, "http://127.0.0.1:9"),
         outbox_dir=directory / "outbox",
         worker=worker,
-        settings=Settings(sync=sync, exit_timeout=60.0),
+        # A worker process outlives the experiment, which need not wait for it at its end.
+        settings=Settings(sync=sync, exit_timeout=0.0 if worker == "process" else 60.0),
     )
     run = tracker.start_run("benchmark")
 
@@ -237,6 +238,9 @@ def _aim(directory: Path, _uris: Mapping[str, str]) -> Tracker:
     os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # its messages are older than today's protobuf
     import aim
 
+    if not hasattr(aim, "Run"):
+        msg = f"wheels alone give version {aim.__version__}, which has no Run"
+        raise RuntimeError(msg)
     run = aim.Run(repo=str(directory / "aim"), system_tracking_interval=None, capture_terminal_logs=False)
     return Tracker(
         lambda key, value, step: run.track(value, name=key, step=step),

@@ -157,7 +157,9 @@ class Delivery:
             except (LedgerUnavailable, OutboxUnusable, OSError) as error:
                 self._trouble("worker_errors", error)
                 self._pause(_STAND_BY)
-            except Exception as error:  # noqa: BLE001 - the worker must outlive its own mistakes; counted and said
+            except BaseException as error:  # noqa: BLE001 - the worker must outlive all mistakes; counted and said
+                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                    raise  # ctrl-C of a command; in a thread, which nobody may be there to replace, it means nothing
                 self._trouble("worker_crashes", error)
                 self._pause(_STAND_BY)
             finally:

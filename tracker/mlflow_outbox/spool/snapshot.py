@@ -70,16 +70,21 @@ class SnapshotStore:
             reason = getattr(error, "strerror", None) or str(error)
             msg = f"the file {shown!r} cannot be read: {reason}"
             raise ArtifactRefused("bad_file", msg) from None
-        with os.fdopen(fd, "rb", buffering=0) as file:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                kind = "directory" if stat.S_ISDIR(found.st_mode) else "FIFO, socket or device"
-                msg = f"{shown!r} is not a regular file but a {kind}"
-                raise ArtifactRefused("bad_file", msg)
-            if found.st_size > limit:
-                msg = f"the file {shown!r} has {found.st_size} bytes, the setting artifact_bytes allows {limit}"
-                raise ArtifactRefused("file_too_large", msg)
-            return self._add(iter(lambda: file.read(_CHUNK), b""), shown, limit)
+        try:
+            self._check_source(os.fstat(fd), shown, limit)
+            return self._add(iter(lambda: os.read(fd, _CHUNK), b""), shown, limit)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _check_source(found: os.stat_result, shown: str, limit: int) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            kind = "directory" if stat.S_ISDIR(found.st_mode) else "FIFO, socket or device"
+            msg = f"{shown!r} is not a regular file but a {kind}"
+            raise ArtifactRefused("bad_file", msg)
+        if found.st_size > limit:
+            msg = f"the file {shown!r} has {found.st_size} bytes, the setting artifact_bytes allows {limit}"
+            raise ArtifactRefused("file_too_large", msg)
 
     def add_bytes(self, data: bytes, *, limit: int, name: str = "text") -> Snapshot:
         """Keep bytes that have no file.

@@ -1,0 +1,262 @@
+"""The outbox directory: how it is made, and what is refused (F22, F90, F92)."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
+from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes, is_run_id
+from spools import make_outbox
+
+HERE = resolve("http://user:canary-secret@127.0.0.1:9")
+
+
+def test_everything_in_an_outbox_is_the_users_alone(tmp_path: Path) -> None:
+    """Directories 0700, files 0600, under the umask of anybody; and the umask stays."""
+    before = os.umask(0o000)
+    try:
+        outbox = make_outbox(tmp_path / "root")
+        outbox.make_run("a" * 32)
+        outbox.ring("a" * 32)
+        outbox.ask_hurry()
+        assert 0o000 == os.umask(0o000)
+    finally:
+        os.umask(before)
+    found = [*outbox.path.rglob("*"), outbox.path]
+    assert {0o700} == {stat.S_IMODE(path.stat().st_mode) for path in found if path.is_dir()}
+    assert {0o600} == {stat.S_IMODE(path.stat().st_mode) for path in found if path.is_file()}
+
+
+def test_an_outbox_is_opened_again_as_the_same(tmp_path: Path) -> None:
+    """By its root and destination, or by its own path; the identity stays."""
+    first = make_outbox(tmp_path)
+    assert first.identity == make_outbox(tmp_path).identity == make_outbox(first.path).identity
+    assert first.identity == OutboxDirectory.open(first.path).identity
+    assert [first.path] == find_outboxes(tmp_path) == find_outboxes(first.path)
+    assert [] == find_outboxes(tmp_path / "none")
+
+
+def test_no_credential_is_written_into_an_outbox(tmp_path: Path) -> None:
+    """I10, F93: neither in its name nor in any file."""
+    outbox = OutboxDirectory.create(tmp_path, HERE, now_ms=1)
+    assert "canary-secret" not in repr(outbox) + str(outbox.path) + str(outbox.destination)
+    assert all(b"canary-secret" not in path.read_bytes() for path in outbox.path.rglob("*") if path.is_file())
+
+
+def _open_to_others(path: Path) -> None:
+    path.chmod(0o750)
+
+
+def _link(path: Path) -> None:
+    path.rename(path.with_name("real"))
+    path.symlink_to("real")
+
+
+def _not_a_directory(path: Path) -> None:
+    path.rename(path.with_name("real"))
+    path.write_text("")
+
+
+def _empty_identity(path: Path) -> None:
+    (path / "outbox.json").write_bytes(b"")
+
+
+def _damaged_identity(path: Path) -> None:
+    (path / "outbox.json").write_bytes(b'{"format": "\xff"')
+
+
+def _identity_is_a_fifo(path: Path) -> None:
+    (path / "outbox.json").unlink()
+    os.mkfifo(path / "outbox.json")
+
+
+def _identity_is_a_link(path: Path) -> None:
+    (path / "outbox.json").rename(path / "real.json")
+    (path / "outbox.json").symlink_to("real.json")
+
+
+def _foreign_owner(path: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+    else:
+        path.chmod(0o770)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _open_to_others,
+        _link,
+        _not_a_directory,
+        _empty_identity,
+        _damaged_identity,
+        _identity_is_a_fifo,
+        _identity_is_a_link,
+        _foreign_owner,
+    ],
+)
+def test_an_outbox_that_cannot_be_trusted_is_refused_and_left_alone(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    """F90: the error names the path, and nothing is repaired behind the user's back."""
+    path = make_outbox(tmp_path).path
+    harm(path)
+    for opened in (lambda: OutboxDirectory.open(path), lambda: make_outbox(tmp_path)):
+        with pytest.raises(OutboxUnusable, match=str(tmp_path)):
+            opened()
+
+
+def test_a_root_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None:
+    """Somebody could swap the outbox in it; with the sticky bit nobody can."""
+    root = tmp_path / "root"
+    root.mkdir()
+    root.chmod(0o777)
+    with pytest.raises(OutboxUnusable, match="chmod o-w"):
+        make_outbox(root)
+    root.chmod(0o1777)
+    make_outbox(root)
+
+
+@pytest.mark.parametrize("path", ["~no-such-user-here/outbox", "a\0b"])
+def test_a_path_that_no_system_call_takes_is_refused_like_any_other(path: str) -> None:
+    """The caller has one error to handle."""
+    with pytest.raises(OutboxUnusable):
+        make_outbox(Path(path))
+    with pytest.raises(OutboxUnusable):
+        OutboxDirectory.open(Path(path))
+
+
+def test_a_place_where_no_directory_can_be_made_is_refused(tmp_path: Path) -> None:
+    """A file in the way."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutboxUnusable, match="cannot be made"):
+        make_outbox(tmp_path / "file" / "below")
+    with pytest.raises(OutboxUnusable):
+        OutboxDirectory.open(tmp_path / "missing")
+
+
+def test_an_outbox_of_another_destination_is_refused(tmp_path: Path) -> None:
+    """Two destinations never share a queue; F92: an edited file is not obeyed either."""
+    path = make_outbox(tmp_path).path
+    with pytest.raises(OutboxMismatch, match="another directory"):
+        OutboxDirectory.create(path, resolve("http://elsewhere"), now_ms=1)
+    identity = json.loads((path / "outbox.json").read_text())
+    (path / "outbox.json").write_text(json.dumps(identity | {"destination": "http://evil"}))
+    with pytest.raises(OutboxMismatch):
+        make_outbox(tmp_path)
+
+
+def test_a_newer_format_is_left_untouched(tmp_path: Path) -> None:
+    """F37: a newer version's outbox is refused with the remedy; unknown fields of this format are fine."""
+    path = make_outbox(tmp_path).path
+    identity = json.loads((path / "outbox.json").read_text())
+    (path / "outbox.json").write_text(json.dumps(identity | {"later": [1]}))
+    assert identity["id"] == OutboxDirectory.open(path).identity.id
+    (path / "outbox.json").write_text(json.dumps(identity | {"format": 99}))
+    before = (path / "outbox.json").read_bytes()
+    with pytest.raises(OutboxMismatch, match="upgrade"):
+        OutboxDirectory.open(path)
+    assert before == (path / "outbox.json").read_bytes()
+
+
+def test_many_processes_and_threads_that_make_one_outbox_agree(tmp_path: Path) -> None:
+    """Whoever is first wins, all see the same id, and no draft is left."""
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from spools import *
+sys.stdin.readline()
+print(make_outbox(Path({str(tmp_path)!r})).identity.id)
+"""
+    command = [sys.executable, "-c", code]
+    others = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    ids: list[str] = []
+    threads = [threading.Thread(target=lambda: ids.append(make_outbox(tmp_path).identity.id)) for _ in range(8)]
+    for other in others:
+        assert other.stdin is not None
+        other.stdin.write("\n")
+        other.stdin.flush()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ids += [other.communicate(timeout=60)[0].strip() for other in others]
+    assert 1 == len(set(ids))
+    assert {"outbox.json", "runs", "delivered"} == {path.name for path in make_outbox(tmp_path).path.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_directory_that_is_swapped_while_in_use_is_noticed(tmp_path: Path, how: str) -> None:
+    """F22: nothing is written into what has come in its place."""
+    outbox = make_outbox(tmp_path)
+    outbox.path.rename(tmp_path / "away")
+    if how == "replaced":
+        outbox.path.mkdir(mode=0o700)
+    with pytest.raises(OutboxUnusable):
+        outbox.make_run("a" * 32)
+
+
+@pytest.mark.parametrize("text", ["a", "0" * 32, "A-b_c", "a" * 256])
+def test_ids_that_mlflow_takes_are_run_ids(text: str) -> None:
+    """They are safe as names of directories."""
+    assert is_run_id(text)
+
+
+@pytest.mark.parametrize("text", ["", ".", "..", "a/b", "-a", "_a", "a" * 257, "ä", "a\n", "a\0", 5, None])
+def test_anything_else_is_no_run_id(text: str) -> None:
+    """F91: nothing that could leave the directory."""
+    assert not is_run_id(text)
+
+
+def test_only_directories_with_proper_names_count_as_runs(tmp_path: Path) -> None:
+    """Links and files are ignored."""
+    outbox = make_outbox(tmp_path)
+    outbox.make_run("b" * 32)
+    outbox.make_run("a" * 32)
+    (outbox.runs / "file").write_text("")
+    (outbox.runs / "link").symlink_to("a" * 32)
+    (outbox.runs / ".hidden").mkdir()
+    assert ["a" * 32, "b" * 32] == outbox.run_ids()
+    assert [] == outbox.delivered_ids()
+
+
+def test_the_doorbell_tells_each_run_once_and_survives_being_emptied(tmp_path: Path) -> None:
+    """A worker that looks at the bell need not look at all runs."""
+    outbox = make_outbox(tmp_path)
+    assert (set(), 0) == outbox.rung(0)
+    outbox.ring("a" * 32)
+    outbox.ring("b" * 32)
+    first = outbox.rung(0)
+    assert first is not None
+    assert {"a" * 32, "b" * 32} == first[0]
+    assert (set(), first[1]) == outbox.rung(first[1])
+    with (outbox.path / "doorbell").open("ab") as bell:
+        bell.write(b"../evil\n" * 40_000 + b"half a li")
+    outbox.ring("c" * 32)
+    outbox.answer_doorbell()
+    assert outbox.rung(first[1]) is None
+    outbox.ring("d" * 32)
+    found = outbox.rung(0)
+    assert found is not None
+    assert "../evil" not in found[0]
+
+
+def test_hurry_is_seen_each_time(tmp_path: Path) -> None:
+    """Two requests within one tick of a clock are two."""
+    outbox = make_outbox(tmp_path)
+    assert 0 == outbox.hurry_asked()
+    seen = set()
+    for _ in range(20):
+        outbox.ask_hurry()
+        seen.add(outbox.hurry_asked())
+    assert 20 == len(seen)

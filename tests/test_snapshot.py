@@ -1,0 +1,220 @@
+"""Copies of artifact files (F68), and the paths that they may have (F91)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
+from mlflow_outbox.spool import snapshot
+from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path, is_digest
+
+LIMIT = 10_000_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SnapshotStore:
+    """The files of one run."""
+    (tmp_path / "run").mkdir()
+    return SnapshotStore(tmp_path / "run")
+
+
+@pytest.mark.parametrize("size", [0, 1, 1024 * 1024, 3 * 1024 * 1024 + 1])
+def test_a_copy_is_the_file_as_it_was(store: SnapshotStore, tmp_path: Path, size: int) -> None:
+    """Named by its content, readable by the user alone; the source may go."""
+    data = os.urandom(size)
+    (tmp_path / "source").write_bytes(data)
+    kept = store.add_file(tmp_path / "source", limit=LIMIT)
+    (tmp_path / "source").unlink()
+    assert (hashlib.sha256(data).hexdigest(), size) == kept
+    assert data == (store.path / kept.sha256).read_bytes()
+    assert 0o600 == stat.S_IMODE((store.path / kept.sha256).stat().st_mode)
+    assert 0o700 == stat.S_IMODE(store.path.stat().st_mode)
+    assert is_digest(kept.sha256)
+
+
+def test_the_same_content_is_kept_once(store: SnapshotStore, tmp_path: Path) -> None:
+    """As a file and as bytes."""
+    (tmp_path / "source").write_bytes(b"same")
+    assert store.add_file(tmp_path / "source", limit=9) == store.add_bytes(b"same", limit=9)
+    assert 1 == len(list(store.path.iterdir()))
+
+
+def test_a_link_is_followed_to_its_file(store: SnapshotStore, tmp_path: Path) -> None:
+    """It is the user's own, given on purpose."""
+    (tmp_path / "source").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("source")
+    assert 1 == store.add_file(tmp_path / "link", limit=9).size
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "fifo", "socket", "device", "dangling", "nul", "loop"])
+def test_what_is_no_regular_file_is_refused_without_waiting(store: SnapshotStore, tmp_path: Path, kind: str) -> None:
+    """F68: a FIFO without a writer would stop the experiment."""
+    import socket
+
+    path = tmp_path / "source"
+    makers: dict[str, Callable[[], object]] = {
+        "directory": path.mkdir,
+        "fifo": lambda: os.mkfifo(path),
+        "dangling": lambda: path.symlink_to("nowhere"),
+        "loop": lambda: path.symlink_to(path),
+    }
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "socket":
+            server.bind(str(path))
+        makers.get(kind, lambda: None)()
+        source = {"device": "/dev/zero", "nul": "a\0b"}.get(kind, str(path))
+        with pytest.raises(ArtifactRefused) as caught:
+            store.add_file(source, limit=LIMIT)
+    assert "bad_file" == caught.value.reason
+    assert not store.path.exists() or [] == list(store.path.iterdir())
+
+
+def test_a_file_beyond_the_limit_is_refused_and_leaves_nothing(
+    store: SnapshotStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the copy by its size, during the copy when it grows."""
+    path = tmp_path / "source"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(ArtifactRefused, match="artifact_bytes"):
+        store.add_file(path, limit=99)
+    assert 100 == store.add_file(path, limit=100).size
+    real = os.fstat
+
+    def smaller(fd: int) -> os.stat_result:
+        found = list(real(fd))
+        found[6] = 0
+        return os.stat_result(found)
+
+    monkeypatch.setattr(snapshot.os, "fstat", smaller)
+    with pytest.raises(ArtifactRefused, match="grew"):
+        store.add_file(path, limit=99)
+    assert 1 == len(list(store.path.iterdir()))
+
+
+def test_a_full_disk_refuses_the_file_and_leaves_no_draft(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is a counter's name, and the next file is kept."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot.os, "rename", full)
+        with pytest.raises(ArtifactRefused) as caught:
+            store.add_bytes(b"x", limit=9)
+    assert "no_room_for_file" == caught.value.reason
+    assert [] == list(store.path.iterdir())
+    assert 1 == store.add_bytes(b"x", limit=9).size
+
+
+def test_a_copy_that_is_interrupted_leaves_no_draft(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KeyboardInterrupt in the middle of a large file."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot.os, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.add_bytes(b"x", limit=9)
+    assert [] == list(store.path.iterdir())
+
+
+def test_a_durable_copy_has_its_names_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not take the name of a file that a durable event speaks of: its own, and that of ``files``."""
+    synced: list[str] = []
+    monkeypatch.setattr(snapshot, "sync_directory", lambda path: synced.append(path.name))
+    (tmp_path / "run").mkdir()
+    SnapshotStore(tmp_path / "run", durable=True).add_bytes(b"x", limit=9)
+    assert ["files", "run"] == synced
+    synced.clear()
+    store = SnapshotStore(tmp_path / "run")
+    kept = store.add_bytes(b"y", limit=9)
+    assert [] == synced
+    store.sync(kept.sha256)
+    assert ["files", "run"] == synced
+
+
+def test_syncing_a_copy_that_is_gone_says_so(store: SnapshotStore) -> None:
+    """The journal counts it."""
+    store.add_bytes(b"x", limit=9)
+    with pytest.raises(OSError):
+        store.sync("0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("", ""), ("a.txt", "a.txt"), ("a/b c/d.txt", "a/b c/d.txt"), ("a//b/./c", "a/b/c"), ("ä/名.txt", "ä/名.txt")],
+)
+def test_a_plain_relative_path_is_taken(given: str, expected: str) -> None:
+    """In MLflow's form."""
+    assert expected == checked_artifact_path(given)
+    assert "a/b" == checked_artifact_path(Path("a") / "b")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a",
+        "//a",
+        "..",
+        "../a",
+        "a/../../b",
+        "a/..",
+        "%2e%2e/a",
+        "%252e%252e/a",
+        "%25252e%25252e%25252fa",
+        "a\\b",
+        "a%5cb",
+        "C:a",
+        "c:/a",
+        "a\0b",
+        "a%00b",
+        "a#b",
+        "a%23b",
+        "a\nb",
+        "a\x7fb",
+        "x" * 1001,
+        "a./b",
+        "a /b",
+        "a\u202eb",
+        "a\ud800b",
+        "%2fetc/passwd",
+    ],
+)
+def test_a_path_that_could_leave_the_run_is_refused(path: str) -> None:
+    """F91: whatever a server may decode it to."""
+    with pytest.raises(InvalidEvent):
+        checked_artifact_path(path)
+
+
+@pytest.mark.parametrize("path", [5, None, b"a", 1.5, ["a"]])
+def test_what_is_no_path_is_refused_by_type(path: object) -> None:
+    """With the error of the tree, not a bare TypeError."""
+    with pytest.raises(InvalidEventType):
+        checked_artifact_path(path)  # type: ignore[arg-type]
+
+
+@given(st.text(alphabet="ab./%2eE5cC\\ :#\0", max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_no_accepted_path_climbs_out_however_often_it_is_decoded(text: str) -> None:
+    """F91."""
+    from urllib.parse import unquote
+
+    try:
+        path = checked_artifact_path(text)
+    except InvalidEvent:
+        return
+    for _ in range(10):
+        assert not path.startswith("/")
+        assert ".." not in path.split("/")
+        path = unquote(path)
