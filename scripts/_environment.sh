@@ -39,9 +39,9 @@ find_python() {
         "On Debian or Ubuntu: sudo apt-get install python3-venv"
 }
 
-# Makes sure that $root/$1 holds the project (editable, extra "dev") at the versions of the constraints file $2.
+# Makes sure that $root/$1 holds the project (editable) at the versions of the constraints file $2, with the extras $3 ("dev").
 prepare_environment() {
-    local environment="$root/$1" constraints="$root/$2" python made_from
+    local environment="$root/$1" constraints="$root/$2" extras="${3:-dev}" python made_from
     made_from="$root"$'\n'"$(cd "$root" && cat pyproject.toml "$2" | cksum)"
     if is_prepared; then
         return
@@ -76,7 +76,7 @@ install_project() {
     fi
     # Quiet, except for errors.
     "$environment/bin/python" -m pip install -qq --no-input --disable-pip-version-check --prefer-binary \
-        --constraint "$constraints" --editable "${root}[dev]" ||
+        --constraint "$constraints" --editable "${root}[$extras]" ||
         fail "The installation failed, see above. Run $0 again once the reason is gone; it starts afresh."
     printf '%s\n' "$made_from" >"$environment/made-from"
 }

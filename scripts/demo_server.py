@@ -157,7 +157,7 @@ def check(url: str, experiment: str, expected: list[Expected]) -> tuple[Table, b
         experiment: name of the experiment.
         expected: every run that must be there.
     """
-    from mlflow import MlflowClient  # noqa: PLC0415 - seconds of import, which only this check needs
+    from mlflow import MlflowClient  # seconds of import, which only this check needs
 
     client = MlflowClient(url)
     found = client.get_experiment_by_name(experiment)

@@ -44,7 +44,7 @@ MUTANTS: Final = [
     Mutant(
         "drop the search for the run's tag",
         COURIER,
-        '        twins = self._ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))\n',
+        '        twins = ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))\n',
         "        twins: list[str] = []\n",
         "tests/faults/test_network.py::test_an_answer_lost_at_any_request_doubles_nothing",
     ),
@@ -55,7 +55,7 @@ MUTANTS: Final = [
         "        dead: list[DeadLetter] = []\n        for writer, held in reader.segments().items():\n"
         "            for segment in held:\n"
         "                if segment.header.ordinal < window.cursors[writer].ordinal:\n"
-        "                    os.unlink(segment.path)\n        if window.events:\n",
+        "                    segment.path.unlink()\n        if window.events:\n",
         "tests/faults/test_kills.py::test_a_kill_at_any_system_call_loses_and_doubles_nothing",
     ),
     Mutant(

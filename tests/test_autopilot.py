@@ -412,7 +412,7 @@ def test_execution_time_and_success_win_over_metrics_of_that_name() -> None:
     ],
     ids=repr,
 )
-def test_success_is_read_from_any_bool(fields: dict[str, Any], expected: bool) -> None:  # noqa: FBT001 - a table
+def test_success_is_read_from_any_bool(fields: dict[str, Any], expected: bool) -> None:
     """NumPy's, a number, the word; without any, whether there is no error message."""
     content = of_experiment(fields)
     assert (expected, int(expected)) == (content.status == "FINISHED", content.metrics["success"])

@@ -30,7 +30,7 @@ _HEAVY = "mlflow diskcache sqlalchemy pandas numpy requests rich typer tenacity 
 
 
 def test_import_creation_and_logging_load_nothing_heavy_and_change_nothing(tmp_path: Path) -> None:
-    """mlflow, diskcache, sqlalchemy, pandas and numpy stay out; environment, logging, signals and umask are as before."""
+    """mlflow, diskcache, sqlalchemy, pandas, numpy stay out; environment, logging, signals and umask are as before."""
     output = subprocess.run(
         [sys.executable, "-c", _PROBE, str(tmp_path), _HEAVY], capture_output=True, check=True, timeout=60
     )

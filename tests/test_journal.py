@@ -535,7 +535,7 @@ def test_a_failed_sync_on_a_full_disk_keeps_the_events_in_memory(outbox: OutboxD
 
 
 def test_the_live_segment_is_always_the_last_in_reading_order(outbox: OutboxDirectory, disk: FailingDisk) -> None:
-    """A segment that got only a header, and a later rewrite of older events: the reader must not go past the live one."""
+    """After a segment that got only a header, and a rewrite of older events, the reader must not go past it."""
     writer = make_journal(outbox, disk, segment_bytes=1024)
     number = 0
     while writer._ordinal < 2:

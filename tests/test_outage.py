@@ -1,4 +1,4 @@
-"""The server is down from the start, dies in the middle, comes back: logging does not notice, and everything arrives once."""
+"""The server is down from the start, dies in the middle, comes back: logging does not notice, all arrives once."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_an_answer_lost_after_the_server_committed_doubles_nothing(
 def test_a_batch_of_unknown_fate_is_not_doubled_on_a_file_store(
     file_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file store writes half of a batch and the whole of another, and fails each time: every point is there once."""
+    """The file store writes half of a batch and all of another, and fails each time: every point is there once."""
     from mlflow.store.tracking.file_store import FileStore
 
     whole = FileStore.log_batch

@@ -67,7 +67,7 @@ def test_down_from_the_start_the_answer_is_local(experiment_name: str, tmp_path:
     best = tracker.get_best_run("f1", ascending=False)
     assert best is not None
     assert "run2" == best["run_name"]
-    with pytest.raises(TrackingUnavailable, match="http://127.0.0.1:9"):
+    with pytest.raises(TrackingUnavailable, match=r"http://127\.0\.0\.1:9"):
         _ = tracker.experiment_id
     with pytest.raises(TrackingUnavailable, match=r"http://127.0.0.1:9"):
         _ = tracker.client

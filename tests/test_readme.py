@@ -76,9 +76,7 @@ def offline(tmp_path: Path, experiment_name: str) -> Path:
     return tmp_path
 
 
-def test_cluster_without_internet_and_moving(
-    offline: Path, mlflow_server: MlflowServer, experiment_name: str
-) -> None:
+def test_cluster_without_internet_and_moving(offline: Path, mlflow_server: MlflowServer, experiment_name: str) -> None:
     """The commands of both sections, one after the other, bring every point to the server once."""
     done = shell(commands("cluster"), offline, mlflow_server.url)
     assert 0 == done.returncode, done.stdout + done.stderr

@@ -78,7 +78,7 @@ def test_any_flipped_bit_of_a_segment_costs_at_most_its_frame() -> None:
     for bit in range(len(data) * 8):
         data[bit // 8] ^= 1 << bit % 8
         hit = next(at for at, end in enumerate(ends) if bit // 8 < end)
-        # What is further away than three frames is read as if nothing had happened; reading all of it each time takes long.
+        # What is further away than three frames is read as if nothing had happened; reading all of it takes long.
         part = bytes(data[begins[max(0, hit - 1)] : ends[min(hit + 3, count)]])
         items = list(frames(part, 0, HEAD.seed, next_seq=max(0, hit - 1), final=True))
         found = [item for item in items if isinstance(item, frame.Frame)]
@@ -135,8 +135,8 @@ def test_bursts_and_moved_frames_never_make_an_event_that_was_not_written(harm: 
     foreign = packed([metric(5)], header(seed=4711))[0]
     touched: set[int] = set()
     bursts: list[tuple[int, bytes]] = []
-    for kind, at, what in harm:
-        at = min(at, len(pieces) - 1)
+    for kind, place, what in harm:
+        at = min(place, len(pieces) - 1)
         if kind == "burst":
             assert isinstance(what, bytes)
             bursts.append((at, what))
@@ -151,8 +151,8 @@ def test_bursts_and_moved_frames_never_make_an_event_that_was_not_written(harm: 
         else:
             pieces.insert(at, foreign)
     data = bytearray(b"".join(pieces))
-    for at, junk in bursts:
-        at = min(at, len(data))
+    for place, junk in bursts:
+        at = min(place, len(data))
         data[at : at + len(junk)] = junk
         touched.update(range(at, at + len(junk)))
     written = bytes(data)

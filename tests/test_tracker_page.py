@@ -1,4 +1,4 @@
-"""The page that documents the tracker: its complete example with only the imports changed, and what it says row by row."""
+"""The page that documents the tracker: its complete example with only the imports changed, and what each row says."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class State:
 
 
 @pytest.fixture(params=["server", "sqlite", "file"])
-def uri(request: pytest.FixtureRequest, mlflow_server: MlflowServer, sqlite_uri: str, file_uri: str) -> Iterator[str]:
+def uri(request: pytest.FixtureRequest, mlflow_server: MlflowServer, sqlite_uri: str, file_uri: str) -> str:
     """The tracking URI of each kind of store."""
-    yield {"server": mlflow_server.url, "sqlite": sqlite_uri, "file": file_uri}[request.param]
+    return {"server": mlflow_server.url, "sqlite": sqlite_uri, "file": file_uri}[request.param]
 
 
 def session(tracker: MLflowTracker, folder: Path) -> None:

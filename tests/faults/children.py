@@ -37,7 +37,9 @@ class Child:
         paused: wait for ``go()`` before the target is called.
     """
 
-    def __init__(self, context: Any, target: Callable[..., object], arguments: tuple[Any, ...], *, paused: bool) -> None:
+    def __init__(
+        self, context: Any, target: Callable[..., object], arguments: tuple[Any, ...], *, paused: bool
+    ) -> None:
         reader, writer = context.Pipe(duplex=False)
         gate_reader, self._gate = context.Pipe(duplex=False)
         self.process = context.Process(target=_child, args=(target, writer, gate_reader, arguments), daemon=False)
@@ -90,7 +92,9 @@ class Child:
 
         def has_said() -> bool:
             ended = self.process.exitcode
-            assert ended is None or len(self.lines()) >= count, f"the child ended with {ended}; it said {self.lines()[-9:]}"
+            assert ended is None or len(self.lines()) >= count, (
+                f"the child ended with {ended}; it said {self.lines()[-9:]}"
+            )
             return len(self.lines()) >= count
 
         eventually(has_said, timeout, f"{count} lines of {self.process}")
@@ -146,7 +150,7 @@ class Nest:
             if before is not None:
                 os.environ["PYTHONPATH"] = before
 
-    def __enter__(self) -> Nest:
+    def __enter__(self) -> Nest:  # noqa: PYI034 - the class is not inherited from
         return self
 
     def __exit__(
@@ -173,9 +177,22 @@ class Nest:
             inject: strace's expression for one fault, without the calls' names it already has, such as
                 "write:signal=SIGKILL:when=3"; "" only traces.
             target: what it runs.
+            *arguments: for the target, behind the descriptor.
         """
         child = self.start(target, *arguments, paused=True)
-        command = ["strace", "-f", "-y", "-p", str(child.pid), "-o", str(trace), "-e", f"trace={calls}", "-e", "signal=none"]
+        command = [
+            "strace",
+            "-f",
+            "-y",
+            "-p",
+            str(child.pid),
+            "-o",
+            str(trace),
+            "-e",
+            f"trace={calls}",
+            "-e",
+            "signal=none",
+        ]
         if inject:
             command += ["-e", f"inject={inject}"]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)

@@ -133,7 +133,7 @@ def fault_seed() -> None:
 def rng(request: pytest.FixtureRequest, fault_seed: str | None) -> random.Random:
     """Random numbers from the printed seed, different for each test."""
     seed = fault_seed or request.config.stash[_SEED]
-    print(f"seed: --fault-seed {seed}")
+    print(f"seed: --fault-seed {seed}")  # noqa: T201 - pytest shows it with a failure
     return random.Random(f"{seed}/{request.function.__name__}")
 
 

@@ -32,12 +32,12 @@ def own_namespace() -> None:
 
 
 def mount(*arguments: str) -> None:
-    """Run mount(8)."""
+    """Mount something; the arguments are those of the command."""
     subprocess.run(["mount", *arguments], check=True, capture_output=True)
 
 
 def umount(path: Path, *options: str) -> None:
-    """Run umount(8)."""
+    """Unmount a path, with options of the command."""
     subprocess.run(["umount", *options, str(path)], check=True, capture_output=True)
 
 

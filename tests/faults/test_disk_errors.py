@@ -50,7 +50,7 @@ def log_on_failing_disk(fd: int, uri: str, outbox: str, sync: str, pause: float)
 
 
 def second_syncs(trace: Path) -> list[str]:
-    """Return the syncs in a trace that follow a failed one of the same file, which the kernel would answer with a lie."""
+    """Return the syncs in a trace that follow a failed one of the same file: the kernel would answer with a lie."""
     failed: set[str] = set()
     found = []
     for line in trace.read_text(errors="replace").splitlines():
@@ -70,7 +70,9 @@ def test_an_input_output_error_at_any_call_loses_nothing_that_was_kept(
     sync: str, empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
 ) -> None:
     """No call raises, no failed descriptor is synced a second time, and what was kept arrives when the disk is well."""
-    places = [(call, n, plus) for call in ("write", "fdatasync", "fsync", "mkdir") for n in range(1, 9) for plus in ("", "+")]
+    places = [
+        (call, n, plus) for call in ("write", "fdatasync", "fsync", "mkdir") for n in range(1, 9) for plus in ("", "+")
+    ]
     for number, (call, when, plus) in enumerate(row.sample(places, 5, 64)):
         uri = f"sqlite:///{empty_database(tmp_path / f'{number}.db')}"
         outbox = tmp_path / f"outbox{number}"
@@ -107,8 +109,14 @@ def test_a_slow_disk_is_never_waited_for(
     for number in range(row.pick(1, 5, 20)):
         delay = 200_000 if row.tier == "commit" else 2_000_000
         child = nest.traced(
-            tmp_path / "trace", "fdatasync", f"fdatasync:delay_enter={delay}", log_on_failing_disk, uri,
-            str(outbox), "interval", 0.1,
+            tmp_path / "trace",
+            "fdatasync",
+            f"fdatasync:delay_enter={delay}",
+            log_on_failing_disk,
+            uri,
+            str(outbox),
+            "interval",
+            0.1,
         )
         report = child.report()
         check_manners(row, report)
@@ -174,7 +182,9 @@ def log_while(fd: int, uri: str, folder: str, what: str) -> None:
 
 
 @pytest.mark.needs("mounts")
-@pytest.mark.fault("F22", "outbox read-only, moved, swapped, hidden by a mount, unmounted, its run removed; then put right")
+@pytest.mark.fault(
+    "F22", "outbox read-only, moved, swapped, hidden by a mount, unmounted, its run removed; then put right"
+)
 @pytest.mark.parametrize("what", ["read-only", "moved away", "swapped", "run removed", "hidden", "unmounted"])
 def test_whatever_happens_to_the_directory_logging_goes_on(
     what: str, empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path

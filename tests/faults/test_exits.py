@@ -25,7 +25,9 @@ from mlflow_outbox import MLflowTracker
 from servers import MlflowServer, eventually
 
 
-def fork_while(fd: int, uri: str, outbox: str, state: str, first_out: str, base: int) -> None:
+def fork_while(  # noqa: PLR0912 - one state after the other
+    fd: int, uri: str, outbox: str, state: str, first_out: str, base: int
+) -> None:
     """Fork while threads log and a worker delivers; parent and child both log to the run, in their own numbers."""
     tracker = MLflowTracker("forks", uri, outbox_dir=outbox, settings=workload.settings(**workload.TINY))
     run = tracker.start_run(f"forked {base}")
@@ -44,7 +46,11 @@ def fork_while(fd: int, uri: str, outbox: str, state: str, first_out: str, base:
             if n % 8 == 0:
                 time.sleep(0.0005)
 
-    threads = [threading.Thread(target=log, args=(base + 10_000 * k,)) for k in (1, 2)] if state == "while threads log" else []
+    threads = (
+        [threading.Thread(target=log, args=(base + 10_000 * k,)) for k in (1, 2)]
+        if state == "while threads log"
+        else []
+    )
     for thread in threads:
         thread.start()
     if state == "while the worker delivers":
@@ -137,7 +143,16 @@ def test_every_way_to_end_keeps_every_event(
     empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
 ) -> None:
     """The next program delivers what the ended one acknowledged."""
-    ways = ["SIGTERM", "SIGINT", "os._exit", "sys.exit", "an exception", "__del__", "a closed tracker", "a daemon thread"]
+    ways = [
+        "SIGTERM",
+        "SIGINT",
+        "os._exit",
+        "sys.exit",
+        "an exception",
+        "__del__",
+        "a closed tracker",
+        "a daemon thread",
+    ]
     for turn in range(row.pick(1, 50, 500)):
         uri = f"sqlite:///{empty_database(tmp_path / f'{turn}.db')}"
         outbox = tmp_path / f"outbox{turn}"
@@ -260,4 +275,3 @@ def test_a_worker_that_stands_still_keeps_its_lease_and_harms_nothing(
             issued |= workload.issued_by(each.acked(), start, 1)
         row.done()
     recovered(nest, sqlite_uri, Path(outbox), "still", acked, issued, 50)
-

@@ -176,7 +176,9 @@ def test_no_secret_is_stored_logged_or_shown(
         assert any(name == "Authorization" for request in proxy.requests for name, _ in request.headers), "it was used"
         tracker.close(1)
     held(mlflow_server.database_uri, experiment_name).check(acked)
-    records = [record.getMessage() + str(record.exc_text or "") for record in caplog.records if "mlflow_outbox" in record.name]
+    records = [
+        record.getMessage() + str(record.exc_text or "") for record in caplog.records if "mlflow_outbox" in record.name
+    ]
     for text in [*shown, tracker.tracking_uri]:
         assert CANARY not in text, text
     leaked = [text for text in records if CANARY in text and f"bad {CANARY}" not in text]

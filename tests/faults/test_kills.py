@@ -21,11 +21,15 @@ from servers import eventually
 CALLS = ("write", "pwrite64", "openat", "fsync", "fdatasync", "ftruncate", "mkdir", "rename", "link", "unlink", "rmdir")
 
 
-def recovered(nest: Nest, uri: str, outbox: Path, experiment: str, acked: set[int], issued: set[int], fresh: int) -> None:
+def recovered(
+    nest: Nest, uri: str, outbox: Path, experiment: str, acked: set[int], issued: set[int], fresh: int
+) -> None:
     """Let the next program deliver what a killed one left, log more, and check what MLflow holds."""
     report = nest.start(workload.drain, uri, str(outbox), experiment, fresh, {}).report()
     assert 10 == len(report["acked"]), report
-    assert {"pending": 0, "parked": 0, "dead": 0} == {k: report["left"][k] for k in ("pending", "parked", "dead")}, report
+    assert {"pending": 0, "parked": 0, "dead": 0} == {k: report["left"][k] for k in ("pending", "parked", "dead")}, (
+        report
+    )
     more = set(report["acked"])
     held(uri, experiment).check(acked | more, issued | more)
 
@@ -35,7 +39,7 @@ def recovered(nest: Nest, uri: str, outbox: Path, experiment: str, acked: set[in
 def test_kills_at_random_times_lose_and_double_nothing(
     store: str, sqlite_uri: str, file_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
 ) -> None:
-    """Each killed program is followed by another on the same outbox; after every fifth kill all is delivered and judged."""
+    """Each killed program is followed by another on its outbox; after every fifth kill all is delivered and judged."""
     uri = {"sqlite": sqlite_uri, "file": file_uri}[store]
     acked: set[int] = set()
     issued: set[int] = set()
@@ -79,7 +83,9 @@ def test_a_kill_at_any_system_call_loses_and_doubles_nothing(
     """The session of one thread is killed before its Nth call of each kind; another program delivers the rest."""
     uri = f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}"
     calls = ",".join(CALLS)
-    whole = nest.traced(tmp_path / "trace", calls, "", workload.session, uri, str(tmp_path / "whole"), "whole", 0, 12, {})
+    whole = nest.traced(
+        tmp_path / "trace", calls, "", workload.session, uri, str(tmp_path / "whole"), "whole", 0, 12, {}
+    )
     assert 0 == whole.join()
     held(uri, "whole").check(whole.acked())
     points = [(name, n) for name, count in sorted(points_of(tmp_path / "trace").items()) for n in range(1, count + 1)]
@@ -89,7 +95,9 @@ def test_a_kill_at_any_system_call_loses_and_doubles_nothing(
         name, when = points[index]
         experiment, outbox = f"killed-{index}", tmp_path / f"outbox{index}"
         inject = f"{name}:signal=SIGKILL:when={when}"
-        child = nest.traced(tmp_path / "trace", calls, inject, workload.session, uri, str(outbox), experiment, 0, 12, {})
+        child = nest.traced(
+            tmp_path / "trace", calls, inject, workload.session, uri, str(outbox), experiment, 0, 12, {}
+        )
         fired += child.join() != 0
         row.done()
         recovered(nest, uri, outbox, experiment, child.acked(), set(range(12)), 100)
@@ -135,14 +143,18 @@ def test_a_killed_lease_holder_is_replaced_within_two_seconds(
         first = (number + 1) * 100_000
         if holder is None:
             holder = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {})
-            eventually(lambda: workload.lease_pid(outbox, sqlite_uri) == holder.pid, 30, "the lease is taken")
+            eventually(
+                lambda holder=holder: workload.lease_pid(outbox, sqlite_uri) == holder.pid, 30, "the lease is taken"
+            )
             continue
         other = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {})
         other.wait_for_lines(20)
         assert holder.pid == workload.lease_pid(outbox, sqlite_uri), "two workers"
         holder.process.join(rng.uniform(0, 0.2))
         holder.kill()
-        slowest = max(slowest, workload.seconds_until(lambda other=other: workload.lease_pid(outbox, sqlite_uri) == other.pid))
+        slowest = max(
+            slowest, workload.seconds_until(lambda other=other: workload.lease_pid(outbox, sqlite_uri) == other.pid)
+        )
         acked |= holder.acked()
         issued |= holder.acked() | {max(holder.acked()) + 1}
         holder = other

@@ -38,7 +38,8 @@ def test_many_processes_share_one_outbox(sqlite_uri: str, nest: Nest, row: Row, 
     processes, count = row.pick(16, 64, 256), row.pick(200, 10_000, 10_000)
     outbox = tmp_path / "outbox"
     children = [
-        nest.start(log_some, sqlite_uri, str(outbox), "many", n * 10_000, count, "none") for n in range(1, processes + 1)
+        nest.start(log_some, sqlite_uri, str(outbox), "many", n * 10_000, count, "none")
+        for n in range(1, processes + 1)
     ]
     acked: set[int] = set()
     for child in children:
@@ -79,7 +80,9 @@ def test_of_many_workers_one_delivers(
                 child.wait_for_lines(100)
             acked = set().union(*(child.acked() for child in children))
             eventually(
-                lambda acked=acked, experiment=experiment: acked <= set(held(mlflow_server.database_uri, experiment).events),
+                lambda acked=acked, experiment=experiment: (
+                    acked <= set(held(mlflow_server.database_uri, experiment).events)
+                ),
                 60,
                 "all is delivered",
             )
@@ -92,10 +95,10 @@ def test_of_many_workers_one_delivers(
     row.measure(workers=workers, batches=len(batches))
 
 
-@pytest.mark.fault("F82", "a stale lock file with a living process's id; the lock file deleted and replaced under its owner")
-def test_only_the_kernel_s_lock_decides_who_delivers(
-    sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path
-) -> None:
+@pytest.mark.fault(
+    "F82", "a stale lock file with a living process's id; the lock file deleted and replaced under its owner"
+)
+def test_only_the_kernel_s_lock_decides_who_delivers(sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path) -> None:
     """A stale note excludes nobody; the owner of a deleted lock file stops, so that there are never two for long."""
     outbox = tmp_path / "outbox"
     path = workload.directory_of(outbox, sqlite_uri)
@@ -120,7 +123,9 @@ def test_only_the_kernel_s_lock_decides_who_delivers(
         eventually(lambda owner=owner: owner.pid not in _holders(path), 15, "the owner of the deleted file lets go")
         row.measure(two_workers_at_most_s=time.monotonic() - time_of_theft)
         thief.release()
-        eventually(lambda owner=owner: workload.lease_pid(str(outbox), sqlite_uri) == owner.pid, 15, "and takes it again")
+        eventually(
+            lambda owner=owner: workload.lease_pid(str(outbox), sqlite_uri) == owner.pid, 15, "and takes it again"
+        )
         owner.kill()
         acked |= owner.acked()
         recovered(nest, sqlite_uri, outbox, "locks", acked, acked | {max(owner.acked()) + 1}, first + 90_000)
@@ -170,7 +175,9 @@ def with_clock(fd: int, uri: str, outbox: str, jumps: list[float]) -> None:
     workload.reported(fd, work)
 
 
-@pytest.mark.fault("F40", "the wall clock jumps -1 h, +1 h, -10 y, to 0, and back, while logging and delivering (F41: the same gap)")
+@pytest.mark.fault(
+    "F40", "the wall clock jumps -1 h, +1 h, -10 y, to 0, and back, while logging and delivering (F41: the same gap)"
+)
 def test_a_wall_clock_that_jumps_costs_nothing(
     empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
 ) -> None:

@@ -7,13 +7,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-
 
 from faults import workload
 from faults.oracle import held
@@ -63,16 +62,18 @@ class Session:
 
     def judge(self, row: Row) -> None:
         """Check what the server's database holds, and how long logging took."""
-        report = {"raised": [], "p999_ms": workload.quantile(self.took, 0.999), "max_ms": workload.quantile(self.took, 1)}
+        report = {
+            "raised": [],
+            "p999_ms": workload.quantile(self.took, 0.999),
+            "max_ms": workload.quantile(self.took, 1),
+        }
         check_manners(row, report)
         assert self.acked == set(range(self._next)), "a server's trouble is no reason to refuse an event"
         held(self.server.database_uri, self.experiment).check(self.acked)
 
 
 @pytest.fixture
-def session(
-    mlflow_server: MlflowServer, proxy: FaultProxy, experiment_name: str, tmp_path: Path
-) -> Iterator[Session]:
+def session(mlflow_server: MlflowServer, proxy: FaultProxy, experiment_name: str, tmp_path: Path) -> Iterator[Session]:
     """A session through the proxy; its worker is stopped at the end, whatever happens."""
     made = Session(mlflow_server, proxy.url, experiment_name, tmp_path / "outbox")
     yield made
@@ -108,7 +109,16 @@ def test_statuses_that_pass_are_retried_and_never_dead_lettered(session: Session
 @pytest.mark.fault("F52", "429 and 503 with Retry-After: seconds, a date, the past, 10^9, garbage")
 def test_every_form_of_retry_after_is_honoured_up_to_the_cap(session: Session, proxy: FaultProxy, row: Row) -> None:
     """None of them stops delivery for longer than the cap, and none is taken for an answer about an event."""
-    forms = ["1", "0", formatdate(time.time() + 5, usegmt=True), formatdate(0, usegmt=True), "1000000000", "-3", "soon", ""]
+    forms = [
+        "1",
+        "0",
+        formatdate(time.time() + 5, usegmt=True),
+        formatdate(0, usegmt=True),
+        "1000000000",
+        "-3",
+        "soon",
+        "",
+    ]
     for _ in range(row.pick(1, 10, 100)):
         for form in forms:
             proxy.script(faults.status(random.choice([429, 503]), {"Retry-After": form}))
@@ -185,7 +195,9 @@ def _bodies() -> dict[str, Action]:
     }
 
 
-@pytest.mark.fault("F56", "an answer that hangs, drips, is cut, a portal, no JSON, empty, a gzip bomb, a redirect (F57, F59, F61)")
+@pytest.mark.fault(
+    "F56", "an answer that hangs, drips, is cut, a portal, no JSON, empty, a gzip bomb, a redirect (F57, F59, F61)"
+)
 @pytest.mark.parametrize("what", list(_bodies()))
 def test_an_answer_that_is_none_is_never_taken_for_success(
     what: str, session: Session, proxy: FaultProxy, row: Row
@@ -257,7 +269,7 @@ def test_a_flapping_server_gets_everything_without_a_storm(session: Session, pro
 
 def _certificate(folder: Path, host: str, *, expired: bool = False) -> Path:
     """Make a certificate that nobody has signed, and its key, in one file."""
-    import datetime
+    import datetime as dt
 
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -266,15 +278,15 @@ def _certificate(folder: Path, host: str, *, expired: bool = False) -> Path:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    ends = now - datetime.timedelta(days=1) if expired else now + datetime.timedelta(days=1)
+    now = dt.datetime.now(dt.timezone.utc)
+    ends = now - dt.timedelta(days=1) if expired else now + dt.timedelta(days=1)
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=9))
+        .not_valid_before(now - dt.timedelta(days=9))
         .not_valid_after(ends)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
         .sign(key, hashes.SHA256())
@@ -288,7 +300,9 @@ def _certificate(folder: Path, host: str, *, expired: bool = False) -> Path:
 
 @pytest.mark.fault("F60", "TLS: self-signed, expired, wrong host, plain HTTP on the TLS port, closed in the handshake")
 @pytest.mark.parametrize("what", ["self-signed", "expired", "wrong host", "plain HTTP", "closed"])
-def test_a_tls_peer_that_cannot_be_trusted_gets_nothing(what: str, experiment_name: str, row: Row, tmp_path: Path) -> None:
+def test_a_tls_peer_that_cannot_be_trusted_gets_nothing(
+    what: str, experiment_name: str, row: Row, tmp_path: Path
+) -> None:
     """No byte of a request goes to it, the events stay on disk, and no call waits or raises."""
     host = "elsewhere.example" if what == "wrong host" else "localhost"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

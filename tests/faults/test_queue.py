@@ -112,16 +112,15 @@ def test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow(
         try:
             found.check(acked | fresh, issued)
         except AssertionError as error:
-            raise AssertionError(f"{what}: {error}") from error
+            failure = f"{what}: {error}"
+            raise AssertionError(failure) from error
         acked |= fresh | (set(found.events) & issued)
         row.done()
     row.measure(store=store)
 
 
 @pytest.mark.fault("F30", "another process holds the ledger's database for a while")
-def test_a_locked_ledger_stops_delivery_and_nothing_else(
-    sqlite_uri: str, row: Row, tmp_path: Path
-) -> None:
+def test_a_locked_ledger_stops_delivery_and_nothing_else(sqlite_uri: str, row: Row, tmp_path: Path) -> None:
     """Logging goes on, the processor rests, and when the lock is gone all arrives."""
     outbox = tmp_path / "outbox"
     tracker = MLflowTracker("locked", sqlite_uri, outbox_dir=outbox, settings=QUICK)
@@ -132,7 +131,9 @@ def test_a_locked_ledger_stops_delivery_and_nothing_else(
         first = 1000 * turn
         acked |= {n for n in range(first, first + 20) if workload.log_event(run, n)}
         assert tracker.flush(30)
-        other = sqlite3.connect(workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db", isolation_level=None)
+        other = sqlite3.connect(
+            workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db", isolation_level=None
+        )
         other.execute("BEGIN EXCLUSIVE")
         used, started = time.process_time(), time.monotonic()
         acked |= {
@@ -153,9 +154,7 @@ def test_a_locked_ledger_stops_delivery_and_nothing_else(
 
 
 @pytest.mark.fault("F36", "the ledger's rows altered: a pickle, a file name, an expiry; the cursor's checksum wrong")
-def test_altered_rows_of_the_ledger_are_never_believed(
-    sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path
-) -> None:
+def test_altered_rows_of_the_ledger_are_never_believed(sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path) -> None:
     """Nothing is executed, read or deleted elsewhere, and MLflow ends up with everything once."""
     outbox = tmp_path / "outbox"
     acked: set[int] = set()
@@ -172,7 +171,9 @@ def test_altered_rows_of_the_ledger_are_never_believed(
         first = 1000 * (turn + 1)
         acked |= log_run(sqlite_uri, outbox, "rows", first, 30)
         nest.start(workload.drain, sqlite_uri, str(outbox), "rows", first + 900, {}).report()
-        edit = sqlite3.connect(workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db", isolation_level=None)
+        edit = sqlite3.connect(
+            workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db", isolation_level=None
+        )
         edit.execute(sql, arguments)
         edit.close()
         report = nest.start(workload.drain, sqlite_uri, str(outbox), "rows", first + 950, {}).report()

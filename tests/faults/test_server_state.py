@@ -72,7 +72,9 @@ def test_a_deleted_run_waits_and_holds_up_no_other(
     """Its events stay on disk until it is restored; then they arrive."""
     for number in range(row.pick(1, 20, 100)):
         experiment = f"{experiment_name}-{number}"
-        tracker = MLflowTracker(experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=HURRIED)
+        tracker = MLflowTracker(
+            experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=HURRIED
+        )
         gone, ended, other = (tracker.start_run(name) for name in ("gone", "ended", "other"))
         acked = {n for n in range(30) if workload.log_event((gone, ended, other)[n % 3], n)}
         assert tracker.flush(30)
@@ -100,7 +102,9 @@ def test_a_conflicting_param_is_the_only_dead_letter(
     """Exactly that param is refused; the rest of its batch arrives."""
     for number in range(row.pick(1, 20, 100)):
         experiment = f"{experiment_name}-{number}"
-        tracker = MLflowTracker(experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=HURRIED)
+        tracker = MLflowTracker(
+            experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=HURRIED
+        )
         run = tracker.start_run("conflict")
         assert workload.log_event(run, 0)
         assert tracker.flush(30)

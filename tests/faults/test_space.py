@@ -87,7 +87,9 @@ def test_a_full_disk_never_loses_what_a_call_said_it_kept(
 ) -> None:
     """Each size of disk fills at another byte; with room again, all that was kept in memory or on disk arrives."""
     sizes = [f"size={kib}k" for kib in range(12, 76, 4)] + ["size=1m,nr_inodes=14", "size=1m,nr_inodes=20"]
-    for number, options in enumerate(row.sample(sizes, 4, len(sizes)) if row.pick(1, 9) == 1 else sizes * row.pick(1, 8)):
+    for number, options in enumerate(
+        row.sample(sizes, 4, len(sizes)) if row.pick(1, 9) == 1 else sizes * row.pick(1, 8)
+    ):
         uri = f"sqlite:///{empty_database(tmp_path / f'{number}.db')}"
         folder = tmp_path / f"disk{number}"
         child = nest.start(fill, uri, str(folder), options, 400)
@@ -153,7 +155,7 @@ def test_a_write_that_is_short_at_any_byte_leaves_no_torn_frame(
         row.done()
     # Every child logs the same numbers to a run of its own, so each must be there once per run.
     counts = held(uri, "limit").events
-    assert {number: row.times for number in acked} == dict(counts)
+    assert dict.fromkeys(acked, row.times) == dict(counts)
 
 
 def log_without_descriptors(fd: int, uri: str, outbox: str) -> None:
@@ -208,7 +210,7 @@ def test_no_descriptor_left_loses_nothing(
 
 
 def log_mannerly(fd: int, uri: str, folder: str, what: str, count: int) -> None:
-    """Log many metrics in one of several troubles and report how long the calls took, by the clock and in processor time."""
+    """Log many metrics in some trouble; report how long the calls took, by the clock and in processor time."""
 
     def work() -> dict[str, Any]:
         outbox = Path(folder)

@@ -118,9 +118,7 @@ def drain(fd: int, uri: str, outbox: str, experiment: str, fresh: int, changed: 
     reported(fd, work)
 
 
-def session(
-    fd: int, uri: str, outbox: str, experiment: str, first: int, count: int, changed: dict[str, Any]
-) -> None:
+def session(fd: int, uri: str, outbox: str, experiment: str, first: int, count: int, changed: dict[str, Any]) -> None:
     """Log a run and deliver it in this one thread: append, rotate, send, record, verify, file, reclaim; then exit 0.
 
     The worker's loop runs in the main thread, so that the system calls come in the same order every time.
@@ -138,7 +136,9 @@ def session(
     os._exit(0)
 
 
-def deliver(tracker: MLflowTracker, given: Settings, done: Callable[[Counters], bool], *, seconds: float = 30.0) -> None:
+def deliver(
+    tracker: MLflowTracker, given: Settings, done: Callable[[Counters], bool], *, seconds: float = 30.0
+) -> None:
     """Run the worker's loop in this thread until something is true, or a time is over."""
     counters, over = Counters(), threading.Event()
     directory = OutboxDirectory.open(Path(str(tracker.outbox_path)))

@@ -1,4 +1,4 @@
-"""The one place where the experiment's half meets the delivering half, which is imported no sooner than it is needed."""
+"""The one place where the experiment's half meets the delivering half, which is imported no sooner than needed."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
 
 
 def reading(outbox: Outbox) -> Any:
-    """Return a ``mlflow_outbox_worker.reading.Reading`` of an outbox: runs as MLflow and the journals together have them."""
+    """Return a ``mlflow_outbox_worker.reading.Reading``: runs as MLflow and the journals of an outbox together have them."""
     return _half("reading").Reading(outbox)
 
 
 def open_store(destination: Destination, timeout: float) -> Any:
-    """Return the worker's ``OpenStore`` of a destination, whose requests are made once and take at most timeout seconds."""
+    """Return the worker's ``OpenStore`` of a destination: requests are made once and take at most timeout seconds."""
     return _half("mlflow_sink.stores").open_store(
         destination.secret_uri or destination.uri,
         artifact_root=destination.artifact_root or None,

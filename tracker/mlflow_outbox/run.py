@@ -49,6 +49,8 @@ from mlflow_outbox.validation import (
 )
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from mlflow_outbox.spool.journal import Journal
 
 Time = int | float | dt.datetime
@@ -82,7 +84,7 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run {self.run_id}, {'ended' if self._ended else 'running'}>"
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -145,7 +147,7 @@ class Run:
         whole_step = checked_step("log_metrics", step)
         time_ms = self._time("log_metrics", timestamp)
         good, whole = self._each(given.items(), "metric", checked_value)
-        return bool(good) and self._keep(Metrics(good, time_ms, whole_step)) and whole
+        return (not good or self._keep(Metrics(good, time_ms, whole_step))) and whole
 
     # -- params and tags
 
@@ -190,11 +192,11 @@ class Run:
 
     def _params(self, given: Iterable[tuple[Any, Any]]) -> bool:
         good, whole = self._each(given, "param", self._param_text)
-        return bool(good) and self._keep(Params(good, self._now_ms())) and whole
+        return (not good or self._keep(Params(good, self._now_ms()))) and whole
 
     def _tags(self, given: Iterable[tuple[Any, Any]]) -> bool:
         good, whole = self._each(given, "tag", self._tag_text)
-        return bool(good) and self._keep(Tags(good, self._now_ms())) and whole
+        return (not good or self._keep(Tags(good, self._now_ms()))) and whole
 
     def _param_text(self, key: str, value: object) -> str:
         return self._bounded(key, checked_text(key, value, "param"), "param", MAX_PARAM_CHARS)
@@ -203,13 +205,13 @@ class Run:
         return self._bounded(key, checked_text(key, value, "tag"), "tag", MAX_TAG_CHARS)
 
     def _bounded(self, key: str, text: str, what: str, limit: int) -> str:
-        """Say that MLflow will cut a long value; the outbox keeps it whole, for MLflow decides (and may be configured)."""
+        """Say that MLflow will cut a long value; the outbox keeps it whole, for it is MLflow that decides."""
         if len(text) > limit:
             self._counters.add("over_long_values")
             self._counters.warn_once(
                 ("long", what, key),
-                f"mlflow-outbox: the {what} {printable(key)!r} has {len(text)} characters; MLflow keeps the first {limit}, "
-                "or refuses it; log_text keeps all",
+                f"mlflow-outbox: the {what} {printable(key)!r} has {len(text)} characters; "
+                f"MLflow keeps the first {limit}, or refuses it; log_text keeps all",
             )
         return text
 
@@ -225,7 +227,6 @@ class Run:
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-
         return self._attempt(lambda: self._file(path, artifact_path), _shown(path))
 
     def _file(self, path: str | os.PathLike[str], artifact_path: str | None) -> bool:
@@ -328,7 +329,7 @@ class Run:
 
         Args:
             figure: an object with ``savefig`` (matplotlib), ``to_html``/``to_image`` (plotly) or ``save`` (PIL).
-            artifact_file: its path among the run's artifacts; the extension says the format, for instance ``"loss.png"``.
+            artifact_file: its path among the run's artifacts; the extension says the format, as in ``"loss.png"``.
 
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
@@ -395,7 +396,8 @@ class Run:
         time_ms = self._value(lambda: self._time("start_run", time))
         name = self._value(lambda: checked_text("run_name", run_name, "name")) if run_name is not None else None
         good = self._value(lambda: self._each(checked_mapping(tags, "tags").items(), "tag", self._tag_text)[0])
-        event = RunStarted(self._now_ms() if time_ms is None else time_ms, name, user, good or {}, resumed)
+        who = user.encode("utf-8", "replace").decode()  # a name that is no Unicode must not cost the run its beginning
+        event = RunStarted(self._now_ms() if time_ms is None else time_ms, name, who, good or {}, resumed)
         return self._attempt(lambda: self._keep(event))
 
     def _value(self, check: Callable[[], Any]) -> Any:
@@ -430,7 +432,8 @@ class Run:
             return False
 
     def _refuse(self, refused: EventRefused, about: object) -> bool:
-        self._counters.add(f"refused_{refused.reason}")
+        if not isinstance(refused, OutboxFull):  # the journal has counted that
+            self._counters.add(f"refused_{refused.reason}")
         if self._settings.strict:
             raise refused
         self._counters.warn_once((refused.reason, _about(about)), f"mlflow-outbox: not logged: {refused}")
@@ -488,7 +491,7 @@ class Run:
         return _time_ns() // 1_000_000
 
 
-def _append_nowhere(event: Event) -> bool:
+def _append_nowhere(_: Event) -> bool:
     """Stand in for a journal when nothing can be kept; the tracker said so once."""
     return False
 

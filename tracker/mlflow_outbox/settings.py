@@ -11,13 +11,16 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Final, Literal, get_args, get_type_hints
 
 from mlflow_outbox.errors import InvalidSettings
 
 SyncLevel = Literal["os", "interval", "always"]
 WorkerKind = Literal["thread", "process", "none"]
 VerifyLevel = Literal["off", "latest", "full"]
+
+#: MLflow's limit for one request.
+MAX_BATCH_POINTS: Final = 1000
 
 _MIB = 1024 * 1024
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -62,7 +65,7 @@ class Settings:
     #: Runs delivered side by side to a tracking server (embedded stores take one at a time).
     parallel_runs: int = 4
     #: Metric points in one request; MLflow takes at most 1000.
-    batch_points: int = 1000
+    batch_points: int = MAX_BATCH_POINTS
     #: Seconds that one request to the tracking server may take in all.
     request_timeout: float = 30.0
     #: Seconds of the first back-off after a failed attempt; doubled for each further one, with full jitter.
@@ -99,10 +102,14 @@ class Settings:
             whole = isinstance(getattr(type(self), name), int)
             kinds = (int,) if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < _ENDLESS:
-                msg = f"the setting {name}={value!r} must be a {'whole' if whole else 'finite'} number of at least {least}"
+                sort = "whole" if whole else "finite"
+                msg = f"the setting {name}={value!r} must be a {sort} number of at least {least}"
                 raise InvalidSettings(msg)
-        if self.batch_points > 1000:
-            msg = f"the setting batch_points={self.batch_points} must be at most 1000, MLflow's limit for one request"
+        if self.batch_points > MAX_BATCH_POINTS:
+            msg = (
+                f"the setting batch_points={self.batch_points} must be at most {MAX_BATCH_POINTS}, "
+                "MLflow's limit for one request"
+            )
             raise InvalidSettings(msg)
         for name in ("strict", "disabled"):
             if not isinstance(getattr(self, name), bool):

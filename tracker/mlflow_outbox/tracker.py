@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mlflow_outbox import autopilot, delivery
 from mlflow_outbox.counters import Counters, printable
@@ -28,6 +28,9 @@ from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_envir
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 from mlflow_outbox.spool.journal import RunIdentity
 from mlflow_outbox.spool.reader import RunReader
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 _SUMMARY: Final = "final_summary"
@@ -93,7 +96,7 @@ class MLflowTracker:
         state = "disabled" if self.disabled else str(self.outbox_path)
         return f"<MLflowTracker {self.experiment_name!r} to {self.tracking_uri!r}, {state}>"
 
-    def __enter__(self) -> MLflowTracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -263,7 +266,7 @@ class MLflowTracker:
             return
         try:
             content = read()
-        except Exception as error:  # noqa: BLE001 - a session's objects may raise anything; counted and said, never raised
+        except Exception as error:  # a session's objects may raise anything; counted and said, never raised
             if self._settings.strict:
                 raise
             self._counters.add("unreadable_objects")
@@ -354,7 +357,10 @@ def create_tracker(
     Args:
         session_id: the session.
         dataset_name: the data set.
-        tracking_uri: this and all further arguments are those of ``MLflowTracker``.
+        tracking_uri: MLflow's, as for ``MLflowTracker``.
+        outbox_dir: the directory of the outbox, as for ``MLflowTracker``.
+        worker: where delivery runs, as for ``MLflowTracker``.
+        settings: as for ``MLflowTracker``.
     """
     return MLflowTracker(
         f"autopilot_{dataset_name}_{session_id}", tracking_uri, outbox_dir=outbox_dir, worker=worker, settings=settings

@@ -26,6 +26,14 @@ _LIKELY_SECONDS: Final = (1e9, 1e11)
 _EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
 
 
+def _shown(thing: object) -> str:
+    """Return what a message can show of an object, whose own repr may raise anything."""
+    try:
+        return printable(repr(thing))
+    except Exception:  # noqa: BLE001 - as said; the refusal that is being written is what matters
+        return printable(object.__repr__(thing))
+
+
 def checked_key(key: object, what: str) -> str:
     """Return a metric, param or tag key that MLflow accepts.
 
@@ -34,7 +42,7 @@ def checked_key(key: object, what: str) -> str:
         what: "metric", "param" or "tag", for the message.
     """
     if not isinstance(key, str):
-        msg = f"the {what} key {printable(repr(key))} is a {type(key).__name__}; use a string"
+        msg = f"the {what} key {_shown(key)} is a {type(key).__name__}; use a string"
         raise InvalidEventType("bad_key", msg)
     shown = printable(key)
     if not key:
@@ -59,7 +67,8 @@ def _plain(key: str) -> str:
 def checked_value(key: str, value: object) -> float:
     """Return a metric's value as a float: Python, NumPy and framework scalars, NaN and infinities."""
     if isinstance(value, (str, bytes, bytearray)) or value is None:
-        msg = f"the metric {printable(key)!r} has the value {printable(repr(value))}, a {type(value).__name__}; use a number"
+        shown = _shown(value)
+        msg = f"the metric {printable(key)!r} has the value {shown}, a {type(value).__name__}; use a number"
         raise InvalidEventType("bad_value", msg)
     try:
         return float(value)  # type: ignore[arg-type]
@@ -70,7 +79,8 @@ def checked_value(key: str, value: object) -> float:
                 return float(item())
             except Exception:  # noqa: BLE001, S110 - as above; the first error says more
                 pass
-        msg = f"the metric {printable(key)!r} has a value of type {type(value).__name__} that is no single number: {printable(error)}"
+        kind = type(value).__name__
+        msg = f"the metric {printable(key)!r} has a value of type {kind} that is no single number: {printable(error)}"
         raise InvalidEventType("bad_value", msg) from None
 
 
@@ -80,7 +90,7 @@ def checked_step(key: str, step: object) -> int:
         return 0
     number = _whole(step)
     if number is None:
-        msg = f"the metric {printable(key)!r} has the step {printable(repr(step))}; use a whole number"
+        msg = f"the metric {printable(key)!r} has the step {_shown(step)}; use a whole number"
         raise InvalidEventType("bad_step", msg)
     if not INT64_MIN <= number <= INT64_MAX:
         msg = f"the metric {printable(key)!r} has the step {number}, outside MLflow's 64-bit range"
@@ -98,7 +108,8 @@ def checked_time_ms(what: str, time: object) -> int:
             time = None
     number = _whole(time, truncate=True)
     if number is None:
-        msg = f"the time of {printable(what)!r} is {printable(repr(time))}; use milliseconds since the epoch, or a datetime"
+        shown = _shown(time)
+        msg = f"the time of {printable(what)!r} is {shown}; use milliseconds since the epoch, or a datetime"
         raise InvalidEventType("bad_time", msg)
     if not 0 <= number <= INT64_MAX:
         msg = f"the time of {printable(what)!r} is {number} ms, outside what MLflow holds (0 to 2**63 - 1)"
@@ -136,7 +147,8 @@ def checked_text(key: str, value: object, what: str) -> str:
         msg = f"the {what} {printable(key)!r} has a value that is not valid Unicode (a lone surrogate); encode it"
         raise InvalidEvent("bad_value", msg) from None
     except Exception as error:  # noqa: BLE001 - __str__ of a user's object may raise anything; refused and counted
-        msg = f"the {what} {printable(key)!r} has a value of type {type(value).__name__} that has no text: {printable(error)}"
+        kind = type(value).__name__
+        msg = f"the {what} {printable(key)!r} has a value of type {kind} that has no text: {printable(error)}"
         raise InvalidEventType("bad_value", msg) from None
     return text
 
@@ -145,7 +157,7 @@ def checked_status(status: object) -> str:
     """Return a run status that MLflow knows."""
     text = getattr(status, "name", status)
     if not isinstance(text, str) or text.upper() not in STATUSES:
-        msg = f"the status {printable(repr(status))} is none of {', '.join(sorted(STATUSES))}"
+        msg = f"the status {_shown(status)} is none of {', '.join(sorted(STATUSES))}"
         raise InvalidEvent("bad_status", msg)
     return text.upper()
 

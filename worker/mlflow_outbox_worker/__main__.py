@@ -1,4 +1,7 @@
-"""``python -m mlflow_outbox_worker DIRECTORY``: the worker process that an experiment starts; people use ``mlflow-outbox worker``."""
+"""``python -m mlflow_outbox_worker DIRECTORY``: the worker process that an experiment starts.
+
+People use ``mlflow-outbox worker``.
+"""
 
 import os
 import sys

@@ -13,67 +13,46 @@ Exactly once in effect
 * A create whose answer was lost may still be carried out after the search that did not find it. So such a run is
   searched once more when it is complete, and an empty twin is deleted.
 
-A permanent refusal of a request is narrowed down by halving until the one event that MLflow refuses is alone: that
-becomes a dead letter, everything around it arrives.
+How one request is made, and what becomes of one that is refused, stands in ``requests``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import secrets
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple
 
 from mlflow_outbox.counters import Counters, printable
-from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.directory import create_private
-from mlflow_outbox.spool.events import Event, FileFor, Request, RunEnded, RunStarted, encode
+from mlflow_outbox.spool.events import RunStarted
 from mlflow_outbox.spool.frame import SegmentHeader
-from mlflow_outbox.spool.reader import Broken, RunReader, Window
-from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
+from mlflow_outbox.spool.reader import RunReader, Window
 from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
-from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor, plan
+from mlflow_outbox_worker.planner import Batch, Step, plan
+from mlflow_outbox_worker.quarantine import Quarantine
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
 #: Windows of one run in a row before other runs get their turn.
 _TURN: Final = 16
-#: Bytes of one quarantine file; damage is a block of a disk, not a gigabyte.
-_QUARANTINE_BYTES: Final = 16 * 1024 * 1024
 
 Progress = Literal["more", "idle", "live"]
-T = TypeVar("T")
-
-
-class Later(Exception):  # noqa: N818 - a turn of events, not an error
-    """Raised when a request failed in a way that passes; nothing was recorded, send the same again."""
-
-    def __init__(self, error: SinkError, outcome: Outcome) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.outcome = outcome
-
-
-class Parked(Exception):  # noqa: N818 - as above
-    """Raised when a run cannot be delivered until a person has acted; its events stay as they are."""
-
-    def __init__(self, outcome: Outcome, error: SinkError) -> None:
-        super().__init__(outcome.reason)
-        self.outcome = outcome
-        self.error = error
 
 
 class Turn(NamedTuple):
-    """What a turn of one run has come to: "more" to send at once, "idle" with everything sent, or "live" as well but still written."""
+    """What a turn of one run has come to.
+
+    Attributes:
+        progress: "more" to send at once, "idle" with everything sent, or "live": so too, but still being written.
+    """
 
     progress: Progress
     record: RunRecord
@@ -110,10 +89,11 @@ class Courier:
         self._ledger = ledger
         self._settings = settings
         self._counters = counters
-        self._now_ms = now_ms
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
         self._calls = Calls(source, sink, ledger)
+        self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
+        self._quarantine = Quarantine(source.quarantine, counters)
 
     def turn(self, run_id: str) -> Turn:
         """Deliver what there is of a run, up to a fair share.
@@ -146,13 +126,13 @@ class Courier:
             if not self._sink.deduplicates_metrics:
                 steps = self._reconciled(record, steps)
             for step in steps:
-                self._make(record, step, dead)
+                self._requests.make(record, step, dead)
             for writer, event in window.events:
                 view.fold(event, writer)
             if ended is not None:
                 record.ended = ended
         for broken in window.broken:
-            self._quarantine(broken)
+            self._quarantine.keep(broken)
         record.cursors = window.cursors
         record.uncertain = None
         record.delivered += max(0, len(window.events) - len(dead))
@@ -170,8 +150,8 @@ class Courier:
             self._counters.add("dead_letters", len(dead))
             self._counters.warn_once(
                 ("dead", dead[0].run_id, dead[0].reason),
-                f"mlflow-outbox: MLflow refused an event of run {dead[0].run_id} for good, it is kept as a dead letter: "
-                f"{printable(dead[0].reason, 300)}",
+                f"mlflow-outbox: MLflow refused an event of run {dead[0].run_id} for good, "
+                f"it is kept as a dead letter: {printable(dead[0].reason, 300)}",
             )
         if window.missing:
             self._counters.add("missing", window.missing)
@@ -192,7 +172,7 @@ class Courier:
         if provisional.is_room(record.run_id):
             local = provisional.experiment_of(record.run_id)
             if local:
-                record.experiment_id = self._ask("create_experiment", lambda: self._calls.resolved(local))
+                record.experiment_id = ask("create_experiment", lambda: self._calls.resolved(local))
             record.remote_id = record.run_id  # it stays a room: there is no run behind it
             self._ledger.commit(record)
             return
@@ -212,7 +192,7 @@ class Courier:
 
     def _adopt(self, record: RunRecord, view: RunView) -> None:
         """Begin with how the run ended in MLflow, so that an older copy of it does not undo a later end."""
-        found = self._ask("get_run", lambda: self._sink.get_run(record.remote_id))
+        found = ask("get_run", lambda: self._sink.get_run(record.remote_id))
         if found.end_time_ms is not None:
             view.status, view.end_time_ms = Register(found.status, found.end_time_ms, ""), found.end_time_ms
             record.ended = True
@@ -232,9 +212,9 @@ class Courier:
         else:
             record.remote_id, record.experiment_id, record.adopted = found.run_id, found.experiment_id, True
             return True
-        experiment_id = self._ask("find_experiment", lambda: self._sink.find_experiment(record.experiment))
+        experiment_id = ask("find_experiment", lambda: self._sink.find_experiment(record.experiment))
         if experiment_id is not None:
-            twins = self._ask("find_runs", lambda: self._sink.find_runs(experiment_id, record.run_id))
+            twins = ask("find_runs", lambda: self._sink.find_runs(experiment_id, record.run_id))
             if twins:
                 record.remote_id, record.experiment_id, record.adopted = twins[0], experiment_id, True
                 return True
@@ -252,12 +232,12 @@ class Courier:
         by_name = self._source.elsewhere or (header is not None and name != header.experiment)
         given = "" if started is None or by_name else started.experiment_id
         if given:
-            record.experiment_id = self._ask("create_experiment", lambda: self._calls.resolved(given))
+            record.experiment_id = ask("create_experiment", lambda: self._calls.resolved(given))
         else:
             if name not in self._experiments:
-                self._experiments[name] = self._ask("create_experiment", lambda: self._sink.experiment_id(name))
+                self._experiments[name] = ask("create_experiment", lambda: self._sink.experiment_id(name))
             record.experiment_id = self._experiments[name]
-        twins = self._ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))
+        twins = ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))
         if twins:
             record.remote_id, record.adopted = twins[0], True
         else:
@@ -265,10 +245,10 @@ class Courier:
             record.creating = True
             self._ledger.commit(record)
             first = started.tags if started is not None else {}
-            tags = self._ask("create_run", lambda: {key: self._calls.rewritten(value) for key, value in first.items()})
+            tags = ask("create_run", lambda: {key: self._calls.rewritten(value) for key, value in first.items()})
             tags[RUN_ID_TAG] = record.run_id
             start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
-            record.remote_id = self._ask(
+            record.remote_id = ask(
                 "create_run",
                 lambda: self._sink.create_run(
                     record.experiment_id,
@@ -280,143 +260,15 @@ class Courier:
             )
             record.creating = unknown
 
-    def _ask(self, operation: str, request: Callable[[], T]) -> T:
-        """Make a request that concerns no single event: it succeeds, or the whole run waits."""
-        try:
-            return request()
-        except SinkError as error:
-            outcome = classify(error, operation)
-            if outcome.kind == "retry":
-                raise Later(error, outcome) from error
-            raise Parked(outcome, error) from error
-
-    # -- requests
-
-    def _make(self, record: RunRecord, step: Step, dead: list[DeadLetter]) -> None:
-        if isinstance(step, Batch):
-            self._send(record, step, dead)
-        elif isinstance(step, Upload):
-            self._upload(record, step, dead)
-        elif isinstance(step, Call):
-            self._call(record, step.request, dead)
-        elif isinstance(step, UploadFor):
-            self._upload_for(record, step.file, dead)
-        else:
-            self._set_status(record, step, dead)
-
-    def _send(self, record: RunRecord, batch: Batch, dead: list[DeadLetter]) -> None:
-        try:
-            tags = {key: self._calls.rewritten(value) for key, value in batch.tags.items()}
-            self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
-        except SinkError as error:
-            outcome = self._answered(error, "log_batch")
-            if outcome.kind == "already_applied":
-                return
-            if len(batch) > 1:
-                for half in batch.halves():
-                    self._send(record, half, dead)
-                return
-            dead.append(self._letter(record, batch.event(), error, outcome))
-
-    def _upload(self, record: RunRecord, step: Upload, dead: list[DeadLetter]) -> None:
-        artifact = step.artifact
-        try:
-            path = checked_artifact_path(artifact.path)
-        except InvalidEvent as error:
-            dead.append(self._own_letter(record, artifact, str(error)))
-            return
-        file = RunReader(*self._source.folders(record.run_id)).file(artifact.sha256)
-        if not is_digest(artifact.sha256) or file.is_symlink() or not file.is_file():
-            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox"))
-            return
-        if file.stat().st_size != artifact.size:
-            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} has not the size it had"))
-            return
-        try:
-            self._sink.upload(record.remote_id, file, path)
-        except SinkError as error:
-            outcome = self._answered(error, "upload")
-            if outcome.kind != "already_applied":
-                dead.append(self._letter(record, artifact, error, outcome))
-
-    def _call(self, record: RunRecord, request: Request, dead: list[DeadLetter]) -> None:
-        def refuse(part: Request, error: SinkError) -> None:
-            outcome = self._answered(error, request.operation)
-            if outcome.kind != "already_applied":
-                dead.append(self._letter(record, part, error, outcome))
-
-        try:
-            self._calls.make(request, refuse)
-        except (ValueError, TypeError) as error:  # the arguments are no JSON of ours: a newer or damaged journal
-            dead.append(self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
-        except SinkError as error:  # an id in it had to be asked for
-            refuse(request, error)
-
-    def _upload_for(self, record: RunRecord, file: FileFor, dead: list[DeadLetter]) -> None:
-        kind, _, owner = file.owner.partition(":")
-        copy = RunReader(*self._source.folders(record.run_id)).file(file.sha256)
-        if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
-            dead.append(self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox"))
-            return
-        try:
-            path = checked_artifact_path(file.path)
-            with self._calls.content(copy, path) as content:
-                self._sink.upload_for(kind, self._calls.rewritten(owner), content, path)
-        except InvalidEvent as error:
-            dead.append(self._own_letter(record, file, str(error)))
-        except SinkError as error:
-            outcome = self._answered(error, "upload")
-            if outcome.kind != "already_applied":
-                dead.append(self._letter(record, file, error, outcome))
-
-    def _set_status(self, record: RunRecord, step: SetStatus, dead: list[DeadLetter]) -> None:
-        try:
-            self._sink.update_run(record.remote_id, status=step.status, end_time_ms=step.end_time_ms)
-        except SinkError as error:
-            outcome = self._answered(error, "update_run")
-            if outcome.kind != "already_applied":
-                dead.append(self._letter(record, RunEnded(step.status, step.time_ms), error, outcome))
-
-    def _answered(self, error: SinkError, operation: str) -> Outcome:
-        """Return the outcome of a failed request that is about the events in it; raise the others."""
-        outcome = classify(error, operation)
-        if outcome.kind == "retry":
-            raise Later(error, outcome) from error
-        if outcome.kind == "parked":
-            raise Parked(outcome, error) from error
-        return outcome
-
-    def _letter(self, record: RunRecord, event: Event, error: SinkError, outcome: Outcome) -> DeadLetter:
-        return DeadLetter(
-            run_id=record.run_id,
-            remote_id=record.remote_id,
-            payload=encode(event),
-            reason=outcome.reason,
-            code=error.code,
-            status=error.status,
-            time_ms=self._now_ms(),
-        )
-
-    def _own_letter(self, record: RunRecord, event: Event, reason: str) -> DeadLetter:
-        return DeadLetter(
-            run_id=record.run_id,
-            remote_id=record.remote_id,
-            payload=encode(event),
-            reason=reason,
-            code="",
-            status=None,
-            time_ms=self._now_ms(),
-        )
-
     # -- stores that do not deduplicate
 
     def _reconciled(self, record: RunRecord, steps: list[Step]) -> list[Step]:
-        """Take points out that the store has already, if an earlier attempt at this window may have been carried out in part."""
+        """Take points out that the store has already, if an earlier attempt may have been carried out in part."""
         held: set[tuple[str, str, int, int]] = set()
         if record.adopted or record.uncertain == record.cursors:
             keys = {point.key for step in steps if isinstance(step, Batch) for point in step.points}
             for key in keys:
-                history = self._ask("metric_history", lambda key=key: self._sink.metric_history(record.remote_id, key))  # type: ignore[misc]
+                history = ask("metric_history", lambda key=key: self._sink.metric_history(record.remote_id, key))  # type: ignore[misc]
                 held.update(_identity(point) for point in history)
         else:
             record.uncertain = dict(record.cursors)
@@ -434,33 +286,6 @@ class Courier:
             if not isinstance(step, Batch) or len(step):
                 result.append(step)
         return result
-
-    # -- damage
-
-    def _quarantine(self, broken: Broken) -> None:
-        """Keep the bytes that were no intact frames, before the cursor moves past them."""
-        name = (
-            f"{self._directory_name(broken)}-{broken.path.stem}-{broken.start}-{broken.end}-{secrets.token_hex(3)}.bin"
-        )
-        self._counters.warn_once(
-            ("broken", broken.path.name, broken.start),
-            f"mlflow-outbox: bytes {broken.start} to {broken.end} of {broken.path} are {broken.kind} ({broken.reason}); "
-            f"they are kept in {self._source.quarantine}",
-        )
-        try:
-            os.makedirs(self._source.quarantine, 0o700, exist_ok=True)
-            with (
-                open(broken.path, "rb") as source,
-                os.fdopen(create_private(self._source.quarantine / name), "wb") as copy,
-            ):
-                source.seek(broken.start)
-                copy.write(source.read(min(broken.end - broken.start, _QUARANTINE_BYTES)))
-        except OSError:
-            self._counters.add("quarantine_copies_failed")  # the segment itself still holds them until it is reclaimed
-
-    @staticmethod
-    def _directory_name(broken: Broken) -> str:
-        return broken.path.parent.name
 
 
 def _identity(point: MetricPoint) -> tuple[str, str, int, int]:

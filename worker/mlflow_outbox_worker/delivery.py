@@ -31,13 +31,14 @@ from mlflow_outbox.errors import DestinationError, LedgerUnavailable, OutboxUnus
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.calls import Waits
-from mlflow_outbox_worker.courier import Courier, Later, Parked, Turn
+from mlflow_outbox_worker.courier import Courier, Turn
 from mlflow_outbox_worker.finish import finish
 from mlflow_outbox_worker.gate import Gate, concerns_destination
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.outcome import classify
+from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.retention import reclaim
 from mlflow_outbox_worker.schedule import Schedule, Stamp, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -157,7 +158,7 @@ class Delivery:
             except (LedgerUnavailable, OutboxUnusable, OSError) as error:
                 self._trouble("worker_errors", error)
                 self._pause(_STAND_BY)
-            except BaseException as error:  # noqa: BLE001 - the worker must outlive all mistakes; counted and said
+            except BaseException as error:  # the worker must outlive all mistakes; counted and said
                 if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
                     raise  # ctrl-C of a command; in a thread, which nobody may be there to replace, it means nothing
                 self._trouble("worker_crashes", error)
@@ -390,7 +391,8 @@ class Delivery:
                 ledger.commit(record)
         self._counters.warn_once(
             ("parked", run_id),
-            f"mlflow-outbox: run {run_id} waits for a person: {printable(parked.outcome.reason, 300)}. Its events stay on disk",
+            f"mlflow-outbox: run {run_id} waits for a person: {printable(parked.outcome.reason, 300)}. "
+            "Its events stay on disk",
         )
         self._schedule.again(run_id, self._settings.parked_retry, standing)
 

@@ -13,10 +13,11 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.views import RunView
-from mlflow_outbox_worker.courier import Later, Parked, Turn
+from mlflow_outbox_worker.courier import Turn
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.retention import file_run, file_segments
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
@@ -100,7 +101,7 @@ def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, reco
 
 
 def _delete_twins(sink: Sink, record: RunRecord, counters: Counters) -> None:
-    """Delete empty runs left by creates whose answers were lost and which were carried out after the search for them."""
+    """Delete empty runs of creates whose answers were lost and which were carried out after the search for them."""
     for run_id in sink.find_runs(record.experiment_id, record.run_id):
         if run_id == record.remote_id:
             continue

@@ -77,7 +77,7 @@ class Lease:
         return self._fd >= 0
 
     def is_sound(self) -> bool:
-        """Return whether the lock file is still the one that was locked; if not, another worker may lock the new one."""
+        """Return whether the lock file is still the one that was locked; else another worker may lock the new one."""
         return self._fd >= 0 and _is_same(self._fd, self._path)
 
     def release(self) -> None:
@@ -124,7 +124,7 @@ _leases: weakref.WeakSet[Lease] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    """Let go in the child: a lock belongs to the open file, so an inherited descriptor would outlive the parent's death."""
+    """Let go in the child: a lock belongs to the open file, so an inherited descriptor would outlive the parent."""
     for lease in list(_leases):
         lease.release()
 

@@ -122,8 +122,8 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
         return _plan(events, view, batch_points)
     steps: list[Step] = []
     ended: bool | None = None
-    # What was decided before a barrier holds after it: a scratch view knows tags and status, and no points.
-    scratch = RunView(status=view.status, tags=dict(view.tags))
+    # What was decided before a barrier holds after it: a scratch view knows params, tags and status, no points.
+    scratch = RunView(status=view.status, params=dict(view.params), tags=dict(view.tags))
     begin = 0
     for index, (writer, event) in enumerate([*events, ("", None)]):
         if event is not None and not isinstance(event, (Request, FileFor)):
@@ -132,7 +132,7 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
         steps += part.steps
         ended = part.ended if part.ended is not None else ended
         for earlier_writer, earlier in events[begin:index]:
-            if isinstance(earlier, (Tags, RunStarted, RunEnded)):
+            if isinstance(earlier, (Params, Tags, RunStarted, RunEnded)):
                 scratch.fold(earlier, earlier_writer)
         if isinstance(event, Request):
             steps.append(Call(event))
@@ -143,7 +143,9 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
     return Plan(steps, ended)
 
 
-def _plan(events: Sequence[tuple[str, Event]], view: RunView, batch_points: int) -> Plan:
+def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last one of each kind leaves
+    events: Sequence[tuple[str, Event]], view: RunView, batch_points: int
+) -> Plan:
     points: list[MetricPoint] = []
     params: dict[str, str] = {}
     alone: list[Batch] = []
@@ -163,7 +165,10 @@ def _plan(events: Sequence[tuple[str, Event]], view: RunView, batch_points: int)
             points += [MetricPoint(key, value, event.time_ms, event.step) for key, value in event.values.items()]
         elif isinstance(event, Params):
             for key, text in event.values.items():
-                if params.setdefault(key, text) != text:
+                first = params.get(key, view.params.get(key, text))
+                if first == text:
+                    params[key] = text
+                else:
                     alone.append(Batch((), {key: text}, {}, event.time_ms))
         elif isinstance(event, Artifact):
             files.pop(event.path, None)

@@ -91,7 +91,7 @@ def start(outbox: Outbox) -> ProcessWorker:
 
 
 def _import_roots() -> list[str]:
-    """Return where a child must look for both halves of this package: the experiment may have found them its own way."""
+    """Return where a child must look for both halves of this package; the experiment may have its own way."""
     roots = [
         str(Path(package.__file__).parent.parent)
         for package in (mlflow_outbox, mlflow_outbox_worker)
@@ -102,7 +102,7 @@ def _import_roots() -> list[str]:
 
 
 def serve(path: Path, source: IO[bytes]) -> int:
-    """Be the worker process: deliver an outbox until its starter is gone and nothing is left, or the time for that is up.
+    """Be the worker process: deliver until the starter is gone and nothing is left, or the time for that is up.
 
     Args:
         path: the outbox.

@@ -1,5 +1,4 @@
-"""Runs as a reader sees them: MLflow's answer with what has not arrived folded in, or the local one when MLflow is
-away.
+"""Runs as a reader sees them: MLflow's answer with what has not arrived folded in, or without MLflow the local one.
 
 So a program reads its own writes, whether MLflow is up, down, or was never there, and each run says where it comes
 from.
@@ -148,17 +147,19 @@ class Reading:
 
     def meta(self, name: str) -> str:
         """Return a text that the worker noted in the ledger, or ""."""
-        with contextlib.suppress(LedgerUnavailable), contextlib.closing(
-            Ledger.open(self._ledger_path, read_only=True)
-        ) as ledger:
+        with (
+            contextlib.suppress(LedgerUnavailable),
+            contextlib.closing(Ledger.open(self._ledger_path, read_only=True)) as ledger,
+        ):
             return (ledger.meta(name) or b"").decode()
         return ""
 
     def remote_id(self, run_id: str) -> str:
         """Return MLflow's id of a run of this outbox, or "" while it has none."""
-        with contextlib.suppress(LedgerUnavailable), contextlib.closing(
-            Ledger.open(self._ledger_path, read_only=True)
-        ) as ledger:
+        with (
+            contextlib.suppress(LedgerUnavailable),
+            contextlib.closing(Ledger.open(self._ledger_path, read_only=True)) as ledger,
+        ):
             record = ledger.record(run_id)
             return record.remote_id if record is not None else ""
         return ""

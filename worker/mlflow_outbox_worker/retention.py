@@ -96,6 +96,8 @@ def reclaim(directory: OutboxDirectory, ledger: Ledger, *, before_ms: int, dry_r
     """Delete delivered and verified runs whose verification is older than a time; return their ids.
 
     Args:
+        directory: the outbox.
+        ledger: of its worker; says which runs are done, and when they were verified.
         before_ms: wall-clock milliseconds; runs verified before it go.
         dry_run: only return what would go.
 

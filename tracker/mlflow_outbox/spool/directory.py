@@ -119,7 +119,10 @@ class OutboxDirectory:
             raise OutboxUnusable(msg) from error
         outbox = cls.open(path)
         if outbox.identity.destination != destination.uri:
-            msg = f"{path} is the outbox of {outbox.identity.destination}, not of {destination.uri}; give another directory"
+            msg = (
+                f"{path} is the outbox of {outbox.identity.destination}, not of {destination.uri}; "
+                "give another directory"
+            )
             raise OutboxMismatch(msg)
         return outbox
 
@@ -245,10 +248,7 @@ def read_identity(path: Path) -> OutboxIdentity:
         msg = f"{path} is not a usable outbox: {error.strerror or error}"
         raise OutboxUnusable(msg) from error
     except msgspec.DecodeError as error:
-        msg = (
-            f"{path / _IDENTITY} is damaged ({error}); "
-            "restore it from a copy, or write the destination into it again"
-        )
+        msg = f"{path / _IDENTITY} is damaged ({error}); restore it from a copy, or write the destination into it again"
         raise OutboxUnusable(msg) from error
     if identity.format > FORMAT:
         msg = f"{path} has format {identity.format} and this version reads up to {FORMAT}; upgrade mlflow-outbox"
@@ -347,7 +347,10 @@ def _check(path: Path) -> os.stat_result:
         msg = f"{path} is not a directory; move it away"
         raise OutboxUnusable(msg)
     if found.st_uid != os.geteuid():
-        msg = f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}; give a directory of your own"
+        msg = (
+            f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}; "
+            "give a directory of your own"
+        )
         raise OutboxUnusable(msg)
     if found.st_mode & 0o077:
         msg = f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, so others can enter it; run: chmod 700 {path}"

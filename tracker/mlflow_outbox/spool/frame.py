@@ -47,7 +47,8 @@ _LONG: Final = struct.Struct("<IHI")  # behind the CRC: sequence number, 0xFFFF,
 _CRC: Final = struct.Struct("<I")
 _FRAME: Final = struct.Struct("<IIH")
 _PREFIX: Final = struct.Struct("<8sII")
-_ESCAPE: Final = 0xFFFF
+#: In place of the length of a short frame: this one is long.
+LONG_MARK: Final = 0xFFFF
 #: Bytes before the payload of a short frame, and before that of a long one.
 SHORT_OVERHEAD: Final = _FRAME.size
 LONG_OVERHEAD: Final = _FRAME.size + 4
@@ -107,7 +108,7 @@ def pack(payload: bytes, seq: int, seed: int) -> bytes:
         seed: the segment's seed.
     """
     length = len(payload)
-    body = _short(seq, length) + payload if length < _ESCAPE else _LONG.pack(seq, _ESCAPE, length) + payload
+    body = _short(seq, length) + payload if length < LONG_MARK else _LONG.pack(seq, LONG_MARK, length) + payload
     return _crc_pack(_crc32(body, seed)) + body
 
 
@@ -127,12 +128,12 @@ def unpack(data: bytes | bytearray, offset: int, seed: int, *, end: int | None =
     if start >= end:
         return None
     crc, seq, length = _frame_unpack(data, offset)
-    if length == _ESCAPE:
+    if length == LONG_MARK:
         start = offset + LONG_OVERHEAD
         if start >= end:
             return None
         (length,) = _length_unpack(data, offset + SHORT_OVERHEAD)
-        if length < _ESCAPE or length > MAX_PAYLOAD:
+        if length < LONG_MARK or length > MAX_PAYLOAD:
             return None
     stop = start + length
     if length == 0 or stop > end:
@@ -143,16 +144,16 @@ def unpack(data: bytes | bytearray, offset: int, seed: int, *, end: int | None =
 
 
 def wanted(data: bytes | bytearray, offset: int) -> int:
-    """Return the offset at which the frame at offset claims to end, or -1 when its head is cut off or makes no sense."""
+    """Return where the frame at offset claims to end, or -1 when its head is cut off or makes no sense."""
     if offset + SHORT_OVERHEAD > len(data):
         return -1
     _, _, length = _frame_unpack(data, offset)
-    if length != _ESCAPE:
+    if length != LONG_MARK:
         return offset + SHORT_OVERHEAD + length if length else -1
     if offset + LONG_OVERHEAD > len(data):
         return -1
     (length,) = _length_unpack(data, offset + SHORT_OVERHEAD)
-    return offset + LONG_OVERHEAD + length if _ESCAPE <= length <= MAX_PAYLOAD else -1
+    return offset + LONG_OVERHEAD + length if LONG_MARK <= length <= MAX_PAYLOAD else -1
 
 
 def pack_header(header: SegmentHeader) -> bytes:

@@ -50,7 +50,8 @@ class DiskGuard:
         free = found.f_bavail * found.f_frsize
         if free >= self._settings.free_bytes or found.f_blocks == 0:
             return None
-        return f"{free:,} bytes are free on the disk of {self._directory.path}, the setting free_bytes keeps {self._settings.free_bytes:,}"
+        kept = self._settings.free_bytes
+        return f"{free:,} bytes are free on the disk of {self._directory.path}, the setting free_bytes keeps {kept:,}"
 
     def _budget(self) -> str | None:
         now = time.monotonic()
@@ -59,7 +60,8 @@ class DiskGuard:
             self._used = used_bytes(self._directory)
         if self._used < self._settings.outbox_bytes:
             return None
-        return f"{self._directory.path} holds {self._used:,} bytes, the setting outbox_bytes allows {self._settings.outbox_bytes:,}"
+        allowed = self._settings.outbox_bytes
+        return f"{self._directory.path} holds {self._used:,} bytes, the setting outbox_bytes allows {allowed:,}"
 
 
 def used_bytes(directory: OutboxDirectory) -> int:

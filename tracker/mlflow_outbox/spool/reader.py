@@ -4,9 +4,9 @@ A reader never opens a file for writing, takes no lock that a writer could meet,
 in another process, on another machine, on read-only media, while the run is still being written.
 
 The segments of a writer are read in the order of their first number. A segment is *final* once its closing frame was
-read, once
-the same writer has begun a later one, or once its writer is gone: no living process of this machine holds it (flock),
-and, if it came from another machine or the file system knows no locks, nothing was added for ``settle`` seconds.
+read, once the same writer has begun a later one, or once its writer is gone: no living process of this machine holds it
+(flock), and, if it came from another machine or the file system knows no locks, nothing was added for ``settle``
+seconds.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class RunReader:
         self._bad: dict[str, Broken] = {}
 
     def segments(self) -> dict[str, list[SegmentFile]]:
-        """Return the segments by writer, each writer's in reading order; unreadable headers are left to ``bad_headers``."""
+        """Return the segments by writer, each writer's in reading order; see ``bad_headers`` for unreadable ones."""
         found = self._listed()
         self._bad = {name: bad for name, bad in self._bad.items() if name in found}
         for name in [n for n, held in self._headers.items() if found.get(n) != held.path]:
@@ -322,10 +322,7 @@ class _WriterPass:
             try:
                 data = _read(segment.path, offset, chunk)
             except FileNotFoundError:
-                if any(os.path.lexists(folder / segment.path.name) for folder in self._paths):
-                    self._budget.spent = True  # moved while this reader looked: the next window finds it
-                    return False
-                return True  # reclaimed by a worker meanwhile
+                return not self._was_moved(segment)
             at_end = len(data) < chunk
             plain = self._take_plain(data, header.seed)
             if plain:
@@ -338,14 +335,11 @@ class _WriterPass:
                 if isinstance(found, Cut):
                     cut = True
                     break
+                offset = base + found.end
                 if isinstance(found, Damage):
-                    self.broken.append(
-                        Broken(segment.path, found.kind, base + found.start, base + found.end, "no intact frame")
-                    )
-                    offset = base + found.end
+                    self.broken.append(Broken(segment.path, found.kind, base + found.start, offset, "no intact frame"))
                 else:
-                    closed = self._take(segment, found.seq, found.payload, base + found.end) or closed
-                    offset = base + found.end
+                    closed = self._take(segment, found.seq, found.payload, offset) or closed
                 self.cursor = Cursor(header.ordinal, offset, self._seq)
                 if self._budget.spent:
                     return False
@@ -354,16 +348,25 @@ class _WriterPass:
             if at_end:
                 self.live = self.live or not gone
                 return gone
-            stuck = cut and offset == base and not plain
-            if stuck and chunk < 2 * _LARGEST:
-                chunk = min(chunk * 4, 2 * _LARGEST)
-            elif stuck:
-                # No intact frame begins in the first half, for any such would end in the second.
-                offset = base + _LARGEST
-                self.broken.append(Broken(segment.path, "corrupt", base, offset, "no intact frame"))
-                self.cursor = Cursor(header.ordinal, offset, self._seq)
-            elif not cut:
-                chunk = _CHUNK
+            chunk, offset = self._go_on(segment, chunk, offset, stuck=cut and offset == base and not plain)
+
+    def _was_moved(self, segment: SegmentFile) -> bool:
+        """Return whether a segment that is gone was moved while this reader looked, and not reclaimed by a worker."""
+        moved = any(os.path.lexists(folder / segment.path.name) for folder in self._paths)
+        self._budget.spent = self._budget.spent or moved  # the next window finds it
+        return moved
+
+    def _go_on(self, segment: SegmentFile, chunk: int, offset: int, *, stuck: bool) -> tuple[int, int]:
+        """Return how much to read next, and where: more where no frame was whole, behind a hole larger than any frame."""
+        if not stuck:
+            return _CHUNK, offset
+        if chunk < 2 * _LARGEST:
+            return min(chunk * 4, 2 * _LARGEST), offset
+        # No intact frame begins in the first half, for any such would end in the second.
+        behind = offset + _LARGEST
+        self.broken.append(Broken(segment.path, "corrupt", offset, behind, "no intact frame"))
+        self.cursor = Cursor(segment.header.ordinal, behind, self._seq)
+        return chunk, behind
 
     def _take_plain(self, data: bytes, seed: int) -> int:
         """Take the frames at the beginning that are as they should be; return the bytes that they take up.

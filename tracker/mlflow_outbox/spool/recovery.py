@@ -24,7 +24,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple
 
-from mlflow_outbox.spool.frame import LONG_OVERHEAD, MAX_PAYLOAD, SEQUENCE_MASK, SHORT_OVERHEAD, Frame, unpack
+from mlflow_outbox.spool.frame import (
+    LONG_MARK,
+    LONG_OVERHEAD,
+    MAX_PAYLOAD,
+    SEQUENCE_MASK,
+    SHORT_OVERHEAD,
+    Frame,
+    unpack,
+)
 
 #: A number further ahead than this is taken for damage, not for a gap; no segment holds as many frames.
 _MAX_AHEAD: Final = 1 << 28
@@ -88,7 +96,7 @@ def _may_be_cut(data: bytes, offset: int) -> bool:
     if rest < LONG_OVERHEAD:
         return True
     length = int.from_bytes(data[offset + 8 : offset + 10], "little")
-    if length == 0xFFFF:
+    if length == LONG_MARK:
         length = int.from_bytes(data[offset + 10 : offset + 14], "little")
         return length <= MAX_PAYLOAD and offset + LONG_OVERHEAD + length > len(data)
     return offset + SHORT_OVERHEAD + length > len(data)

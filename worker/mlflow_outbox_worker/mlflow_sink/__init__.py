@@ -57,7 +57,7 @@ def open_sink(
         SinkError: an embedded store cannot be opened now; ``outcome.classify(error, "open")`` tells what that means.
     """
     _import_mlflow()
-    from mlflow_outbox_worker.mlflow_sink import recorder, stores  # noqa: PLC0415 - imports mlflow
+    from mlflow_outbox_worker.mlflow_sink import recorder, stores  # imports mlflow
 
     opened = stores.open_store(uri, artifact_root=artifact_root, timeout=timeout, username=username, password=password)
     return recorder.Recorder(opened)
@@ -88,7 +88,7 @@ def open_client(
         TrackingUnavailable: the store cannot be reached or opened now.
     """
     _import_mlflow()
-    from mlflow_outbox_worker.mlflow_sink import stores  # noqa: PLC0415 - imports mlflow
+    from mlflow_outbox_worker.mlflow_sink import stores  # imports mlflow
 
     try:
         return stores.open_client(
@@ -101,7 +101,7 @@ def open_client(
 
 def _import_mlflow() -> None:
     """Import mlflow and what lies under it, quietly: some of it announces itself to MLflow's loggers."""
-    from mlflow_outbox_worker.mlflow_sink.boundary import quiet  # noqa: PLC0415 - imports mlflow
+    from mlflow_outbox_worker.mlflow_sink.boundary import quiet  # imports mlflow
 
     with quiet():
         importlib.import_module("mlflow_outbox_worker.mlflow_sink.recorder")

@@ -117,7 +117,6 @@ class ServerStore(_OneAttempt, RestStore):  # type: ignore[misc]  # mlflow is no
         super().__init__(get_host_creds)
         self.transport = transport
 
-
     def send_batch(
         self, run_id: str, points: Sequence[MetricPoint], params: Mapping[str, str], tags: Mapping[str, str]
     ) -> None:

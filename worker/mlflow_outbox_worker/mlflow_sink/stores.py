@@ -170,7 +170,7 @@ class _Directory(file_store.FileStore):  # type: ignore[misc]  # MLflow has no t
 
 
 def _database(uri: str, artifact_root: str | None) -> OpenStore:
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415 - only here
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # only here
 
     uri = _absolute(uri)
     root = artifact_root or str(Path("mlruns").absolute())

@@ -1,0 +1,480 @@
+"""A run as the experiment holds it: what it keeps, what it refuses, and its manners (I5, F67, F68)."""
+
+from __future__ import annotations
+
+import collections
+import datetime as dt
+import hashlib
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.errors import ArtifactRefused, EventRefused, InvalidEvent, InvalidEventType, OutboxFull
+from mlflow_outbox.run import Run
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
+from mlflow_outbox.testing import FailingDisk
+from spools import RUN, Everything, make_journal, make_outbox
+
+
+class Kit:
+    """A run with all that is around it."""
+
+    def __init__(self, path: Path, **given: Any) -> None:
+        self.settings = Settings(**given)
+        self.counters = Counters()
+        self.disk = FailingDisk()
+        self.outbox: OutboxDirectory = make_outbox(path)
+        self.journal = make_journal(self.outbox, self.disk, counters=self.counters, **given)
+        self.run = Run(self.journal, RUN, self.settings, self.counters)
+
+    @property
+    def events(self) -> list[Event]:
+        """What the journal holds."""
+        return Everything(self.outbox.run(RUN)).events
+
+    def content(self, path: str) -> bytes:
+        """The last content of an artifact."""
+        found = [event for event in self.events if isinstance(event, Artifact) and event.path == path]
+        data = (self.outbox.run(RUN) / "files" / found[-1].sha256).read_bytes()
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (found[-1].sha256, found[-1].size)
+        return data
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Kit:
+    """Outside of the current directory, so that this stays empty."""
+    (tmp_path / "work").mkdir()
+    os.chdir(tmp_path / "work")
+    return Kit(tmp_path / "outbox")
+
+
+@pytest.fixture
+def strict(tmp_path: Path) -> Kit:
+    """A run that raises."""
+    return Kit(tmp_path / "outbox", strict=True)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said."""
+    return [record.getMessage() for record in caplog.records]
+
+
+# -- what is kept
+
+
+def test_a_metric_is_the_same_point_however_it_is_given(kit: Kit) -> None:
+    """The short way and the long way through log_metric, and log_metrics."""
+    before = int(dt.datetime.now(dt.timezone.utc).timestamp() * 1000)
+    for value, step in [(0.5, 1), (0.5, 1), (np.float32(0.5), np.int64(1)), (0.5, 1.0)]:
+        assert kit.run.log_metric("loss", value, step)
+    assert kit.run.log_metrics({"loss": 0.5}, step=1)
+    assert kit.run.log_metric("loss", 0.5, 1, timestamp=5)
+    assert kit.run.log_metric("loss", 0.5)
+    *same, given, stepless = kit.events
+    for event in same:
+        assert isinstance(event, (Metric, Metrics))
+        assert before <= event.time_ms <= before + 60_000
+        assert (1, 0.5) == (event.step, event.value if isinstance(event, Metric) else event.values["loss"])
+    assert Metric("loss", 0.5, 5, 1) == given
+    assert 0 == stepless.step  # type: ignore[union-attr]
+
+
+def test_every_kind_of_call_is_one_event(kit: Kit) -> None:
+    """Params, tags and the rest, in their order."""
+    run = kit.run
+    run.begin("name", "me", {"t": 1}, 5, resumed=False)
+    assert 3 == run.log_param("p", 3)
+    assert run.log_params({"q": None, "r": [1]})
+    assert run.set_tag("t", True)
+    assert run.set_tags({"u": 1.5})
+    assert run.log_metrics({"a": 1, "b": 2})
+    assert run.end("FAILED", 9)
+    start, one, two, tag, tags, metrics, end = kit.events
+    assert RunStarted(5, "name", "me", {"t": "1"}) == start
+    assert ({"p": "3"}, {"q": "None", "r": "[1]"}) == (one.values, two.values)  # type: ignore[union-attr]
+    assert ({"t": "True"}, {"u": "1.5"}) == (tag.values, tags.values)  # type: ignore[union-attr]
+    assert {"a": 1.0, "b": 2.0} == metrics.values  # type: ignore[union-attr]
+    assert RunEnded("FAILED", 9) == end
+    assert {} == kit.counters.snapshot()
+
+
+@pytest.mark.parametrize("call", ["log_metrics", "log_params", "set_tags"])
+def test_nothing_to_log_is_no_failure_and_no_event(kit: Kit, call: str) -> None:
+    """An empty mapping."""
+    assert getattr(kit.run, call)({})
+    assert [] == kit.events
+
+
+def test_logging_after_the_end_still_works(kit: Kit) -> None:
+    """As in MLflow."""
+    kit.run.end()
+    assert kit.run.log_metric("loss", 0.5)
+    assert [RunEnded, Metric] == [type(event) for event in kit.events]
+    assert "ended" in repr(kit.run)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (ValueError(), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(0), "FINISHED"),
+     (SystemExit(), "FINISHED"), (SystemExit(3), "FAILED"), (SystemExit("no"), "FAILED")],
+)  # fmt: skip
+def test_a_block_ends_its_run_by_what_left_it(kit: Kit, error: BaseException | None, status: str) -> None:
+    """And lets it out."""
+
+    def body() -> None:
+        with kit.run as run:
+            run.log_metric("loss", 0.5)
+            if error is not None:
+                raise error
+
+    if error is None:
+        body()
+    else:
+        with pytest.raises(type(error)):
+            body()
+    end = kit.events[-1]
+    assert isinstance(end, RunEnded)
+    assert status == end.status
+
+
+def test_a_beginning_that_is_partly_refused_begins_all_the_same(kit: Kit) -> None:
+    """A bad name, time or tag, a user that is no Unicode, must not cost a run."""
+    kit.run.begin("\ud800", "us\udce9r", {"bad#key": 1, "good": 2}, "noon", resumed=False)  # type: ignore[arg-type]
+    start = kit.events[0]
+    assert isinstance(start, RunStarted)
+    assert (None, "us?r", {"good": "2"}) == (start.run_name, start.user, start.tags)
+    assert start.time_ms > 1_700_000_000_000
+    assert {"refused_bad_value": 1, "refused_bad_time": 1, "refused_bad_key": 1} == kit.counters.snapshot()
+
+
+# -- what is refused
+
+REFUSED: list[tuple[str, type[EventRefused], Callable[[Run], Any]]] = [
+    ("bad_key", InvalidEvent, lambda run: run.log_metric("a#b", 1.0)),
+    ("bad_key", InvalidEventType, lambda run: run.log_metric(5, 1.0)),  # type: ignore[arg-type]
+    ("bad_value", InvalidEventType, lambda run: run.log_metric("k", "high")),
+    ("bad_step", InvalidEventType, lambda run: run.log_metric("k", 1.0, 3.5)),
+    ("bad_step", InvalidEvent, lambda run: run.log_metric("k", 1.0, 2**63)),
+    ("bad_time", InvalidEvent, lambda run: run.log_metric("k", 1.0, 1, -1)),
+    ("bad_mapping", InvalidEventType, lambda run: run.log_metrics([1])),  # type: ignore[arg-type]
+    ("bad_step", InvalidEventType, lambda run: run.log_metrics({"k": 1.0}, "1")),
+    ("bad_value", InvalidEvent, lambda run: run.log_params({"k": "\ud800"})),
+    ("bad_key", InvalidEvent, lambda run: run.set_tag("", 1)),
+    ("bad_status", InvalidEvent, lambda run: run.end("DONE")),
+    ("bad_path", InvalidEvent, lambda run: run.log_text("x", "../x")),
+    ("bad_path", InvalidEvent, lambda run: run.log_text("x", "")),
+    ("bad_path", InvalidEventType, lambda run: run.log_text("x", None)),  # type: ignore[arg-type]
+    ("bad_value", InvalidEventType, lambda run: run.log_text(b"x", "x")),  # type: ignore[arg-type]
+    ("bad_file", ArtifactRefused, lambda run: run.log_artifact("missing")),
+    ("bad_file", ArtifactRefused, lambda run: run.log_artifact(".")),
+    ("bad_path", InvalidEventType, lambda run: run.log_artifact(5)),  # type: ignore[arg-type]
+    ("bad_path", InvalidEventType, lambda run: run.log_artifact(os.devnull, 5)),  # type: ignore[arg-type]
+    ("bad_path", InvalidEvent, lambda run: run.log_artifact(os.devnull, "..")),
+    ("bad_file", ArtifactRefused, lambda run: run.log_artifacts("missing")),
+    ("bad_figure", InvalidEventType, lambda run: run.log_figure(object(), "x.png")),
+]
+
+
+@pytest.mark.parametrize(("reason", "error", "call"), REFUSED)
+def test_a_refusal_is_counted_and_said_once(
+    kit: Kit, caplog: pytest.LogCaptureFixture, reason: str, error: type[EventRefused], call: Callable[[Run], Any]
+) -> None:
+    """I5, I7: it never raises; the second time it is only counted."""
+    for _ in range(3):
+        assert not call(kit.run)
+    assert {f"refused_{reason}": 3} == kit.counters.snapshot()
+    assert 1 == len(warnings(caplog))
+    assert kit.run.log_metric("good", 1.0), "the run goes on"
+
+
+@pytest.mark.parametrize(("reason", "error", "call"), REFUSED)
+def test_a_strict_run_raises_the_matching_error(
+    strict: Kit, caplog: pytest.LogCaptureFixture, reason: str, error: type[EventRefused], call: Callable[[Run], Any]
+) -> None:
+    """With the counter's name in it, counted once, and without a warning."""
+    with pytest.raises(error) as caught:
+        call(strict.run)
+    assert error is type(caught.value)
+    assert (reason, {f"refused_{reason}": 1}) == (caught.value.reason, strict.counters.snapshot())
+    assert [] == warnings(caplog)
+
+
+def test_a_key_warns_once_whatever_its_values(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """A training loop with a mistake in it must not fill the log."""
+    for number in range(200):
+        kit.run.log_metric("loss", f"nan-{number}")
+        kit.run.log_metric("accuracy", 0.5, step=f"epoch-{number}")
+        kit.run.log_metrics({"other": [number]})
+    assert 3 == len(warnings(caplog))
+    assert {"refused_bad_value": 400, "refused_bad_step": 200} == kit.counters.snapshot()
+
+
+def test_one_bad_value_does_not_hold_back_the_others(kit: Kit) -> None:
+    """In a mapping; the call says that not all was kept."""
+    assert not kit.run.log_metrics({"a": 1, "b": "x", "c": 3})
+    assert not kit.run.log_params({"p#": 1, "q": 2})
+    metrics, params = kit.events
+    assert ({"a": 1.0, "c": 3.0}, {"q": "2"}) == (metrics.values, params.values)  # type: ignore[union-attr]
+
+
+def test_a_strict_mapping_is_kept_whole_or_not_at_all(strict: Kit) -> None:
+    """So that it can be corrected and logged again."""
+    with pytest.raises(InvalidEventType):
+        strict.run.log_metrics({"a": 1, "b": "x"})
+    assert [] == strict.events
+
+
+def test_a_strict_run_raises_when_the_event_is_not_kept(strict: Kit, tmp_path: Path) -> None:
+    """Memory and disk are full: counted once."""
+    full = Kit(tmp_path / "full", strict=True, memory_bytes=0)
+    full.disk.fail("write", times=None)
+    for call in (lambda: full.run.log_metric("a", 1.0, 1), lambda: full.run.set_tag("a", 1)):
+        with pytest.raises(OutboxFull):
+            call()
+    assert 2 == full.counters["refused_disk"]
+    assert 0 == full.counters["refused_full"]
+
+
+def test_an_error_in_the_library_itself_never_reaches_the_experiment(
+    kit: Kit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I5: counted, said once, and the next call works."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kit.run, "_append_event", lambda event: 1 / 0)
+        for number in range(5):
+            assert not kit.run.set_tag("k", number)
+    assert {"internal_errors": 5} == kit.counters.snapshot()
+    assert 1 == len(warnings(caplog))
+    assert kit.run.set_tag("k", 1)
+
+
+def test_long_values_are_kept_whole_and_said(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """F66: MLflow decides what it does with them."""
+    for _ in range(2):
+        assert kit.run.log_param("p", "x" * 6001)
+        assert kit.run.set_tag("t", "x" * 8001)
+    assert [6001, 8001] * 2 == [len(next(iter(event.values.values()))) for event in kit.events]  # type: ignore[union-attr]
+    assert 2 == len(warnings(caplog))
+    assert 4 == kit.counters["over_long_values"]
+
+
+def test_seconds_given_as_milliseconds_are_said(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """``time.time()``; the point is kept as given."""
+    for _ in range(3):
+        assert kit.run.log_metric("loss", 1.0, 1, timestamp=1.7e9)
+    assert 1 == len(warnings(caplog))
+
+
+def test_a_run_without_an_outbox_swallows_everything() -> None:
+    """Tracking is disabled: no call raises."""
+    counters = Counters()
+    run = Run(None, RUN, Settings(strict=True), counters)
+    run.begin("n", "u", {}, None, resumed=False)
+    results = [run.log_metric("a", 1.0, 1), run.log_metric("a", 1.0, 1), run.log_text("x", "x"), run.end()]
+    assert not any(results)
+
+
+# -- files
+
+
+def test_a_file_is_kept_as_it_was_at_the_call(kit: Kit) -> None:
+    """F68: the experiment goes on writing, moves or deletes it."""
+    source = Path("model.bin")
+    source.write_bytes(b"one")
+    assert kit.run.log_artifact(source, "models")
+    source.write_bytes(b"two")
+    assert kit.run.log_artifact(str(source))
+    source.unlink()
+    assert (b"one", b"two") == (kit.content("models/model.bin"), kit.content("model.bin"))
+
+
+def test_a_tree_is_kept_with_its_folders(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """Empty files too; a FIFO and a dangling link are refused and the rest is kept, without waiting."""
+    root = Path("tree")
+    for path, data in {"a": b"1", "b/c": b"2", "b/d e/f": b"", ".hidden": b"3"}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    (root / "link").symlink_to("a")
+    (root / "loop").symlink_to(".")
+    assert kit.run.log_artifacts(root, "out")
+    found = {event.path for event in kit.events if isinstance(event, Artifact)}
+    assert {"out/a", "out/b/c", "out/b/d e/f", "out/.hidden", "out/link"} == found
+    os.mkfifo(root / "fifo")
+    (root / "gone").symlink_to("nowhere")
+    assert not kit.run.log_artifacts(root)
+    assert 2 == kit.counters["refused_bad_file"] == len(warnings(caplog))
+    assert b"2" == kit.content("b/c")
+
+
+def test_a_strict_tree_raises_at_the_first_refusal_and_counts_it_once(strict: Kit, tmp_path: Path) -> None:
+    """As one call does."""
+    (tmp_path / "tree").mkdir()
+    os.mkfifo(tmp_path / "tree" / "fifo")
+    with pytest.raises(ArtifactRefused):
+        strict.run.log_artifacts(tmp_path / "tree")
+    assert {"refused_bad_file": 1} == strict.counters.snapshot()
+
+
+def test_a_folder_that_cannot_be_read_is_counted(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I7: its files are not skipped in silence."""
+    (Path("tree") / "closed").mkdir(parents=True)
+    (Path("tree") / "open").write_bytes(b"x")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    kit.run.log_artifacts("tree")
+    assert 1 == kit.counters["refused_bad_file"]
+    assert b"x" == kit.content("open")
+
+
+def test_text_is_kept_as_utf_8(kit: Kit) -> None:
+    """Lone surrogates too, which some models produce."""
+    assert kit.run.log_text("naïve 名\ud800", "notes/a.txt")
+    assert "naïve 名\ud800".encode("utf-8", "surrogatepass") == kit.content("notes/a.txt")
+
+
+def test_a_mapping_is_kept_as_json_or_yaml(kit: Kit) -> None:
+    """Strict JSON, whatever is in it; YAML by the name's end."""
+    thing = {"b": [1, None, float("nan")], "a": {"名": np.float32(0.5)}, "when": dt.date(2020, 1, 1)}
+    assert kit.run.log_dict(thing, "c.json")
+    assert kit.run.log_dict(thing, "c.YAML")
+    assert kit.run.log_dict([1, 2], "list.json")
+    found = json.loads(kit.content("c.json"), parse_constant=lambda _: pytest.fail("not JSON"))
+    assert ([1, None, None], {"名": 0.5}) == (found["b"], found["a"])
+    yaml = pytest.importorskip("yaml")
+    assert found == yaml.safe_load(kit.content("c.YAML"))
+    assert [1, 2] == json.loads(kit.content("list.json"))
+
+
+def test_a_figure_is_rendered_by_the_names_extension(kit: Kit) -> None:
+    """matplotlib's, and an image; what cannot be rendered is refused."""
+    pytest.importorskip("matplotlib").use("agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.add_subplot().plot([1, 2])
+    assert kit.run.log_figure(figure, "plots/loss.png")
+    assert kit.run.log_figure(figure, "loss.svg")
+    assert kit.run.log_figure(figure, "noextension")
+    assert kit.content("plots/loss.png").startswith(b"\x89PNG")
+    assert b"<svg" in kit.content("loss.svg")
+    assert kit.content("noextension").startswith(b"\x89PNG")
+    assert not kit.run.log_figure(figure, "loss.xyz")
+    image = pytest.importorskip("PIL.Image").new("RGB", (2, 2))
+    assert kit.run.log_figure(image, "image.jpg")
+    assert kit.content("image.jpg").startswith(b"\xff\xd8")
+    assert {"refused_bad_figure": 1} == kit.counters.snapshot()
+
+
+def test_a_file_for_which_there_is_no_room_is_counted(kit: Kit, tmp_path: Path) -> None:
+    """And the run goes on."""
+    (tmp_path / "big").write_bytes(b"x" * 1000)
+    small = Kit(tmp_path / "small", artifact_bytes=999)
+    assert not small.run.log_artifact(tmp_path / "big")
+    assert not small.run.log_text("x" * 1000, "big")
+    assert {"refused_file_too_large": 2} == small.counters.snapshot()
+    kit.outbox.path.rename(tmp_path / "away")
+    assert not kit.run.log_text("x", "x")
+    assert 1 == kit.counters["refused_no_room_for_file"]
+
+
+def test_a_copy_is_durable_before_its_event_at_always_and_later_at_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A durable event must not name a file that is not."""
+    order: list[str] = []
+
+    def fsync(fd: int) -> None:
+        if "/files" in os.readlink(f"/proc/self/fd/{fd}"):
+            order.append("file")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name, sync in (("always", "always"), ("later", "interval")):
+        kit = Kit(tmp_path / name, sync=sync)
+        kit.disk.fail("datasync", times=None, when=lambda call: bool(order.append("event")))
+        order.clear()
+        kit.run.log_text("x", "x")
+        assert (["file", "event"] if sync == "always" else []) == list(dict.fromkeys(order))
+        kit.journal.sync()
+        assert ["file", "event"] == list(dict.fromkeys(order))
+
+
+# -- manners
+
+
+def test_a_run_leaves_its_host_as_it_was(kit: Kit) -> None:
+    """Nothing in the current directory, environment, umask, logging, signal handlers or threads is touched."""
+
+    def state() -> Any:
+        umask = os.umask(0o22)
+        os.umask(umask)
+        root = logging.getLogger()
+        handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+        return dict(os.environ), umask, root.level, root.handlers[:], handlers, threading.active_count(), os.getcwd()
+
+    before = state()
+    kit.run.begin("n", "u", {}, None, resumed=False)
+    kit.run.log_metric("loss", 1.0, 1)
+    kit.run.log_text("x", "x.txt")
+    kit.run.log_dict({}, "x.json")
+    kit.run.end()
+    assert before == state()
+    assert [] == list(Path.cwd().iterdir())
+
+
+def test_many_threads_may_use_one_run(kit: Kit) -> None:
+    """Metrics, files and tags at once; nothing lost."""
+
+    def log(thread: int) -> None:
+        for number in range(50):
+            assert kit.run.log_metric(f"m{thread}", float(number), number)
+            assert kit.run.log_text(f"{thread}-{number % 5}", f"{thread}/{number % 5}.txt")
+
+    threads = [threading.Thread(target=log, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kinds = collections.Counter(type(event) for event in kit.events)
+    assert {Metric: 200, Artifact: 200} == kinds
+    assert {} == kit.counters.snapshot()
+    assert 20 == len(list((kit.outbox.run(RUN) / "files").iterdir()))
+
+
+def test_a_run_in_a_forked_child_logs_to_the_same_run(kit: Kit) -> None:
+    """As another writer of it."""
+    kit.run.log_metric("loss", 1.0, 1)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if kit.run.log_metric("loss", 2.0, 2) and kit.run.log_text("x", "x") else 1)
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    kit.run.log_metric("loss", 3.0, 3)
+    found = Everything(kit.outbox.run(RUN))
+    assert [1, 3] == [event.step for event in found.by_writer[kit.journal.writer]]  # type: ignore[union-attr]
+    assert [1, 2, 3] == sorted(found.steps)
+    assert 0 == found.missing
+
+
+def test_events_reach_the_journal_in_the_order_of_the_calls(kit: Kit) -> None:
+    """I3: whatever their kind."""
+    for number in range(30):
+        kit.run.log_metric("m", float(number), number)
+        kit.run.set_tag("t", number)
+        kit.run.log_param(f"p{number}", number)
+    assert [Metric, Tags, Params] * 30 == [type(event) for event in kit.events]

@@ -1,0 +1,206 @@
+"""Making one planned request, and what its failure means for the events in it.
+
+A failure that passes or needs a person ends the run's turn: ``Later``, ``Parked``. A permanent refusal is narrowed down
+by halving until the one event that MLflow refuses is alone: that becomes a dead letter, everything around it arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import InvalidEvent
+from mlflow_outbox.spool.events import Event, FileFor, Request, RunEnded, encode
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
+from mlflow_outbox_worker.calls import Calls
+from mlflow_outbox_worker.outcome import Outcome, classify
+from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.sink import Sink, SinkError
+from mlflow_outbox_worker.sources import Source
+
+T = TypeVar("T")
+
+
+class Later(Exception):
+    """Raised when a request failed in a way that passes; nothing was recorded, send the same again."""
+
+    def __init__(self, error: SinkError, outcome: Outcome) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.outcome = outcome
+
+
+class Parked(Exception):
+    """Raised when a run cannot be delivered until a person has acted; its events stay as they are."""
+
+    def __init__(self, outcome: Outcome, error: SinkError) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
+        self.error = error
+
+
+def ask(operation: str, request: Callable[[], T]) -> T:
+    """Make a request that concerns no single event: it succeeds, or the whole run waits.
+
+    Args:
+        operation: what is asked for, as ``classify`` knows it.
+        request: makes the request.
+
+    Raises:
+        Later: try again after a pause.
+        Parked: a person is needed.
+    """
+    try:
+        return request()
+    except SinkError as error:
+        outcome = classify(error, operation)
+        if outcome.kind == "retry":
+            raise Later(error, outcome) from error
+        raise Parked(outcome, error) from error
+
+
+class Requests:
+    """Makes the requests of runs, one planned step at a time; used by several threads for different runs.
+
+    Args:
+        source: where the runs' files are.
+        sink: the tracking store.
+        calls: rewrites ids, and makes the requests that belong to no run.
+        now_ms: wall-clock milliseconds since the epoch.
+    """
+
+    def __init__(self, source: Source, sink: Sink, calls: Calls, *, now_ms: Callable[[], int]) -> None:
+        self._source = source
+        self._sink = sink
+        self._calls = calls
+        self._now_ms = now_ms
+
+    def make(self, record: RunRecord, step: Step, dead: list[DeadLetter]) -> None:
+        """Make one step of a plan.
+
+        Args:
+            record: the run, which is in MLflow by now.
+            step: what to do.
+            dead: gets a letter for each event that MLflow refuses for good.
+
+        Raises:
+            Later: try again after a pause.
+            Parked: a person is needed.
+        """
+        if isinstance(step, Batch):
+            self._send(record, step, dead)
+        elif isinstance(step, Upload):
+            self._upload(record, step, dead)
+        elif isinstance(step, Call):
+            self._call(record, step.request, dead)
+        elif isinstance(step, UploadFor):
+            self._upload_for(record, step.file, dead)
+        else:
+            self._set_status(record, step, dead)
+
+    def _send(self, record: RunRecord, batch: Batch, dead: list[DeadLetter]) -> None:
+        try:
+            tags = {key: self._calls.rewritten(value) for key, value in batch.tags.items()}
+            self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
+        except SinkError as error:
+            outcome = self._answered(error, "log_batch")
+            if outcome.kind == "already_applied":
+                return
+            if len(batch) > 1:
+                for half in batch.halves():
+                    self._send(record, half, dead)
+                return
+            dead.append(self._letter(record, batch.event(), error, outcome))
+
+    def _upload(self, record: RunRecord, step: Upload, dead: list[DeadLetter]) -> None:
+        artifact = step.artifact
+        try:
+            path = checked_artifact_path(artifact.path)
+        except InvalidEvent as error:
+            dead.append(self._own_letter(record, artifact, str(error)))
+            return
+        file = RunReader(*self._source.folders(record.run_id)).file(artifact.sha256)
+        if not is_digest(artifact.sha256) or file.is_symlink() or not file.is_file():
+            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox"))
+            return
+        if file.stat().st_size != artifact.size:
+            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} has not the size it had"))
+            return
+        try:
+            self._sink.upload(record.remote_id, file, path)
+        except SinkError as error:
+            outcome = self._answered(error, "upload")
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, artifact, error, outcome))
+
+    def _call(self, record: RunRecord, request: Request, dead: list[DeadLetter]) -> None:
+        def refuse(part: Request, error: SinkError) -> None:
+            outcome = self._answered(error, request.operation)
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, part, error, outcome))
+
+        try:
+            self._calls.make(request, refuse)
+        except (ValueError, TypeError) as error:  # the arguments are no JSON of ours: a newer or damaged journal
+            dead.append(self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
+        except SinkError as error:  # an id in it had to be asked for
+            refuse(request, error)
+
+    def _upload_for(self, record: RunRecord, file: FileFor, dead: list[DeadLetter]) -> None:
+        kind, _, owner = file.owner.partition(":")
+        copy = RunReader(*self._source.folders(record.run_id)).file(file.sha256)
+        if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
+            dead.append(self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox"))
+            return
+        try:
+            path = checked_artifact_path(file.path)
+            with self._calls.content(copy, path) as content:
+                self._sink.upload_for(kind, self._calls.rewritten(owner), content, path)
+        except InvalidEvent as error:
+            dead.append(self._own_letter(record, file, str(error)))
+        except SinkError as error:
+            outcome = self._answered(error, "upload")
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, file, error, outcome))
+
+    def _set_status(self, record: RunRecord, step: SetStatus, dead: list[DeadLetter]) -> None:
+        try:
+            self._sink.update_run(record.remote_id, status=step.status, end_time_ms=step.end_time_ms)
+        except SinkError as error:
+            outcome = self._answered(error, "update_run")
+            if outcome.kind != "already_applied":
+                dead.append(self._letter(record, RunEnded(step.status, step.time_ms), error, outcome))
+
+    def _answered(self, error: SinkError, operation: str) -> Outcome:
+        """Return the outcome of a failed request that is about the events in it; raise the others."""
+        outcome = classify(error, operation)
+        if outcome.kind == "retry":
+            raise Later(error, outcome) from error
+        if outcome.kind == "parked":
+            raise Parked(outcome, error) from error
+        return outcome
+
+    def _letter(self, record: RunRecord, event: Event, error: SinkError, outcome: Outcome) -> DeadLetter:
+        return DeadLetter(
+            run_id=record.run_id,
+            remote_id=record.remote_id,
+            payload=encode(event),
+            reason=outcome.reason,
+            code=error.code,
+            status=error.status,
+            time_ms=self._now_ms(),
+        )
+
+    def _own_letter(self, record: RunRecord, event: Event, reason: str) -> DeadLetter:
+        return DeadLetter(
+            run_id=record.run_id,
+            remote_id=record.remote_id,
+            payload=encode(event),
+            reason=reason,
+            code="",
+            status=None,
+            time_ms=self._now_ms(),
+        )
