@@ -39,10 +39,11 @@ find_python() {
         "On Debian or Ubuntu: sudo apt-get install python3-venv"
 }
 
-# Makes sure that $root/$1 holds the project (editable) at the versions of the constraints file $2, with the extras $3 ("dev").
+# Makes sure that $root/$1 holds the project (editable, extra "dev") at the versions of the constraints file $2, and, if
+# there is a third argument, what the requirements file $3 names.
 prepare_environment() {
-    local environment="$root/$1" constraints="$root/$2" extras="${3:-dev}" python made_from
-    made_from="$root"$'\n'"$(cd "$root" && cat pyproject.toml "$2" | cksum)"
+    local environment="$root/$1" constraints="$root/$2" requirements="${3:+$root/$3}" python made_from
+    made_from="$root"$'\n'"$(cd "$root" && cat pyproject.toml "$2" ${requirements:+"$requirements"} | cksum)"
     if is_prepared; then
         return
     fi
@@ -76,7 +77,7 @@ install_project() {
     fi
     # Quiet, except for errors.
     "$environment/bin/python" -m pip install -qq --no-input --disable-pip-version-check --prefer-binary \
-        --constraint "$constraints" --editable "${root}[$extras]" ||
+        --constraint "$constraints" --editable "${root}[dev]" ${requirements:+--requirement "$requirements"} ||
         fail "The installation failed, see above. Run $0 again once the reason is gone; it starts afresh."
     printf '%s\n' "$made_from" >"$environment/made-from"
 }

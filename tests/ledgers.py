@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlflow_outbox.views import Latest, Register, RunView
 from mlflow_outbox_worker.records import Cursor, DeadLetter, RunRecord
+from spools import FORKS
 
 PRELUDE = """
 import os, signal, sys, threading
@@ -22,7 +23,7 @@ directory = Path(sys.argv[1])
 
 def script(text: str, *arguments: object) -> list[str]:
     """The command that runs a script which knows the ledger's names."""
-    return [sys.executable, "-c", PRELUDE + text, *map(str, arguments)]
+    return [sys.executable, *FORKS, "-c", PRELUDE + text, *map(str, arguments)]
 
 
 def run(text: str, *arguments: object) -> str:

@@ -18,6 +18,8 @@ from mlflow_outbox.spool.journal import Journal, RunIdentity
 from mlflow_outbox.spool.reader import Broken, Cursor, RunReader
 
 RUN = "a" * 32
+#: Python 3.12 and later say on stderr that a fork beside threads may end in a deadlock; that it does not is the test.
+FORKS = ("-W", "ignore:This process (pid=:DeprecationWarning")
 
 
 def metric(number: int, key: str = "loss") -> Metric:

@@ -396,7 +396,8 @@ class TestReadingBesideAWriter:
 
     def test_the_ledger_of_a_killed_worker_is_read_and_not_repaired(self, directory: Path) -> None:
         """Commits that are only in the -wal are seen, and the -wal stays for the worker to come."""
-        run("Ledger.open(directory).commit(RunRecord('a', reason='last'))\nsys.stdout.flush()\nos._exit(0)", directory)
+        # Held by a name: a connection that is let go of closes its database, which is the end of its -wal.
+        run("ledger = Ledger.open(directory)\nledger.commit(RunRecord('a', reason='last'))\nos._exit(0)", directory)
         before = {path.name: path.read_bytes() for path in directory.iterdir()}
         assert {"cache.db", "cache.db-wal", "cache.db-shm"} == set(before)
         found = Ledger.open(directory, read_only=True).record("a")
@@ -407,7 +408,7 @@ class TestReadingBesideAWriter:
 
     def test_a_log_without_its_index_is_left_to_the_worker(self, directory: Path) -> None:
         """Reading it would mean making the index; the reader says that it cannot, and changes nothing."""
-        run("Ledger.open(directory).commit(RunRecord('a'))\nos._exit(0)", directory)
+        run("ledger = Ledger.open(directory)\nledger.commit(RunRecord('a'))\nos._exit(0)", directory)
         (directory / "cache.db-shm").unlink()
         with pytest.raises(LedgerUnavailable, match="before the worker"):
             Ledger.open(directory, read_only=True).record("a")

@@ -1,4 +1,4 @@
-"""What MLflow refuses for good: exactly that event becomes a dead letter, or that run is parked; all the rest arrives."""
+"""What MLflow refuses for good: exactly that event becomes a dead letter, or that run is parked; the rest arrives."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         bare: dict[str, Any] = {}
         for subject in subjects:
             # These calls take long, or leave much behind for the end: fewer steps say the same.
-            some = steps // {"mlflow sync http": 50, "mlflow async http": 10}.get(subject, 1)
+            some = steps // {"mlflow sync http": 200, "mlflow async http": 50}.get(subject, 1)
             found = children.run(
                 "experiment",
                 {"tracker": subject, "work": work, "steps": some, "uris": plan.stores.uris},

@@ -82,6 +82,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=out)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the session's first process what this one left out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["faults_not_run"] = session.config.stash[_TABLE].missing()
+
+
 class _Reporter:
     """Collects the rows of all processes of a session and prints them at its end."""
 
@@ -98,6 +105,12 @@ class _Reporter:
             for name, value in report.user_properties:
                 if name == "fault":
                     self._table.add(json.loads(value), failed=report.nodeid in self._failed)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Take what a pytest-xdist worker left out."""
+        for row, injected, why in getattr(node, "workeroutput", {}).get("faults_not_run", []):
+            self._table.not_run(row, injected, why)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table."""

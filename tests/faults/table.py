@@ -89,6 +89,10 @@ class Table:
         """Note a row that this machine cannot inject."""
         self._not_run[row, injected] = why
 
+    def missing(self) -> list[tuple[str, str, str]]:
+        """Return the rows that were not run: number, what would have been injected, what would be needed."""
+        return [(row, injected, why) for (row, injected), why in sorted(self._not_run.items())]
+
     def text(self) -> str:
         """Return the table for people."""
         lines = [f"tier {self.tier}, seed {self.seed} (repeat with --fault-seed {self.seed})"]

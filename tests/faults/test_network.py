@@ -99,6 +99,7 @@ def test_statuses_that_pass_are_retried_and_never_dead_lettered(session: Session
     """Each status, three times in a row, at whatever request comes next."""
     for _ in range(row.pick(1, 20, 200)):
         for status in (408, 425, 429, 500, 502, 503, 504):
+            proxy.on("runs/log-batch", faults.status(status), times=2)  # the one request that carries events
             proxy.script(*[faults.status(status)] * 3)
             session.log(8)
             eventually(lambda: session.tracker.flush(5), 20)

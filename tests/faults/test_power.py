@@ -126,7 +126,7 @@ def test_a_power_cut_takes_no_more_than_the_ladder_says(
         found.check(set(last["durable"]) | fresh, set(last["issued"]) | fresh)
         there = sorted(set(found.events) - fresh)
         if worker == "none":  # what a worker had sent before the cut is there anyway
-            # The kernel may write newer segments before older ones, and none of them was promised yet: but a gap is told.
+            # The kernel may write newer segments before older ones; neither was promised yet, but a gap is told.
             counted = json.loads(after)["counters"]
             gap = set(range(there[-1] + 1)) - set(there)
             assert len(gap) <= counted.get("missing", 0) + counted.get("dead_letters", 0), (sorted(gap), counted)

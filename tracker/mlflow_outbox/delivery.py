@@ -46,7 +46,7 @@ def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
 
 
 def reading(outbox: Outbox) -> Any:
-    """Return a ``mlflow_outbox_worker.reading.Reading``: runs as MLflow and the journals of an outbox together have them."""
+    """Return a ``mlflow_outbox_worker.reading.Reading``: runs as MLflow and an outbox's journals together have them."""
     return _half("reading").Reading(outbox)
 
 

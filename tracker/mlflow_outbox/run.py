@@ -421,7 +421,7 @@ class Run:
             return bool(log())
         except EventRefused as refused:
             return self._refuse(refused, about)
-        except Exception as error:  # noqa: BLE001 - a logging call never raises into the experiment; counted and said
+        except Exception as error:  # a logging call never raises into the experiment; counted and said
             if self._settings.strict:
                 raise
             self._counters.add("internal_errors")

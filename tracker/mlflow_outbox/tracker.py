@@ -69,7 +69,12 @@ class MLflowTracker:
         if not isinstance(experiment_name, str) or not experiment_name.strip():
             msg = f"the experiment name {experiment_name!r} must be a text that is not empty"
             raise InvalidSettings(msg)
-        self.experiment_name = experiment_name
+        try:
+            experiment_name.encode()
+        except UnicodeEncodeError:
+            msg = f"the experiment name {experiment_name!r} is not valid Unicode"
+            raise InvalidSettings(msg) from None
+        self.experiment_name = str.__str__(experiment_name)
         self._settings = Settings.from_environment() if settings is None else settings
         self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
         self._lock = threading.RLock()

@@ -1,4 +1,4 @@
-"""How much is left to deliver: numbers from the journals against cursors from the ledger. Reads, and touches nothing."""
+"""How much is left to deliver: numbers from the journals against cursors from the ledger. It only reads."""
 
 from __future__ import annotations
 

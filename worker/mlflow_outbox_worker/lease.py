@@ -82,6 +82,13 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease back."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold a copy of the descriptor
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptor and leave the lock to whoever holds another copy of it."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -126,7 +133,7 @@ _leases: weakref.WeakSet[Lease] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     """Let go in the child: a lock belongs to the open file, so an inherited descriptor would outlive the parent."""
     for lease in list(_leases):
-        lease.release()
+        lease.forget()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -310,7 +310,9 @@ class _WriterPass:
         self._todo = list(todo)
         return self._todo
 
-    def _read_segment(self, segment: SegmentFile, *, is_last: bool) -> bool:
+    def _read_segment(  # noqa: PLR0912 - one decision about each chunk: whole, cut, damaged, moved, closed or stuck
+        self, segment: SegmentFile, *, is_last: bool
+    ) -> bool:
         """Read on in one segment; return whether the next one may be read."""
         header = segment.header
         here = self.cursor is not None and self.cursor.ordinal == header.ordinal
@@ -357,7 +359,7 @@ class _WriterPass:
         return moved
 
     def _go_on(self, segment: SegmentFile, chunk: int, offset: int, *, stuck: bool) -> tuple[int, int]:
-        """Return how much to read next, and where: more where no frame was whole, behind a hole larger than any frame."""
+        """Return how much to read next, and where: more of the same, or behind a hole larger than any frame."""
         if not stuck:
             return _CHUNK, offset
         if chunk < 2 * _LARGEST:
