@@ -310,9 +310,7 @@ class _WriterPass:
         self._todo = list(todo)
         return self._todo
 
-    def _read_segment(  # noqa: PLR0912 - one decision about each chunk: whole, cut, damaged, moved, closed or stuck
-        self, segment: SegmentFile, *, is_last: bool
-    ) -> bool:
+    def _read_segment(self, segment: SegmentFile, *, is_last: bool) -> bool:
         """Read on in one segment; return whether the next one may be read."""
         header = segment.header
         here = self.cursor is not None and self.cursor.ordinal == header.ordinal
