@@ -150,8 +150,9 @@ def test_an_exit_without_close_delivers_within_its_time(
     child = program(
         """
         import sys
-        from mlflow_outbox import MLflowTracker
-        run = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3]).start_run("plain")
+        from mlflow_outbox import MLflowTracker, Settings
+        settings = Settings(exit_timeout=60.0)  # a busy machine takes more than the usual ten seconds to import mlflow
+        run = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], settings=settings).start_run("plain")
         for i in range(300):
             run.log_metric("loss", i / 2, step=i)
         """,
