@@ -478,10 +478,11 @@ class TestFork:
 ledger = Ledger.open(directory, report=sys.exit)
 ledger.commit(RunRecord("before"))
 read, write = os.pipe()
+inherited = ledger._source._cache._held
 child = os.fork()
 if child == 0:
-    assert ledger._source._cache._held is None
     assert ledger.record("before") == RunRecord("before")
+    assert ledger._source._cache._held is not inherited
     ledger.commit(RunRecord("child"))
     os.read(read, 1)
     ledger.commit(RunRecord("child later"))

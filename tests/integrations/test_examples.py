@@ -54,10 +54,16 @@ def shape(server: MlflowServer, example: str) -> dict[str, Any]:
         one["metrics"] = {key: [step for step, _ in points] for key, points in one["metrics"].items()}
         one["files"] = [name for name, _ in one["files"]]
         one["params"] = {key: value for key, value in one["params"].items() if "dir" not in key}
-        one["tags"].pop("mlflow.log-model.history", None)
+        one["tags"] = _without_history(one["tags"])
     for model in shown["models"]:
         model["metrics"] = [key for key, *_ in model["metrics"]]
+        model["tags"] = _without_history(model["tags"])
     return shown
+
+
+def _without_history(tags: dict[str, str]) -> dict[str, str]:
+    """Return tags without those that a commit made meanwhile, or a second model, changes."""
+    return {key: value for key, value in tags.items() if ".git." not in key and key != "mlflow.log-model.history"}
 
 
 _plain: dict[str, dict[str, Any]] = {}

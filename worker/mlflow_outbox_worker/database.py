@@ -25,10 +25,12 @@ Threads and forks
 -----------------
 One connection and one lock for all threads of a process. SQLite must not be forked in the middle of anything: the
 child would own locked mutexes, and the connections of its parent's dead threads would be closed while they are in
-use. So a fork waits for the lock (at most ``FORK_PATIENCE``). The child closes what it inherited while that is idle,
+use. So a fork waits for the lock (at most ``FORK_PATIENCE``). What the child inherited while it was idle it closes,
 which makes SQLite forget the locks that the parent holds and the child does not, and opens a connection of its own
-when it needs one. A child of a fork that could not wait leaves the connection alone and finds the database
-unavailable.
+when it needs one. It closes it then and not in the fork: other code of the parent, an embedded MLflow store above
+all, may have been inside of SQLite, whose process-wide locks then never open in the child. That may cost the child
+its worker, but never its logging calls. A child of a fork that could not wait leaves the connection alone and finds
+the database unavailable.
 
 Reading beside a writer
 -----------------------
@@ -109,6 +111,7 @@ class Database:
         self._lock = threading.RLock()
         self._usable = True
         with _translated(self._path):
+            _close_inherited()
             self._cache = Cache(self._path, timeout)
         _DATABASES.add(self)
 
@@ -159,6 +162,7 @@ class Database:
                 msg = f"the ledger {self._path} is closed, or was in use when this process was forked"
                 raise LedgerUnavailable(msg)
             with _translated(self._path):
+                _close_inherited()
                 self._cache.keep_up()
                 yield self._cache
         except BaseException:
@@ -221,7 +225,7 @@ class Database:
         """Give up the parent's connection: close it if it is idle, else leave it untouched for good."""
         self._lock = threading.RLock()
         if held and not self._cache.in_transaction:
-            self._cache.disconnect()
+            _INHERITED.append(self._cache)
         else:
             self._usable = False
             _ABANDONED.append(self._cache)
@@ -244,6 +248,7 @@ class Reader:
             LedgerUnavailable: it cannot be read now.
         """
         with _translated(self._path):
+            _close_inherited()
             attempts = _READ_ATTEMPTS
             while True:
                 before = dbfile.look(self._directory)
@@ -432,10 +437,17 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 _DATABASES: weakref.WeakSet[Database] = weakref.WeakSet()
+#: Idle connections that this process inherited, to be closed before it uses SQLite itself.
+_INHERITED: list[Cache] = []
 #: Connections that a fork caught in use: closing one could wait for ever for a thread that the child does not have.
 _ABANDONED: list[Cache] = []
 #: By the thread that forks: its databases, and whether each one was idle.
 _FORKING: dict[int, list[tuple[Database, bool]]] = {}
+
+
+def _close_inherited() -> None:
+    while _INHERITED:
+        _INHERITED.pop().disconnect()
 
 
 def _before_fork() -> None:
