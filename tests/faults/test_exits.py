@@ -93,7 +93,7 @@ def test_a_fork_in_any_state_loses_and_doubles_nothing(
             base = 100_000 * number
             child = nest.start(fork_while, uri, str(outbox), state, first_out, base)
             child.join()
-            eventually(lambda child=child: not child.is_heard(), 20, "the grandchild is gone")
+            eventually(lambda child=child: not child.is_heard(), 40, "the grandchild is gone")
             said = child.acked()
             assert {*range(base + 40_000, base + 40_200), *range(base + 50_000, base + 50_200)} <= said, state
             acked |= said
