@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,10 +53,20 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(*words: object, **more: str) -> subprocess.Popen[str]:
-    """Start a command in a process of its own, with both its outputs in one pipe."""
+    """Start a command in a process of its own, with both its outputs in one pipe; ctrl-C interrupts it."""
     return subprocess.Popen(
-        command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**more)
+        command(*words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(**more),
+        preexec_fn=_take_interrupts,  # noqa: PLW1509 - one system call, which no thread of this process can hold up
     )
+
+
+def _take_interrupts() -> None:
+    """Undo what a shell does to the jobs that it starts in the background: they ignore SIGINT, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*words: object, **more: str) -> Done:
