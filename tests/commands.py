@@ -65,7 +65,7 @@ def start(*words: object, **more: str) -> subprocess.Popen[str]:
 
 
 def _take_interrupts() -> None:
-    """Undo what a shell does to the jobs that it starts in the background: they ignore SIGINT, and so do their children."""
+    """Undo what a shell does to its jobs in the background: they ignore SIGINT, and so do their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
