@@ -122,7 +122,7 @@ class Requests:
         except InvalidEvent as error:
             dead.append(self._own_letter(record, artifact, str(error)))
             return
-        file = RunReader(*self._source.folders(record.run_id)).file(artifact.sha256)
+        file = RunReader(*self._source.everywhere(record.run_id)).file(artifact.sha256)
         if not is_digest(artifact.sha256) or file.is_symlink() or not file.is_file():
             dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox"))
             return
@@ -151,7 +151,7 @@ class Requests:
 
     def _upload_for(self, record: RunRecord, file: FileFor, dead: list[DeadLetter]) -> None:
         kind, _, owner = file.owner.partition(":")
-        copy = RunReader(*self._source.folders(record.run_id)).file(file.sha256)
+        copy = RunReader(*self._source.everywhere(record.run_id)).file(file.sha256)
         if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
             dead.append(self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox"))
             return
