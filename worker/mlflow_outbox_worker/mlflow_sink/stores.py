@@ -21,6 +21,7 @@ from mlflow.store.tracking import file_store
 from mlflow.utils.credentials import read_mlflow_creds
 from mlflow.utils.databricks_utils import get_databricks_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path, path_to_local_file_uri
+from mlflow.utils.yaml_utils import write_yaml
 
 from mlflow_outbox.errors import DestinationError
 from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
@@ -149,11 +150,12 @@ def _directory(uri: str, artifact_root: str | None) -> OpenStore:
 
 
 class _Directory(file_store.FileStore):  # type: ignore[misc]  # MLflow has no type information
-    """MLflow's file store, with params that are there wholly or not at all.
+    """MLflow's file store, with params and descriptions that are there wholly or not at all.
 
     MLflow makes the file and then writes it. A process killed in between leaves an empty param, which is refused ever
     after as one that changes its value. A param is therefore written elsewhere and renamed, and one that is empty
-    counts as torn: a process without this class may have left it.
+    counts as torn: a process without this class may have left it. The same goes for a run's description (status, times,
+    name), which MLflow empties before it writes it anew: killed in between, the run could not be read any more.
     """
 
     def _log_run_param(self, run_info: Any, param: Any) -> None:
@@ -167,6 +169,15 @@ class _Directory(file_store.FileStore):  # type: ignore[misc]  # MLflow has no t
         draft = run / f".param-{os.getpid()}-{threading.get_ident()}"
         draft.write_text(value, encoding="utf-8")
         os.replace(draft, path)
+
+    def _overwrite_run_info(self, run_info: Any, deleted_time: int | None = None) -> None:
+        folder = self._get_run_dir(run_info.experiment_id, run_info.run_id)
+        info = file_store._make_persisted_run_info_dict(run_info)  # noqa: SLF001 - what the method replaced here uses
+        if deleted_time is not None:
+            info["deleted_time"] = deleted_time
+        draft = f".meta-{os.getpid()}-{threading.get_ident()}.yaml"
+        write_yaml(folder, draft, info, overwrite=True)
+        os.replace(os.path.join(folder, draft), os.path.join(folder, self.META_DATA_FILE_NAME))
 
 
 def _database(uri: str, artifact_root: str | None) -> OpenStore:
