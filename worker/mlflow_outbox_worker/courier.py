@@ -91,6 +91,9 @@ class Courier:
         self._counters = counters
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
+        #: Runs of which the ledger's cursors are known not to be behind what the store has: SQLite can lose the end of
+        #: its log without a word, and then a window that was delivered is read again with nothing to mark it.
+        self._certain: set[str] = set()
         self._calls = Calls(source, sink, ledger)
         self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
@@ -265,12 +268,16 @@ class Courier:
     def _reconciled(self, record: RunRecord, steps: list[Step]) -> list[Step]:
         """Take points out that the store has already, if an earlier attempt may have been carried out in part."""
         held: set[tuple[str, str, int, int]] = set()
-        if record.adopted or record.uncertain == record.cursors:
+        compare = record.adopted or record.uncertain == record.cursors or record.run_id not in self._certain
+        if compare:
             keys = {point.key for step in steps if isinstance(step, Batch) for point in step.points}
             for key in keys:
                 history = ask("metric_history", lambda key=key: self._sink.metric_history(record.remote_id, key))  # type: ignore[misc]
                 held.update(_identity(point) for point in history)
-        else:
+            points = {_identity(point) for step in steps if isinstance(step, Batch) for point in step.points}
+            if points and not points & held:
+                self._certain.add(record.run_id)  # the store has not seen this window, so none of the later ones
+        if record.uncertain != record.cursors:
             record.uncertain = dict(record.cursors)
             self._ledger.commit(record)
         result: list[Step] = []
