@@ -41,7 +41,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks, and one seed for all processes of the session."""
     config.addinivalue_line("markers", "fault(row, injected): a row of the fault table")
-    config.addinivalue_line("markers", "open_defect(reason): known not to hold; the commit tier lists it as not run")
     config.addinivalue_line("markers", "needs(ability): not collected where the machine cannot inject this fault")
     given = config.getoption("--fault-seed", "")
     worker = getattr(config, "workerinput", {})
@@ -72,10 +71,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, out = [], []
     for item in items:
         missing = [why for mark in item.iter_markers("needs") for name in mark.args if (why := abilities.missing(name))]
-        if config.getoption("--tier", "commit") == "commit":
-            missing += [
-                f"an open defect, run by the other tiers: {m.args[0]}" for m in item.iter_markers("open_defect")
-            ]
         if missing:
             out.append(item)
             for mark in item.iter_markers("fault"):

@@ -130,6 +130,8 @@ def _in_files(root: Path, experiment: str) -> Held:
     found = Held()
     for meta in root.glob("*/*/meta.yaml"):
         run = meta.parent
+        if not (run.parent / "meta.yaml").exists():  # a draft of an experiment is not a run
+            continue
         lines = dict(line.split(": ", 1) for line in meta.read_text().splitlines() if ": " in line)
         above = (run.parent / "meta.yaml").read_text()
         if f"name: {experiment}\n" not in above or "active" not in lines.get("lifecycle_stage", ""):

@@ -74,12 +74,8 @@ DAMAGES = (
 )  # fmt: skip
 
 
-#: Why a killed worker whose ledger is lost as well can make a run twice on a file store.
-TORN_CREATE = "MLflow's file store creates a run in several steps, and a kill between them leaves one without its tag"
-
-
 @pytest.mark.fault("F31", "ledger: header or page zeroed, cut, empty, no SQLite, a bit, its log gone, set back (F32)")
-@pytest.mark.parametrize("store", ["sqlite", pytest.param("file", marks=pytest.mark.open_defect(TORN_CREATE))])
+@pytest.mark.parametrize("store", ["sqlite", "file"])
 def test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow(
     store: str,
     empty_database: Callable[[Path], Path],

@@ -249,7 +249,7 @@ class Courier:
             self._ledger.commit(record)
             first = started.tags if started is not None else {}
             tags = ask("create_run", lambda: {key: self._calls.rewritten(value) for key, value in first.items()})
-            tags = {RUN_ID_TAG: record.run_id, **tags}  # first: a file store writes tags one by one, and may be killed
+            tags[RUN_ID_TAG] = record.run_id
             start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
             record.remote_id = ask(
                 "create_run",

@@ -90,7 +90,7 @@ class Recorder:
     ) -> str:
         """Create a run and return its id; twice called, two runs. MLflow chooses a name when there is none."""
         # Stores take the user and show it nowhere; what MLflow shows is this tag, which its clients set.
-        shown = {**tags, MLFLOW_USER: tags.get(MLFLOW_USER, user)} if user else tags
+        shown = {MLFLOW_USER: user, **tags} if user else tags
         run_tags = [RunTag(key, value) for key, value in shown.items()]
         run = self._store.create_run(experiment_id, user, start_time_ms, run_tags, run_name)
         return self._remembered(run).info.run_id  # type: ignore[no-any-return]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import threading
 import types
 from collections.abc import Iterator
@@ -21,11 +20,11 @@ from mlflow.store.tracking import file_store
 from mlflow.utils.credentials import read_mlflow_creds
 from mlflow.utils.databricks_utils import get_databricks_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path, path_to_local_file_uri
-from mlflow.utils.yaml_utils import write_yaml
 
 from mlflow_outbox.errors import DestinationError
 from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
 from mlflow_outbox_worker.mlflow_sink.boundary import translated
+from mlflow_outbox_worker.mlflow_sink.directory import Directory
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, Host, ServerStore
 from mlflow_outbox_worker.mlflow_sink.transport import Transport
 
@@ -145,39 +144,8 @@ def _server(uri: str, timeout: float, username: str | None, password: str | None
 def _directory(uri: str, artifact_root: str | None) -> OpenStore:
     root = path_to_local_file_uri(str(Path(local_file_uri_to_path(uri)).absolute()))
     with _file_store_allowed():
-        store = _Directory(root, artifact_root or root)
+        store = Directory(root, artifact_root or root)
     return OpenStore(root, store, Artifacts(root), deduplicates_metrics=False, parallel=False)
-
-
-class _Directory(file_store.FileStore):  # type: ignore[misc]  # MLflow has no type information
-    """MLflow's file store, with params and descriptions that are there wholly or not at all.
-
-    MLflow makes the file and then writes it. A process killed in between leaves an empty param, which is refused ever
-    after as one that changes its value. A param is therefore written elsewhere and renamed, and one that is empty
-    counts as torn: a process without this class may have left it. The same goes for a run's description (status, times,
-    name), which MLflow empties before it writes it anew: killed in between, the run could not be read any more.
-    """
-
-    def _log_run_param(self, run_info: Any, param: Any) -> None:
-        path = Path(self._get_param_path(run_info.experiment_id, run_info.run_id, param.key))
-        value = self._writeable_value(param.value)
-        if path.exists() and (path.stat().st_size or not value):
-            super()._log_run_param(run_info, param)  # which refuses it when the value is another one
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run = Path(self._get_run_dir(run_info.experiment_id, run_info.run_id))
-        draft = run / f".param-{os.getpid()}-{threading.get_ident()}"
-        draft.write_text(value, encoding="utf-8")
-        os.replace(draft, path)
-
-    def _overwrite_run_info(self, run_info: Any, deleted_time: int | None = None) -> None:
-        folder = self._get_run_dir(run_info.experiment_id, run_info.run_id)
-        info = file_store._make_persisted_run_info_dict(run_info)  # noqa: SLF001 - what the method replaced here uses
-        if deleted_time is not None:
-            info["deleted_time"] = deleted_time
-        draft = f".meta-{os.getpid()}-{threading.get_ident()}.yaml"
-        write_yaml(folder, draft, info, overwrite=True)
-        os.replace(os.path.join(folder, draft), os.path.join(folder, self.META_DATA_FILE_NAME))
 
 
 def _database(uri: str, artifact_root: str | None) -> OpenStore:

@@ -1,0 +1,204 @@
+"""MLflow's file store, in which everything is there wholly or not at all.
+
+MLflow's own makes a directory, then a description in it, then the tags one by one. A process that is killed in between
+leaves a run without the tag by which the next process looks for it, so that a second one is made, or an empty
+description, which makes every later look at the experiment fail. Here
+
+* an experiment, a run or a logged model is written by MLflow's own code into a *draft*, a directory beside its later
+  place that no version of MLflow takes for any of them, and then renamed;
+* a param is written elsewhere and renamed, and so is a run's description when it changes;
+* what another process left torn (a run or an experiment whose description is missing, empty or cut, a metric without
+  a point, an empty param) is no run, no experiment, no metric and no param.
+
+**Drafts.** Their name ends like that of MLflow's trash, which keeps them out of the list of experiments; they have no
+description, which keeps them out of the list of runs. Whoever writes one holds a shared lock on the directory that it
+is in, until the draft is gone. The first time a store looks into a directory it asks for the exclusive lock: if it gets
+it, nobody is writing there, and what drafts there are belong to processes that were killed; they are removed. On file
+systems that cannot lock they stay, and do no harm.
+
+Nothing is synced, as in MLflow's own: a power cut can take what a file store has taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow.exceptions import MissingConfigException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.store.tracking import file_store
+from mlflow.store.tracking.file_store import FileStore
+from mlflow.utils.yaml_utils import write_yaml
+
+_DRAFT_PREFIX = ".mlflow_outbox-"
+_DRAFT_SUFFIX = FileStore.TRASH_FOLDER_NAME
+
+
+class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type information
+    """A file store whose writers may be killed at any time.
+
+    Args:
+        root: URI of the directory.
+        artifact_root: URI under which new experiments keep their artifacts.
+    """
+
+    def __init__(self, root: str, artifact_root: str) -> None:
+        self._swept: set[str] = set()
+        super().__init__(root, artifact_root)
+        self._sweep(self.root_directory)
+
+    # -- all or nothing
+
+    def create_run(self, experiment_id: Any, user_id: Any, start_time: Any, tags: Any, run_name: Any) -> Any:
+        """Create a run; the arguments are those of MLflow's method."""
+        home = self._get_experiment_path(experiment_id or self.DEFAULT_EXPERIMENT_ID)
+        if home is None:  # MLflow finds the words
+            return super().create_run(experiment_id, user_id, start_time, tags, run_name)
+        with self._draft(home, like=home) as (draft, folder):
+            run = draft.create_run(experiment_id, user_id, start_time, tags, run_name)
+            (folder / run.info.run_id).rename(Path(home, run.info.run_id))
+            return run
+
+    def create_logged_model(self, experiment_id: str = FileStore.DEFAULT_EXPERIMENT_ID, **named: Any) -> Any:
+        """Create a logged model; the arguments are those of MLflow's method."""
+        home = self._get_experiment_path(experiment_id)
+        if home is None:
+            return super().create_logged_model(experiment_id, **named)
+        with self._draft(home, like=home) as (draft, folder):
+            model = draft.create_logged_model(experiment_id, **named)
+            models = Path(home, self.MODELS_FOLDER_NAME)
+            models.mkdir(exist_ok=True)
+            (folder / self.MODELS_FOLDER_NAME / model.model_id).rename(models / model.model_id)
+            return model
+
+    def _create_experiment_with_id(self, name: Any, experiment_id: str, artifact_uri: Any, tags: Any) -> str:
+        with self._draft(self.root_directory) as (draft, folder):
+            draft._create_experiment_with_id(name, experiment_id, artifact_uri, tags)  # noqa: SLF001 - its own
+            (folder / experiment_id).rename(Path(self.root_directory, experiment_id))
+        return experiment_id
+
+    def _log_run_param(self, run_info: Any, param: Any) -> None:
+        path = Path(self._get_param_path(run_info.experiment_id, run_info.run_id, param.key))
+        value = self._writeable_value(param.value)
+        if path.exists() and (path.stat().st_size or not value):
+            super()._log_run_param(run_info, param)  # which refuses it when the value is another one
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run = Path(self._get_run_dir(run_info.experiment_id, run_info.run_id))
+        draft = run / f".param-{os.getpid()}-{threading.get_ident()}"
+        draft.write_text(value, encoding="utf-8")
+        os.replace(draft, path)
+
+    def _overwrite_run_info(self, run_info: Any, deleted_time: int | None = None) -> None:
+        folder = self._get_run_dir(run_info.experiment_id, run_info.run_id)
+        info = file_store._make_persisted_run_info_dict(run_info)  # noqa: SLF001 - what the method replaced here uses
+        if deleted_time is not None:
+            info["deleted_time"] = deleted_time
+        draft = f".meta-{os.getpid()}-{threading.get_ident()}.yaml"
+        write_yaml(folder, draft, info, overwrite=True)
+        os.replace(os.path.join(folder, draft), os.path.join(folder, self.META_DATA_FILE_NAME))
+
+    def _list_run_infos(self, experiment_id: Any, *view: Any, **named: Any) -> Any:
+        home = self._get_experiment_path(experiment_id)
+        if home is not None:
+            self._sweep(home)
+        return super()._list_run_infos(experiment_id, *view, **named)
+
+    # -- what others left torn
+
+    def _get_run_info_from_dir(self, run_dir: str) -> Any:
+        with _described(run_dir):
+            return super()._get_run_info_from_dir(run_dir)
+
+    def _get_model_info_from_dir(self, model_dir: str) -> Any:
+        with _described(model_dir):
+            return super()._get_model_info_from_dir(model_dir)
+
+    def _get_experiment(self, experiment_id: Any, *view: Any, **named: Any) -> Any:
+        # Raised to MLflow, it would be written to the host's root logger at each look.
+        with contextlib.suppress(MissingConfigException), _described(f"{self.root_directory}/{experiment_id}"):
+            return super()._get_experiment(experiment_id, *view, **named)
+
+    def _get_run_files(self, run_info: Any, resource_type: str) -> tuple[str, list[str]]:
+        folder, names = super()._get_run_files(run_info, resource_type)
+        if resource_type == "metric":  # one without a point would make the run unreadable
+            names = [name for name in names if os.path.getsize(os.path.join(folder, name))]
+        return folder, names
+
+    # -- drafts
+
+    @contextlib.contextmanager
+    def _draft(self, parent: str, like: str | None = None) -> Iterator[tuple[FileStore, Path]]:
+        """Yield a plain file store in a new directory under parent, and where in it the new thing appears.
+
+        Args:
+            parent: the directory to which that will be renamed.
+            like: the experiment's directory that the store has a copy of, without runs; None for an empty store.
+        """
+        folder = Path(parent, f"{_DRAFT_PREFIX}{uuid.uuid4().hex}{_DRAFT_SUFFIX}")
+        place = folder if like is None else folder / os.path.basename(like)
+        draft = FileStore.__new__(FileStore)  # a new one would ask whether file stores are allowed, and make a trash
+        vars(draft).update(vars(self), root_directory=str(folder))
+        with _opened(parent) as fd:
+            if not _locked(fd, fcntl.LOCK_SH, unless_unsupported=True):
+                raise BlockingIOError(parent)  # somebody removes drafts, which takes a moment: retried
+            place.mkdir(parents=True)
+            try:
+                if like is not None:
+                    with _described(like):
+                        shutil.copyfile(Path(like, self.META_DATA_FILE_NAME), place / self.META_DATA_FILE_NAME)
+                yield draft, place
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)  # what stays is swept by a later store
+
+    def _sweep(self, parent: str) -> None:
+        """Remove the drafts of killed processes from a directory, once."""
+        if parent in self._swept:
+            return
+        with _opened(parent) as fd:
+            if not _locked(fd, fcntl.LOCK_EX):
+                return
+            for name in os.listdir(parent):
+                if name.startswith(_DRAFT_PREFIX) and name.endswith(_DRAFT_SUFFIX):
+                    shutil.rmtree(Path(parent, name), ignore_errors=True)
+        self._swept.add(parent)
+
+
+@contextlib.contextmanager
+def _opened(folder: str) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int, kind: int, *, unless_unsupported: bool = False) -> bool:
+    """Take a lock if it is free, and return whether it is ours; ``unless_unsupported`` when there are no locks here."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return unless_unsupported
+    return True
+
+
+@contextlib.contextmanager
+def _described(folder: str) -> Iterator[None]:
+    """Turn every failure to read a description into one that means "there is none", for MLflow and for ``boundary``."""
+    try:
+        yield
+    except (MissingConfigException, FileNotFoundError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+        msg = (
+            f"{folder} has no readable {FileStore.META_DATA_FILE_NAME}: a process that wrote it was killed, or is at it"
+        )
+        raise MissingConfigException(msg, error_code=RESOURCE_DOES_NOT_EXIST) from error
