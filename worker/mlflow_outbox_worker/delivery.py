@@ -33,7 +33,6 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.calls import Waits
 from mlflow_outbox_worker.courier import Courier, Turn
 from mlflow_outbox_worker.finish import finish
-from mlflow_outbox_worker.forking import importing
 from mlflow_outbox_worker.gate import Gate, concerns_destination
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.lease import Holder
@@ -293,12 +292,11 @@ class Delivery:
                 from mlflow_outbox_worker.mlflow_sink import open_sink  # imports nothing of mlflow yet
 
                 self._open_sink = open_sink
-            with importing():
-                self._sink = self._open_sink(
-                    self._destination.secret_uri or self._destination.uri,
-                    artifact_root=self._destination.artifact_root or None,
-                    timeout=self._settings.request_timeout,
-                )
+            self._sink = self._open_sink(
+                self._destination.secret_uri or self._destination.uri,
+                artifact_root=self._destination.artifact_root or None,
+                timeout=self._settings.request_timeout,
+            )
         except SinkError as error:
             self._gate.failed(self._ledger, error, classify(error, "open"))
             return False

@@ -1,4 +1,8 @@
-"""The worker as a thread of the experiment: a daemon, so that it can never keep a program from ending."""
+"""The worker as a thread of the experiment: a daemon, so that it can never keep a program from ending.
+
+The thread reads, plans and records; MLflow itself lives in a child process (``sink_process``), unless the experiment
+has imported it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.sink_process import SinkProcesses
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -58,8 +63,14 @@ def start(outbox: Outbox) -> ThreadWorker:
     Raises:
         RuntimeError: no thread can be started any more.
     """
-    worker = ThreadWorker(
-        Delivery(outbox.directory, outbox.destination, outbox.settings, outbox.counters, kind="thread")
+    delivery = Delivery(
+        outbox.directory,
+        outbox.destination,
+        outbox.settings,
+        outbox.counters,
+        kind="thread",
+        open_sink=SinkProcesses(outbox.counters),
     )
+    worker = ThreadWorker(delivery)
     worker.start()
     return worker

@@ -24,6 +24,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from mlflow_outbox.errors import TrackingUnavailable
+from mlflow_outbox_worker.forking import importing
 from mlflow_outbox_worker.sink import Sink, SinkError
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def open_client(
 
 def _import_mlflow() -> None:
     """Import mlflow and what lies under it, quietly: some of it announces itself to MLflow's loggers."""
-    from mlflow_outbox_worker.mlflow_sink.boundary import quiet  # imports mlflow
+    with importing():
+        from mlflow_outbox_worker.mlflow_sink.boundary import quiet  # imports mlflow
 
-    with quiet():
-        importlib.import_module("mlflow_outbox_worker.mlflow_sink.recorder")
+        with quiet():
+            importlib.import_module("mlflow_outbox_worker.mlflow_sink.recorder")
