@@ -1,12 +1,13 @@
-"""The real command, in a process of its own or in the test's, and outboxes for it to work on."""
+"""The installed command, in a process of its own or in the test's, and outboxes for it to work on."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
-import sys
+import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +43,17 @@ class Done(NamedTuple):
         return json.loads(self.out)
 
 
+@functools.cache
+def console_script() -> Path:
+    """Return the ``mlflow-outbox`` that users run: the one installed in the environment of the tests."""
+    path = Path(sysconfig.get_path("scripts")) / "mlflow-outbox"
+    assert path.is_file(), f"{path} is not there; install the project into the environment of the tests: scripts/test"
+    return path
+
+
 def command(*words: object) -> list[str]:
     """Return the command line of a command."""
-    return [sys.executable, "-m", "mlflow_outbox", *map(str, words)]
+    return [str(console_script()), *map(str, words)]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -89,6 +89,16 @@ def test_help_and_status_import_no_mlflow(tmp_path: Path) -> None:
     assert "[]" == done.stdout.splitlines()[-1]
 
 
+def test_the_module_is_the_same_command(tmp_path: Path) -> None:
+    """``python -m mlflow_outbox``, for where the console script is not on the PATH: same output, same exit code."""
+    offline(tmp_path)
+    words = ["runs", "-d", str(tmp_path), "--json"]
+    module = [sys.executable, "-m", "mlflow_outbox"]
+    done = subprocess.run([*module, *words], capture_output=True, text=True, env=environment(), check=False)
+    assert tuple(run(*words)) == (done.returncode, done.stdout, done.stderr)
+    assert 2 == subprocess.run([*module, "statsu"], capture_output=True, env=environment(), check=False).returncode
+
+
 def test_a_wide_and_a_narrow_terminal(tmp_path: Path) -> None:
     """Wide: all columns and colours. Narrow: the important ones, and no table line is longer than the terminal."""
     (run_id,) = offline(tmp_path, experiment="an experiment with a name that is long enough to be in the way")

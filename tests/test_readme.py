@@ -6,12 +6,12 @@ import dataclasses
 import os
 import re
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from commands import console_script
 from contents import numbered, points, runs
 from mlflow_outbox.settings import Settings, variable_name
 from servers import MlflowServer
@@ -51,13 +51,8 @@ def commands(name: str) -> str:
 
 def shell(script: str, folder: Path, server: str) -> subprocess.CompletedProcess[str]:
     """Run commands of the README: its server and its paths are the test's, its programs this environment's."""
-    tools = folder / "bin"
-    tools.mkdir(exist_ok=True)
-    for tool, module in (("mlflow-outbox", "-m mlflow_outbox"), ("python", "")):
-        (tools / tool).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
-        (tools / tool).chmod(0o755)
     script = script.replace("http://tracking.example:5000", server).replace("/scratch/", f"{folder}/")
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{console_script().parent}:{os.environ['PATH']}"}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder,

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Protocol
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable
@@ -41,6 +41,18 @@ _LIVES: Final = 1.0
 _TRIES: Final = 3
 #: Seconds to wait for a lease that nobody seems to hold before it is an error.
 _LEASE: Final = 15.0
+
+
+class Stop(Protocol):
+    """What ends a replay early, a ``threading.Event`` for instance."""
+
+    def is_set(self) -> bool:
+        """Return whether it has been asked to end."""
+        ...
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for that, for so many seconds at most, and return whether it has been asked."""
+        ...
 
 
 class RunResult(NamedTuple):
@@ -105,7 +117,7 @@ class Replay:
         settings: Settings,
         wish: Wish,
         *,
-        stopped: threading.Event,
+        stopped: Stop,
         give_up: float = 3600.0,
         open_sink: OpenSink | None = None,
     ) -> None:

@@ -20,6 +20,7 @@ from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.delivering import CommandWorker
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.signals import Ending
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
@@ -77,9 +78,8 @@ def flush(
         directory, chosen = outboxes.find_run(directories, settings, run)
         directories = [directory]
     flushes = [Flush(directory, settings, chosen) for directory in directories]
-    try:
-        _until_done(flushes, started, timeout)
-    finally:
+    with Ending(forceful=True) as ending:
+        _until_done(flushes, started, timeout, ending)
         for one in flushes:
             one.conclude()
         deadline = time.monotonic() + _PARTING
@@ -87,10 +87,10 @@ def flush(
             one.stop(max(0.0, deadline - time.monotonic()))
         for one in flushes:
             one.say()
-    return most_urgent([one.code() for one in flushes])
+        return ExitCode.INTERRUPTED if ending.interrupted else most_urgent([one.code() for one in flushes])
 
 
-def _until_done(flushes: list[Flush], started: float, timeout: float | None) -> None:
+def _until_done(flushes: list[Flush], started: float, timeout: float | None, ending: Ending) -> None:
     look, changed, next_hurry = _LOOK, time.monotonic(), 0.0
     with terminal.progress() as show:
         for one in flushes:
@@ -117,7 +117,8 @@ def _until_done(flushes: list[Flush], started: float, timeout: float | None) -> 
             pause = max(look, 4 * (time.monotonic() - begun))
             if timeout is not None:
                 pause = min(pause, max(0.0, started + timeout - time.monotonic()))
-            time.sleep(pause)
+            if ending.wait(pause):
+                return
             look = min(_LOOK_MOST, look * 1.2)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,14 +17,12 @@ from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox_worker.cli import terminal
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import Quiet, Verbose
+from mlflow_outbox_worker.cli.signals import Ending
 from mlflow_outbox_worker.cli.terminal import Column, count
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.jobs import Job, Prepared, Wish
     from mlflow_outbox_worker.replay import JobResult, Progress
-
-#: Events of which a terminal shows the rate over, in seconds.
-_RATE_OVER = 10.0
 
 
 def register(app: typer.Typer) -> None:
@@ -149,22 +146,24 @@ def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
 
 
 def _send_all(prepared: Prepared, settings: Settings, wish: Wish, timeout: float | None) -> ExitCode:
-    stopped = threading.Event()
     deadline = None if timeout is None else time.monotonic() + timeout
     codes = []
-    for job in prepared.jobs:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        codes.append(_send(job, settings, wish, left, stopped))
-    return most_urgent(codes)
+    with Ending(forceful=True) as ending:
+        for job in prepared.jobs:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            codes.append(_send(job, settings, wish, left, ending))
+            if ending.is_set():
+                break
+        return ExitCode.INTERRUPTED if ending.interrupted else most_urgent(codes)
 
 
-def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, stopped: threading.Event) -> ExitCode:
+def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, ending: Ending) -> ExitCode:
     from mlflow_outbox_worker.replay import Replay
 
     terminal.note(f"{count(len(job.runs), 'run')} to {job.destination.uri}")
     try:
-        with _shown() as show:
-            result = Replay(job, settings, wish, stopped=stopped).run(show, timeout=timeout)
+        with _shown(endless=wish.follow) as show:
+            result = Replay(job, settings, wish, stopped=ending).run(show, timeout=timeout)
     except OutboxError as error:
         terminal.error(str(error))
         return ExitCode.HELD if isinstance(error, LeaseHeld) else ExitCode.ERROR
@@ -203,7 +202,7 @@ def _summary(job: Job, result: JobResult) -> ExitCode:
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[Progress], None]]:
+def _shown(*, endless: bool) -> Iterator[Callable[[Progress], None]]:
     """Yield what shows progress: a bar with rate and time left on a terminal, a line now and then elsewhere."""
     import sys
 
@@ -219,34 +218,10 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
             yield plain
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-    from rich.text import Text
+    from rich.live import Live
 
-    class Rate(TextColumn):
-        def render(self, task: object) -> Text:
-            speed = getattr(task, "finished_speed", None) or getattr(task, "speed", None) or 0.0
-            return Text(f"{speed:,.0f} events/s")
+    from mlflow_outbox_worker.cli.bar import ReplayBar
 
-    columns = (
-        TextColumn("{task.fields[runs]}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        Rate(""),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=_RATE_OVER) as bar:
-        task = bar.add_task("", total=None, runs="", note="")
-
-        def drawn(progress: Progress) -> None:
-            bar.update(
-                task,
-                completed=progress.events,
-                total=progress.total or None,
-                runs=f"{progress.runs}/{count(progress.all_runs, 'run')}",
-                note=printable(progress.note, 200),
-            )
-
-        yield drawn
+    bar = ReplayBar(endless=endless)
+    with Live(bar, console=Console(stderr=True), transient=True, refresh_per_second=8, redirect_stdout=False):
+        yield bar.update

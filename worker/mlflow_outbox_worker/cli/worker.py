@@ -7,13 +7,9 @@ second signal ends it at once. Both are safe at any moment, as is SIGKILL.
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -25,6 +21,7 @@ from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.delivering import CommandWorker
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.signals import Ending
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
@@ -83,12 +80,12 @@ def worker(
     """
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
-    service = Service(settings, metrics=_exporter(settings, metrics_port, metrics_address, metrics_file))
-    if every:
-        service.adopt(outboxes.root_of(settings))
-    else:
-        service.take(outboxes.open_one(settings))
-    with _signals(service):
+    with Ending() as ending:
+        service = Service(settings, ending, metrics=_exporter(settings, metrics_port, metrics_address, metrics_file))
+        if every:
+            service.adopt(outboxes.root_of(settings))
+        else:
+            service.take(outboxes.open_one(settings))
         service.run(
             root=outboxes.root_of(settings) if every else None,
             until_idle=until_idle,
@@ -120,17 +117,17 @@ class Service:
 
     Args:
         settings: the options.
+        ending: tells when somebody asks to end.
         metrics: shows them to a monitoring; None shows nothing.
     """
 
-    def __init__(self, settings: Settings, *, metrics: Exporter | None = None) -> None:
+    def __init__(self, settings: Settings, ending: Ending, *, metrics: Exporter | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
         self._workers: dict[Path, CommandWorker] = {}
         self._states: dict[Path, str] = {}
         self._refused: set[Path] = set()
-        self._stop = threading.Event()
-        self._at_once = threading.Event()
+        self._ending = ending
         self._file_trouble = ""
 
     def __repr__(self) -> str:
@@ -159,12 +156,6 @@ class Service:
                     self._refused.add(path)
                     log(f"left alone: {error}")
 
-    def ask_to_end(self) -> None:
-        """End after the grace time; asked again, at once. Safe in a signal handler."""
-        if self._stop.is_set():
-            self._at_once.set()
-        self._stop.set()
-
     def run(self, *, root: Path | None, until_idle: bool, file: Path | None, interval: float) -> None:
         """Go on until somebody asks to end.
 
@@ -176,7 +167,7 @@ class Service:
         """
         next_look = next_write = time.monotonic()
         next_report = next_look + _REPORT
-        while not self._stop.wait(_TICK):
+        while not self._ending.wait(_TICK):
             now = time.monotonic()
             if root is not None and now >= next_look:
                 self.adopt(root)
@@ -202,16 +193,16 @@ class Service:
 
         self._say_changes()
         deadline = time.monotonic() + grace
-        if self._stop.is_set():
+        if self._ending.is_set():
             log(f"ending; {terminal.span(grace)} to deliver what is left")
-        while time.monotonic() < deadline and not self._at_once.wait(0.05):
+        while time.monotonic() < deadline and not self._ending.wait(0.05, number=2):
             busy = [one for one in self._workers.values() if one.delivery.holds_lease() and not one.delivery.is_idle()]
             if not busy:
                 break
             for one in busy:
                 with contextlib.suppress(OSError):  # without it the worker tries at its own pace
                     one.directory.ask_hurry()
-            self._at_once.wait(min(0.5, max(0.0, deadline - time.monotonic())))
+            self._ending.wait(min(0.5, deadline - time.monotonic()), number=2)
         for one in self._workers.values():
             one.ask_to_stop()
         parting = time.monotonic() + _PARTING
@@ -272,21 +263,6 @@ class Service:
         for one in self._workers.values():
             if one.counters["delivered"]:
                 log(f"{_name(one)}: {one.counters['delivered']:,} delivered so far")
-
-
-@contextlib.contextmanager
-def _signals(service: Service) -> Iterator[None]:
-    """Have SIGTERM and SIGINT end the service."""
-
-    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the form of a handler
-        service.ask_to_end()
-
-    former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def log(text: str) -> None:

@@ -1,0 +1,213 @@
+"""``mlflow-outbox replay`` as a command: its progress bar, its jobs, its end by a signal."""
+
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from commands import Here, command, environment, offline, run
+from contents import numbered, points, runs
+from mlflow_outbox.testing.faults import accept_hang
+from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
+from mlflow_outbox_worker.cli.bar import Rate, ReplayBar
+from mlflow_outbox_worker.replay import Progress
+from servers import MlflowServer, eventually
+from terminals import HIDE_CURSOR, SHOW_CURSOR, Terminal
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Here:
+    """Run commands in this process."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return Here(capsys, monkeypatch)
+
+
+class Meeting:
+    """Holds requests back until so many are under way at once, and remembers how many there were at most."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._changed = threading.Condition()
+        self._here = 0
+        self.most = 0
+
+    @property
+    def action(self) -> Action:
+        """What a proxy does to a request."""
+        return Action("meet", self._hold)
+
+    def _hold(self, exchange: Exchange) -> None:
+        with self._changed:
+            self._here += 1
+            self.most = max(self.most, self._here)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.most >= self._number, 20)
+        exchange.wait(0.02)  # room for one too many to show
+        exchange.forward()
+        with self._changed:
+            self._here -= 1
+
+
+class TestJobs:
+    @pytest.mark.parametrize("jobs", [1, 3])
+    def test_so_many_runs_are_sent_side_by_side_and_no_more(
+        self, jobs: int, here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """Requests of that many runs are under way at the server at once."""
+        meeting = Meeting(jobs)
+        with FaultProxy(mlflow_server.url) as proxy:
+            proxy.on("runs/log-batch", meeting.action, times=None)
+            offline(tmp_path / "box", proxy.url, experiment=experiment_name, runs=6)
+            assert 0 == here("replay", tmp_path / "box", "--jobs", jobs).code
+        assert jobs == meeting.most
+        assert 6 == len(runs(mlflow_server.url, experiment_name))
+
+    @pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5", ""])
+    def test_other_numbers_are_bad_usage(self, jobs: str, here: Here, tmp_path: Path) -> None:
+        """Code 2, with the option named, before anything is sent."""
+        offline(tmp_path / "box")
+        done = here("replay", tmp_path / "box", "--jobs", jobs)
+        assert 2 == done.code
+        assert "--jobs" in done.err
+
+
+class TestBar:
+    @pytest.fixture
+    def drawn(self) -> Callable[..., list[str]]:
+        """Draw a bar after steps of one second each; return its lines."""
+        from rich.console import Console
+
+        def draw(columns: int, *steps: Progress, endless: bool = False) -> list[str]:
+            seconds = iter(range(1000))
+            bar = ReplayBar(endless=endless, clock=lambda: float(next(seconds)))
+            console = Console(width=columns, force_terminal=True, color_system=None, record=True, file=io.StringIO())
+            for step in steps:
+                bar.update(step)
+            console.print(bar)
+            return console.export_text().splitlines()
+
+        return draw
+
+    def test_a_wide_terminal_sees_everything(self, drawn: Callable[..., list[str]]) -> None:
+        """Runs, the bar, how much in per cent and in events, the rate, and how long it will take yet."""
+        (line,) = drawn(120, Progress(0, 40_000, 0, 40), Progress(1000, 40_000, 1, 40))
+        for words in (" 1 of 40 runs", "━", "  2%", "1,000 of 40,000 events", "1,000 events/s", "39 s left"):
+            assert words in line
+        assert len(line) <= 120
+
+    @pytest.mark.parametrize("columns", [20, 32, 40, 50, 60, 80, 100])
+    def test_a_narrow_one_sees_what_matters_most(self, columns: int, drawn: Callable[..., list[str]]) -> None:
+        """Nothing wraps, whatever the width and however long the note is."""
+        note = "the destination does not take events now: " + "connection refused " * 20
+        lines = drawn(columns, Progress(0, 400_000, 0, 40), Progress(1000, 400_000, 1, 40, note))
+        assert 2 == len(lines)
+        assert all(len(line) <= columns for line in lines)
+        assert lines[0].startswith(" 1")
+        assert "0%" in lines[0] or columns < 32
+
+    def test_it_keeps_its_width_while_it_counts(self, drawn: Callable[..., list[str]]) -> None:
+        """The columns stand still from the first event to the last."""
+        steps = [Progress(events, 40_000, events // 1000, 40) for events in range(0, 40_001, 100)]
+        for columns in (50, 80, 120):
+            lines = [drawn(columns, *steps[: n + 1])[0] for n in range(1, len(steps), 50)]
+            assert 1 == len({(line.index("%"), line.index("/s") if "/s" in line else 0) for line in lines})
+
+    def test_what_is_followed_has_no_end(self, drawn: Callable[..., list[str]]) -> None:
+        """Neither per cent nor a time left: nobody knows what will be logged yet."""
+        first, second = drawn(80, Progress(0, 0, 0, 1), Progress(500, 500, 0, 1, "writing"), endless=True)
+        assert "following 1 run: 500 events, 500 a second" == first.strip()
+        assert "writing" == second.strip()
+
+    def test_reading_back_is_said(self, drawn: Callable[..., list[str]]) -> None:
+        """All is sent and the command goes on: it says why."""
+        assert "reading back" in drawn(80, Progress(10, 10, 1, 2))[1]
+        assert 1 == len(drawn(80, Progress(10, 10, 2, 2)))
+
+    def test_a_note_gives_no_orders(self, drawn: Callable[..., list[str]]) -> None:
+        """Answers of servers are shown with their control characters escaped, and mark nothing up."""
+        (_, note) = drawn(120, Progress(1, 2, 0, 1, "no\x1b[2J\n[red]x[/red]"))
+        assert r"no\x1b[2J\n[red]x[/red]" == note.strip()
+
+    def test_the_rate_is_that_of_the_last_seconds(self) -> None:
+        """A server that stands still makes it fall to nothing, and a fast beginning is forgotten."""
+        rate = Rate(10.0)
+        assert 0 == rate.per_second()
+        for second in range(6):
+            rate.add(float(second), 1000 * second)
+        assert 1000 == rate.per_second()
+        for second in range(6, 30):
+            rate.add(float(second), 5000)
+        assert 0 == rate.per_second()
+        rate.add(30.0, 5100)
+        assert 10 == pytest.approx(rate.per_second(), abs=1)
+
+
+class TestTerminal:
+    def test_a_bar_at_a_terminal_and_nothing_of_it_at_the_end(
+        self, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """It is drawn while runs are sent; then the cursor is there again and the last line says how it went."""
+        offline(tmp_path / "box", mlflow_server.url, experiment=experiment_name, runs=3, points=300)
+        with Terminal(80, "replay", tmp_path / "box", MLFLOW_OUTBOX_BATCH_POINTS="100") as terminal:
+            code = terminal.end()
+        assert 0 == code, terminal.written
+        assert any("of 3 runs" in line and "%" in line for line in terminal.lines), terminal.written
+        assert "3 runs sent" in terminal.lines[-2]
+        assert terminal.written.rfind(HIDE_CURSOR) < terminal.written.rfind(SHOW_CURSOR)
+
+    def test_plain_lines_in_a_pipe(self, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+        """No escape sequence, no bar, nothing drawn over."""
+        offline(tmp_path / "box", mlflow_server.url, experiment=experiment_name)
+        done = run("replay", tmp_path / "box", TERM="xterm-256color")
+        assert 0 == done.code, done
+        assert f"1 run sent to {mlflow_server.url}\n" == done.out
+        assert f"mlflow-outbox: 1 run to {mlflow_server.url}\n" == done.err
+
+    def test_ctrl_c_gives_the_cursor_back_and_says_how_far_it_came(
+        self, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """Also while a request hangs: 130 at once, what is sent and what is left; started again, it goes on."""
+        with FaultProxy(mlflow_server.url) as proxy:
+            proxy.on("runs/log-batch", accept_hang(), times=None)
+            offline(tmp_path / "box", proxy.url, experiment=experiment_name)
+            with Terminal(80, "replay", tmp_path / "box") as terminal:
+                terminal.until("of 1 run")
+                eventually(lambda: any("log-batch" in request.path for request in proxy.requests), 60)
+                began = time.monotonic()
+                terminal.type("\x03")
+                assert 130 == terminal.end()
+                assert time.monotonic() - began < 3
+            proxy.clear()
+            assert terminal.written.rfind(HIDE_CURSOR) < terminal.written.rfind(SHOW_CURSOR)
+            said = "\n".join(terminal.lines)
+            assert "1 run left" in said
+            assert "the same command goes on where this one stopped" in said
+            assert "Traceback" not in said
+            assert 0 == run("replay", tmp_path / "box").code
+        (held,) = runs(mlflow_server.url, experiment_name)
+        assert numbered(10) == points(mlflow_server.url, held.info.run_id, "loss")
+
+    def test_sigterm_ends_it_in_order(self, tmp_path: Path) -> None:
+        """What a scheduler sends to a job whose time is over: left over is code 3, and the summary says so."""
+        with FaultProxy("http://127.0.0.1:9") as proxy:
+            proxy.on("mlflow", accept_hang(), times=None)
+            offline(tmp_path / "box", proxy.url)
+            process = subprocess.Popen(
+                command("replay", tmp_path / "box"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment(),
+            )
+            eventually(lambda: len(proxy.requests) > 0, 60)
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=30)
+        assert 3 == process.returncode, out
+        assert "1 run left" in out
