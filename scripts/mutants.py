@@ -82,7 +82,7 @@ MUTANTS: Final = [
     ),
     Mutant(
         "retry a failed fsync on the same descriptor",
-        "tracker/mlflow_outbox/spool/journal.py",
+        "tracker/mlflow_outbox/spool/syncer.py",
         "            self._disk.datasync(fd)\n        except OSError as error:\n",
         "            self._disk.datasync(fd)\n        except OSError as error:\n            try:\n"
         "                self._disk.datasync(fd)\n                return True\n            except OSError:\n"
@@ -91,9 +91,9 @@ MUTANTS: Final = [
     ),
     Mutant(
         "no cut-back after a short write",
-        "tracker/mlflow_outbox/spool/journal.py",
-        "                if found is None and tail:\n                    self._disk.truncate(self._fd, self._offset)\n",
-        "                if found is None and tail:\n                    self._offset += len(tail)\n",
+        "tracker/mlflow_outbox/spool/segment.py",
+        "            if tail:\n                self._disk.truncate(self.fd, self.offset)\n",
+        "            self.offset += len(tail)\n",
         "tests/faults/test_space.py::test_a_write_that_is_short_at_any_byte_leaves_no_torn_frame",
     ),
     Mutant(
@@ -135,7 +135,7 @@ MUTANTS: Final = [
     Mutant(
         "a param torn by a kill is refused for ever",
         "worker/mlflow_outbox_worker/mlflow_sink/stores.py",
-        "        store = _Directory(root, artifact_root or root)",
+        "        store = Directory(root, artifact_root or root)",
         "        store = file_store.FileStore(root, artifact_root or root)",
         "tests/faults/test_kills.py::test_a_param_that_a_killed_worker_left_empty_is_written_again",
     ),

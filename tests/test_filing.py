@@ -11,8 +11,9 @@ from mlflow_outbox.destination import resolve
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric
-from mlflow_outbox.spool.journal import Journal, RunIdentity
+from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.retention import file_run
 

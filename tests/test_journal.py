@@ -8,13 +8,14 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool import frame, journal
+from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric, Metrics, RunStarted, Tags, encode
@@ -42,7 +43,7 @@ def disk() -> FailingDisk:
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let time pass for journals: ``later(seconds)``."""
     clock = [1000.0]
-    monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     def pass_(seconds: float) -> None:
         clock[0] += seconds
@@ -185,7 +186,7 @@ def test_two_writers_of_one_run_do_not_meet(outbox: OutboxDirectory) -> None:
 def test_numbers_wrap_at_two_to_the_thirty_second(outbox: OutboxDirectory) -> None:
     """Four billion events are not the end."""
     writer = make_journal(outbox)
-    writer._seq = 2**32 - 3
+    writer._sequence.live.seq = 2**32 - 3
     for number in range(6):
         assert writer.append(metric(number))
     writer.close()
@@ -394,7 +395,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
 writer = make_journal(outbox)
 for number in range(200):
     assert writer.append(metric(number))
-    writer._try_again = 0.0
+    writer._sequence._try_again = 0.0
 writer.sync()
 assert writer.in_memory == 0, writer
 writer.close()
@@ -470,7 +471,7 @@ def test_a_sync_that_fails_after_rotation_loses_nothing_to_a_power_cut(
         background.start()
         assert entered.wait(10)
         number = 10
-        while writer._ordinal <= rotations:
+        while writer._sequence.ordinal <= rotations:
             writer.append(metric(number))
             number += 1
     background.join(10)
@@ -498,7 +499,7 @@ def test_a_disk_that_never_syncs_is_not_filled_with_copies(
     later(61)
     writer.sync()
     writer.sync()
-    assert [] == writer._unsynced
+    assert [] == writer._sequence.live.unsynced
     assert list(range(600)) == read(outbox).steps
 
 
@@ -538,7 +539,7 @@ def test_the_live_segment_is_always_the_last_in_reading_order(outbox: OutboxDire
     """After a segment that got only a header, and a rewrite of older events, the reader must not go past it."""
     writer = make_journal(outbox, disk, segment_bytes=1024)
     number = 0
-    while writer._ordinal < 2:
+    while writer._sequence.ordinal < 2:
         writer.append(metric(number))
         number += 1
     # The new segment has one event; the next is begun, and left with nothing in it.
@@ -738,7 +739,7 @@ def storm():  # a function, for Python 3.13.0 takes the jump at the end of a loo
         if {full} and number % 50 == 0:
             disk.fail("write", error=errno.ENOSPC, times=3)
             disk.fail("write", short=7, at=3)
-            writer._try_again = 0.0
+            writer._sequence._try_again = 0.0
         if number % 3 == 0:
             arm()
         if writer.append(metric(number)):
@@ -874,7 +875,7 @@ def test_the_background_starts_with_the_first_event_and_ends_when_idle(
         for writer in writers:
             writer.append(metric(round_))
         assert 1 == len(set(sync_threads()) - before)
-        eventually(lambda: all(not writer._unsynced for writer in writers), message="all synced")
+        eventually(lambda: all(not writer._sequence.live.unsynced for writer in writers), message="all synced")
         for writer in writers:
             writer.close()
         eventually(lambda: before == set(sync_threads()), message="the thread ends")
@@ -904,7 +905,7 @@ if pid == 0:
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 writer.append(metric(2))
-eventually(lambda: not writer._unsynced)
+eventually(lambda: not writer._sequence.live.unsynced)
 """
     done = subprocess.run([sys.executable, *FORKS, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (0, "") == (done.returncode, done.stderr), done.stderr[-3000:]
@@ -918,7 +919,7 @@ def test_the_background_goes_on_when_one_journal_makes_trouble(
     monkeypatch.setattr(bad, "sync", lambda: 1 / 0)
     bad.append(metric(0))
     good.append(metric(0))
-    eventually(lambda: not good._unsynced and caretaker._counters["caretaker_errors"])
+    eventually(lambda: not good._sequence.live.unsynced and caretaker._counters["caretaker_errors"])
 
 
 def test_a_journal_leaks_no_descriptor(outbox: OutboxDirectory) -> None:

@@ -155,9 +155,9 @@ def test_a_living_writer_is_told_from_a_dead_one(tmp_path: Path) -> None:
     writer.append(metric(0))
     folder = writer.directory.run(RUN)
     assert Everything(folder, settle=0.0).live
-    os.close(writer._fd)
+    os.close(writer._sequence.live.fd)
     assert not Everything(folder).live
-    writer._fd = -1
+    writer._sequence.live.fd = -1
 
 
 def test_a_writer_is_locked_even_while_readers_look(tmp_path: Path) -> None:
@@ -223,15 +223,16 @@ class Spool(RuleBasedStateMachine):
         writer = self.writers[which % len(self.writers)]
         writer.close() if close else writer.sync()
 
-    @precondition(lambda self: any(writer._fd >= 0 for writer in self.writers))
+    @precondition(lambda self: any(writer._sequence.live.fd >= 0 for writer in self.writers))
     @rule(size=st.integers(1, 30))
     def die_with_a_torn_tail(self, size: int) -> None:
         """A writer dies in the middle of a write: part of a frame that was never acknowledged stays."""
-        at = next(at for at, writer in enumerate(self.writers) if writer._fd >= 0)
+        at = next(at for at, writer in enumerate(self.writers) if writer._sequence.live.fd >= 0)
         writer = self.writers.pop(at)
-        os.write(writer._fd, frame.pack(encode(metric(-1)), writer._seq, writer._seed)[:size])
-        os.close(writer._fd)
-        for old in writer._retired:
+        live = writer._sequence.live
+        os.write(live.fd, frame.pack(encode(metric(-1)), live.seq, live.seed)[:size])
+        os.close(live.fd)
+        for old in writer._sequence.retired:
             os.close(old.fd)
         writer._reset()
         self.torn += 1

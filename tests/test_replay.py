@@ -374,11 +374,11 @@ def test_a_writer_on_another_machine_may_be_silent_for_long(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """Its lock cannot be seen and its boot is another: silence alone does not end the following, its end does."""
-    from mlflow_outbox.spool import journal
+    from mlflow_outbox.spool import sequence
 
     uri = mlflow_server.url
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "boot_id", lambda: "another machine's")
+        patch.setattr(sequence, "boot_id", lambda: "another machine's")
         tracker = MLflowTracker(experiment_name, NOWHERE, outbox_dir=tmp_path / "outbox", worker="none")
         run = tracker.start_run("far away")
         run.log_metric("loss", 0.0, step=0)

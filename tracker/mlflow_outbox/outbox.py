@@ -25,7 +25,8 @@ from mlflow_outbox.counters import Counters, logger
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.guard import DiskGuard
-from mlflow_outbox.spool.journal import Journal, RunIdentity
+from mlflow_outbox.spool.journal import Journal
+from mlflow_outbox.spool.sequence import RunIdentity
 
 if TYPE_CHECKING:
     from pathlib import Path

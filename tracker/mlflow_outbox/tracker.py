@@ -26,8 +26,8 @@ from mlflow_outbox.outbox import FlushResult, Outbox, shared
 from mlflow_outbox.run import Run, Time
 from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
-from mlflow_outbox.spool.journal import RunIdentity
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.sequence import RunIdentity
 
 if TYPE_CHECKING:
     from typing_extensions import Self

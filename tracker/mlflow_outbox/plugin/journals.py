@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Event, Request
-from mlflow_outbox.spool.journal import RunIdentity
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.sequence import RunIdentity
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -13,6 +14,8 @@ from mlflow_outbox.spool.filesystem import is_network
 
 #: Tries to lock a new segment, half a millisecond apart; readers hold its lock for microseconds.
 _LOCK_TRIES: Final = 100
+#: Modules through which an error of the disk comes.
+_OWN_FRAMES: Final = frozenset({"mlflow_outbox", "os", "posixpath", "genericpath", "contextlib", "pathlib"})
 
 
 class SystemDisk:
@@ -74,3 +77,18 @@ def is_being_written(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def is_foreign(error: OSError) -> bool:
+    """Return whether an OSError is no answer of the disk but what a signal handler raised, such as a TimeoutError."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in _OWN_FRAMES:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def short_write() -> OSError:
+    """Return the error that a write means which took only a part."""
+    return OSError(errno.ENOSPC, "the disk is full: a write was short")

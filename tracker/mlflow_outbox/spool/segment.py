@@ -1,0 +1,169 @@
+"""A segment file as its writer holds it: begun with a header, appended to frame by frame, ended by a closing frame.
+
+A segment has one writer, is only appended to, and is cut back to a frame boundary when a write was short. What belongs
+together (descriptor, offset, next number) changes by assignments alone, which no signal handler can interrupt; so after
+an exception the file behind ``offset`` tells what was written and not counted.
+
+The closing frame counts as no event: it carries the number that the next event will have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from mlflow_outbox.spool import frame
+from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
+from mlflow_outbox.spool.events import SegmentClosed, decode, encode
+
+
+class Segment:
+    """The place in a writer's sequence where it writes; a file once it was begun.
+
+    Args:
+        disk: the system calls.
+        seq: number of the next event.
+        remember: whether payloads are kept until they are synced, to write them again when that fails.
+
+    Attributes:
+        fd: the file's descriptor; -1 before it was begun and after it was closed.
+        seed: of the frames' CRCs.
+        seq: number of the next event, not wrapped.
+        first_seq: number of the first event.
+        offset: bytes that were written and counted.
+        limit: offset at which a logging call takes the slow path; 0 makes it do so at once.
+        synced: offset up to which the segment is known to be durable.
+        unsynced: payloads since then, always the last of the segment.
+        tainted: a sync of it failed.
+    """
+
+    __slots__ = (
+        "_disk", "_path", "_remember", "fd", "first_seq", "limit", "offset", "seed", "seq", "synced", "tainted",
+        "unsynced",
+    )  # fmt: skip
+
+    def __init__(self, disk: SystemDisk, seq: int, *, remember: bool) -> None:
+        self._disk = disk
+        self._path: Path | None = None
+        self._remember = remember
+        self.fd = -1
+        self.seed = 0
+        self.seq = self.first_seq = seq
+        self.offset = self.limit = self.synced = 0
+        self.unsynced: list[bytes] = []
+        self.tainted = False
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has lost its name."""
+        try:
+            return self.fd >= 0 and os.fstat(self.fd).st_nlink == 0
+        except OSError:
+            return True
+
+    @property
+    def first_unsynced(self) -> int:
+        """Number of the first event that is not known to be durable."""
+        return self.seq - len(self.unsynced)
+
+    def begin(self, path: Path, header: frame.SegmentHeader) -> None:
+        """Create the file.
+
+        Raises:
+            OSError: the disk did not take it; nothing is left of it.
+        """
+        data = frame.pack_header(header)
+        size = len(data)
+        fd = self._disk.create(path)
+        try:
+            if self._disk.write(fd, data) != size:
+                raise short_write()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            with contextlib.suppress(OSError):
+                self._disk.close(fd)
+            raise
+        self.fd, self._path, self.seed, self.offset = fd, path, header.seed, size
+
+    def write(self, payload: bytes) -> None:
+        """Append one event.
+
+        Raises:
+            OSError: the disk did not take it; ``settle`` removes what it took of it.
+        """
+        data = frame.pack(payload, self.seq & frame.SEQUENCE_MASK, self.seed)
+        written = self._disk.write(self.fd, data)
+        if written != len(data):
+            written += self._disk.write(self.fd, data[written:])  # says why: no room, or a file that is large enough
+        if written != len(data):
+            raise short_write()
+        self.seq += 1  # no call between this and the next line: nothing can interrupt here
+        self.offset += written
+        if self._remember:
+            self.unsynced.append(payload)
+
+    def settle(self) -> bytes | None:
+        """Look behind the last frame that was counted: count an event, cut off the beginning of one; return the event.
+
+        A closing frame is returned too, and not counted.
+
+        Raises:
+            OSError: the file cannot be read or cut.
+        """
+        tail = self._tail()
+        found = frame.unpack(tail, 0, self.seed)
+        if found is None:
+            if tail:
+                self._disk.truncate(self.fd, self.offset)
+            return None
+        if not is_closing(found.payload):
+            self.seq += 1  # as in write
+            self.offset += found.end
+            if self._remember:
+                self.unsynced.append(found.payload)
+        return found.payload
+
+    def _tail(self) -> bytes:
+        if os.fstat(self.fd).st_size <= self.offset or self._path is None:
+            return b""
+        fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return os.pread(fd, frame.MAX_PAYLOAD + frame.LONG_OVERHEAD, self.offset)
+        finally:
+            os.close(fd)
+
+    def end(self, *, rotated: bool) -> bool:
+        """Write the closing frame; return False when the disk failed, and the reader takes its writer for dead.
+
+        Args:
+            rotated: the same writer goes on in its next segment.
+        """
+        closing = frame.pack(encode(SegmentClosed(rotated)), self.seq & frame.SEQUENCE_MASK, self.seed)
+        try:
+            written = self._disk.write(self.fd, closing)
+            if 0 < written < len(closing):
+                self._disk.truncate(self.fd, self.offset)
+        except OSError as error:
+            if is_foreign(error):
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give the descriptor back; it is gone whatever the disk says."""
+        try:  # noqa: SIM105 - contextlib.suppress makes calls, after which a signal handler could raise
+            self._disk.close(self.fd)
+        except OSError:
+            pass
+
+
+def is_closing(payload: bytes) -> bool:
+    """Return whether a payload is that of a closing frame."""
+    try:
+        return isinstance(decode(payload), SegmentClosed)
+    except msgspec.DecodeError:
+        return False

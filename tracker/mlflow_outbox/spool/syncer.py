@@ -1,0 +1,88 @@
+"""Makes one run's files durable, and decides when a disk that could not may be asked again.
+
+A failed fsync means that the kernel has dropped pages it could not write and will not say so again (Rebello et al.,
+ATC 2020), so no descriptor is synced a second time after a failure: what it held is written to another file. A disk
+that fails again is asked again later, each time longer, up to a minute: a dying disk must not be filled with copies.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool.disk import SystemDisk, is_foreign
+from mlflow_outbox.spool.snapshot import SnapshotStore
+
+#: Seconds before the second try at a disk that cannot sync; doubled for each further one, up to the last.
+_RETRY: Final = (0.5, 60.0)
+
+
+class Syncer:
+    """Syncs the segments, names and copied files of one run.
+
+    Args:
+        disk: the system calls.
+        counters: where failures are counted.
+        run_id: for the warning.
+        wanted: whether anything is to be synced at all; it is not at ``sync="os"``.
+    """
+
+    def __init__(self, disk: SystemDisk, counters: Counters, run_id: str, *, wanted: bool) -> None:
+        self._disk = disk
+        self._counters = counters
+        self._run_id = run_id
+        self._wanted = wanted
+        self._failures = 0
+        self._again_at = 0.0
+
+    def may_try(self) -> bool:
+        """Return whether a disk that failed has been left alone for long enough."""
+        return time.monotonic() >= self._again_at
+
+    def data(self, fd: int) -> bool:
+        """Make a segment's data survive a power cut; return whether the disk did it."""
+        if not self._wanted:
+            return True
+        try:
+            self._disk.datasync(fd)
+        except OSError as error:
+            if is_foreign(error):
+                raise
+            self._failed(error)
+            return False
+        if self._failures:
+            self._failures, self._again_at = 0, 0.0
+            self._counters.forget("sync")
+        return True
+
+    def _failed(self, error: OSError) -> None:
+        self._failures += 1
+        first, most = _RETRY
+        pause = 0.0 if self._failures == 1 else min(most, first * 2.0 ** min(self._failures - 2, 10))
+        self._again_at = time.monotonic() + pause
+        self._counters.add("sync_errors")
+        self._counters.warn_once(
+            "sync",
+            f"mlflow-outbox: the disk could not sync a segment of run {self._run_id} "
+            f"({error.strerror or error}); its last events are written again to a new one",
+        )
+
+    def names(self, *folders: Path) -> None:
+        """Make the names in directories survive a power cut."""
+        try:
+            self._sync_each(folders)
+        except OSError:
+            self._counters.add("sync_errors")
+
+    def _sync_each(self, folders: tuple[Path, ...]) -> None:
+        for folder in folders:
+            self._disk.sync_directory(folder)
+
+    def copy(self, store: SnapshotStore, sha256: str) -> None:
+        """Make a copied file survive a power cut."""
+        try:
+            store.sync(sha256)
+        except OSError:
+            self._counters.add("sync_errors")
