@@ -58,13 +58,14 @@ MUTANTS: Final = [
         "                    segment.path.unlink()\n        if window.events:\n",
         "tests/faults/test_kills.py::test_a_kill_at_any_system_call_loses_and_doubles_nothing",
     ),
+    # Folding before sending, which stood here, changes nothing: a view that was not recorded is read anew. Recording the
+    # cursor without the view loses it, because what is behind the cursor is never folded again.
     Mutant(
-        "fold before sending",
+        "record the cursor without the view",
         COURIER,
-        "            steps, ended = plan(",
-        "            for writer, event in window.events:\n                view.fold(event, writer)\n"
-        "            steps, ended = plan(",
-        "tests/faults/test_network.py::test_a_refused_connection_is_retried_until_it_is_accepted",
+        "self._ledger.commit(record, view=view, dead=dead)",
+        "self._ledger.commit(record, dead=dead)",
+        "tests/test_verify.py",
     ),
     Mutant(
         "a lane that dies takes its run along",

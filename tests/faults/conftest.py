@@ -3,7 +3,7 @@
 * ``--tier commit`` (the default, in every run of the test suite), ``nightly`` and ``release`` run the same tests with
   more repetitions; ``scripts/faults --tier nightly`` is the way to start the longer ones.
 * Every test that draws random numbers gets its ``rng`` from one seed, which is printed. The seed of a failure is added
-  to ``tests/faults/seeds/<test>.txt``, and every later run of that test repeats it.
+  to ``tests/faults/seeds/<test>.txt`` with the test's parameters, and every later run of that test repeats it.
 * A test marked ``fault("F01", "what is injected")`` is a row of the table at the end. A test marked
   ``needs("strace")`` is not collected where that is missing: the table then says "not run", and what would be needed.
 """
@@ -50,6 +50,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Reporter(config, table), "fault-table")
 
 
+def _kept_seeds(name: str) -> list[tuple[str, str]]:
+    """Return the seeds with which a test has failed, each with the other parameters of that test."""
+    path = SEEDS / f"{name}.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(seed, rest.strip()) for seed, _, rest in (line.partition(" ") for line in lines) if seed]
+
+
+def _parameters(item: pytest.Item) -> str:
+    """Return the parameters of a test but its seed, for instance "file"."""
+    names = getattr(item, "callspec", None)
+    return "-".join(part for part in names._idlist if not part.startswith(("new", "kept-"))) if names else ""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Give each pytest-xdist worker the session's seed."""
@@ -60,9 +73,7 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a random test with this session's seed, and with each seed that has failed before."""
     if "rng" in metafunc.fixturenames:
-        name = metafunc.function.__name__
-        kept = SEEDS / f"{name}.txt"
-        seeds = list(dict.fromkeys(kept.read_text().split())) if kept.exists() else []
+        seeds = list(dict.fromkeys(seed for seed, _ in _kept_seeds(metafunc.function.__name__)))
         metafunc.parametrize("fault_seed", [None, *seeds], ids=["new", *(f"kept-{seed}" for seed in seeds)])
 
 
@@ -70,6 +81,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what this machine cannot inject, and note it in the table."""
     kept, out = [], []
     for item in items:
+        seed = getattr(item, "callspec", None) and item.callspec.params.get("fault_seed")  # type: ignore[attr-defined]
+        if seed and (seed, _parameters(item)) not in _kept_seeds(item.function.__name__):  # type: ignore[attr-defined]
+            continue  # this seed has failed with other parameters
         missing = [why for mark in item.iter_markers("needs") for name in mark.args if (why := abilities.missing(name))]
         if missing:
             out.append(item)
@@ -77,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 config.stash[_TABLE].not_run(mark.args[0], mark.args[1], missing[0])
         else:
             kept.append(item)
-    if out:
+    if len(kept) < len(items):
         items[:] = kept
         config.hook.pytest_deselected(items=out)
 
@@ -130,9 +144,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         seed = item.funcargs.get("fault_seed") or item.config.stash[_SEED]  # type: ignore[attr-defined]
         path = SEEDS / f"{item.function.__name__}.txt"  # type: ignore[attr-defined]
         path.parent.mkdir(exist_ok=True)
+        line = f"{seed} {_parameters(item)}".strip()
         known = path.read_text() if path.exists() else ""
-        if seed not in known.split():
-            path.write_text(f"{known}{seed}\n")
+        if line not in known.splitlines():
+            path.write_text(f"{known}{line}\n")
     return report  # type: ignore[return-value]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ _FAILED = re.compile(r"(\d+) +(fsync|fdatasync)\((\d+)<([^>]*)>\) += -1 EIO")
 _SYNC = re.compile(r"(\d+) +(fsync|fdatasync)\((\d+)<([^>]*)>")
 
 
-def log_on_failing_disk(fd: int, uri: str, outbox: str, sync: str, pause: float) -> None:
-    """Log while strace makes calls fail or slow, and deliver."""
+def log_on_failing_disk(fd: int, uri: str, outbox: str, sync: str) -> None:
+    """Log while strace makes calls fail or slow; at "interval", each part while the one before it is being synced."""
 
     def work() -> dict[str, Any]:
         given = workload.settings(sync=sync, sync_interval=0.02, **workload.TINY)
@@ -36,7 +35,8 @@ def log_on_failing_disk(fd: int, uri: str, outbox: str, sync: str, pause: float)
         raised: list[str] = []
         for first in range(0, 60, 10):
             log_timed(fd, run, range(first, first + 10), took, raised)
-            time.sleep(pause)
+            if sync == "interval":
+                workload.wait_for_round(tracker)
         run.end()
         tracker.close(0)
         return {
@@ -78,9 +78,7 @@ def test_an_input_output_error_at_any_call_loses_nothing_that_was_kept(
         outbox = tmp_path / f"outbox{number}"
         trace = tmp_path / f"trace{number}"
         inject = f"{call}:error=EIO:when={when}{plus}"
-        child = nest.traced(
-            trace, call, inject, log_on_failing_disk, uri, str(outbox), sync, 0.0 if sync == "always" else 0.03
-        )
+        child = nest.traced(trace, call, inject, log_on_failing_disk, uri, str(outbox), sync)
         report = child.report()
         check_manners(row, report)
         assert [] == second_syncs(trace)
@@ -116,7 +114,6 @@ def test_a_slow_disk_is_never_waited_for(
             uri,
             str(outbox),
             "interval",
-            0.1,
         )
         report = child.report()
         check_manners(row, report)
@@ -158,7 +155,7 @@ def log_while(fd: int, uri: str, folder: str, what: str) -> None:
         elif what == "unmounted":
             umount(disk, "-l")
         log_timed(fd, run, range(30, 60), took, raised)
-        time.sleep(0.1)
+        workload.wait_for_round(tracker)
         if what == "read-only":
             mount("-o", "remount,rw", str(disk))
         elif what in {"moved away", "swapped"}:
@@ -166,7 +163,7 @@ def log_while(fd: int, uri: str, folder: str, what: str) -> None:
             os.rename(aside, path)
         elif what == "hidden":
             umount(disk / "outbox", "-l")
-        time.sleep(0.1)
+        workload.wait_for_round(tracker)
         log_timed(fd, run, range(60, 70), took, raised)
         run.end()
         left = tracker.flush(20 if what != "unmounted" else 2)

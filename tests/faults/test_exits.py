@@ -44,7 +44,7 @@ def fork_while(  # noqa: PLR0912 - one state after the other
                 workload.ack(fd, n)
             n += 1
             if n % 8 == 0:
-                time.sleep(0.0005)
+                over.wait(0.0005)  # let the others have a turn
 
     threads = (
         [threading.Thread(target=log, args=(base + 10_000 * k,)) for k in (1, 2)]
@@ -57,14 +57,14 @@ def fork_while(  # noqa: PLR0912 - one state after the other
         eventually(lambda: tracker.counters.get("delivered"), 30)
     if state == "after close":
         tracker.close(10)
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child == 0:
         faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs shows where
         for n in range(base + 40_000, base + 40_200):
             if workload.log_event(run, n):
                 workload.ack(fd, n)
         if first_out == "parent":
-            time.sleep(0.3)
+            eventually(lambda: os.getppid() != parent, 30, "the parent has ended")
         os._exit(0)
     for n in range(base + 50_000, base + 50_200):
         if workload.log_event(run, n):
@@ -120,7 +120,7 @@ def end_by(fd: int, uri: str, outbox: str, how: str, base: int) -> None:
     log(0, 100)
     if how == "SIGTERM":
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        signal.pause()
     if how == "os._exit":
         os._exit(3)
     if how == "SIGINT":
@@ -200,7 +200,7 @@ def with_dying_worker(fd: int, uri: str, outbox: str, experiment: str, where: st
         started = time.monotonic()
         for first in range(0, 60, 20):
             log_timed(fd, run, range(first, first + 20), took, raised)
-            time.sleep(0.05)
+            workload.wait_for_round(tracker)
         run.end()
         left = tracker.flush(30)
         return {

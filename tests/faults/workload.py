@@ -185,6 +185,22 @@ def lease_pid(outbox: str, uri: str) -> int:
     return found.pid if found is not None else 0
 
 
+def wait_for_round(tracker: MLflowTracker) -> None:
+    """Wait until the background begins to look after the journals again, so that it has been through with them once."""
+    if tracker._outbox is None:  # the directory could not be made yet, so there is no background either
+        return
+    caretaker, began = tracker._outbox._caretaker, threading.Event()
+    whole = caretaker._each_round
+
+    def look() -> None:
+        began.set()
+        whole()
+
+    caretaker._each_round = look
+    eventually(began.is_set, 60, "the background's next round")
+    caretaker._each_round = whole
+
+
 def seconds_until(condition: Callable[[], bool], timeout: float = 30.0) -> float:
     """Wait for a condition and return how long it took, in seconds."""
     started = time.monotonic()
