@@ -58,8 +58,8 @@ MUTANTS: Final = [
         "                    segment.path.unlink()\n        if window.events:\n",
         "tests/faults/test_kills.py::test_a_kill_at_any_system_call_loses_and_doubles_nothing",
     ),
-    # Folding before sending, which stood here, changes nothing: a view that was not recorded is read anew. Recording the
-    # cursor without the view loses it, because what is behind the cursor is never folded again.
+    # "Fold before sending", which stood here, changes nothing: a view that was not recorded is read anew. The cursor
+    # without the view loses it, because what is behind the cursor is never folded again.
     Mutant(
         "record the cursor without the view",
         COURIER,
