@@ -113,6 +113,15 @@ def test_a_wide_and_a_narrow_terminal(tmp_path: Path) -> None:
     assert run_id[:8] in lines[head + 1]
 
 
+@pytest.mark.parametrize("words", [["status"], ["doctor", "--offline"], ["gc", "--dry-run"]])
+def test_lines_break_between_words(words: list[str], tmp_path: Path) -> None:
+    """What is too long for a terminal goes on in the next line, indented; a longer word is left whole."""
+    offline(tmp_path)
+    lines = plain(at_terminal(44, *words, "-d", tmp_path))
+    assert all(len(line) <= 44 or len(line.split()) == 1 for line in lines), lines
+    assert any(line.startswith("  ") for line in lines)
+
+
 def test_no_color_is_respected(tmp_path: Path) -> None:
     """Bold and dim stay, colours go."""
     offline(tmp_path)

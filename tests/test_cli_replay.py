@@ -108,9 +108,9 @@ class TestBar:
         note = "the destination does not take events now: " + "connection refused " * 20
         lines = drawn(columns, Progress(0, 400_000, 0, 40), Progress(1000, 400_000, 1, 40, note))
         assert 2 == len(lines)
-        assert all(len(line) <= columns for line in lines)
+        assert all(len(line) <= columns - 3 for line in lines), "the terminal's echo of ctrl-C would begin a new line"
         assert lines[0].startswith(" 1")
-        assert "0%" in lines[0] or columns < 32
+        assert "0%" in lines[0] or columns < 40
 
     def test_it_keeps_its_width_while_it_counts(self, drawn: Callable[..., list[str]]) -> None:
         """The columns stand still from the first event to the last."""

@@ -29,6 +29,8 @@ _LEAST: Final = 0.5
 #: Characters of the bar itself, at least and at most.
 _SHORTEST: Final = 8
 _LONGEST: Final = 40
+#: Characters left free at the end of a line: an echoed ^C there must not begin a line that nobody takes away.
+_FREE: Final = 3
 #: Characters of a rate's number and of a span, the longest that are common.
 _DIGITS: Final = 6
 _SPAN: Final = 7
@@ -107,34 +109,34 @@ class ReplayBar:
         """Yield the line with the bar, and the one below when there is something to say."""
         if self._progress is None:
             return
-        yield self._line(options, self._progress)
+        room = options.max_width - _FREE
+        line = self._line(options, self._progress, room)
+        line.truncate(room, overflow="ellipsis")
+        yield line
         note = self._progress.note or self._reading_back(self._progress)
         if note:
-            yield self._cut(Text(printable(note, 1000), style="dim"))
+            below = Text(printable(note, 1000), style="dim")
+            below.truncate(room, overflow="ellipsis")
+            yield below
 
     @staticmethod
     def _reading_back(progress: Progress) -> str:
         all_sent = 0 < progress.total <= progress.events
         return "all events are sent; reading back" if all_sent and progress.runs < progress.all_runs else ""
 
-    def _line(self, options: ConsoleOptions, progress: Progress) -> Text:
+    def _line(self, options: ConsoleOptions, progress: Progress, room: int) -> Text:
         if self._endless:
-            return self._cut(self._followed(progress))
+            return self._followed(progress)
         for layout in _LAYOUTS:
             before, after = self._fields(progress, layout)
-            width = min(_LONGEST, options.max_width - len(before) - len(after) - 4)
+            width = min(_LONGEST, room - len(before) - len(after) - 4)
             if width >= _SHORTEST:
                 break
         share = progress.events / progress.total if progress.total else 0.0
         done = int(share * max(0, width))
         full, empty = "#-" if options.ascii_only else "━─"
         bar = Text.assemble((full * done, "bar.complete"), (empty * (width - done), "bar.back"))
-        return self._cut(Text.assemble(before, "  ", bar, "  ", after))
-
-    @staticmethod
-    def _cut(text: Text) -> Text:
-        text.no_wrap, text.overflow = True, "ellipsis"
-        return text
+        return Text.assemble(before, "  ", bar, "  ", after)
 
     def _followed(self, progress: Progress) -> Text:
         runs, events = count(progress.all_runs, "run"), count(progress.events, "event")

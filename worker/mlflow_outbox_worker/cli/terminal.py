@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, TextIO
 
 from mlflow_outbox.counters import printable
 
@@ -110,7 +111,7 @@ def say(text: str) -> None:
 
 def data(text: str) -> None:
     """Print a line that was asked for, ``--quiet`` or not."""
-    sys.stdout.write(printable(text, _LINE) + "\n")
+    sys.stdout.write(_fitted(printable(text, _LINE), sys.stdout) + "\n")
 
 
 def raw(text: str) -> None:
@@ -131,8 +132,29 @@ def error(text: str) -> None:
 
 def _to_stderr(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
-        sys.stderr.write(printable(text, _LINE) + "\n")
+        sys.stderr.write(_fitted(printable(text, _LINE), sys.stderr) + "\n")
         sys.stderr.flush()
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """Return a line as several for a terminal that it is too long for, broken between words."""
+    return "\n".join(" " * indent + text[start:end] for indent, start, end in _broken(text, stream.isatty()))
+
+
+def _broken(text: str, fit: bool = True) -> Iterator[tuple[int, int, int]]:
+    """Yield the parts of a line that fit the terminal: indent, beginning and end; a longer word is left whole."""
+    room = shutil.get_terminal_size().columns
+    if not fit or len(text) <= room:
+        yield 0, 0, len(text)
+        return
+    hanging = len(text) - len(text.lstrip()) + 2
+    indent, start, end = 0, 0, 0
+    for word in re.finditer(r"\S+", text):
+        if end > start and indent + word.end() - start > room:
+            yield indent, start, end
+            indent, start = hanging, word.start()
+        end = word.end()
+    yield indent, start, end
 
 
 def is_terminal() -> bool:
@@ -147,7 +169,11 @@ def styled(*cells: Cell) -> None:
     if not is_terminal():
         data("".join(_text(cell) for cell in cells))
         return
-    _console().print(*(_rich_text(cell) for cell in cells), sep="", soft_wrap=True)
+    from rich.text import Text
+
+    line = Text.assemble(*(_rich_text(cell) for cell in cells))
+    for indent, start, end in _broken(line.plain):
+        _console().print(Text(" " * indent), line[start:end], sep="", soft_wrap=True)
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
