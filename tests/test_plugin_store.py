@@ -387,3 +387,47 @@ def test_nothing_of_mlflows_store_is_left_out(tmp_path: Path) -> None:
             and next(part for part in kind.__mro__ if name in part.__dict__) in bases
         ]
     assert [] == [name for name in left if not name.startswith("_abc")]
+
+
+# -- as without an outbox
+
+
+def test_what_was_logged_a_moment_ago_is_found_and_the_outboxs_own_tags_are_not(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A search filters by points that are on their way; run and model show the tags that a plain client would see."""
+    with tracking(f"outbox+{mlflow_server.url}", tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_metric("m", 3.0)
+            (found,) = mlflow.search_runs(
+                experiment_names=[experiment_name], filter_string="metrics.m > 2", output_format="list"
+            )
+            model = mlflow.initialize_logged_model(name="m", source_run_id=run.info.run_id)
+            mlflow.log_metric("of the model", 1.0, model_id=model.model_id)
+            seen = mlflow.get_logged_model(model.model_id)
+            assert ["of the model"] == [point.key for point in seen.metrics]
+        for tags in (run.data.tags, found.data.tags, mlflow.get_run(run.info.run_id).data.tags, model.tags, seen.tags):
+            assert [] == [key for key in tags if key.startswith("mlflow_outbox")]
+
+
+def test_files_in_a_directory_are_in_their_place_at_once_and_in_the_outbox_too(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Programs open what the artifact URI names; a rewritten file ends as the last one, and replays have it."""
+    uri = f"outbox+{sqlite_uri}"
+    (tmp_path / "files" / "empty").mkdir(parents=True)
+    (tmp_path / "files" / "a.txt").write_text("one")
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_artifacts(str(tmp_path / "files"), "sub")
+            place = Path(mlflow.get_artifact_uri("sub").removeprefix("file://"))
+            assert ["a.txt", "empty"] == sorted(os.listdir(place))
+            mlflow.log_text("two", "sub/a.txt")
+            assert "two" == (place / "a.txt").read_text()
+            assert "two" == mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/sub/a.txt")
+        deliver(uri)
+        assert "two" == (place / "a.txt").read_text()
+        known, _ = store(uri).files(run.info.run_id, "")
+        assert ["sub/a.txt"] == list(known)

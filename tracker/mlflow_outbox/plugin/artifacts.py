@@ -4,10 +4,14 @@ Two schemes lead here. ``outbox-artifacts:/<outbox>/<kind>/<id>/artifacts`` is t
 address at the server yet and for stores whose clients would write to the storage themselves. ``mlflow-artifacts:``
 stays as the server gave it, so that what user code writes down is right; its repository is only ours while the
 tracking URI is an outbox, and MLflow's own otherwise.
+
+Directories stay as they are too, because programs open what is in them. There a file is copied into the outbox, for
+replays, and in its place at once; the worker copies it again, in order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import re
@@ -20,7 +24,8 @@ from mlflow.entities import FileInfo
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.artifact.artifact_repo import ArtifactRepository, verify_artifact_path
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry, get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.uri import get_uri_scheme
 
@@ -56,7 +61,10 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         from mlflow.tracking._tracking_service.utils import _get_store
 
         self._store: OutboxStore = _get_store(tracking_uri if str(tracking_uri).startswith(_PREFIX) else None)
-        self._kind, self._id, self._below = _owner(artifact_uri)
+        directory: tuple[str, str, str] | None = self._store.local_owner(artifact_uri)
+        owner: tuple[str, str, str] = directory or _owner(artifact_uri)
+        self._kind, self._id, self._below = owner
+        self._place = LocalArtifactRepository(artifact_uri) if directory else None
 
     # -- writing
 
@@ -76,6 +84,9 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             MlflowException: the path is none that MLflow takes, or a file cannot be copied.
         """
         verify_artifact_path(artifact_path)
+        if self._place is not None:
+            with contextlib.suppress(OSError, MlflowException):  # empty directories too, which the worker does not make
+                self._place.log_artifacts(local_dir, artifact_path)
         for folder, folders, names in os.walk(local_dir):
             folders.sort()
             below = Path(os.path.relpath(folder, local_dir)).as_posix()
@@ -99,6 +110,9 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             run.append(Artifact(path, kept.sha256, kept.size, now_ms()))
         else:
             run.append(FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms()))
+        if self._place is not None:
+            with contextlib.suppress(OSError, MlflowException):  # the worker will do it, or say why it cannot
+                self._place.log_artifact(file, folder or None)
 
     def _owner_name(self) -> str:
         return f"model:{self._id}" if self._kind == "model" else f"uri:{_root(self.artifact_uri, self._below)}"
@@ -171,6 +185,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         Raises:
             MlflowException: the server is away, or said no.
         """
+        self._store.settle()  # a file that arrives later would be there again
         try:
             self._repository().delete_artifacts(posixpath.join(self._below, artifact_path or "") or None)
         except Away as away:
@@ -202,6 +217,30 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         return get_artifact_repository(
             uri, tracking_uri=self._store.outbox.destination.secret_uri or self._store.server.uri
         )
+
+
+class _Directories:
+    """What makes the repository of a directory: ours for the runs of an outbox, MLflow's for all else."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    def __call__(self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:
+        from mlflow.tracking import get_tracking_uri
+        from mlflow.tracking._tracking_service.utils import _get_store
+
+        uri = str(tracking_uri or get_tracking_uri())
+        if uri.startswith(_PREFIX) and _get_store(uri).local_owner(artifact_uri):
+            return StagedArtifacts(artifact_uri, uri, registry_uri)
+        return self._theirs(artifact_uri, tracking_uri, registry_uri)
+
+
+def claim_local_schemes() -> None:
+    """Let MLflow ask here for the repositories of directories; an entry point cannot have the empty scheme's name."""
+    schemes = _artifact_repository_registry._registry
+    for scheme in ("", "file"):
+        if not isinstance(schemes[scheme], _Directories):
+            schemes[scheme] = _Directories(schemes[scheme])
 
 
 def _owner(uri: str) -> tuple[str, str, str]:

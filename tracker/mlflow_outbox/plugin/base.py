@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.utils.uri import get_uri_scheme
 
 from mlflow_outbox import delivery
 from mlflow_outbox.destination import resolve
@@ -30,6 +31,8 @@ T = TypeVar("T")
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 #: Where an experiment's name is not known because the server is away; MLflow itself has an experiment 0 of this name.
 _DEFAULT_EXPERIMENT: Final = ("0", "Default")
+#: Schemes of artifact URIs that are directories.
+_LOCAL: Final = frozenset({"", "file"})
 
 
 class Base:
@@ -59,6 +62,8 @@ class Base:
         self._handed_out: set[str] = set()
         self._artifact_uris: dict[str, str] = {}
         self._model_homes: dict[str, str] = {}
+        self._local_roots: dict[str, tuple[str, str]] = {}
+        self._models_have_metrics = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} to {self.server.uri}>"
@@ -184,11 +189,31 @@ class Base:
         return f"{provisional.ARTIFACT_SCHEME}:/{slug}/{kind}/{subject}/artifacts"
 
     def shown_uri(self, kind: str, subject: str, theirs: str | None) -> str:
-        """Return the artifact URI for readers: the server's when it leads back here, else one of the outbox's."""
-        if theirs and theirs.startswith("mlflow-artifacts:") and subject in theirs:
-            self._artifact_uris[subject] = theirs
-            return theirs
+        """Return the artifact URI for readers: the server's when it leads back here, else one of the outbox's.
+
+        Directories of this machine lead back here too: see ``artifacts.claim_local_schemes``.
+        """
+        if theirs and subject in theirs:
+            scheme = get_uri_scheme(theirs)
+            if scheme in _LOCAL:
+                self._local_roots[theirs.rstrip("/")] = (kind, subject)
+            if scheme in _LOCAL or scheme == "mlflow-artifacts":
+                self._artifact_uris[subject] = theirs
+                return theirs
         return self.own_uri(kind, subject)
+
+    def local_owner(self, uri: str) -> tuple[str, str, str] | None:
+        """Return kind, id and folder of a place in a directory that was shown to readers as a run's or model's."""
+        root, below = uri.rstrip("/"), ""
+        while root:
+            owner = self._local_roots.get(root)
+            if owner is not None:
+                return (*owner, below)
+            root, slash, last = root.rpartition("/")
+            if not slash:
+                break
+            below = f"{last}/{below}" if below else last
+        return None
 
     def home_of(self, kind: str, subject: str) -> OpenRun:
         """Return the journal that the files of a run, a model or (kind "uri", by experiment) a trace go to.

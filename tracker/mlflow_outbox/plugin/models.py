@@ -55,6 +55,7 @@ class Models(Runs):
         )
         if made is not None:
             made._artifact_location = self.shown_uri("model", model_id, made.artifact_location)
+            made._tags.pop(provisional.MODEL_ID_TAG, None)
             return made
         return self._folded(home, model_id, None)
 
@@ -84,6 +85,9 @@ class Models(Runs):
         Raises:
             MlflowException: there is none of this id, or only the server would know and is away.
         """
+        if self._models_have_metrics:  # points that any run logged for the model, which only the server puts together
+            self._models_have_metrics = False
+            self.settle()
         home = self.model_home(model_id)
         theirs: LoggedModel | None = None
         options = {"allow_deleted": True} if allow_deleted else {}

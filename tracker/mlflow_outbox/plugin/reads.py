@@ -26,6 +26,7 @@ from mlflow.entities import (
 )
 
 from mlflow_outbox.plugin import codec
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Event, Request, RunStarted
 from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics as MetricsEvent
@@ -76,7 +77,7 @@ def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = N
     data = RunData(
         metrics=[Metric(key, held.value, held.time_ms, held.step) for key, held in view.metrics.items()],
         params=[Param(key, value) for key, value in view.params.items()],
-        tags=[RunTag(key, held.value) for key, held in view.tags.items()],
+        tags=[RunTag(key, held.value) for key, held in view.tags.items() if key != provisional.RUN_ID_TAG],
     )
     inputs, outputs = links(view.requests, theirs)
     return Run(info, data, inputs, outputs)
@@ -178,7 +179,10 @@ def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None
             }  # fmt: skip
         elif found is not None:
             _fold_model(found, request.operation, given, request.time_ms)
-    return LoggedModel(**found) if found is not None else None
+    if found is None:
+        return None
+    found["tags"].pop(provisional.MODEL_ID_TAG, None)
+    return LoggedModel(**found)
 
 
 def _fold_model(found: dict[str, Any], operation: str, given: dict[str, Any], time_ms: int) -> None:

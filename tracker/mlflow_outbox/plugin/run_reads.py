@@ -131,6 +131,7 @@ class RunReads(Experiments):
         order_by: list[str],
         page_token: str | None,
     ) -> tuple[list[Run], str | None]:
+        self.settle()  # the server filters and orders by what it has
         wanted = [str(number) for number in experiment_ids]
         known = []
         for number in wanted:

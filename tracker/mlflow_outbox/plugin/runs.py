@@ -15,6 +15,8 @@ from mlflow.utils.validation import (
     _validate_batch_log_data,
     _validate_batch_log_limits,
     _validate_dataset_inputs,
+    _validate_metric,
+    _validate_param,
     _validate_param_keys_unique,
     _validate_tag,
 )
@@ -29,7 +31,6 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics, Params, RunEnded, RunStarted, Tags
 
-_RUN_ID_TAG: Final = "mlflow_outbox.run_id"
 _GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
 
 
@@ -59,7 +60,7 @@ class Runs(RunReads):
         try:
             remote = self.ids.remote(experiment_id)
             sent = [RunTag(tag.key, self.ids.outgoing(tag.value)) for tag in checked]
-            sent.append(RunTag(_RUN_ID_TAG, local))
+            sent.append(RunTag(provisional.RUN_ID_TAG, local))
             run = self.server.ask(
                 lambda store: store.create_run(remote, user_id, start_time, sent, run_name), quick=True
             )
@@ -76,7 +77,7 @@ class Runs(RunReads):
         run_id = run.info.run_id
         self.ids.remember(run_id)
         opened = self.journals.open(run_id, self.experiment_name(experiment_id))
-        tags = {key: value for key, value in run.data.tags.items() if key != _RUN_ID_TAG}
+        tags = {key: value for key, value in run.data.tags.items() if key != provisional.RUN_ID_TAG}
         opened.append(
             RunStarted(
                 run.info.start_time or now_ms(),
@@ -87,6 +88,7 @@ class Runs(RunReads):
                 run.info.experiment_id,
             )
         )
+        run.data._tags.pop(provisional.RUN_ID_TAG, None)
         run.info._artifact_uri = self.shown_uri("run", run_id, run.info.artifact_uri)
         return run
 
@@ -179,8 +181,7 @@ class Runs(RunReads):
                     f"value='{held}' for run ID='{run.run_id}'. Attempted logging new value '{param.value}'."
                 )
 
-    @staticmethod
-    def _log_points(run: OpenRun, metrics: Sequence[Metric]) -> None:
+    def _log_points(self, run: OpenRun, metrics: Sequence[Metric]) -> None:
         linked = [m for m in metrics if getattr(m, "model_id", None) or getattr(m, "dataset_name", None)]
         groups: dict[tuple[int, int], dict[str, float]] = {}
         for metric in metrics:
@@ -198,19 +199,23 @@ class Runs(RunReads):
             else:
                 run.append(Metrics(values, time_ms, step))
         if linked:
+            self._models_have_metrics = True
             run.request("log_batch", run_id=run.run_id, metrics=linked, params=[], tags=[])
 
     def log_metric(self, run_id: str, metric: Metric) -> None:
         """Log one metric point; see ``log_batch``."""
+        _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
         self.log_batch(run_id, [metric], [], [])
 
     def log_param(self, run_id: str, param: Any) -> Any:
         """Log one param; see ``log_batch``."""
+        _validate_param(param.key, param.value)
         self.log_batch(run_id, [], [param], [])
         return param
 
     def set_tag(self, run_id: str, tag: Any) -> None:
         """Set one tag; see ``log_batch``."""
+        _validate_tag(tag.key, tag.value)
         self.log_batch(run_id, [], [], [tag])
 
     def delete_tag(self, run_id: str, key: str) -> None:

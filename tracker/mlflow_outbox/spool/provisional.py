@@ -23,6 +23,7 @@ from typing import Final
 _MARK: Final = "0b0e5e1f"
 _EXPERIMENT_MARK: Final = "90669"
 #: The tags by which MLflow's own clients' runs and models are found again.
+RUN_ID_TAG: Final = "mlflow_outbox.run_id"
 MODEL_ID_TAG: Final = "mlflow_outbox.model_id"
 #: Finds provisional ids of runs, models (with their ``m-``) and experiments.
 PATTERN: Final = re.compile(
