@@ -109,6 +109,24 @@ def test_every_kind_of_call_is_one_event(kit: Kit) -> None:
     assert {} == kit.counters.snapshot()
 
 
+def test_known_keys_do_not_make_log_metrics_trust_their_values(kit: Kit) -> None:
+    """A call that is as it should be is written as it is; any other is looked at key by key, and the dict is left."""
+
+    class Name(str):
+        __slots__ = ()
+
+    given: dict[str, Any] = {"loss": 0.5, "rate": 0.25}
+    assert kit.run.log_metrics(given, step=1)
+    assert kit.run.log_metrics({Name("loss"): 1, "rate": True}, step=True)
+    assert not kit.run.log_metrics({**given, "loss": "high", "bad$key": 2.0}, step=2)
+    assert not kit.run.log_metrics(given, step=2**63)
+    assert {"loss": 0.5, "rate": 0.25} == given
+    found = [(event.values, event.step) for event in kit.events if isinstance(event, Metrics)]
+    assert [(given, 1), ({"loss": 1.0, "rate": 1.0}, 1), ({"rate": 0.25}, 2)] == found
+    assert {float} == {type(value) for values, _ in found for value in values.values()}
+    assert (1, 1, 1) == tuple(kit.counters[f"refused_bad_{what}"] for what in ("value", "key", "step"))
+
+
 @pytest.mark.parametrize("call", ["log_metrics", "log_params", "set_tags"])
 def test_nothing_to_log_is_no_failure_and_no_event(kit: Kit, call: str) -> None:
     """An empty mapping."""

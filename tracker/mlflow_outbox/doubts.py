@@ -1,0 +1,62 @@
+"""What is kept as it was given although it can hardly be meant so; each is said once."""
+
+from __future__ import annotations
+
+from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.spool.events import MAX_PARAM_CHARS, MAX_TAG_CHARS
+from mlflow_outbox.validation import checked_text, checked_time_ms, looks_like_seconds
+
+
+class Doubts:
+    """Checks values that may be doubtful, and says so.
+
+    Args:
+        counters: where over-long values are counted, and all is said.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    def param(self, key: str, value: object) -> str:
+        """Return a parameter's value as text.
+
+        Raises:
+            EventRefused: it has none.
+        """
+        return self._bounded(key, checked_text(key, value, "param"), "param", MAX_PARAM_CHARS)
+
+    def tag(self, key: str, value: object) -> str:
+        """Return a tag's value as text.
+
+        Raises:
+            EventRefused: it has none.
+        """
+        return self._bounded(key, checked_text(key, value, "tag"), "tag", MAX_TAG_CHARS)
+
+    def _bounded(self, key: str, text: str, what: str, limit: int) -> str:
+        """Say that MLflow will cut a long value; the outbox keeps it whole, for it is MLflow that decides."""
+        if len(text) > limit:
+            self._counters.add("over_long_values")
+            self._counters.warn_once(
+                ("long", what, key),
+                f"mlflow-outbox: the {what} {printable(key)!r} has {len(text)} characters; "
+                f"MLflow keeps the first {limit}, or refuses it; log_text keeps all",
+            )
+        return text
+
+    def time_ms(self, what: str, time: object) -> int:
+        """Return a time as milliseconds since the epoch.
+
+        Args:
+            what: the key, or the call, that it was given for.
+            time: an int or float of milliseconds, or a datetime.
+
+        Raises:
+            EventRefused: it is none.
+        """
+        if looks_like_seconds(time):
+            self._counters.warn_once(
+                ("seconds", what),
+                f"mlflow-outbox: the time {time!r} of {printable(what)!r} looks like seconds; times are ms",
+            )
+        return checked_time_ms(what, time)

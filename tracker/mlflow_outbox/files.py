@@ -1,0 +1,187 @@
+"""Files of a run, as the experiment gives them: a path, a directory, a text, an object or a figure.
+
+Each is copied into the run's directory as it is now, under the digest of its content, and becomes an ``Artifact``
+event for the caller to keep. What can be no artifact is an ``EventRefused``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
+from mlflow_outbox.jsontext import Reader
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.events import Artifact
+from mlflow_outbox.spool.snapshot import Snapshot, SnapshotStore, checked_artifact_path
+
+if TYPE_CHECKING:
+    from mlflow_outbox.spool.journal import Journal
+
+
+class RunFiles:
+    """Copies the files of one run; the methods return the event to keep, or None when nothing can be kept.
+
+    Args:
+        journal: the run's; None keeps nothing.
+        run_id: the run's id in the outbox.
+        settings: sync level, and bytes that all copies together may have.
+        now_ms: wall-clock milliseconds since the epoch, for the event.
+    """
+
+    def __init__(self, journal: Journal | None, run_id: str, settings: Settings, now_ms: Callable[[], int]) -> None:
+        self._journal = journal
+        self._run_id = run_id
+        self._settings = settings
+        self._now_ms = now_ms
+
+    def copy(self, path: str | os.PathLike[str], artifact_path: str | None) -> Artifact | None:
+        """Copy a regular file.
+
+        Raises:
+            EventRefused: it is none, cannot be read, or there is no room for it.
+        """
+        folder = checked_artifact_path(artifact_path or "")
+        name = os.path.basename(os.path.abspath(_path_text(path)))
+        target = checked_artifact_path(posixpath.join(folder, name), what="file name")
+        store = self._store()
+        if store is None:
+            return None
+        return self._event(target, store.add_file(path, limit=self._settings.artifact_bytes), store)
+
+    def text(self, text: object, artifact_file: object) -> Artifact | None:
+        """Copy a string, as UTF-8.
+
+        Raises:
+            EventRefused: it is none, or there is no room for it.
+        """
+        if not isinstance(text, str):
+            msg = f"log_text takes a string for {printable(artifact_file)!r}, not a {type(text).__name__}"
+            raise InvalidEventType("bad_value", msg)
+        return self._bytes(text.encode("utf-8", "surrogatepass"), artifact_file)
+
+    def document(self, content: Any, artifact_file: object) -> Artifact | None:
+        """Copy a mapping or list, as JSON, or as YAML when the name ends so.
+
+        Raises:
+            EventRefused: it cannot be written so, or there is no room for it.
+        """
+        text = Reader().json_text(content, _path_text(artifact_file))
+        if text is None:
+            msg = f"the object for {printable(artifact_file)!r} cannot be written as JSON"
+            raise InvalidEventType("bad_value", msg)
+        if str(artifact_file).lower().endswith((".yaml", ".yml")):
+            import json
+
+            import yaml  # a dependency of mlflow; nobody pays for it who does not ask for YAML
+
+            text = yaml.safe_dump(json.loads(text), sort_keys=False, allow_unicode=True)
+        return self._bytes(text.encode("utf-8", "surrogatepass"), artifact_file)
+
+    def figure(self, figure: Any, artifact_file: object) -> Artifact | None:
+        """Copy a figure, rendered in the format that the name's extension says.
+
+        Raises:
+            EventRefused: it cannot be rendered, or there is no room for it.
+        """
+        return self._bytes(_rendered(figure, artifact_file), artifact_file)
+
+    def _bytes(self, data: bytes, artifact_file: object) -> Artifact | None:
+        target = checked_artifact_path(_path_text(artifact_file), what="artifact file")
+        if target in {"", "."}:
+            msg = "the artifact file has no name; give one such as 'notes.txt'"
+            raise InvalidEvent("bad_path", msg)
+        store = self._store()
+        if store is None:
+            return None
+        return self._event(target, store.add_bytes(data, limit=self._settings.artifact_bytes, name=target), store)
+
+    def _store(self) -> SnapshotStore | None:
+        if self._journal is None:
+            return None
+        try:
+            folder = self._journal.directory.make_run(self._run_id)
+        except OSError as error:
+            msg = f"the outbox has no room for files: {error.strerror or error}"
+            raise ArtifactRefused("no_room_for_file", msg) from None
+        return SnapshotStore(folder, durable=self._settings.sync == "always")
+
+    def _event(self, target: str, kept: Snapshot, store: SnapshotStore) -> Artifact:
+        if self._settings.sync == "interval" and self._journal is not None:
+            self._journal.sync_later(store, kept.sha256)
+        return Artifact(target, kept.sha256, kept.size, self._now_ms())
+
+
+def files_below(
+    directory: str | os.PathLike[str], artifact_path: str | None, unreadable: Callable[[ArtifactRefused, str], object]
+) -> Iterator[tuple[str, str]]:
+    """Yield every file of a directory and those below it, with its folder among the artifacts, in a stable order.
+
+    Args:
+        directory: the directory; links to directories in it are not followed.
+        artifact_path: folder for its content; None is their root.
+        unreadable: called with the reason and the path of each directory that cannot be read.
+
+    Raises:
+        EventRefused: it is no directory, or the folder is no path.
+    """
+    target = checked_artifact_path(artifact_path or "")
+    root = _path_text(directory)
+    if not os.path.isdir(root):
+        msg = f"{printable(root)!r} is not a directory; use log_artifact for a file"
+        raise ArtifactRefused("bad_file", msg)
+
+    def report(error: OSError) -> None:
+        msg = f"the directory {printable(error.filename)!r} cannot be read: {error.strerror}"
+        unreadable(ArtifactRefused("bad_file", msg), shown_path(error.filename))
+
+    for folder, folders, files in os.walk(root, onerror=report):
+        folders.sort()
+        below = os.path.relpath(folder, root)
+        place = target if below == "." else posixpath.join(target, Path(below).as_posix())
+        for name in sorted(files):
+            yield os.path.join(folder, name), place
+
+
+def shown_path(path: object) -> str:
+    """Return what a message can show of something given as a path."""
+    try:
+        return printable(os.fspath(path))  # type: ignore[call-overload]
+    except TypeError:
+        return type(path).__name__
+
+
+def _path_text(path: object) -> str:
+    try:
+        text = os.fspath(path)  # type: ignore[call-overload]
+    except TypeError:
+        msg = f"{printable(repr(path))} is no path but a {type(path).__name__}"
+        raise InvalidEventType("bad_path", msg) from None
+    return os.fsdecode(text)
+
+
+def _rendered(figure: Any, artifact_file: object) -> bytes:
+    """Return a figure as bytes in the format that the name's extension says."""
+    kind = os.path.splitext(_path_text(artifact_file))[1].lower().lstrip(".")
+    target = io.BytesIO()
+    try:
+        if hasattr(figure, "savefig"):
+            figure.savefig(target, format=kind or "png", bbox_inches="tight")
+            return target.getvalue()
+        if kind in {"html", "htm"} and hasattr(figure, "to_html"):
+            return str(figure.to_html(include_plotlyjs="cdn")).encode()
+        if hasattr(figure, "to_image"):
+            return bytes(figure.to_image(format=kind or "png"))
+        if hasattr(figure, "save"):
+            figure.save(target, format={"jpg": "jpeg"}.get(kind, kind or "png"))
+            return target.getvalue()
+    except Exception as error:  # noqa: BLE001 - any plotting library may raise anything; refused and counted
+        msg = f"the figure for {printable(artifact_file)!r} could not be rendered: {printable(repr(error), 200)}"
+        raise InvalidEvent("bad_figure", msg) from None
+    msg = f"the figure for {printable(artifact_file)!r} is a {type(figure).__name__}; use a matplotlib or plotly figure"
+    raise InvalidEventType("bad_figure", msg)
