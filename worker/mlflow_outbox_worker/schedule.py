@@ -79,6 +79,10 @@ class Schedule:
         self.changed = threading.Condition()
         self._slots: dict[str, _Slot] = {}
         self._ready: collections.deque[str] = collections.deque()
+        #: The runs that lanes have, and those that may change while they rest: a look at either must not cost more
+        #: because ten thousand others wait.
+        self._busy: set[str] = set()
+        self._watched: set[str] = set()
 
     def __len__(self) -> int:
         """Return how many runs are ready, due or not."""
@@ -88,6 +92,8 @@ class Schedule:
         """Forget every run; none may be busy."""
         with self.changed:
             self._slots, self._ready = {}, collections.deque()
+            self._busy.clear()
+            self._watched.clear()
 
     def mark(self, run_id: str) -> None:
         """Take notice that something of a run may have to be sent."""
@@ -109,6 +115,7 @@ class Schedule:
         with self.changed:
             for run_id in [r for r, slot in self._slots.items() if r not in there and not slot.busy]:
                 del self._slots[run_id]
+                self._watched.discard(run_id)
 
     def grown(self, stamp_of: Callable[[str], Stamp]) -> list[str]:
         """Return the runs at rest of which a segment has grown or lost its writer, or a directory has changed.
@@ -118,8 +125,10 @@ class Schedule:
         """
         now = self._clock()
         found = []
-        for run_id, slot in list(self._slots.items()):
-            if not (slot.tails or slot.stamp) or slot.busy or slot.pending:
+        with self.changed:
+            watched = [(run_id, self._slots[run_id]) for run_id in self._watched]
+        for run_id, slot in watched:
+            if slot.busy or slot.pending:
                 continue
             grown = any(_size(path) != offset for path, offset in slot.tails.items())
             if not grown and now >= slot.next_life_check:
@@ -139,9 +148,8 @@ class Schedule:
         now = self._clock()
         chosen: list[str] = []
         with self.changed:
-            busy = self.busy()
             for _ in range(len(self._ready)):
-                if busy + len(chosen) >= most:
+                if self.busy() >= most:
                     break
                 run_id = self._ready.popleft()
                 slot = self._slots.get(run_id)
@@ -151,6 +159,7 @@ class Schedule:
                     self._ready.append(run_id)
                     continue
                 slot.busy, slot.pending = True, False
+                self._busy.add(run_id)
                 chosen.append(run_id)
         return chosen
 
@@ -160,6 +169,7 @@ class Schedule:
             slot = self._slots.get(run_id)
             if slot is not None:
                 slot.busy = False
+                self._busy.discard(run_id)
                 if slot.pending:
                     self._ready.append(run_id)
             self.changed.notify_all()
@@ -178,12 +188,20 @@ class Schedule:
             slot.retry, slot.due, slot.tails, slot.live = None, 0.0, tails, live
             slot.standing = Standing()
             slot.pending = slot.pending or more
+            self._watch(run_id, slot)
 
     def sent(self, run_id: str, stamp: Stamp) -> None:
         """Note that everything of a run was sent that was on disk when its directories had this stamp."""
         with self.changed:
             slot = self._slots[run_id]
             slot.stamp, slot.standing = stamp, Standing("sent")
+            self._watch(run_id, slot)
+
+    def _watch(self, run_id: str, slot: _Slot) -> None:
+        if slot.tails or slot.stamp:
+            self._watched.add(run_id)
+        else:
+            self._watched.discard(run_id)
 
     def again(self, run_id: str, seconds: float, failed: Standing | None = None) -> None:
         """Give a run its next turn after a pause.
@@ -215,12 +233,12 @@ class Schedule:
 
     def busy(self) -> int:
         """Return how many runs lanes have."""
-        return sum(slot.busy for slot in self._slots.values())
+        return len(self._busy)
 
     def is_quiet(self) -> bool:
         """Return whether no run is busy, ready or pending."""
         with self.changed:
-            return not self._ready and not any(slot.busy or slot.pending for slot in self._slots.values())
+            return not self._ready and not self._busy and not any(slot.pending for slot in self._slots.values())
 
     def standings(self) -> dict[str, Standing]:
         """Return how every known run stands."""
