@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,16 @@ def run(*words: object, **more: str) -> Done:
         command(*words), capture_output=True, text=True, timeout=_PATIENCE, env=environment(**more), check=False
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def beyond_start_up(*words: object) -> tuple[Done, float]:
+    """Run a command; return also its seconds without those of the start of a process, which are measured beside it."""
+    started = time.monotonic()
+    run("flush", "--help")
+    start_up = time.monotonic() - started
+    started = time.monotonic()
+    done = run(*words)
+    return done, time.monotonic() - started - start_up
 
 
 class Here:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, command, environment, offline, outbox_of, run, start
+from commands import NOBODY, Here, beyond_start_up, command, environment, offline, outbox_of, run, start
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.faults import accept_hang, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.mlflow_sink import open_sink
@@ -79,14 +80,28 @@ def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None
 def test_a_hung_server_holds_up_no_flush(seconds: float, silent: str, tmp_path: Path) -> None:
     """The time-out is kept to within a second of the command's own time, with requests that never end under way."""
     offline(tmp_path, silent)
-    started = time.monotonic()
-    run("--version")
-    start_up = time.monotonic() - started
-    started = time.monotonic()
-    done = run("flush", "-d", tmp_path, "--timeout", seconds)
-    spent = time.monotonic() - started
-    assert 3 == done.code
-    assert spent < seconds + 3 * start_up + 1.0, f"{spent:.1f} s, of which {start_up:.1f} s are the start of a process"
+    done, spent = beyond_start_up("flush", "-d", tmp_path, "--timeout", seconds)
+    assert 3 == done.code, done
+    assert "0 events delivered, 13 left, on disk" in done.out
+    assert spent < seconds + 1.0
+
+
+@pytest.mark.parametrize(("words", "code"), [(["flush", "-d"], 6), (["replay"], 6)])
+def test_a_worker_that_is_stopped_holds_up_nobody(words: list[str], code: int, silent: str, tmp_path: Path) -> None:
+    """SIGSTOP to the worker that delivers, a request under way: it is named, and the time-out is kept."""
+    offline(tmp_path / "box", silent)
+    holder = start("worker", "-d", tmp_path / "box")
+    try:
+        eventually(lambda: worker_of(OutboxDirectory.open(outbox_of(tmp_path / "box"))), 60)
+        eventually((outbox_of(tmp_path / "box") / "delivery" / "cache.db").exists, 60)
+        holder.send_signal(signal.SIGSTOP)
+        done, spent = beyond_start_up(*words, tmp_path / "box", "--timeout", 1.0)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert code == done.code, done
+    assert f"process {holder.pid}) on this machine" in done.err
+    assert spent < 1.0 + 1.0
 
 
 def test_a_login_page_parks_and_the_repair_is_seen(
@@ -271,3 +286,15 @@ def test_an_interrupt_leaves_nothing_half_done(tmp_path: Path) -> None:
     assert "interrupted; nothing was left half done" in out
     assert "Traceback" not in out
     assert spent < 5
+
+
+def test_sigterm_ends_it_in_order(silent: str, tmp_path: Path) -> None:
+    """What a service manager sends when its patience is over: left over is code 3, with the count of what is left."""
+    offline(tmp_path, silent)
+    process = start("flush", "-d", tmp_path)
+    eventually(lambda: OutboxDirectory.open(outbox_of(tmp_path)).hurry_asked() > 0, 60)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert 3 == process.returncode, out
+    assert "13 left, on disk" in out
+    assert "Traceback" not in out

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import Here, command, environment, offline, run
+from commands import Here, beyond_start_up, command, environment, offline, run
 from contents import numbered, points, runs
 from mlflow_outbox.testing.faults import accept_hang
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
@@ -193,6 +193,20 @@ class TestTerminal:
             assert 0 == run("replay", tmp_path / "box").code
         (held,) = runs(mlflow_server.url, experiment_name)
         assert numbered(10) == points(mlflow_server.url, held.info.run_id, "loss")
+
+    @pytest.mark.parametrize(("seconds", "boxes", "more"), [(0.0, 1, []), (0.5, 1, ["--follow"]), (0.5, 3, [])])
+    def test_a_hung_server_holds_up_no_replay(
+        self, seconds: float, boxes: int, more: list[str], tmp_path: Path
+    ) -> None:
+        """The time-out is kept to within a second, however many outboxes there are, and what is left is called so."""
+        with FaultProxy("http://127.0.0.1:9") as proxy:
+            proxy.on("mlflow", accept_hang(), times=None)
+            for number in range(boxes):
+                offline(tmp_path / "box", f"{proxy.url}/{number}")
+            done, spent = beyond_start_up("replay", tmp_path / "box", "--timeout", seconds, *more)
+        assert 3 == done.code, done
+        assert boxes == done.out.count("1 run left")
+        assert spent < seconds + 1.0
 
     def test_sigterm_ends_it_in_order(self, tmp_path: Path) -> None:
         """What a scheduler sends to a job whose time is over: left over is code 3, and the summary says so."""

@@ -39,6 +39,9 @@ _LOOK: Final = 0.1
 _LIVES: Final = 1.0
 #: Attempts at a run whose files cannot be read before it is skipped.
 _TRIES: Final = 3
+#: Seconds that the end waits for the delivery to finish in order, and for requests under way when time is up.
+_FINISH: Final = 2.0
+_PARTING: Final = 0.5
 #: Seconds to wait for a lease that nobody seems to hold before it is an error.
 _LEASE: Final = 15.0
 
@@ -139,14 +142,14 @@ class Replay:
 
         Args:
             show: told now and then how far it is.
-            timeout: seconds to take at most; None goes on until done.
+            timeout: seconds to take at most, looking at the files included; None goes on until done.
 
         Raises:
             LeaseHeld: another worker delivers from the source.
             LedgerUnavailable: the ledger cannot be used.
             OSError: the local state directory cannot be written.
         """
-        job = self._job
+        job, deadline = self._job, None if timeout is None else time.monotonic() + timeout
         if job.again:
             requeue(job.source, job.own, job.runs, self._settings)
         records = self._records()
@@ -154,6 +157,8 @@ class Replay:
         done = [run_id for run_id, record in records.items() if record.state == "done" and before.get(run_id) == 0]
         if len(done) == len(job.runs) and not self._wish.follow:
             return JobResult(self._results({}), "before")
+        if deadline is not None and time.monotonic() >= deadline:
+            return JobResult(self._results({}), "time")
         delivery = Delivery(
             job.source,
             job.destination,
@@ -164,16 +169,17 @@ class Replay:
         )
         thread = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
         thread.start()
+        why = ("", "")
         try:
-            why = self._until_done(delivery, show, sum(before.values()), timeout)
+            why = self._until_done(delivery, show, sum(before.values()), deadline)
         finally:
             standings = {run_id: (one.state, one.reason) for run_id, one in delivery.standings().items()}
             delivery.stop()
-            thread.join(2.0)
+            thread.join(_FINISH if not why[0] else _PARTING)  # a request that hangs is left to itself
         return JobResult(self._results(standings), *why)
 
     def _until_done(
-        self, delivery: Delivery, show: Callable[[Progress], None], total: int, timeout: float | None
+        self, delivery: Delivery, show: Callable[[Progress], None], total: int, deadline: float | None
     ) -> tuple[str, str]:
         started = time.monotonic()
         while True:
@@ -191,10 +197,10 @@ class Replay:
             if self._stopped.is_set():
                 return "interrupted", ""
             now = time.monotonic()
-            if timeout is not None and now - started >= timeout:
+            if deadline is not None and now >= deadline:
                 return "time", reason
             self._check_lease(delivery, now - started)
-            self._stopped.wait(_LOOK)
+            self._stopped.wait(_LOOK if deadline is None else max(0.0, min(_LOOK, deadline - now)))
 
     def _runs(self) -> Runs:
         if self._wish.follow:
@@ -255,13 +261,13 @@ class Replay:
         results = []
         for run_id in self._job.runs:
             record = records.get(run_id) or RunRecord(run_id)
-            state, reason = standings.get(run_id, ("sent", ""))
+            state, reason = standings.get(run_id, ("", ""))
             if record.state == "parked":
                 state, reason = "parked", record.reason
             if state in {"parked", "broken"}:
                 shown: Literal["sent", "skipped", "left"] = "skipped"
             else:
-                shown = "left" if rest.get(run_id) and not self._wish.follow and state != "sent" else "sent"
+                shown = "left" if rest.get(run_id) and state != "sent" else "sent"
             results.append(
                 RunResult(
                     run_id,

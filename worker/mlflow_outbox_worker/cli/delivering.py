@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mlflow_outbox_worker.metrics import Meter
 
 
-#: The outboxes that this process has delivered.
+#: What this process has delivered from.
 _started: list[Path] = []
 
 
@@ -48,7 +48,7 @@ class CommandWorker:
 
     def start(self) -> None:
         """Begin."""
-        _started.append(self.directory.path)
+        note_use(self.directory.path)
         self._thread.start()
 
     def ask_to_stop(self) -> None:
@@ -63,6 +63,15 @@ class CommandWorker:
         """
         self.delivery.stop()
         self._thread.join(timeout)
+
+
+def note_use(path: Path) -> None:
+    """Note that this process delivers.
+
+    Args:
+        path: from where.
+    """
+    _started.append(path)
 
 
 def was_used() -> bool:

@@ -14,7 +14,7 @@ import typer
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LeaseHeld, OutboxError
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
-from mlflow_outbox_worker.cli import terminal
+from mlflow_outbox_worker.cli import delivering, terminal
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
@@ -52,7 +52,13 @@ def replay(
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option("--timeout", min=0, metavar="S", help="Seconds to take at most.", show_default="until done"),
+        typer.Option(
+            "--timeout",
+            min=0,
+            metavar="S",
+            help="Seconds to take at most, also when the server hangs.",
+            show_default="until done",
+        ),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -72,6 +78,7 @@ def replay(
     """
     from mlflow_outbox_worker.jobs import Wish, prepare
 
+    deadline = None if timeout is None else time.monotonic() + timeout
     terminal.behave(quiet=quiet, verbose=verbose)
     if follow and (only_finished or again):
         msg = "--follow goes with neither --only-finished nor --again: its runs have not ended"
@@ -87,7 +94,7 @@ def replay(
             return _say_what_would_be_sent(prepared, settings)
         if not prepared.jobs and not prepared.problems:
             terminal.say(_nothing(prepared))
-        code = _send_all(prepared, settings, wish, timeout)
+        code = _send_all(prepared, settings, wish, deadline)
     return ExitCode.ERROR if prepared.problems and code is ExitCode.DONE else code
 
 
@@ -145,8 +152,7 @@ def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
     return ExitCode.ERROR if prepared.problems else ExitCode.DONE
 
 
-def _send_all(prepared: Prepared, settings: Settings, wish: Wish, timeout: float | None) -> ExitCode:
-    deadline = None if timeout is None else time.monotonic() + timeout
+def _send_all(prepared: Prepared, settings: Settings, wish: Wish, deadline: float | None) -> ExitCode:
     codes = []
     with Ending(forceful=True) as ending:
         for job in prepared.jobs:
@@ -163,6 +169,7 @@ def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, endin
     terminal.note(f"{count(len(job.runs), 'run')} to {job.destination.uri}")
     try:
         with _shown(endless=wish.follow) as show:
+            delivering.note_use(job.source.path)
             result = Replay(job, settings, wish, stopped=ending).run(show, timeout=timeout)
     except OutboxError as error:
         terminal.error(str(error))
