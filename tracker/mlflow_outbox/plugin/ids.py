@@ -72,7 +72,9 @@ class Ids:
             NotYet: one of them has none yet.
         """
         if isinstance(value, str):
-            return provisional.PATTERN.sub(lambda found: self.remote(found.group()), value) if value else value
+            if not provisional.PATTERN.search(value):
+                return value  # as it is: members of MLflow's enumerations are strings too
+            return provisional.PATTERN.sub(lambda found: self.remote(found.group()), value)
         if isinstance(value, list):
             return [self.outgoing(item) for item in value]
         if isinstance(value, dict):

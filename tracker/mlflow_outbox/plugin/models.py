@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mlflow.entities import LoggedModel, LoggedModelParameter, LoggedModelTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.name_utils import _generate_random_name
 from mlflow.utils.validation import _validate_logged_model_name
 
@@ -36,13 +38,13 @@ class Models(Runs):
         """
         _validate_logged_model_name(name)
         experiment_id = str(experiment_id)
-        home = self.writable(source_run_id) if source_run_id else self.journals.room(experiment_id)
+        home = self._home_of_new(experiment_id, source_run_id)
         local = provisional.new_model_id()
         labels = [*(tags or ()), LoggedModelTag(provisional.MODEL_ID_TAG, local)]
         arguments: dict[str, Any] = {
             "experiment_id": experiment_id,
             "name": name or _generate_random_name(),
-            "source_run_id": home.run_id if source_run_id else None,
+            "source_run_id": self.canonical(source_run_id) if source_run_id else None,
             "tags": labels,
             "params": list(params or ()),
             "model_type": model_type,
@@ -59,6 +61,15 @@ class Models(Runs):
             return made
         return self._folded(home, model_id, None)
 
+    def _home_of_new(self, experiment_id: str, source_run_id: str | None) -> OpenRun:
+        if source_run_id:
+            try:
+                return self.writable(source_run_id)
+            except MlflowException as error:  # MLflow takes any source
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        return self.journals.room(experiment_id)
+
     def _made_by_server(self, arguments: dict[str, Any]) -> LoggedModel | None:
         try:
             ids = {
@@ -69,13 +80,15 @@ class Models(Runs):
         except (Away, NotYet):
             return None
 
-    def _folded(self, home: OpenRun, model_id: str, theirs: LoggedModel | None) -> LoggedModel:
+    def _folded(
+        self, home: OpenRun, model_id: str, theirs: LoggedModel | None, *, allow_deleted: bool = False
+    ) -> LoggedModel:
         local = self.local_run(home.run_id)
         # Requests that were delivered are in the server's answer; folding them in again changes nothing that came
         # after them.
         requests = local.view.requests if local is not None else []
         found = reads.model_of(requests, model_id, theirs, self.own_uri("model", model_id))
-        if found is None:
+        if found is None or (not allow_deleted and reads.is_deleted(requests, model_id)):
             raise no_such("Logged model", model_id)
         return found
 
@@ -102,7 +115,7 @@ class Models(Runs):
         if theirs is not None:
             theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)
             theirs._model_id = model_id
-        found = self._folded(home, model_id, theirs)
+        found = self._folded(home, model_id, theirs, allow_deleted=allow_deleted)
         found._model_uri = f"models:/{model_id}"
         return found
 
@@ -134,7 +147,8 @@ class Models(Runs):
             MlflowException: it has no such tag.
         """
         if key not in self.get_logged_model(model_id).tags:
-            raise no_such(f"Tag '{key}' of the logged model", model_id)
+            msg = f"No tag with key {key!r} found for model with ID {model_id!r}."
+            raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
         self.model_home(model_id).request("delete_logged_model_tag", model_id=model_id, key=key)
 
     def log_logged_model_params(self, model_id: str, params: list[LoggedModelParameter]) -> None:

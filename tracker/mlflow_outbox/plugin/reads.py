@@ -185,6 +185,14 @@ def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None
     return LoggedModel(**found)
 
 
+def is_deleted(requests: Iterable[Kept], model_id: str) -> bool:
+    """Return whether a logged model is deleted by one of the requests; there is no way back."""
+    return any(
+        request.operation == "delete_logged_model" and codec.loads(request.arguments)["model_id"] == model_id
+        for request in requests
+    )
+
+
 def _fold_model(found: dict[str, Any], operation: str, given: dict[str, Any], time_ms: int) -> None:
     if operation == "finalize_logged_model":
         found["status"] = given["status"]

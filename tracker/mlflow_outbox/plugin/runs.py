@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from mlflow.entities import Metric, Run, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_MODELS, MLFLOW_RUN_NAME, MLFLOW_USER
 from mlflow.utils.name_utils import _generate_random_name
@@ -22,7 +23,6 @@ from mlflow.utils.validation import (
 )
 
 from mlflow_outbox.plugin import reads
-from mlflow_outbox.plugin.base import no_such
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun, now_ms, say_once
 from mlflow_outbox.plugin.run_reads import RunReads
@@ -224,8 +224,11 @@ class Runs(RunReads):
         Raises:
             MlflowException: the run has no such tag.
         """
-        if key not in self.get_run(run_id).data.tags:
-            raise no_such(f"Tag '{key}' of the run", run_id)
+        found = self.get_run(run_id)
+        self._check_active(found)
+        if key not in found.data.tags:
+            msg = f"No tag with name: {key} in run with id {run_id}"
+            raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
         run = self.writable(run_id)
         run.request("delete_tag", run_id=run.run_id, key=key)
 

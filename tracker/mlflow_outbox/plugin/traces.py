@@ -88,6 +88,18 @@ class Traces(Models):
         if held is not None:
             held.tags.pop(key, None)
 
+    def delete_traces(self, *args: Any, **kwargs: Any) -> int:
+        """Delete traces at the server, after those of this process have had a moment to arrive there.
+
+        Raises:
+            MlflowException: the server is away, or said no.
+        """
+        deleted: int = self._delegate("delete_traces", *args, **kwargs)
+        with self._recent_lock:
+            self._recent.clear()
+            self._spans.clear()
+        return deleted
+
     def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
         """Link traces to a run."""
         run = self.writable(run_id)

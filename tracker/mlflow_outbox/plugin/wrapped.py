@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import requests
 import sqlalchemy.exc
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode
 from mlflow.utils.logging_utils import suppress_logs_in_thread
 
@@ -35,6 +36,8 @@ _PAUSE_FIRST: Final = 1.0
 _PAUSE_MOST: Final = 30.0
 #: Statuses that say nothing about the question: not now, or not you.
 _REFUSALS: Final = range(400, 500)
+#: What the worker's transport puts before the message of a server.
+_OURS: Final = re.compile(r"^[A-Z]+ /\S*: \d{3} (?:[A-Z_]+: )?")
 _NOT_ABOUT_IT: Final = frozenset({401, 403, 407, 408, 425, 429})
 
 
@@ -104,6 +107,8 @@ class Server:
         about_it = found.kind == "answer" and status in _REFUSALS and status not in _NOT_ABOUT_IT
         if isinstance(error, MlflowException) and about_it:
             code = found.code if found.code in ErrorCode.keys() else "INTERNAL_ERROR"  # noqa: SIM118 - a protobuf enum
+            if self._outbox.destination.scheme in {"http", "https"}:  # the class and the words of MLflow's own client
+                return RestException({"error_code": code, "message": _OURS.sub("", error.message)})
             return MlflowException(error.message, error_code=ErrorCode.Value(code))
         self._why = str(found)
         self._asleep_until = time.monotonic() + self._pause
