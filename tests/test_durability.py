@@ -292,3 +292,28 @@ def test_two_trackers_with_different_destinations_never_share_a_queue(tmp_path: 
     assert {one.outbox_path, two.outbox_path} == {tmp_path / "root" / name for name in os.listdir(tmp_path / "root")}
     assert one.outbox_path is not None
     assert "http://127.0.0.1:9" == json.loads((one.outbox_path / "outbox.json").read_text())["destination"]
+
+
+def test_an_offline_program_says_at_its_exit_what_waits_and_not_what_was_delivered_meanwhile(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Of two runs that it wrote, another worker has sent the first one before the exit."""
+    child = program(
+        """
+        import sys
+        from mlflow_outbox import MLflowTracker
+        offline = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="none")
+        with offline.start_run("sent") as run:
+            for i in range(20):
+                run.log_metric("loss", 0.5, step=i)
+        with MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="thread") as tracker:
+            assert tracker.flush(60)
+        offline.start_run("waits").log_param("depth", 3)
+        """,
+        experiment_name,
+        sqlite_uri,
+        str(tmp_path / "outbox"),
+    )
+    _, said = child.communicate(timeout=90)
+    assert 0 == child.returncode, said
+    assert "mlflow-outbox: 2 events wait in" in said.decode()

@@ -168,7 +168,7 @@ class Outbox:
         self._caretaker.stop()
         if self._pid == os.getpid() and any(journal.events for journal in journals):
             if self.worker_kind == "none":
-                _say_what_is_left(self, sum(journal.events for journal in journals), 0)
+                _say_what_is_left(self, sum(journal.events for journal in journals if self._is_left(journal)), 0)
             else:
                 result = delivery.flush(self, max(0.0, deadline - time.monotonic()) if self._worker else 0)
                 _say_what_is_left(self, result.pending, result.parked)
@@ -176,6 +176,10 @@ class Outbox:
             self._worker.stop(timeout=0.5)
         for journal in journals:
             journal.release()
+
+    def _is_left(self, journal: Journal) -> bool:
+        """Return whether something that a journal wrote was not delivered by somebody else, who files what is."""
+        return any(self.directory.run(journal.run.run_id).glob("*.log"))
 
     def forked(self) -> None:
         """Begin anew in a forked child: the worker thread stayed in the parent."""
