@@ -15,8 +15,10 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk
 from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, encode
 from mlflow_outbox.spool.journal import Journal
-from mlflow_outbox.spool.reader import Broken, Cursor, RunReader
+from mlflow_outbox.spool.listing import Broken
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
+from mlflow_outbox.spool.window import Cursor
 
 RUN = "a" * 32
 #: Python 3.12 and later say on stderr that a fork beside threads may end in a deadlock; that it does not is the test.

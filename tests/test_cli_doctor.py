@@ -11,7 +11,8 @@ import pytest
 from commands import NOBODY, Here, offline, outbox_of
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from servers import MlflowServer

@@ -190,7 +190,7 @@ def test_numbers_wrap_at_two_to_the_thirty_second(outbox: OutboxDirectory) -> No
     for number in range(6):
         assert writer.append(metric(number))
     writer.close()
-    from mlflow_outbox.spool.reader import Cursor
+    from mlflow_outbox.spool.window import Cursor
 
     found = Everything(outbox.run(RUN), {writer.writer: Cursor(0, 0, 2**32 - 3)})
     assert (list(range(6)), 0) == (found.steps, found.missing)

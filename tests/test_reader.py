@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.events import Metric, Metrics, RunStarted, encode
 from mlflow_outbox.spool.journal import Journal
-from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from spools import RUN, Everything, closing, header, make_journal, make_outbox, metric, packed, write_segment
 
 

@@ -23,7 +23,9 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.frame import SEQUENCE_MASK
 from mlflow_outbox.spool.guard import used_bytes
-from mlflow_outbox.spool.reader import Broken, Cursor, RunReader
+from mlflow_outbox.spool.listing import Broken
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker import dbfile
 from mlflow_outbox_worker.database import Reader
 from mlflow_outbox_worker.host_lease import described, lease_of, worker_of

@@ -29,7 +29,8 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import RunStarted
 from mlflow_outbox.spool.frame import SegmentHeader
-from mlflow_outbox.spool.reader import RunReader, Window
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Window
 from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.ledger import Ledger

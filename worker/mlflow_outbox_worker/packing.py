@@ -21,7 +21,8 @@ from typing import IO, Final, Literal
 
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.spool.directory import create_private, sync_directory
-from mlflow_outbox.spool.reader import RunReader, SegmentFile
+from mlflow_outbox.spool.listing import SegmentFile
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.recovery import Cut, frames
 from mlflow_outbox.spool.snapshot import is_digest
 from mlflow_outbox.spool.writer import is_closed, is_gone

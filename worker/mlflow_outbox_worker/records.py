@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from mlflow_outbox.spool.reader import Cursor
+from mlflow_outbox.spool.window import Cursor
 
 #: "active": deliver; "parked": waits for a person; "done": ended, delivered and verified.
 RunState = Literal["active", "parked", "done"]

@@ -17,7 +17,8 @@ import shutil
 from pathlib import Path
 
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
 

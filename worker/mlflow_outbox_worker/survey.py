@@ -18,7 +18,9 @@ import msgspec
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.spool.events import decode
 from mlflow_outbox.spool.frame import SEQUENCE_MASK, unpack, wanted
-from mlflow_outbox.spool.reader import Cursor, RunReader, SegmentFile
+from mlflow_outbox.spool.listing import SegmentFile
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.backlog import left
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.lease import Holder

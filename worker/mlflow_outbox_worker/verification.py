@@ -33,7 +33,8 @@ from mlflow_outbox.spool.events import (
     Tags,
     decode,
 )
-from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.views import Latest, RunView
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.records import DeadLetter

@@ -18,7 +18,8 @@ from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import say_once
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.reader import Cursor, RunReader
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 
 #: Points asked for in one page of a metric's history.
 _PAGE: Final = 25_000

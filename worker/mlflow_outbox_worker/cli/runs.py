@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox.spool.events import Event
-    from mlflow_outbox.spool.reader import Cursor, RunReader
+    from mlflow_outbox.spool.reader import RunReader
+    from mlflow_outbox.spool.window import Cursor
     from mlflow_outbox.views import RunView
     from mlflow_outbox_worker.ledger import Ledger
     from mlflow_outbox_worker.records import RunRecord
@@ -362,7 +363,7 @@ def _print_events(
 
 def first_cursors(reader: RunReader) -> dict[str, Cursor]:
     """Return where each writer's first segment on disk begins; that earlier ones were reclaimed is no gap."""
-    from mlflow_outbox.spool.reader import Cursor
+    from mlflow_outbox.spool.window import Cursor
 
     return {
         writer: Cursor(held[0].header.ordinal, 0, held[0].header.first_seq)

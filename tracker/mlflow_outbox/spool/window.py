@@ -1,0 +1,234 @@
+"""Reading one writer's events: from where reading stopped last time, as far as a budget goes.
+
+A segment is *final* once its closing frame was read, once the same writer has begun a later one, or once its writer is
+gone: no living process of this machine holds it (flock), and, if it came from another machine or the file system knows
+no locks, nothing was added for ``settle`` seconds. What is no intact frame in a final segment is damage; at the end of
+one that is not final it may be a frame on its way.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, decode, points_of
+from mlflow_outbox.spool.frame import SEQUENCE_MASK, SHORT_OVERHEAD
+from mlflow_outbox.spool.listing import CHUNK, LARGEST, Broken, SegmentFile, decoded, read_bytes
+from mlflow_outbox.spool.recovery import Cut, Damage, frames
+from mlflow_outbox.spool.writer import is_gone
+
+#: Length field of a long frame.
+_LONG: Final = 0xFFFF
+
+_head = struct.Struct("<IIH").unpack_from
+_crc32 = zlib.crc32
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """How far one writer's events have been read.
+
+    Attributes:
+        ordinal: segment of the writer that the next event is read from.
+        offset: byte offset in it of the next frame; 0 means its first.
+        seq: number that the next event must have; a larger one is a gap, a smaller one was read before.
+    """
+
+    ordinal: int = 0
+    offset: int = 0
+    seq: int = 0
+
+
+class Window(NamedTuple):
+    """Some events of a run, in order, and what to remember once they are delivered.
+
+    Attributes:
+        events: (writer, event) pairs; each writer's in its order.
+        cursors: of every writer, behind these events.
+        broken: damage met on the way, behind the new cursors too.
+        missing: events that must have existed, by their numbers, and are not there.
+        more: there are further events to read at once.
+        live: some writer may still be appending.
+    """
+
+    events: list[tuple[str, Event]]
+    cursors: dict[str, Cursor]
+    broken: list[Broken]
+    missing: int
+    more: bool
+    live: bool
+
+
+class Budget:
+    """How much one window may still take."""
+
+    def __init__(self, points: int, items: int, size: int) -> None:
+        self.points, self.items, self.size = points, items, size
+        self.spent = False
+
+    def take(self, event: Event, size: int) -> None:
+        """Take what one event of so many bytes costs."""
+        self.points -= points_of(event)
+        self.items -= 1
+        self.size -= size
+        self.spent = self.points <= 0 or self.items <= 0 or self.size <= 0
+
+
+class WriterPass:
+    """One writer's share of a window."""
+
+    def __init__(
+        self,
+        writer: str,
+        held: list[SegmentFile],
+        cursor: Cursor | None,
+        budget: Budget,
+        settle: float,
+        paths: tuple[Path, ...],
+    ) -> None:
+        self.writer = writer
+        self.events: list[tuple[str, Event]] = []
+        self.broken: list[Broken] = []
+        self.missing = 0
+        self.live = False
+        self.cursor = cursor
+        self._held = held
+        self._budget = budget
+        self._settle = settle
+        self._paths = paths
+        # Without a cursor what is there is read; earlier segments were delivered and moved before the ledger was lost.
+        self._seq = cursor.seq if cursor is not None else held[0].header.first_seq
+
+    def read(self) -> None:
+        """Read this writer's segments, from the cursor's on."""
+        for place, segment in enumerate(self._from_cursor()):
+            if self._budget.spent:
+                return
+            last = place == len(self._todo) - 1
+            if not self._read_segment(segment, is_last=last):
+                return
+
+    def _from_cursor(self) -> Iterable[SegmentFile]:
+        cursor = self.cursor
+        todo = self._held
+        if cursor is not None:
+            at = next((i for i, s in enumerate(todo) if s.header.ordinal == cursor.ordinal), None)
+            # A segment that was reclaimed is not there any more; go on with the first that holds later numbers.
+            todo = todo[at:] if at is not None else [s for s in todo if s.header.ordinal > cursor.ordinal]
+        self._todo = list(todo)
+        return self._todo
+
+    def _read_segment(self, segment: SegmentFile, *, is_last: bool) -> bool:
+        """Read on in one segment; return whether the next one may be read."""
+        header = segment.header
+        here = self.cursor is not None and self.cursor.ordinal == header.ordinal
+        offset = max(self.cursor.offset, segment.body) if here and self.cursor is not None else segment.body
+        # Looked at before reading: a writer that is gone now cannot have appended anything after this.
+        gone = not is_last or is_gone(segment.path, header, self._settle)
+        chunk = CHUNK
+        while True:
+            try:
+                data = read_bytes(segment.path, offset, chunk)
+            except FileNotFoundError:
+                return not self._was_moved(segment)
+            at_end = len(data) < chunk
+            plain = self._take_plain(data, header.seed)
+            if plain:
+                offset, data = offset + plain, data[plain:]
+                self.cursor = Cursor(header.ordinal, offset, self._seq)
+                if self._budget.spent:
+                    return False
+            base, cut, closed = offset, False, False
+            for found in frames(data, 0, header.seed, next_seq=self._seq, final=gone, complete=at_end):
+                if isinstance(found, Cut):
+                    cut = True
+                    break
+                offset = base + found.end
+                if isinstance(found, Damage):
+                    self.broken.append(Broken(segment.path, found.kind, base + found.start, offset, "no intact frame"))
+                else:
+                    closed = self._take(segment, found.seq, found.payload, offset) or closed
+                self.cursor = Cursor(header.ordinal, offset, self._seq)
+                if self._budget.spent:
+                    return False
+            if closed:
+                return True
+            if at_end:
+                self.live = self.live or not gone
+                return gone
+            chunk, offset = self._go_on(segment, chunk, offset, stuck=cut and offset == base and not plain)
+
+    def _was_moved(self, segment: SegmentFile) -> bool:
+        """Return whether a segment that is gone was moved while this reader looked, and not reclaimed by a worker."""
+        moved = any(os.path.lexists(folder / segment.path.name) for folder in self._paths)
+        self._budget.spent = self._budget.spent or moved  # the next window finds it
+        return moved
+
+    def _go_on(self, segment: SegmentFile, chunk: int, offset: int, *, stuck: bool) -> tuple[int, int]:
+        """Return how much to read next, and where: more of the same, or behind a hole larger than any frame."""
+        if not stuck:
+            return CHUNK, offset
+        if chunk < 2 * LARGEST:
+            return min(chunk * 4, 2 * LARGEST), offset
+        # No intact frame begins in the first half, for any such would end in the second.
+        behind = offset + LARGEST
+        self.broken.append(Broken(segment.path, "corrupt", offset, behind, "no intact frame"))
+        self.cursor = Cursor(segment.header.ordinal, behind, self._seq)
+        return chunk, behind
+
+    def _take_plain(self, data: bytes, seed: int) -> int:
+        """Take the frames at the beginning that are as they should be; return the bytes that they take up.
+
+        Does what ``frames`` and ``_take`` do for all others, in one loop: reading is what a worker does most, and in a
+        thread of the experiment it does so at the experiment's expense.
+        """
+        at, size, seq, budget, writer = 0, len(data), self._seq, self._budget, self.writer
+        append = self.events.append
+        while not budget.spent and at + SHORT_OVERHEAD < size:
+            crc, number, length = _head(data, at)
+            end = at + SHORT_OVERHEAD + length
+            if number != seq or not 0 < length < _LONG or end > size or _crc32(data[at + 4 : end], seed) != crc:
+                break
+            try:
+                event = decode(data[at + SHORT_OVERHEAD : end])
+            except msgspec.DecodeError:
+                break
+            if type(event) is Metric:
+                budget.points -= 1
+                budget.items -= 1
+                budget.size -= length
+                budget.spent = budget.points <= 0 or budget.items <= 0 or budget.size <= 0
+            elif type(event) is SegmentClosed:
+                break
+            else:
+                budget.take(event, length)
+            append((writer, event))
+            seq = (seq + 1) & SEQUENCE_MASK
+            at = end
+        self._seq = seq
+        return at
+
+    def _take(self, segment: SegmentFile, seq: int, payload: bytes, end: int) -> bool:
+        """Take one frame; return whether it closes the segment."""
+        ahead = (seq - self._seq) & SEQUENCE_MASK
+        event = decoded(payload)
+        if isinstance(event, SegmentClosed):
+            if 0 < ahead < 1 << 31:
+                self.missing += ahead
+                self._seq = seq
+            return True
+        if ahead >= 1 << 31:
+            return False  # passed before: written again after a failed sync
+        self.missing += ahead
+        self._seq = (seq + 1) & SEQUENCE_MASK
+        if isinstance(event, str):
+            self.broken.append(Broken(segment.path, "unknown", end - len(payload), end, event))
+            return False
+        self.events.append((self.writer, event))
+        self._budget.take(event, len(payload))
+        return False
