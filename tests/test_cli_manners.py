@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import Here, command, environment, offline, run
+from commands import Here, command, console_script, environment, offline, run
 from mlflow_outbox_worker.cli import app, exits, terminal
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.cli.terminal import size, span
@@ -200,6 +200,20 @@ def test_shell_completion(shell: str) -> None:
     """The shells that typer knows get a script, and words are completed."""
     script = run(_MLFLOW_OUTBOX_COMPLETE=f"source_{shell}")
     assert "mlflow-outbox" in script.out
+
+
+def test_a_shell_that_evaluated_the_script_completes() -> None:
+    """``eval "$(mlflow-outbox --show-completion)"`` in bash, and then a word that was begun."""
+    script = """
+        eval "$(mlflow-outbox --show-completion bash)"
+        [[ $(complete -p mlflow-outbox) =~ -F\\ ([^ ]+) ]]
+        COMP_WORDS=(mlflow-outbox re) COMP_CWORD=1
+        "${BASH_REMATCH[1]}" mlflow-outbox re mlflow-outbox
+        echo "${COMPREPLY[@]}"
+    """
+    env = environment(PATH=f"{console_script().parent}:{os.environ['PATH']}")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=env)
+    assert ("replay\n", "") == (done.stdout, done.stderr)
 
 
 def test_words_are_completed() -> None:

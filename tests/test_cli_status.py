@@ -20,6 +20,7 @@ from mlflow_outbox_worker.notes import DestinationNote, Notes, Pace, destination
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.survey import survey
 from servers import MlflowServer, eventually
+from terminals import Terminal
 
 
 @pytest.fixture
@@ -150,6 +151,19 @@ def test_watching_ends_with_the_interrupt(tmp_path: Path) -> None:
     assert all('"pending": 13' in line for line in lines)
     assert 130 == process.returncode
     assert "Traceback" not in rest
+
+
+def test_watching_draws_over_what_it_drew_and_sees_new_outboxes(tmp_path: Path) -> None:
+    """Nothing is cleared, so nothing flickers; an outbox that is made meanwhile appears."""
+    offline(tmp_path)
+    with Terminal(80, "status", "--watch", "--interval", "0.1", "-d", tmp_path) as terminal:
+        terminal.until("13 events wait")
+        offline(tmp_path, "http://127.0.0.1:10")
+        terminal.until("all 2 outboxes: 26 events waiting")
+        terminal.type("\x03")
+        assert 130 == terminal.end()
+    assert "\x1b[2J" not in terminal.written
+    assert "\x1b[H" in terminal.written
 
 
 def test_two_outboxes_and_none(here: Here, tmp_path: Path) -> None:

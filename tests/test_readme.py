@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import textwrap
 from pathlib import Path
@@ -49,14 +50,22 @@ def commands(name: str) -> str:
     return found.group(1)
 
 
-def shell(script: str, folder: Path, server: str) -> subprocess.CompletedProcess[str]:
+def located(script: str, folder: Path, server: str) -> str:
+    """Return commands of the README with the test's server and paths."""
+    return script.replace("http://tracking.example:5000", server).replace("/scratch/", f"{folder}/")
+
+
+def surroundings() -> dict[str, str]:
+    """Return the environment in which the programs are those of the tests."""
+    return {**os.environ, "PATH": f"{console_script().parent}:{os.environ['PATH']}"}
+
+
+def shell(script: str, folder: Path, server: str, program: str = "bash") -> subprocess.CompletedProcess[str]:
     """Run commands of the README: its server and its paths are the test's, its programs this environment's."""
-    script = script.replace("http://tracking.example:5000", server).replace("/scratch/", f"{folder}/")
-    environment = {**os.environ, "PATH": f"{console_script().parent}:{os.environ['PATH']}"}
     return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
+        [program, "-eu", "-c", located(script, folder, server)],
         cwd=folder,
-        env=environment,
+        env=surroundings(),
         capture_output=True,
         text=True,
         timeout=180,
@@ -89,10 +98,33 @@ def test_cluster_without_internet_and_moving(offline: Path, mlflow_server: Mlflo
 
 
 def test_before_a_machine_shuts_down(offline: Path, mlflow_server: MlflowServer, experiment_name: str) -> None:
-    """The shutdown line delivers what an earlier program has left."""
-    training = f"MLFLOW_OUTBOX_DIR={offline}/outbox MLFLOW_TRACKING_URI={mlflow_server.url} python train_offline.py"
-    done = shell(f"{training}\n{commands('shutdown')}", offline, mlflow_server.url)
+    """Batch script, hook and unit, one after the other on one outbox, in a plain shell; what was logged arrives."""
+    done = shell(commands("slurm"), offline, mlflow_server.url, "sh")
     assert 0 == done.returncode, done.stdout + done.stderr
     assert "left on disk" not in done.stdout
+    assert "203 events delivered" in done.stdout
     held = runs(mlflow_server.url, experiment_name)
     assert numbered(200) == points(mlflow_server.url, held[0].info.run_id, "loss")
+
+    text = README.read_text(encoding="utf-8")
+    [stop] = re.findall(r"^ExecStop=(.*)$", text, re.MULTILINE)
+    [hook] = re.findall(r'command: \["/bin/sh", "-c", "(.*)"\]', text)
+    for line in (commands("shutdown"), stop, hook):
+        done = shell(line, offline, mlflow_server.url, "sh")
+        assert (0, "") == (done.returncode, done.stderr), line
+        assert "nothing waits" in done.stdout
+
+
+def test_a_batch_job_whose_time_is_over_flushes(offline: Path, mlflow_server: MlflowServer) -> None:
+    """TERM to the batch script reaches the training, which ends; then what it has logged is delivered."""
+    program = offline / "train_offline.py"
+    program.write_text(f"{program.read_text()}\nimport signal\nprint('logged', flush=True)\nsignal.pause()\n")
+    script = located(commands("slurm"), offline, mlflow_server.url)
+    job = subprocess.Popen(["sh", "-c", script], cwd=offline, env=surroundings(), stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    assert "logged\n" == job.stdout.readline()
+    job.send_signal(signal.SIGTERM)
+    out, _ = job.communicate(timeout=120)
+    assert 0 == job.returncode
+    assert "the training ended with 143" in out
+    assert "203 events delivered" in out

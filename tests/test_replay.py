@@ -17,6 +17,7 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.jobs import Job, Wish, prepare
 from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.replay import JobResult, Replay
 from replays import NOW_MS, command, contents_of, log_offline, run_with_kills, the_outbox
 from servers import MlflowServer, eventually
@@ -298,6 +299,7 @@ class Follower:
     """A replay that follows, in a thread."""
 
     def __init__(self, path: Path, uri: str | None = None) -> None:
+        open_sink(NOWHERE).close()  # imports mlflow, which two threads at once may find half imported
         wish = Wish(to=uri, follow=True)
         [job] = prepare([path], wish).jobs
         self.notes: list[str] = []

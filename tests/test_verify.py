@@ -121,11 +121,16 @@ def test_a_run_that_was_not_sent_is_pending_and_one_that_mlflow_never_had_is_abs
     experiment_name: str,
     tmp_path: Path,
     verified: Callable[..., tuple[int, list[dict[str, object]]]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What waits is no difference, and has an exit code of its own."""
     log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
     code, [said] = verified()
     assert (3, "absent", 104) == (code, said["state"], said["pending"]), said
+    assert 3 == command("verify", "--outbox-dir", tmp_path / "outbox")
+    words = capsys.readouterr().out
+    assert "MLflow does not have this run yet: 104 of its events wait" in words
+    assert "0 of 1 run held by MLflow in full; 1 run with events that wait: mlflow-outbox flush" in words
 
 
 def test_a_run_that_was_deleted_in_mlflows_database_is_different(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -51,17 +52,17 @@ def status(
     from mlflow_outbox_worker.survey import survey
 
     settings = outboxes.settings_for(outbox_dir)
-    directories = outboxes.open_all(settings)
     while True:
-        found = [survey(directory, settings) for directory in directories]
-        if watch and not as_json:
-            terminal.clear()
-        if as_json:
-            terminal.raw(json.dumps(as_data(found), indent=None if watch else 2, sort_keys=False))
-        elif not quiet:
-            _show(found)
+        # Opened anew for each look: a program may have made another outbox meanwhile.
+        found = [survey(directory, settings) for directory in outboxes.open_all(settings)]
+        with terminal.redrawn(on=watch and not as_json and not quiet):
+            if as_json:
+                terminal.raw(json.dumps(as_data(found), indent=None if watch else 2, sort_keys=False))
+            elif not quiet:
+                _show(found)
         if not watch:
             break
+        sys.stdout.flush()  # a pipe that is watched must not wait for its buffer to fill
         time.sleep(interval)
     if not exit_code:
         return exits.ExitCode.DONE

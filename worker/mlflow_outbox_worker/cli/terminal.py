@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import re
 import shutil
@@ -249,10 +250,35 @@ def confirm(question: str, *, assume_yes: bool) -> bool:
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
-def clear() -> None:
-    """Clear a terminal before something is drawn anew."""
-    if is_terminal():
-        _console().clear()
+@contextlib.contextmanager
+def redrawn(*, on: bool) -> Iterator[None]:
+    """Draw what is printed meanwhile over what a terminal shows, in one go and without clearing it: no flicker.
+
+    Args:
+        on: False prints as ever; so does a pipe.
+    """
+    screen = sys.stdout
+    if not (on and is_terminal()):
+        yield
+        return
+    sys.stdout = _Page()
+    try:
+        yield
+    finally:
+        page, sys.stdout = sys.stdout, screen
+    size = shutil.get_terminal_size()
+    lines, room = page.getvalue().splitlines(), max(2, size.lines - 1)  # the last one free, or the first scrolls away
+    if len(lines) > room:
+        lines[room - 1 :] = [f"and {len(lines) - room + 1:,} more lines; status without --watch shows all"]
+    screen.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+    screen.flush()
+
+
+class _Page(io.StringIO):
+    """One page of a terminal before it is shown."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def _console() -> Any:

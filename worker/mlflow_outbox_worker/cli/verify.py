@@ -122,7 +122,8 @@ def _opened(destination: Destination, settings: Settings) -> Iterator[Sink]:
 def _show(found: list[Comparison]) -> None:
     for one in found:
         if one.state == "absent":
-            terminal.data(f"{one.run_id}  MLflow does not have this run")
+            waits = f" yet: {one.pending:,} of its events wait" if one.pending and not one.remote_id else ""
+            terminal.data(f"{one.run_id}  MLflow does not have this run{waits}")
         for difference in one.differences[:_SHOWN]:
             terminal.data(f"{one.run_id}  {difference}")
         if len(one.differences) > _SHOWN:
@@ -130,6 +131,8 @@ def _show(found: list[Comparison]) -> None:
         if one.pending and one.state != "absent":
             terminal.data(f"{one.run_id}  {count(one.pending, 'event')} not sent yet")
     same = sum(one.state == "same" for one in found)
+    waiting = sum(bool(one.pending) for one in found)
     dead = sum(one.dead for one in found)
     refused = f"; {count(dead, 'dead letter')} not expected there" if dead else ""
-    terminal.say(f"{same} of {count(len(found), 'run')} held by MLflow in full{refused}")
+    still = f"; {count(waiting, 'run')} with events that wait: mlflow-outbox flush" if waiting else ""
+    terminal.say(f"{same} of {count(len(found), 'run')} held by MLflow in full{still}{refused}")
