@@ -28,7 +28,8 @@ from typing import Final, Protocol
 import msgspec
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox.spool.directory import OutboxDirectory, create_private
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.private import create_private
 from mlflow_outbox.spool.writer import boot_id
 from mlflow_outbox_worker.lease import Holder, Lease, holder
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from mlflow_outbox.destination import Destination
-from mlflow_outbox.spool.directory import create_private, sync_directory
 from mlflow_outbox.spool.listing import SegmentFile
+from mlflow_outbox.spool.private import create_private, sync_directory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.recovery import Cut, frames
 from mlflow_outbox.spool.snapshot import is_digest

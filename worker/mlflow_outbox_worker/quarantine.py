@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool.directory import create_private
 from mlflow_outbox.spool.listing import Broken
+from mlflow_outbox.spool.private import create_private
 
 #: Bytes of one file; damage is a block of a disk, not a gigabyte.
 _MOST_BYTES: Final = 16 * 1024 * 1024

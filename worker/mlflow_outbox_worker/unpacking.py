@@ -24,7 +24,8 @@ from typing import IO, Final, Literal
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.settings import state_directory
-from mlflow_outbox.spool.directory import OutboxDirectory, create_private, sync_directory
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.private import create_private, sync_directory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.bundle import (
     BundledRun,

@@ -22,10 +22,8 @@ refused when it belongs to somebody else, when group or others may enter it, or 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import stat
 import time
 from pathlib import Path
 from typing import Final
@@ -37,6 +35,7 @@ from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
 from mlflow_outbox.settings import state_directory
 from mlflow_outbox.spool.filesystem import is_network
+from mlflow_outbox.spool.private import check_parent, check_private, make_private, read_regular, write_once
 
 FORMAT: Final = 1
 #: Run ids: what MLflow itself accepts (mlflow/utils/validation.py), and safe as a directory name.
@@ -99,19 +98,19 @@ class OutboxDirectory:
         root = _absolute(root)
         path = root if os.path.lexists(root / _IDENTITY) else root / destination.slug
         try:
-            _make(root)
-            _check_root(root)
+            make_private(root)
+            check_parent(root)
             if path != root:
-                _make(path)
-            _check(path)
+                make_private(path)
+            check_private(path)
             for part in ("runs", "delivered"):
-                _make(path / part)
-                _check(path / part)
+                make_private(path / part)
+                check_private(path / part)
             if not os.path.lexists(path / _IDENTITY):
                 identity = OutboxIdentity(
                     FORMAT, os.urandom(16).hex(), destination.uri, now_ms, destination.artifact_root
                 )
-                _write_once(path / _IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
+                write_once(path / _IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
         except OutboxUnusable:
             raise
         except OSError as error:
@@ -136,7 +135,7 @@ class OutboxDirectory:
         """
         path = _absolute(path)
         try:
-            found = _check(path)
+            found = check_private(path)
         except OutboxUnusable:
             raise
         except OSError as error:
@@ -164,7 +163,7 @@ class OutboxDirectory:
         """
         self.check_unchanged()
         path = self.runs / run_id
-        _make(path)
+        make_private(path)
         return path
 
     def check_unchanged(self) -> None:
@@ -241,7 +240,7 @@ def read_identity(path: Path) -> OutboxIdentity:
         OutboxMismatch: a newer version made it.
     """
     try:
-        identity = msgspec.json.decode(_read_regular(path / _IDENTITY), type=OutboxIdentity)
+        identity = msgspec.json.decode(read_regular(path / _IDENTITY), type=OutboxIdentity)
     except OutboxUnusable:
         raise
     except OSError as error:
@@ -290,28 +289,6 @@ def find_outboxes(root: Path) -> list[Path]:
         return []
 
 
-def create_private(path: Path, flags: int = os.O_WRONLY) -> int:
-    """Create a new file that only the user can read and return its descriptor; never follows a link.
-
-    Raises:
-        OSError: it exists already, or cannot be made.
-    """
-    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut.
-
-    Raises:
-        OSError: the file system could not do it.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def run_directories(parent: Path) -> list[str]:
     """Return the names of the directories in ``runs`` or ``delivered`` that can be a run's, sorted."""
     try:
@@ -319,73 +296,6 @@ def run_directories(parent: Path) -> list[str]:
             return sorted(e.name for e in entries if is_run_id(e.name) and e.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return []
-
-
-def _make(path: Path) -> None:
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        return
-    except FileNotFoundError:
-        os.makedirs(path.parent, 0o700, exist_ok=True)
-        _make(path)
-
-
-def _check_root(root: Path) -> None:
-    found = os.stat(root)
-    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-        msg = f"{root} can be written by everybody, who could swap the outbox in it; run: chmod o-w {root}"
-        raise OutboxUnusable(msg)
-
-
-def _check(path: Path) -> os.stat_result:
-    found = os.stat(path, follow_symlinks=False)
-    if stat.S_ISLNK(found.st_mode):
-        msg = f"{path} is a symbolic link; give the directory that it points to"
-        raise OutboxUnusable(msg)
-    if not stat.S_ISDIR(found.st_mode):
-        msg = f"{path} is not a directory; move it away"
-        raise OutboxUnusable(msg)
-    if found.st_uid != os.geteuid():
-        msg = (
-            f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}; "
-            "give a directory of your own"
-        )
-        raise OutboxUnusable(msg)
-    if found.st_mode & 0o077:
-        msg = f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, so others can enter it; run: chmod 700 {path}"
-        raise OutboxUnusable(msg)
-    return found
-
-
-def _read_regular(path: Path) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            msg = f"{path} is not a regular file"
-            raise OutboxUnusable(msg)
-        return file.read(1024 * 1024)
-
-
-def _write_once(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
-    fd = create_private(draft)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        try:
-            os.link(draft, path)  # unlike rename, fails when another process was first
-        except FileExistsError:
-            return
-        except OSError:
-            os.rename(draft, path)  # a file system without hard links
-            return
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
-    sync_directory(path.parent)
 
 
 def _touch(path: Path) -> None:

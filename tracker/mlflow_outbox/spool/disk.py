@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from mlflow_outbox.spool.directory import create_private, sync_directory
 from mlflow_outbox.spool.filesystem import is_network
+from mlflow_outbox.spool.private import create_private, sync_directory
 
 #: Tries to lock a new segment, half a millisecond apart; readers hold its lock for microseconds.
 _LOCK_TRIES: Final = 100

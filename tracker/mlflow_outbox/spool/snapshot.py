@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
-from mlflow_outbox.spool.directory import create_private, sync_directory
+from mlflow_outbox.spool.private import create_private, sync_directory
 
 _CHUNK: Final = 1024 * 1024
 _MAX_PATH: Final = 1000

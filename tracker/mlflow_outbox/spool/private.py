@@ -1,0 +1,127 @@
+"""Files and directories that are the user's alone: how they are made, and checked before they are trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+from mlflow_outbox.errors import OutboxUnusable
+
+
+def create_private(path: Path, flags: int = os.O_WRONLY) -> int:
+    """Create a new file that only the user can read and return its descriptor; never follows a link.
+
+    Raises:
+        OSError: it exists already, or cannot be made.
+    """
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut.
+
+    Raises:
+        OSError: the file system could not do it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_private(path: Path) -> None:
+    """Make a directory, and those above it, that only the user can enter; leave one that is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        os.makedirs(path.parent, 0o700, exist_ok=True)
+        make_private(path)
+
+
+def check_parent(root: Path) -> None:
+    """Check that not everybody can replace what lies in a directory.
+
+    Raises:
+        OutboxUnusable: everybody can.
+        OSError: it cannot be looked at.
+    """
+    found = os.stat(root)
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        msg = f"{root} can be written by everybody, who could swap the outbox in it; run: chmod o-w {root}"
+        raise OutboxUnusable(msg)
+
+
+def check_private(path: Path) -> os.stat_result:
+    """Return what a directory is that is the user's and that nobody else can enter.
+
+    Raises:
+        OutboxUnusable: it is no such directory; the message has the remedy.
+        OSError: it cannot be looked at.
+    """
+    found = os.stat(path, follow_symlinks=False)
+    if stat.S_ISLNK(found.st_mode):
+        msg = f"{path} is a symbolic link; give the directory that it points to"
+        raise OutboxUnusable(msg)
+    if not stat.S_ISDIR(found.st_mode):
+        msg = f"{path} is not a directory; move it away"
+        raise OutboxUnusable(msg)
+    if found.st_uid != os.geteuid():
+        msg = (
+            f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}; "
+            "give a directory of your own"
+        )
+        raise OutboxUnusable(msg)
+    if found.st_mode & 0o077:
+        msg = f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, so others can enter it; run: chmod 700 {path}"
+        raise OutboxUnusable(msg)
+    return found
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file, at most 1 MiB; never follows a link, never waits for a pipe.
+
+    Raises:
+        OutboxUnusable: it is something else.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            msg = f"{path} is not a regular file"
+            raise OutboxUnusable(msg)
+        return file.read(1024 * 1024)
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """Write a file wholly and durably, or leave the one that another process wrote first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
+    fd = create_private(draft)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        try:
+            os.link(draft, path)  # unlike rename, fails when another process was first
+        except FileExistsError:
+            return
+        except OSError:
+            os.rename(draft, path)  # a file system without hard links
+            return
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+    sync_directory(path.parent)
