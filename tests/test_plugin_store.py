@@ -234,6 +234,34 @@ def test_child_processes_log_to_the_run(
     assert {"parent": 1.0, "child-0": 0.0, "child-1": 1.0} == found.data.metrics
 
 
+def _begin_in_child(experiment: str) -> None:
+    import mlflow
+
+    mlflow.set_experiment(experiment)
+    with mlflow.start_run():
+        mlflow.log_metric("m", 1.0)
+
+
+def test_a_child_forked_while_other_threads_hold_the_locks_goes_on(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """A lock that is held at a fork stays held in the child for ever, unless it is renewed."""
+    from mlflow_outbox_worker.mlflow_sink import stores
+
+    uri = f"outbox+{sqlite_uri}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.create_experiment(experiment_name)
+        held = store(uri)
+        with held.server._lock, held.journals._lock, held._recent_lock, stores._building:
+            child = multiprocessing.get_context("fork").Process(target=_begin_in_child, args=(experiment_name,))
+            child.start()
+            child.join(30)
+        code = child.exitcode
+        if code is None:
+            child.kill()
+        assert 0 == code
+
+
 def program(directory: Path, text: str, **environment: str) -> subprocess.Popen[str]:
     """Start a Python program that logs through the plugin, registered as its entry points would."""
     source = """

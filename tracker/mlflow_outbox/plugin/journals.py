@@ -64,6 +64,10 @@ class Journals:
         self._lock = threading.RLock()
         self._open: dict[str, OpenRun] = {}
 
+    def forked(self) -> None:
+        """Renew the lock in a forked child; journals know of forks themselves."""
+        self._lock = threading.RLock()
+
     def get(self, run_id: str) -> OpenRun | None:
         """Return a run that this process writes to already, or None."""
         return self._open.get(run_id)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
+import threading
 import weakref
 from typing import Any
 
@@ -27,6 +29,12 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
         super().__init__(store_uri, artifact_uri)
         _stores.add(self)
 
+    def forked(self) -> None:
+        """Renew the locks in a forked child: threads that held them stayed in the parent."""
+        self.server.forked()
+        self.journals.forked()
+        self._recent_lock = threading.Lock()
+
     @property
     def supports_workspaces(self) -> bool:
         """Workspaces are the server's own; they are not offered here."""
@@ -39,6 +47,14 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
 
 
 _stores: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_stores):
+        store.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _at_exit() -> None:

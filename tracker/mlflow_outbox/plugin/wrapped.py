@@ -11,7 +11,6 @@ is on disk.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import threading
 import time
@@ -60,7 +59,6 @@ class Server:
         self._outbox = outbox
         self._lock = threading.Lock()
         self._opened: dict[float, Any] = {}
-        self._pid = os.getpid()
         self._asleep_until = 0.0
         self._pause = _PAUSE_FIRST
         self._why = ""
@@ -124,11 +122,14 @@ class Server:
         embedded = self._outbox.destination.scheme not in {"http", "https", "databricks"}
         key = 0.0 if embedded else timeout or self._outbox.settings.read_timeout
         with self._lock:
-            if self._pid != os.getpid():  # connections to a database do not survive a fork
-                self._opened, self._pid = {}, os.getpid()
             if key not in self._opened:
                 self._opened[key] = delivery.open_store(self._outbox.destination, key or 30.0)
             return self._opened[key]
+
+    def forked(self) -> None:
+        """Begin anew in a forked child: connections and locks stayed with the parent's threads."""
+        self._lock = threading.Lock()
+        self._opened = {}
 
     def needed(self, what: str, away: Away) -> MlflowException:
         """Return the error of a call that only the server can answer."""

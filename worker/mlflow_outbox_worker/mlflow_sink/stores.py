@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
 import types
 from collections.abc import Iterator
@@ -30,6 +31,14 @@ from mlflow_outbox_worker.mlflow_sink.transport import Transport
 
 #: MLflow's migrations, and the replaced name below, are state of the whole process: one store is built at a time.
 _building = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _building  # noqa: PLW0603 - the child's own; the parent's may be held by a thread that is not here
+    _building = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)  # the URL of a database may hold a password
