@@ -323,19 +323,19 @@ def test_a_process_killed_while_it_makes_the_ledger_leaves_one_that_opens(tmp_pa
             script(
                 """
 import sqlite3
-from mlflow_outbox_worker import database
+from mlflow_outbox_worker import dbconnection
 left = int(sys.argv[2])
 def count(sql):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-connect = database._connect
+connect = dbconnection.connect
 def traced(*args):
     connection = connect(*args)
     connection.set_trace_callback(count)
     return connection
-database._connect = traced
+dbconnection.connect = traced
 Ledger.open(directory)
 """,
                 directory,

@@ -17,7 +17,7 @@ import pytest
 
 from ledgers import letter, record, run, view
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
-from mlflow_outbox_worker import database
+from mlflow_outbox_worker import dbconnection
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 
 FILES = ("cache.db", "cache.db-wal", "cache.db-shm")
@@ -473,10 +473,10 @@ class TestSettings:
         """The same dictionary is what diskcache stored and what SQLite does."""
         ledger = Ledger.open(directory)
         stored = dict(ledger._source.query("SELECT key, value FROM Settings"))
-        assert database.SETTINGS == {
+        assert dbconnection.SETTINGS == {
             key: stored[key] for key in stored if key not in {"count", "size", "hits", "misses"}
         }
-        for key, value in database.SETTINGS.items():
+        for key, value in dbconnection.SETTINGS.items():
             if key.startswith("sqlite_"):
                 assert [(value,)] == ledger._source.query(f"PRAGMA {key.removeprefix('sqlite_')}")
         ledger.close()

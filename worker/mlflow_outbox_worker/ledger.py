@@ -80,7 +80,8 @@ import msgspec
 
 from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.views import RunView
-from mlflow_outbox_worker.database import Cache, Database, LedgerCorrupt, Reader, Row
+from mlflow_outbox_worker.database import Database, Reader
+from mlflow_outbox_worker.dbconnection import Cache, LedgerCorrupt, Row
 from mlflow_outbox_worker.disk import BytesDisk, RowRefused
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 
