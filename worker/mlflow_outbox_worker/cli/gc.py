@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox.errors import LeaseHeld
+from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
@@ -67,10 +67,15 @@ def gc(
             codes.append(ExitCode.HELD)
             continue
         try:
-            with outboxes.ledger_of(directory, settings, write=not dry_run) as ledger:
+            # Only read: with zero bytes free there is not even room to open it for more.
+            with outboxes.ledger_of(directory, settings) as ledger:
                 would = reclaim(directory, ledger, before_ms=before_ms, dry_run=True)
                 sizes = {run_id: _bytes(directory.delivered / run_id) for run_id in would}
                 gone = would if dry_run else reclaim(directory, ledger, before_ms=before_ms)
+        except (LedgerUnavailable, OSError) as failure:
+            terminal.error(f"{name}: {failure}")
+            codes.append(ExitCode.ERROR)
+            continue
         finally:
             lease.release()
         freed = sum(sizes.get(run_id, 0) for run_id in gone)
