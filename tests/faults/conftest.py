@@ -50,6 +50,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Reporter(config, table), "fault-table")
 
 
+#: Rows that no machine can run yet, with what would be needed.
+_NOT_BUILT = {
+    "F38": ("the outbox of each older release", "a release older than this one; there is none yet"),
+}
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say the seed before anything is injected: a run that is broken off can be repeated too."""
+    seed = config.stash[_SEED]
+    return f"faults: tier {config.getoption('--tier')}, seed {seed} (repeat with --fault-seed {seed})"
+
+
 def _kept_seeds(name: str) -> list[tuple[str, str]]:
     """Return the seeds with which a test has failed, each with the other parameters of that test."""
     path = SEEDS / f"{name}.txt"
@@ -129,6 +141,8 @@ class _Reporter:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table."""
         if self._table:
+            for row, (injected, needed) in _NOT_BUILT.items():
+                self._table.not_run(row, injected, needed)
             terminalreporter.section("faults")
             terminalreporter.write_line(self._table.text())
             path = self._config.getoption("--fault-table", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import socket
 import ssl
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from faults import workload
+from faults.children import Nest
+from faults.mounts import mount, own_namespace
 from faults.oracle import held
 from faults.table import Row
 from faults.test_space import check_manners
@@ -105,6 +108,27 @@ def test_statuses_that_pass_are_retried_and_never_dead_lettered(session: Session
             eventually(lambda: session.tracker.flush(5), 20)
             row.done()
     session.settle(row)
+
+
+@pytest.mark.fault("F51", "503 to every batch while segments rotate")
+def test_no_segment_is_moved_or_deleted_before_its_events_are_answered(
+    mlflow_server: MlflowServer, proxy: FaultProxy, experiment_name: str, row: Row, tmp_path: Path
+) -> None:
+    """As long as a batch is refused, every segment from the first on is where the writer left it."""
+    given = dataclasses.replace(HURRIED, segment_bytes=1024)  # one window spans several segments
+    each = Session(mlflow_server, proxy.url, experiment_name, tmp_path / "outbox", given)
+    proxy.on("runs/log-batch", faults.status(503), times=None)
+    each.log(60)
+    eventually(lambda: 3 <= sum("log-batch" in request.path for request in proxy.requests), 30, "three refusals")
+    assert each.tracker.outbox_path is not None
+    ordinals = sorted(int(path.stem.rpartition("-")[2]) for path in each.tracker.outbox_path.glob("runs/*/*.log"))
+    assert list(range(len(ordinals))) == ordinals
+    assert len(ordinals) > 3
+    assert [] == list((each.tracker.outbox_path / "delivered").glob("*"))
+    proxy.clear()
+    row.done()
+    each.settle(row)
+    each.tracker.close(5)
 
 
 @pytest.mark.fault("F52", "429 and 503 with Retry-After: seconds, a date, the past, 10^9, garbage")
@@ -266,6 +290,68 @@ def test_a_flapping_server_gets_everything_without_a_storm(session: Session, pro
     assert delivered > 0, "no progress while flapping"
     row.measure(delivered=delivered, requests_per_s=attempts / seconds, up_s=up)
     session.settle(row, timeout=60)
+
+
+def log_without_names(fd: int, port: int, experiment: str, folder: str) -> None:
+    """Log while the server's name cannot be resolved, then while it resolves to a dead address and a good one."""
+
+    def work() -> dict[str, Any]:
+        own_namespace()
+        hosts, resolver = Path(folder, "hosts"), Path(folder, "resolv.conf")
+        hosts.write_text("127.0.0.1 nobody\n")
+        resolver.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")  # where nobody answers
+        mount("--bind", str(hosts), "/etc/hosts")
+        mount("--bind", str(resolver), "/etc/resolv.conf")
+        try:
+            socket.getaddrinfo("localhost", port)
+        except socket.gaierror:
+            unresolved = True
+        else:
+            unresolved = False
+        uri = f"http://localhost:{port}"
+        tracker = MLflowTracker(experiment, uri, outbox_dir=Path(folder, "outbox"), settings=HURRIED)
+        run = tracker.start_run("names")
+        took: list[float] = []
+        for number in range(20):
+            if workload.timed(took, lambda number=number: workload.log_event(run, number)):
+                workload.ack(fd, number)
+        before = tracker.flush(1)
+        hosts.write_text("::1 localhost\n127.0.0.1 localhost\n")
+        found = [address[4][0] for address in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM)]
+        run.end()
+        after = tracker.flush(40)
+        return {
+            "unresolved": unresolved,
+            "found": found,
+            "before": [before.delivered, before.dead],
+            "after": [after.pending, after.parked, after.dead],
+            "max_ms": workload.quantile(took, 1),
+        }
+
+    workload.reported(fd, work)
+
+
+@pytest.mark.needs("mounts")
+@pytest.mark.fault("F69", "the server's name does not resolve; then to a dead IPv6 address before a good IPv4 one")
+def test_a_name_that_does_not_resolve_is_tried_again(
+    mlflow_server: MlflowServer, proxy: FaultProxy, experiment_name: str, nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """Nothing is dead-lettered meanwhile, and no call waits for a resolver."""
+    for number in range(row.pick(1, 20, 50)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        experiment = f"{experiment_name}-{number}"
+        port = int(proxy.url.rpartition(":")[2])
+        child = nest.start(log_without_names, port, experiment, str(folder))
+        report = child.report()
+        assert report["unresolved"], "the name was resolved all the same"
+        assert "127.0.0.1" in report["found"]
+        assert [0, 0] == report["before"], report
+        assert [0, 0, 0] == report["after"], report
+        assert 20 == len(child.acked())
+        held(mlflow_server.database_uri, experiment).check(child.acked())
+        row.measure(slowest_call_ms=report["max_ms"], addresses=" ".join(report["found"]))
+        row.done()
 
 
 def _certificate(folder: Path, host: str, *, expired: bool = False) -> Path:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import sqlite3
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +21,7 @@ import pytest
 from faults import workload
 from faults.children import Nest
 from faults.mounts import PowerCut, own_namespace
-from faults.oracle import held
+from faults.oracle import held, kind_of
 from faults.table import Row
 
 #: Seconds between two background syncs.
@@ -38,11 +42,11 @@ def lose_power(fd: int, folder: str, uri: str, sync: str, worker: str, pause: fl
             log_with_times(write, uri, str(disk.path / "outbox"), worker, changed)
         os.close(write)
         data = bytearray()
-        listener = threading.Thread(target=_listen, args=(read, data), daemon=True)
+        began = threading.Event()
+        listener = threading.Thread(target=_listen, args=(read, data, began), daemon=True)
         listener.start()
-        while not data:
-            time.sleep(0.002)
-        time.sleep(pause)
+        assert began.wait(60), "nothing was logged"
+        threading.Event().wait(pause)  # the power goes at a moment that nothing announces
         before = time.monotonic()
         disk.cut()
         os.kill(victim, signal.SIGKILL)
@@ -77,6 +81,7 @@ def log_with_times(fd: int, uri: str, outbox: str, worker: str, changed: dict[st
         settings=workload.settings(**changed),  # type: ignore[arg-type]
     )
     run = tracker.start_run("cut")
+    pace = threading.Event()  # never set: without pauses the events would be used up before the power goes
     for number in range(9_000):
         # On a disk without power, events are kept in memory: they are kept, but nobody calls them durable.
         if workload.log_event(run, number):
@@ -85,13 +90,14 @@ def log_with_times(fd: int, uri: str, outbox: str, worker: str, changed: dict[st
             tracker._outbox.sync()  # type: ignore[union-attr]
             os.write(fd, f"synced {number} {time.monotonic()}\n".encode())
         if number % 8 == 0:
-            time.sleep(0.001)
+            pace.wait(0.001)
     threading.Event().wait()
 
 
-def _listen(fd: int, data: bytearray) -> None:
+def _listen(fd: int, data: bytearray, began: threading.Event) -> None:
     while part := os.read(fd, 65536):
         data += part
+        began.set()
 
 
 @pytest.mark.needs("loop")
@@ -136,3 +142,162 @@ def test_a_power_cut_takes_no_more_than_the_ladder_says(
         row.measure(
             sync=sync, store=store, durable=len(last["durable"]), lost=len(lost), oldest_lost_s=max(0.0, oldest)
         )
+
+
+#: The calls between which a power cut can find the disk in another state.
+BOUNDARIES = ("fdatasync", "fsync", "rename", "unlink")
+
+
+def lose_power_at(fd: int, folder: str, uri: str, call: str, when: int) -> None:
+    """Log and deliver on a file system that loses its power just before the Nth call of a kind, then drain it.
+
+    With ``when`` 0 nothing is lost, and the report counts the calls of each kind.
+    """
+
+    def work() -> dict[str, Any]:
+        own_namespace()
+        disk = PowerCut(Path(folder))
+        outbox, trace = str(disk.path / "outbox"), Path(folder, "trace")
+        read, write = os.pipe()
+        gate, opened = os.pipe()
+        victim = os.fork()
+        if victim == 0:
+            os.close(read)
+            os.read(gate, 1)
+            workload.session(write, uri, outbox, "cut", 0, 12, {"free_bytes": 0})
+        os.close(write)
+        calls = ",".join(BOUNDARIES)
+        command = ["strace", "-f", "-p", str(victim), "-o", str(trace), "-e", f"trace={calls}", "-e", "signal=none"]
+        if when:
+            command += ["-e", f"inject={call}:signal=SIGKILL:when={when}"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as tracer:
+            assert tracer.stderr is not None
+            assert b"attached" in tracer.stderr.readline()
+            os.write(opened, b"x")
+            _, status = os.waitpid(victim, 0)
+            disk.cut()
+        said = bytearray()
+        _listen(read, said, threading.Event())
+        disk.off()
+        disk.on()
+        drained = os.fork()
+        if drained == 0:
+            workload.drain(fd, uri, outbox, "cut", 90_000, {"free_bytes": 0})
+            os._exit(0)
+        os.waitpid(drained, 0)
+        disk.off()
+        lines = trace.read_text(errors="replace").splitlines()
+        names = [found[1] for line in lines if (found := re.match(rf"{victim}\s+(\w+)\(", line))]
+        acked = [int(line) for line in said.decode().split("\n")[:-1]]
+        return {"acked": acked, "counts": {c: names.count(c) for c in BOUNDARIES}, "fired": os.WIFSIGNALED(status)}
+
+    workload.reported(fd, work)
+
+
+@pytest.mark.needs("loop", "strace")
+@pytest.mark.fault("F17", "power cut just before the Nth fdatasync, fsync, rename or unlink of a session")
+def test_a_power_cut_at_any_boundary_loses_and_doubles_nothing(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """At "always" every acknowledged event is on the disk, whatever step the worker was at."""
+    uris = (f"sqlite:///{empty_database(tmp_path / f'{number}.db')}" for number in range(10_000))
+
+    def cut(name: str, call: str, when: int) -> dict[str, Any]:
+        folder, uri = tmp_path / name, next(uris)
+        folder.mkdir()
+        child = nest.start(lose_power_at, str(folder), uri, call, when)
+        report = child.report()
+        after = next(json.loads(line) for line in child.lines() if '"left"' in line)
+        assert [0, 0, 0] == [after["left"][k] for k in ("pending", "parked", "dead")], (name, after)
+        fresh = set(range(90_000, 90_010))
+        held(uri, "cut").check(set(report["acked"]) | fresh, set(range(12)) | fresh)
+        (folder / "image").unlink()
+        return report
+
+    whole = cut("whole", "", 0)
+    points = [(call, n) for call, count in whole["counts"].items() for n in range(1, count + 1)]
+    chosen = row.sample(range(len(points)), 2, len(points))
+    fired = 0
+    for index in chosen:
+        call, when = points[index]
+        fired += cut(f"{call}-{when}", call, when)["fired"]
+        row.done()
+    assert fired >= 0.9 * len(chosen), f"only {fired} of {len(chosen)} cuts came before the end"
+    row.measure(points=len(points), fired=fired)
+
+
+#: What is torn: no artifacts, whose copies are files of their own.
+EVENTS = [number for number in range(98) if kind_of(number) != "artifact"]
+
+
+def log_unsynced(fd: int, uri: str, outbox: str) -> None:
+    """Log to several segments, none of which is synced; report which segment took each event."""
+
+    def work() -> dict[str, Any]:
+        given = workload.settings(sync="os", **workload.TINY)
+        tracker = workload.MLflowTracker("torn", uri, outbox_dir=outbox, worker="none", settings=given)
+        run = tracker.start_run("torn")
+        runs = Path(str(tracker.outbox_path), "runs", run.run_id)
+        segments = []
+        for number in EVENTS:
+            assert workload.log_event(run, number)
+            segments.append(max(path.name for path in runs.glob("*.log")))
+        return {"segments": segments}
+
+    workload.reported(fd, work)
+    os._exit(0)
+
+
+def tear(path: Path, rng: random.Random) -> str:
+    """Do to a segment what a cut may do to one that was never synced: parts of it, of any order, were not written."""
+    data = path.read_bytes()
+    what = rng.choice(["absent", "cut", "sectors", "grown"])
+    if what == "absent":
+        path.unlink()
+    elif what == "cut":
+        path.write_bytes(data[: rng.randrange(len(data))])
+    elif what == "grown":  # its size was written, and none of its data
+        path.write_bytes(bytes(len(data)))
+    else:
+        parts = [data[at : at + 128] for at in range(0, len(data), 128)]
+        path.write_bytes(b"".join(bytes(len(part)) if rng.random() < 0.4 else part for part in parts))
+    return what
+
+
+@pytest.mark.fault("F18", "unsynced writes kept in any subset and order: segments absent, cut, or with holes of zeros")
+def test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others(
+    sqlite_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """Every event of a segment that is whole arrives once, none that was not logged; the next program goes on."""
+    outbox = tmp_path / "outbox"
+    where = nest.start(log_unsynced, sqlite_uri, str(outbox)).report()["segments"]
+    folder = workload.directory_of(outbox, sqlite_uri)
+    names = sorted(set(where))
+    assert len(names) > 3, "too few segments"
+    for number in range(row.pick(3, 500, 20_000)):
+        state, experiment = tmp_path / f"state{number}", f"torn-{number}"
+        shutil.copytree(folder, workload.directory_of(state, sqlite_uri), symlinks=True)
+        torn = {name for name in names if rng.random() < 0.4} or {names[-1]}
+        did = {
+            path.name: tear(path, rng)
+            for path in sorted(workload.directory_of(state, sqlite_uri).glob("runs/*/*.log"))
+            if path.name in torn
+        }
+        report = nest.start(workload.drain, sqlite_uri, str(state), experiment, 100, {}).report()
+        assert [0, 0] == [report["left"]["parked"], report["left"]["dead"]], (did, report)
+        # The torn run keeps its own experiment, and all states share the database: its runs are judged by their rows.
+        fresh = set(range(100, 110))
+        held(sqlite_uri, experiment).check(fresh)
+        whole = {event for event, name in zip(EVENTS, where, strict=True) if name not in torn}
+        held(sqlite_uri, "torn").check(whole, set(EVENTS))
+        forget(sqlite_uri)
+        shutil.rmtree(state)
+        row.done()
+
+
+def forget(uri: str) -> None:
+    """Take the torn run out of MLflow's database, so that the next state is delivered afresh."""
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            database.execute(f"DELETE FROM {table}")
+    database.close()

@@ -14,11 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from contents import the_run
 from faults import workload
 from faults.children import Nest
 from faults.oracle import held
 from faults.table import Row
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Tags
+from mlflow_outbox.spool.journal import Journal
+from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.testing.proxy import FaultProxy
 from servers import MlflowServer, eventually
 
@@ -201,6 +207,26 @@ def test_what_a_newer_version_wrote_is_left_on_disk(sqlite_uri: str, nest: Nest,
     path.write_text(text)
     report = nest.start(workload.drain, sqlite_uri, str(outbox), "newer", 50, {}).report()
     held(sqlite_uri, "newer").check(acked | set(report["acked"]))
+    row.done()
+
+
+@pytest.mark.fault("F34", "an older value of another writer comes after the newer one was delivered and recorded")
+def test_an_older_value_of_another_writer_does_not_undo_what_was_delivered(
+    sqlite_uri: str, row: Row, tmp_path: Path
+) -> None:
+    """What the cursor has passed is not read again: that it was overtaken is known from the recorded view alone."""
+    tracker = MLflowTracker("overtaken", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK)
+    run = tracker.start_run("overtaken")
+    assert run.set_tag("phase", "newer")
+    assert tracker.flush(30)
+    directory = OutboxDirectory.open(workload.directory_of(tmp_path / "outbox", sqlite_uri))
+    other = Journal(directory, RunIdentity(run.run_id, "overtaken"), QUICK, Counters())
+    other.append(Tags({"phase": "older", "of the other": "there"}, 1))
+    other.close()
+    run.end()
+    assert tracker.close(30)
+    tags = the_run(sqlite_uri, "overtaken").data.tags
+    assert ("newer", "there") == (tags["phase"], tags["of the other"])
     row.done()
 
 
