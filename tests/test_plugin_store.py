@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import uuid
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +398,76 @@ def test_every_entry_point_leads_somewhere() -> None:
         "outbox+databricks",
     } <= set(found["mlflow.tracking_store"])
     register()
+
+
+def test_the_tracking_uri_alone_makes_a_program_durable(sqlite_uri: str, tmp_path: Path) -> None:
+    """MLflow finds the plugin by its entry points: no import, no registration, one variable of the environment."""
+    code = "import mlflow; run = mlflow.start_run(run_name='r'); mlflow.log_metric('m', 1.0); mlflow.end_run()"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    installed = {point.name for point in metadata.entry_points(group="mlflow.tracking_store")}
+    if "outbox+sqlite" not in installed:  # a checkout on the path: what an installation of it would write
+        written = tmp_path / "site" / "mlflow_outbox-0.dist-info"
+        written.mkdir(parents=True)
+        (written / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow-outbox\nVersion: 0\n")
+        groups = [
+            f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in names.items())
+            for group, names in entry_points().items()
+        ]
+        (written / "entry_points.txt").write_text("\n".join(groups))
+        here = [path for path in sys.path if path.endswith(("tracker", "worker"))]
+        environment["PYTHONPATH"] = os.pathsep.join([str(written.parent), *here])
+    environment["MLFLOW_TRACKING_URI"] = f"outbox+{sqlite_uri}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stderr
+    assert [] != list((tmp_path / ".mlflow-outbox").iterdir())
+    (run,) = the_runs(sqlite_uri, "Default")
+    assert ("r", {"m": 1.0}, "FINISHED") == (run.info.run_name, run.data.metrics, run.info.status)
+
+
+def test_parties_that_meet_at_a_new_database_leave_it_whole(tmp_path: Path) -> None:
+    """The tables are made with the store, before a worker is there: MLflow's own store beside it finds them."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    plain = f"sqlite:///{tmp_path / 'new.db'}"
+    uri = f"outbox+{plain}"
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        mlflow.MlflowClient()
+        assert ["0"] == [found.experiment_id for found in SqlAlchemyStore(plain, str(tmp_path)).search_experiments()]
+        with mlflow.start_run() as run:
+            mlflow.log_metric("m", 1.0)
+        deliver(uri)
+        assert {"m": 1.0} == SqlAlchemyStore(plain, str(tmp_path)).get_run(run.info.run_id).data.metrics
+
+
+def flushed_in_vain(uri: str) -> bool:
+    """Return whether the worker tried to deliver and counts the destination as away."""
+    outbox = store(uri).outbox
+    return not outbox.flush(0.1) and outbox._worker.delivery.condition()[0] == "away"
+
+
+def test_a_database_that_was_taken_away_is_not_made_anew(sqlite_uri: str, tmp_path: Path) -> None:
+    """An empty one in its place would take what belongs into the other; events wait until the file is back."""
+    uri = f"outbox+{sqlite_uri}"
+    file = Path(sqlite_uri.removeprefix("sqlite:///"))
+    with tracking(uri, tmp_path / "outbox", worker="none") as mlflow:
+        with mlflow.start_run() as run:
+            mlflow.log_metric("m", 1.0)
+        aside = file.rename(file.with_suffix(".aside"))
+        with tracking(uri, tmp_path / "outbox", worker="thread"):
+            eventually(lambda: flushed_in_vain(uri), message="the worker has found no database")
+            assert not file.exists()
+            aside.rename(file)
+            deliver(uri)
+    with client(sqlite_uri) as api:
+        assert {"m": 1.0} == api.get_run(run.info.run_id).data.metrics
 
 
 @pytest.mark.compatibility

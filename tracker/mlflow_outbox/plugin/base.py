@@ -64,6 +64,9 @@ class Base:
         self._model_homes: dict[str, str] = {}
         self._local_roots: dict[str, tuple[str, str]] = {}
         self._models_have_metrics = False
+        if destination.scheme == "sqlite":
+            # As MLflow's own store does: its tables are there before anybody else, the worker too, looks for them.
+            self.ask(lambda store: store)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} to {self.server.uri}>"

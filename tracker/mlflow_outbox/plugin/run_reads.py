@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.entities import Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
@@ -21,6 +21,9 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.reading import LocalRun
+
 #: Points asked for in one page of a metric's history.
 _PAGE: Final = 25_000
 
@@ -35,7 +38,7 @@ class RunReads(Experiments):
             MlflowException: there is none of this id, or only the server would know and is away.
         """
         local_id = self.canonical(run_id)
-        local = self.local_run(local_id)
+        local = self._waiting(local_id)
         theirs: Run | None = None
         away: Away | None = None
         try:
@@ -51,11 +54,16 @@ class RunReads(Experiments):
         if theirs is not None:
             uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)
             return self._placed(reads.folded(theirs, local.pending if local is not None else (), run_id, uri))
+        local = local or self.local_run(local_id)
         if local is not None:
             return reads.local_run_of(local, run_id, self._uri(local_id))
         if away is not None:
             raise self.server.needed(f"the run {run_id}", away)
         raise no_such("Run", run_id)
+
+    def _waiting(self, local_id: str) -> LocalRun | None:
+        """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""
+        return self.local_run(local_id) if any(self.outbox.directory.run(local_id).glob("*.log")) else None
 
     def _placed(self, run: Run) -> Run:
         run.info._experiment_id = self.shown_experiment(run.info.experiment_id)
@@ -73,7 +81,7 @@ class RunReads(Experiments):
             MlflowException: only the server would know and is away.
         """
         local_id = self.canonical(run_id)
-        local = self.local_run(local_id)
+        local = self._waiting(local_id)
         pending = reads.points(local.pending, metric_key) if local is not None else []
         try:
             remote = self.ids.remote(local_id)
@@ -83,7 +91,7 @@ class RunReads(Experiments):
                 )
             )
         except (Away, NotYet) as away:
-            if local is None:
+            if (local or self.local_run(local_id)) is None:
                 raise self.server.needed(
                     f"the metric {metric_key} of run {run_id}", Away(str(away), sent=False)
                 ) from None

@@ -11,6 +11,7 @@ it refuses names with ``#``. Other characters are quoted here and arrive.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import mimetypes
 import os
 import posixpath
@@ -60,11 +61,15 @@ class Artifacts:
             self._put(artifact_uri.rstrip("/"), file, artifact_path, mlflows=False)
         else:
             repository = self._repository(artifact_uri)
+            place = None
+            if isinstance(repository, LocalArtifactRepository):
+                place = Path(repository.artifact_dir, folder, name)
             with _named(file, name) as alias:
-                repository.log_artifact(str(alias), folder or None)
-                if isinstance(repository, LocalArtifactRepository):
+                if place is None or not _same(place, file):
+                    repository.log_artifact(str(alias), folder or None)
+                if place is not None and _mode(place) == _mode(file):
                     # Our copy is private (0600) and the repository keeps modes; others read artifacts as a rule.
-                    _default_mode(Path(repository.artifact_dir, folder, name), alias.parent)
+                    _default_mode(place, alias.parent)
 
     def download(self, artifact_uri: str, artifact_path: str, target: Path, size: int) -> None:
         """Store the content of an artifact as a new file; the size in bytes that it should have bounds the time."""
@@ -157,6 +162,18 @@ def _named(file: Path, name: str) -> Iterator[Path]:
         except OSError:
             shutil.copyfile(file, alias)
         yield alias
+
+
+def _same(place: Path, file: Path) -> bool:
+    """Return whether a file is in its place already: a copy over it would be seen half-written by its readers."""
+    try:
+        return place.is_file() and filecmp.cmp(place, file, shallow=False)
+    except OSError:
+        return False
+
+
+def _mode(file: Path) -> int:
+    return file.stat().st_mode & 0o777
 
 
 def _default_mode(artifact: Path, private: Path) -> None:
