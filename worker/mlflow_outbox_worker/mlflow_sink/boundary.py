@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import sys
 from collections.abc import Iterator
 
 import requests
-import sqlalchemy.exc
 from mlflow.exceptions import MlflowException
 from mlflow.utils.logging_utils import suppress_logs_in_thread as quiet
 
@@ -63,7 +63,7 @@ def translate(error: BaseException) -> SinkError:
         return error.sink_error
     if isinstance(error, MlflowException):
         return _of_mlflow(error)
-    if isinstance(error, sqlalchemy.exc.SQLAlchemyError):
+    if _is_of_database(error):
         return _of_database(error)
     if isinstance(error, requests.RequestException) and error.response is None:
         return SinkError(clean(error), kind="connection")
@@ -83,7 +83,7 @@ def translate(error: BaseException) -> SinkError:
 def _of_mlflow(error: MlflowException) -> SinkError:
     message = clean(error)
     cause = error.__cause__ or error.__context__
-    if isinstance(cause, sqlalchemy.exc.SQLAlchemyError):
+    if cause is not None and _is_of_database(cause):
         return _of_database(cause)
     if error.error_code == "INTERNAL_ERROR" and cause is not None:
         inner = translate(cause)
@@ -95,7 +95,14 @@ def _of_mlflow(error: MlflowException) -> SinkError:
     return SinkError(message, kind="answer", status=error.get_http_status_code(), code=error.error_code)
 
 
-def _of_database(error: sqlalchemy.exc.SQLAlchemyError) -> SinkError:
+def _is_of_database(error: BaseException) -> bool:
+    # Where SQLAlchemy is not imported, for a tracking server, it has raised nothing.
+    return "sqlalchemy.exc" in sys.modules and isinstance(error, sys.modules["sqlalchemy.exc"].SQLAlchemyError)
+
+
+def _of_database(error: BaseException) -> SinkError:
+    import sqlalchemy.exc  # only here: it was raised by it
+
     message = clean(getattr(error, "orig", None) or error)
     if isinstance(error, (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError)):
         # The text would repeat the URL, and with it the password.

@@ -8,15 +8,12 @@ import functools
 import os
 import threading
 import types
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-import sqlalchemy.engine
 from mlflow import MlflowClient
-from mlflow.store.db import utils as database
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.store.tracking import file_store
 from mlflow.utils.credentials import read_mlflow_creds
@@ -29,21 +26,14 @@ from mlflow_outbox_worker.mlflow_sink.boundary import translated
 from mlflow_outbox_worker.mlflow_sink.directory import Directory
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, Host, ServerStore
 from mlflow_outbox_worker.mlflow_sink.transport import Transport
-from mlflow_outbox_worker.sink import SinkError
 
 #: MLflow's migrations, and the replaced name below, are state of the whole process: one store is built at a time.
 _building = threading.Lock()
-#: Stores of SQLite files that are in use, by URI, artifact root and file: worker and plugin share them, because
-#: building one (or, for a new file, the tables) takes long.
-_in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], Any] = weakref.WeakValueDictionary()
-#: SQLite files that this process has opened.
-_opened: set[Path] = set()
 
 
 def _after_fork_in_child() -> None:
-    global _building, _in_use  # noqa: PLW0603 - the child's own: locks and connections are those of the parent's threads
+    global _building  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
     _building = threading.Lock()
-    _in_use = weakref.WeakValueDictionary()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -95,7 +85,11 @@ def open_store(
             return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=True, transport=transport)
         if scheme == "file":
             return _directory(uri, artifact_root)
-        return _database(uri, artifact_root)
+        from mlflow_outbox_worker.mlflow_sink import database  # imports sqlalchemy, which the others do without
+
+        with _building:
+            uri, store, parallel = database.open_store(uri, artifact_root or str(Path("mlruns").absolute()))
+        return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=parallel)
 
 
 def open_client(
@@ -163,72 +157,6 @@ def _directory(uri: str, artifact_root: str | None) -> OpenStore:
     with _file_store_allowed():
         store = Directory(root, artifact_root or root)
     return OpenStore(root, store, Artifacts(root), deduplicates_metrics=False, parallel=False)
-
-
-def _database(uri: str, artifact_root: str | None) -> OpenStore:
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # only here
-
-    url = _absolute(uri)
-    uri = url.render_as_string(hide_password=False)
-    root = artifact_root or str(Path("mlruns").absolute())
-    file = _file(url)
-    with _building:
-        store = _in_use.get((uri, root, *_identity(file))) if file else None
-        if store is None:
-            if file:
-                _prepare(file)
-            # MLflow would try for a minute to connect. One attempt is enough here, and a second process may be
-            # creating the tables.
-            engine = database.create_sqlalchemy_engine(uri)
-            try:
-                with engine.connect():
-                    pass
-                database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
-            finally:
-                engine.dispose()
-            store = SqlAlchemyStore(uri, root)
-            if file:
-                _opened.add(file)
-                key = (uri, root, *_identity(file))
-                _in_use[key] = store
-    sqlite = url.get_backend_name() == "sqlite"
-    return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=not sqlite)
-
-
-def _absolute(uri: str) -> sqlalchemy.engine.URL:
-    """Return a database URL whose file, if any, does not depend on the working directory."""
-    url = sqlalchemy.engine.make_url(uri)
-    file = _file(url)
-    return url.set(database=str(file.absolute())) if file else url
-
-
-def _file(url: sqlalchemy.engine.URL) -> Path | None:
-    """Return the file of an SQLite database that is an ordinary one."""
-    name = url.database
-    if url.get_backend_name() != "sqlite" or not name or name == ":memory:" or name.startswith("file:"):
-        return None
-    return Path(name)
-
-
-def _identity(file: Path) -> tuple[int, int]:
-    try:
-        found = file.stat()
-    except OSError:
-        return 0, 0
-    return found.st_dev, found.st_ino
-
-
-def _prepare(file: Path) -> None:
-    """Create the directory of a new database.
-
-    Raises:
-        SinkError: the database was there and is gone. Whoever took it away did not ask for an empty one, and a disk
-            that is not mounted now would hide it later.
-    """
-    if file in _opened and not file.exists():
-        msg = f"the database {file} was there and is gone"
-        raise SinkError(msg, kind="connection", sent=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,101 @@
+"""Databases as tracking stores: MLflow's own store, opened in one attempt, and shared where it is an SQLite file."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+import sqlalchemy.engine
+from mlflow.store.db import utils as database
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+from mlflow_outbox_worker.sink import SinkError
+
+#: Stores of SQLite files that are in use, by URI, artifact root and file: worker and plugin share them, because
+#: building one (or, for a new file, the tables) takes long.
+_in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], SqlAlchemyStore] = weakref.WeakValueDictionary()
+#: SQLite files that this process has opened.
+_opened: set[Path] = set()
+
+
+def _after_fork_in_child() -> None:
+    global _in_use  # noqa: PLW0603 - the child's own: connections are those of the parent's threads
+    _in_use = weakref.WeakValueDictionary()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def open_store(uri: str, root: str) -> tuple[str, SqlAlchemyStore, bool]:
+    """Open the store of a database URL; calls must not overlap.
+
+    Args:
+        uri: the URL.
+        root: where experiments that it creates keep their artifacts.
+
+    Returns:
+        The URL with an absolute path; the store; whether several requests may be under way at once.
+
+    Raises:
+        SinkError: the database was there and is gone.
+        Exception: whatever SQLAlchemy and MLflow raise, for ``boundary`` to translate.
+    """
+    url = _absolute(uri)
+    uri = url.render_as_string(hide_password=False)
+    file = _file(url)
+    store = _in_use.get((uri, root, *_identity(file))) if file else None
+    if store is None:
+        if file:
+            _prepare(file)
+        # MLflow would try for a minute to connect. One attempt is enough here, and a second process may be
+        # creating the tables.
+        engine = database.create_sqlalchemy_engine(uri)
+        try:
+            with engine.connect():
+                pass
+            database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
+        finally:
+            engine.dispose()
+        store = SqlAlchemyStore(uri, root)
+        if file:
+            _opened.add(file)
+            key = (uri, root, *_identity(file))
+            _in_use[key] = store
+    return uri, store, url.get_backend_name() != "sqlite"
+
+
+def _absolute(uri: str) -> sqlalchemy.engine.URL:
+    """Return a database URL whose file, if any, does not depend on the working directory."""
+    url = sqlalchemy.engine.make_url(uri)
+    file = _file(url)
+    return url.set(database=str(file.absolute())) if file else url
+
+
+def _file(url: sqlalchemy.engine.URL) -> Path | None:
+    """Return the file of an SQLite database that is an ordinary one."""
+    name = url.database
+    if url.get_backend_name() != "sqlite" or not name or name == ":memory:" or name.startswith("file:"):
+        return None
+    return Path(name)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def _prepare(file: Path) -> None:
+    """Create the directory of a new database.
+
+    Raises:
+        SinkError: the database was there and is gone. Whoever took it away did not ask for an empty one, and a disk
+            that is not mounted now would hide it later.
+    """
+    if file in _opened and not file.exists():
+        msg = f"the database {file} was there and is gone"
+        raise SinkError(msg, kind="connection", sent=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
