@@ -234,7 +234,7 @@ def test_a_replay_that_is_killed_again_and_again_creates_nothing_twice(
         path = the_outbox(tmp_path / "outbox") / "outbox.json"
         path.write_text(path.read_text().replace(uri, NOWHERE))
     killed, code = run_with_kills(
-        "replay", *arguments, least=0.2, most=1.0, kills=7, env={"MLFLOW_OUTBOX_BATCH_POINTS": "100"}
+        "replay", *arguments, least=0.2, most=1.0, kills=4, env={"MLFLOW_OUTBOX_BATCH_POINTS": "100"}
     )
     assert (True, 0) == (killed > 0, code)
     found = runs(uri, experiment_name)
