@@ -239,7 +239,7 @@ def _aim(directory: Path, _uris: Mapping[str, str]) -> Tracker:
     import aim
 
     if not hasattr(aim, "Run"):
-        msg = f"wheels alone give version {aim.__version__}, which has no Run"
+        msg = "the version that wheels alone give has no Run"
         raise RuntimeError(msg)
     run = aim.Run(repo=str(directory / "aim"), system_tracking_interval=None, capture_terminal_logs=False)
     return Tracker(
