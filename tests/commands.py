@@ -70,11 +70,11 @@ def start(*words: object, **more: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         env=environment(**more),
-        preexec_fn=_take_interrupts,  # noqa: PLW1509 - one system call, which no thread of this process can hold up
+        preexec_fn=take_interrupts,  # noqa: PLW1509 - one system call, which no thread of this process can hold up
     )
 
 
-def _take_interrupts() -> None:
+def take_interrupts() -> None:
     """Undo what a shell does to its jobs in the background: they ignore SIGINT, and so do their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

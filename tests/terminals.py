@@ -15,7 +15,7 @@ import time
 from types import TracebackType
 from typing import final
 
-from commands import command, environment
+from commands import command, environment, take_interrupts
 
 #: Seconds after which a command that does not do what is waited for fails its test.
 _PATIENCE = 90.0
@@ -44,7 +44,7 @@ class Terminal:
             stderr=slave,
             env=env,
             start_new_session=True,
-            preexec_fn=_take_terminal,  # noqa: PLW1509 - one system call, which no thread of this process can hold up
+            preexec_fn=_take_terminal,  # noqa: PLW1509 - two system calls, which no thread of this process can hold up
         )
         os.close(slave)
         self.written = ""
@@ -106,4 +106,5 @@ def plain(text: str) -> list[str]:
 
 
 def _take_terminal() -> None:
+    take_interrupts()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
