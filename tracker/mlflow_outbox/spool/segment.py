@@ -9,7 +9,6 @@ The closing frame counts as no event: it carries the number that the next event 
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -82,10 +81,14 @@ class Segment:
             if self._disk.write(fd, data) != size:
                 raise short_write()
         except BaseException:
-            with contextlib.suppress(OSError):
+            try:  # noqa: SIM105 - as in close: nothing may raise before the file is gone
                 os.unlink(path)
-            with contextlib.suppress(OSError):
+            except OSError:
+                pass
+            try:  # noqa: SIM105 - as in close
                 self._disk.close(fd)
+            except OSError:
+                pass
             raise
         self.fd, self._path, self.seed, self.offset = fd, path, header.seed, size
 
