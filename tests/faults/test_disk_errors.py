@@ -102,9 +102,9 @@ def test_a_slow_disk_is_never_waited_for(
     empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
 ) -> None:
     """At sync="interval" the background waits for the disk, a logging call does not."""
-    uri = f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}"
-    outbox = tmp_path / "outbox"
     for number in range(row.pick(1, 5, 20)):
+        uri = f"sqlite:///{empty_database(tmp_path / f'{number}.db')}"
+        outbox = tmp_path / f"outbox{number}"
         delay = 200_000 if row.tier == "commit" else 2_000_000
         child = nest.traced(
             tmp_path / "trace",
@@ -120,8 +120,8 @@ def test_a_slow_disk_is_never_waited_for(
         after = nest.start(workload.drain, uri, str(outbox), f"slow{number}", 90_000, {}).report()
         assert 0 == after["left"]["pending"] + after["left"]["dead"], after
         assert set(range(60)) == child.acked()
+        held(uri, "failing").check(child.acked())
         row.done()
-    held(uri, "failing").check(child.acked())
 
 
 def log_while(fd: int, uri: str, folder: str, what: str) -> None:

@@ -274,4 +274,4 @@ def test_a_worker_that_stands_still_keeps_its_lease_and_harms_nothing(
             acked |= each.acked()
             issued |= workload.issued_by(each.acked(), start, 1)
         row.done()
-    recovered(nest, sqlite_uri, Path(outbox), "still", acked, issued, 50)
+    recovered(nest, sqlite_uri, Path(outbox), "still", acked, issued, 50, patience=60 + len(acked) / 400)

@@ -22,10 +22,29 @@ CALLS = ("write", "pwrite64", "openat", "fsync", "fdatasync", "ftruncate", "mkdi
 
 
 def recovered(
-    nest: Nest, uri: str, outbox: Path, experiment: str, acked: set[int], issued: set[int], fresh: int
+    nest: Nest,
+    uri: str,
+    outbox: Path,
+    experiment: str,
+    acked: set[int],
+    issued: set[int],
+    fresh: int,
+    *,
+    patience: float = 60.0,
 ) -> None:
-    """Let the next program deliver what a killed one left, log more, and check what MLflow holds."""
-    report = nest.start(workload.drain, uri, str(outbox), experiment, fresh, {}).report()
+    """Let the next program deliver what a killed one left, log more, and check what MLflow holds.
+
+    Args:
+        nest: starts that program.
+        uri: of the store.
+        outbox: root of the killed one's outbox.
+        experiment: that all programs log to.
+        acked: events whose logging call had returned True.
+        issued: events that may be there.
+        fresh: number of the first event that the next program logs.
+        patience: seconds in which everything has to be delivered.
+    """
+    report = nest.start(workload.drain, uri, str(outbox), experiment, fresh, {}, patience).report(patience + 60)
     assert 10 == len(report["acked"]), report
     assert {"pending": 0, "parked": 0, "dead": 0} == {k: report["left"][k] for k in ("pending", "parked", "dead")}, (
         report
@@ -164,7 +183,7 @@ def test_a_killed_lease_holder_is_replaced_within_two_seconds(
     acked |= holder.acked()
     issued |= holder.acked() | {max(holder.acked()) + 1}
     row.measure(slowest_takeover_s=slowest)
-    recovered(nest, sqlite_uri, tmp_path / "outbox", "lease", acked, issued, 50)
+    recovered(nest, sqlite_uri, tmp_path / "outbox", "lease", acked, issued, 50, patience=60 + len(acked) / 400)
     assert slowest <= 2.0 + workload.PATIENCE
 
 

@@ -48,7 +48,7 @@ def test_many_processes_share_one_outbox(sqlite_uri: str, nest: Nest, row: Row, 
     assert processes * count == len(acked)
     row.done(processes)
     row.measure(processes=processes, events=len(acked))
-    recovered(nest, sqlite_uri, outbox, "many", acked, acked, 50)
+    recovered(nest, sqlite_uri, outbox, "many", acked, acked, 50, patience=60 + len(acked) / 400)
 
 
 def deliver_and_linger(fd: int, uri: str, outbox: str, experiment: str, first: int) -> None:

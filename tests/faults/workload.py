@@ -101,8 +101,10 @@ def issued_by(acked: set[int], first: int, threads: int) -> set[int]:
     return result
 
 
-def drain(fd: int, uri: str, outbox: str, experiment: str, fresh: int, changed: dict[str, Any]) -> None:
-    """Be the next program: log ten fresh events, deliver everything, and report what came of it."""
+def drain(
+    fd: int, uri: str, outbox: str, experiment: str, fresh: int, changed: dict[str, Any], patience: float = 60.0
+) -> None:
+    """Be the next program: log ten fresh events, deliver everything within some seconds, and report what came of it."""
 
     def work() -> dict[str, Any]:
         tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=settings(**changed))
@@ -110,7 +112,7 @@ def drain(fd: int, uri: str, outbox: str, experiment: str, fresh: int, changed: 
         acked = [n for n in range(fresh, fresh + 10) if log_event(run, n)]
         run.end()
         started = time.monotonic()
-        left = tracker.flush(60)
+        left = tracker.flush(patience)
         took = time.monotonic() - started
         counters = tracker.counters
         tracker.close(5)
