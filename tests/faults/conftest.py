@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import secrets
 import time
@@ -25,6 +26,25 @@ from faults.children import Nest
 from faults.table import Row, Table
 
 SEEDS = Path(__file__).with_name("seeds")
+#: Parts of a test that tries every point of a long list, for several processes, in the longer tiers.
+PARTS = 6
+#: Tests that need minutes in the longer tiers, the longest first: each process begins with some of them.
+LONGEST = (
+    "test_a_kill_at_any_system_call_loses_and_doubles_nothing",
+    "test_kills_at_random_times_lose_and_double_nothing",
+    "test_every_way_to_end_keeps_every_event",
+    "test_a_fork_in_any_state_loses_and_doubles_nothing",
+    "test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others",
+    "test_a_power_cut_takes_no_more_than_the_ladder_says",
+    "test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow",
+    "test_a_worker_that_stands_still_keeps_its_lease_and_harms_nothing",
+    "test_a_power_cut_at_any_boundary_loses_and_doubles_nothing",
+    "test_a_kill_during_the_recovery_from_a_kill_is_harmless",
+    "test_an_input_output_error_at_any_call_loses_nothing_that_was_kept",
+    "test_a_server_killed_in_the_middle_holds_everything_once",
+    "test_many_processes_share_one_outbox",
+    "test_a_reset_at_any_byte_doubles_and_loses_nothing",
+)
 _TABLE = pytest.StashKey[Table]()
 _SEED = pytest.StashKey[str]()
 
@@ -48,12 +68,6 @@ def pytest_configure(config: pytest.Config) -> None:
     table = config.stash[_TABLE] = Table(config.getoption("--tier", "commit"), config.stash[_SEED])
     if not worker:
         config.pluginmanager.register(_Reporter(config, table), "fault-table")
-
-
-#: Rows that no machine can run yet, with what would be needed.
-_NOT_BUILT = {
-    "F38": ("the outbox of each older release", "a release older than this one; there is none yet"),
-}
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -84,6 +98,9 @@ def pytest_configure_node(node: Any) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a random test with this session's seed, and with each seed that has failed before."""
+    if "part" in metafunc.fixturenames:
+        parts = 1 if metafunc.config.getoption("--tier") == "commit" else PARTS
+        metafunc.parametrize("part", [slice(n, None, parts) for n in range(parts)], ids=map(str, range(parts)))
     if "rng" in metafunc.fixturenames:
         seeds = list(dict.fromkeys(seed for seed, _ in _kept_seeds(metafunc.function.__name__)))
         metafunc.parametrize("fault_seed", [None, *seeds], ids=["new", *(f"kept-{seed}" for seed in seeds)])
@@ -103,9 +120,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 config.stash[_TABLE].not_run(mark.args[0], mark.args[1], missing[0])
         else:
             kept.append(item)
-    if len(kept) < len(items):
-        items[:] = kept
+    if out:
         config.hook.pytest_deselected(items=out)
+    items[:] = kept if config.getoption("--tier") == "commit" else _longest_first(kept)
+
+
+def _longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return tests so that each process of pytest-xdist, which gets an equal part of the list, begins with long ones."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    order = sorted(items, key=lambda item: ranks.get(item.name.partition("[")[0], len(ranks)))
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return [item for first in range(count) for item in order[first::count]]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -141,8 +166,6 @@ class _Reporter:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table."""
         if self._table:
-            for row, (injected, needed) in _NOT_BUILT.items():
-                self._table.not_run(row, injected, needed)
             terminalreporter.section("faults")
             terminalreporter.write_line(self._table.text())
             path = self._config.getoption("--fault-table", "")
