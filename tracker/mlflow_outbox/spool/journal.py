@@ -36,7 +36,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
@@ -45,9 +45,9 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
 from mlflow_outbox.spool.events import Event, encode
 from mlflow_outbox.spool.ring import MemoryRing
-from mlflow_outbox.spool.segment import Segment
-from mlflow_outbox.spool.sequence import EventSequence, RunIdentity
+from mlflow_outbox.spool.sequence import EventSequence, Means, RunIdentity
 from mlflow_outbox.spool.snapshot import SnapshotStore
+from mlflow_outbox.spool.sync_round import SyncRound
 
 T = TypeVar("T")
 
@@ -64,18 +64,6 @@ class Registry(Protocol):
     def watch(self, journal: Journal) -> None:
         """Look after a journal from now on."""
         ...
-
-
-class _Dirt(NamedTuple):
-    """What one background sync has to make durable, noted under the lock and done without it."""
-
-    segment: Segment
-    offset: int
-    events: int
-    is_dirty: bool
-    copies: list[tuple[SnapshotStore, str]]
-    names: bool
-    retired: list[Segment]
 
 
 class Journal:
@@ -112,10 +100,9 @@ class Journal:
         self._counters = counters
         self._registry = registry
         self._wake = wake
-        self._disk = disk or SystemDisk()
-        self._write = self._disk.write
-        self._clock_ms = clock_ms
         self._refuse = refuse
+        self._means = Means(directory, run, settings, counters, disk or SystemDisk(), clock_ms, refuse)
+        self._write = self._means.disk.write
         self._always = settings.sync == "always"
         self._remember = settings.sync != "os"  # what a failed sync may take is kept for writing it again
         self._reset()
@@ -126,12 +113,8 @@ class Journal:
         self._busy = False
         self._nested: Journal | None = None
         self._closed = False
-        self._sync_lock = threading.RLock()
-        self._syncing = False
-        self._copies: list[tuple[SnapshotStore, str]] = []
-        self._sequence = EventSequence(
-            self.directory, self.run, self._settings, self._counters, self._disk, self._clock_ms, self._refuse
-        )
+        self._sequence = EventSequence(self._means)
+        self._round = SyncRound(self._sequence, self.directory.run(self.run.run_id), self.directory.runs)
 
     def __repr__(self) -> str:
         live = self._sequence.live
@@ -156,7 +139,7 @@ class Journal:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to sync, write or close."""
-        return self._sequence.is_clean and not self._copies and (self._nested is None or self._nested.is_idle)
+        return self._sequence.is_clean and self._round.is_clean and (self._nested is None or self._nested.is_idle)
 
     # -- appending
 
@@ -231,17 +214,7 @@ class Journal:
 
     def _append_nested(self, event: Event) -> bool:
         if self._nested is None:
-            self._nested = Journal(
-                self.directory,
-                self.run,
-                self._settings,
-                self._counters,
-                registry=self._registry,
-                wake=self._wake,
-                disk=self._disk,
-                clock_ms=self._clock_ms,
-                refuse=self._refuse,
-            )
+            self._nested = Journal(**self._means._asdict(), registry=self._registry, wake=self._wake)
         return self._nested.append(event)
 
     # -- who else is to know
@@ -274,33 +247,12 @@ class Journal:
         with self._lock:
             if self._busy:
                 return  # called by what interrupted an append of this very thread
-        with self._sync_lock:
-            if self._syncing:
-                return
-            self._syncing = True
-            try:
-                self._sync_all()
-            finally:
-                self._syncing = False
+        self._round.run(self._alone, self._prepare)
         if self._nested is not None:
             self._nested.sync()
 
-    def _sync_all(self) -> None:
-        dirt = self._alone(self._note)
-        syncer = self._sequence.syncer
-        # Copies first: a durable event must not name a file that is not. And all of it without the lock: an fsync can
-        # take seconds, and a logging call must not wait for it.
-        for store, sha256 in dirt.copies:
-            syncer.copy(store, sha256)
-        for old in dirt.retired:
-            self._finish(old)
-        if dirt.is_dirty:
-            self._sync_live(dirt)
-        if dirt.names:
-            syncer.names(self.directory.run(self.run.run_id), self.directory.runs)
-
-    def _note(self) -> _Dirt:
-        """Write what waits, leave what is removed or broken, and return what is to be synced."""
+    def _prepare(self) -> None:
+        """Write what waits, and leave what is complete, removed or broken."""
         sequence = self._sequence
         sequence.settle()
         sequence.drain()
@@ -308,35 +260,19 @@ class Journal:
         if self._always:
             sequence.sync_now()
         sequence.refresh_limit()
+        self._end_closed()
+
+    def _end_closed(self) -> None:
+        """End the segment after ``close``, unless events still wait for it."""
+        sequence = self._sequence
         if self._closed and sequence.live.fd >= 0 and not sequence.ring:
             sequence.end(rotated=False)
         self._announce()
-        live, copies, names = sequence.live, self._copies, sequence.unsynced_names
-        is_dirty = live.fd >= 0 and live.offset > live.synced and not live.tainted
-        dirt = _Dirt(live, live.offset, len(live.unsynced), is_dirty, copies, names, sequence.retired[:])
-        self._copies, sequence.unsynced_names = [], False
-        return dirt
-
-    def _finish(self, old: Segment) -> None:
-        """Sync and close a complete segment; outside the lock, and listed until then, for a fork to close."""
-        synced = self._sequence.syncer.data(old.fd)
-        self._alone(lambda: self._sequence.finish(old, synced=synced))
-
-    def _sync_live(self, dirt: _Dirt) -> None:
-        segment = dirt.segment
-        held = segment.unsynced
-        if not self._sequence.syncer.data(segment.fd):
-            self._alone(lambda: self._sequence.sync_failed(segment))
-            return
-        with self._lock:
-            segment.synced = max(segment.synced, dirt.offset)
-            if held is segment.unsynced:
-                del held[: dirt.events]
 
     def sync_later(self, store: SnapshotStore, sha256: str) -> None:
         """Make a copied file survive a power cut with the next background sync."""
         with self._lock:
-            self._copies.append((store, sha256))
+            self._round.add_copy(store, sha256)
         self._watch()
 
     def _alone(self, work: Callable[[], T]) -> T:
@@ -345,7 +281,7 @@ class Journal:
             self._busy = True
             try:
                 return work()
-            except BaseException:
+            except BaseException:  # raised again, and so counted by whoever asked; here only the sequence is marked
                 self._sequence.suspect, self._sequence.live.limit = True, 0
                 raise
             finally:
@@ -367,9 +303,7 @@ class Journal:
         sequence = self._sequence
         sequence.settle()
         sequence.drain()
-        if sequence.live.fd >= 0 and not sequence.ring:
-            sequence.end(rotated=False)
-        self._announce()
+        self._end_closed()
         if self._registry is None:
             sequence.flush_retired()
 

@@ -48,17 +48,23 @@ class RunIdentity(NamedTuple):
     remote: bool = False
 
 
+class Means(NamedTuple):
+    """What a writer works with; see ``Journal``, which is given it."""
+
+    directory: OutboxDirectory
+    run: RunIdentity
+    settings: Settings
+    counters: Counters
+    disk: SystemDisk
+    clock_ms: Callable[[], int]
+    refuse: Callable[[], str | None]
+
+
 class EventSequence:
     """What one writer has logged to one run.
 
     Args:
-        directory: the outbox.
-        run: whose events these are.
-        settings: sync level, segment size, memory.
-        counters: where losses are counted.
-        disk: the system calls.
-        clock_ms: wall-clock milliseconds since the epoch, for the segment header.
-        refuse: why new events are refused, or None.
+        means: the outbox, the run, and what else a writer works with.
 
     Attributes:
         writer: its id, new for each sequence.
@@ -71,29 +77,14 @@ class EventSequence:
         unsynced_names: a segment was begun whose name a power cut may take.
     """
 
-    def __init__(
-        self,
-        directory: OutboxDirectory,
-        run: RunIdentity,
-        settings: Settings,
-        counters: Counters,
-        disk: SystemDisk,
-        clock_ms: Callable[[], int],
-        refuse: Callable[[], str | None],
-    ) -> None:
+    def __init__(self, means: Means) -> None:
         self.writer = os.urandom(8).hex()
-        self._directory = directory
-        self._run = run
-        self._settings = settings
-        self._counters = counters
-        self._disk = disk
-        self._clock_ms = clock_ms
-        self._refuse = refuse
-        self._always = settings.sync == "always"
+        self._directory, self._run, self._settings, self._counters, self._disk, self._clock_ms, self._refuse = means
+        self._always = self._settings.sync == "always"
         self.live = self._place(0)
-        self.ring = MemoryRing(settings.memory_bytes)
+        self.ring = MemoryRing(self._settings.memory_bytes)
         self.retired: list[Segment] = []
-        self.syncer = Syncer(disk, counters, run.run_id, wanted=settings.sync != "os")
+        self.syncer = Syncer(self._disk, self._counters, self._run.run_id, wanted=self._settings.sync != "os")
         self.suspect = False
         self.unannounced = False
         self.unsynced_names = False

@@ -1,0 +1,123 @@
+"""Rounds of syncing: what one writer has written so far is made durable, and no logging call waits for it.
+
+A round first notes, alone with the writer's events, what is dirty; then it syncs without that, since an fsync can take
+seconds; and last, alone again, it notes what has become of it. Copied files come first: a durable event must not name
+a file that is not. Names come last: they are of files whose data is there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from mlflow_outbox.spool.segment import Segment
+from mlflow_outbox.spool.sequence import EventSequence
+from mlflow_outbox.spool.snapshot import SnapshotStore
+
+T = TypeVar("T")
+
+
+class Alone(Protocol):
+    """Does some work on a writer's events while nobody else touches them."""
+
+    def __call__(self, work: Callable[[], T]) -> T:
+        """Return what the work returns."""
+        ...
+
+
+class _Dirt(NamedTuple):
+    """What one round has to make durable."""
+
+    segment: Segment
+    offset: int
+    events: int
+    is_dirty: bool
+    copies: list[tuple[SnapshotStore, str]]
+    names: bool
+    retired: list[Segment]
+
+
+class SyncRound:
+    """Makes one writer's events durable; one round at a time, of whichever thread asks.
+
+    Args:
+        sequence: the events.
+        folders: where the names of their files are, the innermost first.
+    """
+
+    def __init__(self, sequence: EventSequence, *folders: Path) -> None:
+        self._sequence = sequence
+        self._folders = folders
+        self._lock = threading.RLock()  # a signal handler may ask for a round in the middle of one
+        self._running = False
+        self._copies: list[tuple[SnapshotStore, str]] = []
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether no copied file waits for the next round."""
+        return not self._copies
+
+    def add_copy(self, store: SnapshotStore, sha256: str) -> None:
+        """Leave a copied file to the next round; to be called alone with the events."""
+        self._copies.append((store, sha256))
+
+    def run(self, alone: Alone, prepare: Callable[[], None]) -> None:
+        """Make durable what there is, as far as the disk takes it; return at once in the middle of a round.
+
+        Args:
+            alone: gets the events for a moment.
+            prepare: called with it before anything is noted, to write what waits.
+        """
+        with self._lock:
+            if self._running:
+                return
+            self._running = True
+            try:
+                self._sync(alone, prepare)
+            finally:
+                self._running = False
+
+    def _sync(self, alone: Alone, prepare: Callable[[], None]) -> None:
+        def note() -> _Dirt:
+            prepare()
+            return self._note()
+
+        dirt = alone(note)
+        syncer = self._sequence.syncer
+        for store, sha256 in dirt.copies:
+            syncer.copy(store, sha256)
+        for old in dirt.retired:
+            self._finish(alone, old)
+        if dirt.is_dirty:
+            self._sync_live(alone, dirt)
+        if dirt.names:
+            syncer.names(*self._folders)
+
+    def _note(self) -> _Dirt:
+        sequence = self._sequence
+        live, copies, names = sequence.live, self._copies, sequence.unsynced_names
+        is_dirty = live.fd >= 0 and live.offset > live.synced and not live.tainted
+        dirt = _Dirt(live, live.offset, len(live.unsynced), is_dirty, copies, names, sequence.retired[:])
+        self._copies, sequence.unsynced_names = [], False
+        return dirt
+
+    def _finish(self, alone: Alone, old: Segment) -> None:
+        """Sync and close a complete segment; listed until it is closed, for a fork to close."""
+        synced = self._sequence.syncer.data(old.fd)
+        alone(lambda: self._sequence.finish(old, synced=synced))
+
+    def _sync_live(self, alone: Alone, dirt: _Dirt) -> None:
+        segment = dirt.segment
+        held = segment.unsynced
+        if not self._sequence.syncer.data(segment.fd):
+            alone(lambda: self._sequence.sync_failed(segment))
+            return
+
+        def note() -> None:
+            segment.synced = max(segment.synced, dirt.offset)
+            if held is segment.unsynced:
+                del held[: dirt.events]
+
+        alone(note)
