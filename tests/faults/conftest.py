@@ -126,9 +126,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Return tests so that each process of pytest-xdist, which gets an equal part of the list, begins with long ones."""
+    """Return tests so that each process of pytest-xdist, which gets a part of the list, begins with long ones.
+
+    The seeds that have failed before come last: each commit repeats them, too.
+    """
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    order = sorted(items, key=lambda item: ranks.get(item.name.partition("[")[0], len(ranks)))
+    order = sorted(items, key=lambda item: ("[kept-" in item.name, ranks.get(item.name.partition("[")[0], len(ranks))))
     count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     return [item for first in range(count) for item in order[first::count]]
 
