@@ -11,10 +11,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.doubts import Doubts
+from mlflow_outbox.entries import Entries
 from mlflow_outbox.errors import EventRefused, OutboxFull
 from mlflow_outbox.files import RunFiles, files_below, shown_path
 from mlflow_outbox.refusals import Refusals
@@ -32,7 +33,6 @@ from mlflow_outbox.spool.events import (
     Tags,
 )
 from mlflow_outbox.validation import (
-    checked_key,
     checked_mapping,
     checked_status,
     checked_step,
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal
 
 Time = int | float | dt.datetime
-
-#: Keys that were checked already, per run; more than these are checked at each call.
-_KEYS_REMEMBERED: Final = 10_000
 
 _time_ns = time.time_ns
 
@@ -67,10 +64,12 @@ class Run:
         self.run_id = run_id
         self._journal = journal
         self._settings = settings
-        self._keys: set[str] = set()
         self._ended = False
         self._doubts = Doubts(counters)
         self._refusals = Refusals(counters, strict=settings.strict)
+        self._entries = Entries(self._refusals)
+        self._keys = self._entries.keys
+        self._good = self._entries.good  # held like _append_event below: a look-up less in each call
         self._files = RunFiles(journal, run_id, settings, self._now_ms)
         self._append_event = journal.append if journal is not None else _append_nowhere
 
@@ -136,7 +135,7 @@ class Run:
             return self._refusals.failed(error)
 
     def _metric(self, key: object, value: object, step: object, timestamp: Time | None) -> bool:
-        name = key if type(key) is str and key in self._keys else self._key(key, "metric")
+        name = key if type(key) is str and key in self._keys else self._entries.key(key, "metric")
         return self._keep(
             Metric(name, checked_value(name, value), self._time(name, timestamp), checked_step(name, step))
         )
@@ -149,7 +148,7 @@ class Run:
         known, whole = self._keys, True
         for key, value in good.items():  # most often all is as it should be, and nothing needs to be made of it
             if type(value) is not float or type(key) is not str or key not in known:
-                good, whole = self._each(good.items(), "metric", checked_value, float)
+                good, whole = self._good(good.items(), "metric", checked_value, float)
                 break
         return (not good or self._keep(Metrics(good, time_ms, whole_step))) and whole
 
@@ -207,11 +206,11 @@ class Run:
             return self._refusals.failed(error)
 
     def _params(self, given: Iterable[tuple[Any, Any]]) -> bool:
-        good, whole = self._each(given, "param", self._doubts.param)
+        good, whole = self._good(given, "param", self._doubts.param)
         return (not good or self._keep(Params(good, self._now_ms()))) and whole
 
     def _tags(self, given: Iterable[tuple[Any, Any]]) -> bool:
-        good, whole = self._each(given, "tag", self._doubts.tag)
+        good, whole = self._good(given, "tag", self._doubts.tag)
         return (not good or self._keep(Tags(good, self._now_ms()))) and whole
 
     # -- files
@@ -326,7 +325,7 @@ class Run:
         """
         time_ms = self._value(lambda: self._time("start_run", time))
         name = self._value(lambda: checked_text("run_name", run_name, "name")) if run_name is not None else None
-        good = self._value(lambda: self._each(checked_mapping(tags, "tags").items(), "tag", self._doubts.tag)[0])
+        good = self._value(lambda: self._good(checked_mapping(tags, "tags").items(), "tag", self._doubts.tag)[0])
         who = user.encode("utf-8", "replace").decode()  # a name that is no Unicode must not cost the run its beginning
         event = RunStarted(self._now_ms() if time_ms is None else time_ms, name, who, good or {}, resumed)
         return self._refusals.attempt(lambda: self._keep(event))
@@ -350,41 +349,6 @@ class Run:
 
     def _keep(self, event: Event) -> bool:
         return True if self._append_event(event) else self._not_kept()
-
-    def _key(self, key: object, what: str) -> str:
-        """Return a key that was checked, which is remembered."""
-        name = checked_key(key, what)
-        if len(self._keys) < _KEYS_REMEMBERED:
-            self._keys.add(name)
-        return name
-
-    def _each(
-        self, given: Iterable[tuple[Any, Any]], what: str, convert: Any, exact: type | None = None
-    ) -> tuple[dict[str, Any], bool]:
-        """Return the items that can be kept, and whether that is all of them; the others are refused one by one.
-
-        Args:
-            given: keys and values.
-            what: "metric", "param" or "tag".
-            convert: makes of a key and its value what is kept.
-            exact: the type of values that are kept as they are.
-        """
-        good: dict[str, Any] = {}
-        first: EventRefused | None = None
-        number, known = 0, self._keys
-        for key, value in given:
-            number += 1
-            try:
-                name = key if type(key) is str and key in known else self._key(key, what)
-                good[name] = value if type(value) is exact else convert(name, value)
-            except EventRefused as refused:
-                if self._refusals.strict:
-                    first = first or refused
-                else:
-                    self._refusals.refuse(refused, key)
-        if first is not None:
-            raise first
-        return good, len(good) == number
 
     def _time(self, what: str, given: Time | None) -> int:
         return self._now_ms() if given is None else self._doubts.time_ms(what, given)
