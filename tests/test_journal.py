@@ -18,7 +18,8 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.events import Metric, Metrics, RunStarted, Tags, encode
+from mlflow_outbox.spool.events import Artifact, Metric, Metrics, RunStarted, Tags, encode
+from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.testing import FailingDisk
 from servers import eventually
 from spools import FORKS, RUN, Everything, make_journal, make_outbox, metric
@@ -120,6 +121,28 @@ def test_an_append_does_not_wait_for_a_sync_that_hangs(outbox: OutboxDirectory, 
         assert background.is_alive()
     background.join(10)
     assert list(range(500)) == read(outbox).steps
+
+
+def test_an_event_whose_copied_file_came_too_late_for_a_sync_is_not_made_durable_by_it(
+    outbox: OutboxDirectory, disk: FailingDisk
+) -> None:
+    """F16: a power cut before the next round takes both, or the event would name a file that is not there."""
+    writer = make_journal(outbox, disk)
+    store = SnapshotStore(outbox.run(RUN))
+    writer.append(metric(0))
+    with disk.held("datasync") as entered:
+        background = threading.Thread(target=writer.sync)
+        background.start()
+        assert entered.wait(10)
+        kept = store.add_bytes(b"late", limit=100)
+        writer.sync_later(store, kept.sha256)
+        assert writer.append(Artifact("late.txt", kept.sha256, kept.size, 1))
+        assert writer.append(metric(2))
+    background.join(10)
+    assert 3 == len(read(outbox).events)
+    _, unsynced = sorted(outbox.run(RUN).glob("*.log"))
+    unsynced.unlink()
+    assert [metric(0)] == read(outbox).events
 
 
 # -- segments

@@ -148,10 +148,11 @@ def test_a_power_cut_takes_no_more_than_the_ladder_says(
 BOUNDARIES = ("fdatasync", "fsync", "rename", "unlink")
 
 
-def lose_power_at(fd: int, folder: str, uri: str, call: str, when: int) -> None:
-    """Log and deliver on a file system that loses its power just before the Nth call of a kind, then drain it.
+def lose_power_at(fd: int, folder: str, uri: str, what: str, call: str, when: int) -> None:
+    """Log on a file system that loses its power just before the Nth call of a kind, then drain it.
 
-    With ``when`` 0 nothing is lost, and the report counts the calls of each kind.
+    What is done is a "session", which delivers too, or "artifacts". With ``when`` 0 nothing is lost, and the report
+    counts the calls of each kind.
     """
 
     def work() -> dict[str, Any]:
@@ -164,6 +165,8 @@ def lose_power_at(fd: int, folder: str, uri: str, call: str, when: int) -> None:
         if victim == 0:
             os.close(read)
             os.read(gate, 1)
+            if what == "artifacts":
+                log_artifacts(write, uri, outbox)
             workload.session(write, uri, outbox, "cut", 0, 12, {"free_bytes": 0})
         os.close(write)
         calls = ",".join(BOUNDARIES)
@@ -205,7 +208,7 @@ def test_a_power_cut_at_any_boundary_loses_and_doubles_nothing(
     def cut(name: str, call: str, when: int) -> dict[str, Any]:
         folder, uri = tmp_path / name, next(uris)
         folder.mkdir()
-        child = nest.start(lose_power_at, str(folder), uri, call, when)
+        child = nest.start(lose_power_at, str(folder), uri, "session", call, when)
         report = child.report()
         after = next(json.loads(line) for line in child.lines() if '"left"' in line)
         assert [0, 0, 0] == [after["left"][k] for k in ("pending", "parked", "dead")], (name, after)
@@ -224,6 +227,45 @@ def test_a_power_cut_at_any_boundary_loses_and_doubles_nothing(
         row.done()
     assert fired >= 0.9 * len(chosen), f"only {fired} of {len(chosen)} cuts came before the end"
     row.measure(points=len(points), fired=fired)
+
+
+def log_artifacts(fd: int, uri: str, outbox: str) -> None:
+    """Log artifacts as fast as possible while the background syncs all the time, until the power goes."""
+    given = workload.settings(sync="interval", sync_interval=0.001, free_bytes=0)
+    run = workload.MLflowTracker("cut", uri, outbox_dir=outbox, worker="none", settings=given).start_run("files")
+    for number in ARTIFACTS:
+        if workload.log_event(run, number):
+            workload.ack(fd, number)
+    threading.Event().wait()
+
+
+#: Events that are artifacts.
+ARTIFACTS = [number for number in range(100_000) if kind_of(number) == "artifact"]
+
+
+@pytest.mark.needs("loop", "strace")
+@pytest.mark.fault("F16", "power cut before the Nth fsync while artifacts are logged all the time")
+def test_a_power_cut_leaves_no_event_without_its_copied_file(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """What is lost is lost whole: an event that is there has its file, and nothing is a dead letter."""
+    there = 0
+    for when in row.sample(range(8, 200), 1, 24, 192):
+        folder = tmp_path / str(when)
+        folder.mkdir()
+        uri = f"sqlite:///{empty_database(folder / 'mlflow.db')}"
+        child = nest.start(lose_power_at, str(folder), uri, "artifacts", "fsync", when)
+        report = child.report()
+        assert report["fired"]
+        after = next(json.loads(line) for line in child.lines() if '"left"' in line)
+        assert [0, 0, 0] == [after["left"][k] for k in ("pending", "parked", "dead")], (when, after)
+        fresh = set(range(90_000, 90_010))
+        found = held(uri, "cut")
+        found.check(fresh, {*report["acked"], *fresh, ARTIFACTS[len(report["acked"])]})
+        there += len(found.events) - len(fresh)
+        row.done()
+    assert there > 0
+    row.measure(artifacts_there=there)
 
 
 #: What is torn: no artifacts, whose copies are files of their own.

@@ -213,9 +213,12 @@ class Journal:
         return kept
 
     def _append_nested(self, event: Event) -> bool:
+        return self._nested_journal().append(event)
+
+    def _nested_journal(self) -> Journal:
         if self._nested is None:
             self._nested = Journal(**self._means._asdict(), registry=self._registry, wake=self._wake)
-        return self._nested.append(event)
+        return self._nested
 
     # -- who else is to know
 
@@ -270,9 +273,12 @@ class Journal:
         self._announce()
 
     def sync_later(self, store: SnapshotStore, sha256: str) -> None:
-        """Make a copied file survive a power cut with the next background sync."""
+        """Make a copied file survive a power cut with the next background sync; before its event is appended."""
         with self._lock:
-            self._round.add_copy(store, sha256)
+            if self._busy:
+                self._nested_journal().sync_later(store, sha256)
+                return
+            self._alone(lambda: self._round.add_copy(store, sha256))
         self._watch()
 
     def _alone(self, work: Callable[[], T]) -> T:

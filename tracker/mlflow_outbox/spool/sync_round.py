@@ -1,8 +1,11 @@
 """Rounds of syncing: what one writer has written so far is made durable, and no logging call waits for it.
 
 A round first notes, alone with the writer's events, what is dirty; then it syncs without that, since an fsync can take
-seconds; and last, alone again, it notes what has become of it. Copied files come first: a durable event must not name
-a file that is not. Names come last: they are of files whose data is there.
+seconds; and last, alone again, it notes what has become of it. Names come last: they are of files whose data is there.
+
+A durable event must not name a copied file that is not durable. So copies come first in a round; and since a sync
+takes along what was written while it waited, an event whose copy came too late for a round goes to another segment
+than the one that the round syncs.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ class SyncRound:
         self._folders = folders
         self._lock = threading.RLock()  # a signal handler may ask for a round in the middle of one
         self._running = False
+        self._syncing: Segment | None = None
         self._copies: list[tuple[SnapshotStore, str]] = []
 
     @property
@@ -60,8 +64,10 @@ class SyncRound:
         return not self._copies
 
     def add_copy(self, store: SnapshotStore, sha256: str) -> None:
-        """Leave a copied file to the next round; to be called alone with the events."""
+        """Leave a copied file to the next round; to be called alone with the events, before the one that names it."""
         self._copies.append((store, sha256))
+        if self._syncing is self._sequence.live:
+            self._sequence.end(rotated=True)
 
     def run(self, alone: Alone, prepare: Callable[[], None]) -> None:
         """Make durable what there is, as far as the disk takes it; return at once in the middle of a round.
@@ -77,7 +83,7 @@ class SyncRound:
             try:
                 self._sync(alone, prepare)
             finally:
-                self._running = False
+                self._running, self._syncing = False, None
 
     def _sync(self, alone: Alone, prepare: Callable[[], None]) -> None:
         def note() -> _Dirt:
@@ -101,6 +107,7 @@ class SyncRound:
         is_dirty = live.fd >= 0 and live.offset > live.synced and not live.tainted
         dirt = _Dirt(live, live.offset, len(live.unsynced), is_dirty, copies, names, sequence.retired[:])
         self._copies, sequence.unsynced_names = [], False
+        self._syncing = live if is_dirty else None
         return dirt
 
     def _finish(self, alone: Alone, old: Segment) -> None:
