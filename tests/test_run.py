@@ -277,6 +277,33 @@ def test_an_error_in_the_library_itself_never_reaches_the_experiment(
     assert kit.run.set_tag("k", 1)
 
 
+class Mute(Exception):
+    """An error that has no words."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+    __repr__ = __str__
+
+
+def test_an_error_without_words_never_reaches_the_experiment(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I5: neither one that a user's object raises, which costs its own value only, nor one of the library."""
+
+    class Failing:
+        def __str__(self) -> str:
+            raise Mute
+
+    assert not kit.run.log_params({"p": Failing(), "q": 2})
+    assert [{"q": "2"}] == [event.values for event in kit.events if isinstance(event, Params)]
+
+    def fail(_: Event) -> bool:
+        raise Mute
+
+    monkeypatch.setattr(kit.run, "_append_event", fail)
+    assert not kit.run.set_tag("k", 1)
+    assert {"refused_bad_value": 1, "internal_errors": 1} == kit.counters.snapshot()
+
+
 def test_long_values_are_kept_whole_and_said(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
     """F66: MLflow decides what it does with them."""
     for _ in range(2):
@@ -378,6 +405,22 @@ def test_a_mapping_is_kept_as_json_or_yaml(kit: Kit) -> None:
     yaml = pytest.importorskip("yaml")
     assert found == yaml.safe_load(kit.content("c.YAML"))
     assert [1, 2] == json.loads(kit.content("list.json"))
+    assert {} == kit.counters.snapshot()
+
+
+def test_what_is_left_out_of_a_document_is_counted_and_said_once(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """The rest is kept; null stands for what could not be read."""
+
+    class Broken:
+        def __str__(self) -> str:
+            msg = "disk gone"
+            raise OSError(msg)
+
+    for _ in range(2):
+        assert kit.run.log_dict({"a": Broken(), "b": 1}, "c.json")
+    assert {"a": None, "b": 1} == json.loads(kit.content("c.json"))
+    assert 2 == kit.counters["unreadable_fields"]
+    assert ["mlflow-outbox: c.json.a is not logged: OSError: disk gone"] == warnings(caplog)
 
 
 def test_a_figure_is_rendered_by_the_names_extension(kit: Kit) -> None:

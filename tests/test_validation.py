@@ -63,6 +63,15 @@ class Rude:
     __index__ = __str__  # type: ignore[assignment]
 
 
+class Mute(Exception):
+    """An error that has no words."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+    __repr__ = __str__
+
+
 @pytest.mark.parametrize("key", ["loss", "a/b", "a b", "a.b-c_d:e", "ä", "损失", "x" * 250, "a..b", "0", "...a"])
 def test_a_key_that_mlflow_takes_is_taken(key: str) -> None:
     """The same characters come back."""
@@ -322,3 +331,32 @@ def test_whatever_is_accepted_can_be_encoded_and_read_back(key: str, value: Any,
         return
     back = decode(encode(event))
     assert event == back or math.isnan(event.value)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda value: checked_value("loss", value),
+        lambda value: checked_step("loss", value),
+        lambda value: checked_time_ms("loss", value),
+        lambda value: checked_text("loss", value, "param"),
+        lambda value: checked_mapping(value, "log_params"),
+    ],
+    ids=["value", "step", "time", "text", "mapping"],
+)
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(MemoryError(), "MemoryError"), (OSError("disk\ngone"), "OSError: disk gone"), (Mute(), "Mute")],
+)
+def test_a_refusal_names_what_the_object_raised(check: Any, error: Exception, words: str) -> None:
+    """What the conversion of a user's object ended with is in the one sentence that is said."""
+
+    class Failing:
+        def __float__(self) -> float:
+            raise error
+
+        __index__ = __str__ = __iter__ = __float__  # type: ignore[assignment]
+
+    with pytest.raises(InvalidEventType) as caught:
+        check(Failing())
+    assert words in str(caught.value)

@@ -66,3 +66,23 @@ def printable(text: object, limit: int = 80) -> str:
     """Return text for a message: one line, control characters escaped, bounded in length."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def shown(thing: object, limit: int = 80) -> str:
+    """Return what a message can show of any object."""
+    try:
+        return printable(repr(thing), limit)
+    # The repr of a host's object may raise anything; what is to be said about the object is said, and counted, without.
+    except Exception:  # noqa: BLE001
+        return printable(object.__repr__(thing), limit)
+
+
+def described(error: BaseException, limit: int = 200) -> str:
+    """Return an exception's class and words; the class alone when there are none."""
+    name = type(error).__name__
+    try:
+        words = " ".join(str(error).split())
+    # The words of a host's exception may raise anything; the exception itself is said, and counted, without them.
+    except Exception:  # noqa: BLE001
+        words = ""
+    return printable(f"{name}: {words}" if words else name, limit)

@@ -1,4 +1,4 @@
-"""What is kept as it was given although it can hardly be meant so; each is said once."""
+"""What is kept although it can hardly be meant so, or without what could not be read; each is said once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Doubts:
     """Checks values that may be doubtful, and says so.
 
     Args:
-        counters: where over-long values are counted, and all is said.
+        counters: where over-long values and unreadable ones are counted, and all is said.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -43,6 +43,16 @@ class Doubts:
                 f"MLflow keeps the first {limit}, or refuses it; log_text keeps all",
             )
         return text
+
+    def unreadable(self, thing: str, reason: str) -> None:
+        """Count and say that something could not be read, and is left out of what holds it.
+
+        Args:
+            thing: what.
+            reason: why.
+        """
+        self._counters.add("unreadable_fields")
+        self._counters.warn_once(("field", thing), f"mlflow-outbox: {printable(thing, 160)} is not logged: {reason}")
 
     def time_ms(self, what: str, time: object) -> int:
         """Return a time as milliseconds since the epoch.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_outbox.counters import printable
+from mlflow_outbox.counters import printable, shown
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
 from mlflow_outbox.jsontext import Reader
 from mlflow_outbox.settings import Settings
@@ -32,13 +32,22 @@ class RunFiles:
         run_id: the run's id in the outbox.
         settings: sync level, and bytes that all copies together may have.
         now_ms: wall-clock milliseconds since the epoch, for the event.
+        unreadable: told what is left out of a document, and why.
     """
 
-    def __init__(self, journal: Journal | None, run_id: str, settings: Settings, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        journal: Journal | None,
+        run_id: str,
+        settings: Settings,
+        now_ms: Callable[[], int],
+        unreadable: Callable[[str, str], object],
+    ) -> None:
         self._journal = journal
         self._run_id = run_id
         self._settings = settings
         self._now_ms = now_ms
+        self._unreadable = unreadable
 
     def copy(self, path: str | os.PathLike[str], artifact_path: str | None) -> Artifact | None:
         """Copy a regular file.
@@ -71,10 +80,13 @@ class RunFiles:
         Raises:
             EventRefused: it cannot be written so, or there is no room for it.
         """
-        text = Reader().json_text(content, _path_text(artifact_file))
+        reader = Reader()
+        text = reader.json_text(content, _path_text(artifact_file))
         if text is None:
-            msg = f"the object for {printable(artifact_file)!r} cannot be written as JSON"
+            msg = f"the object for {printable(artifact_file)!r} cannot be written as JSON: {reader.refused[-1][1]}"
             raise InvalidEventType("bad_value", msg)
+        for thing, reason in reader.refused:
+            self._unreadable(thing, reason)
         if str(artifact_file).lower().endswith((".yaml", ".yml")):
             import json
 
@@ -181,7 +193,7 @@ def _rendered(figure: Any, artifact_file: object) -> bytes:
             figure.save(target, format={"jpg": "jpeg"}.get(kind, kind or "png"))
             return target.getvalue()
     except Exception as error:  # noqa: BLE001 - any plotting library may raise anything; refused and counted
-        msg = f"the figure for {printable(artifact_file)!r} could not be rendered: {printable(repr(error), 200)}"
+        msg = f"the figure for {printable(artifact_file)!r} could not be rendered: {shown(error, 200)}"
         raise InvalidEvent("bad_figure", msg) from None
     msg = f"the figure for {printable(artifact_file)!r} is a {type(figure).__name__}; use a matplotlib or plotly figure"
     raise InvalidEventType("bad_figure", msg)

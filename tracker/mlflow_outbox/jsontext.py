@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
+from mlflow_outbox.counters import described
+
 #: Levels of nesting that are written; a session's state has about eight.
 MAX_DEPTH: Final = 64
 #: Values after which no more containers are opened: some ten megabytes of text; a bound for lists that share parts.
@@ -36,8 +38,6 @@ MAX_VALUES: Final = 1_000_000
 MAX_REFUSED: Final = 50
 #: Bits of the largest integer written as a number; Python refuses to print more than about 14,000.
 _MAX_INT_BITS: Final = 8192
-#: Characters of an exception's own words that are kept.
-_REASON_CHARS: Final = 200
 
 _SERIALISERS: Final = ("model_dump_json", "json", "to_json")
 _UNREADABLE: Final = object()
@@ -90,9 +90,10 @@ class Reader:
         """Call code that belongs to a foreign object; return default, and list the refusal, when it raises."""
         try:
             return function(*args)
-        # The host's properties and serialisers can raise anything; that must not cost it the rest. Counted by refuse.
+        # The host's properties and serialisers can raise anything; that must not cost it the rest. Who logs the rest
+        # counts what is listed here (``Doubts.unreadable``).
         except Exception as error:  # noqa: BLE001
-            self.refuse(what, _describe(error))
+            self.refuse(what, described(error))
             return default
 
     def field(self, thing: Any, name: str, default: Any = None, *, what: str = "") -> Any:
@@ -362,13 +363,3 @@ def _dumps(document: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(document, indent=2, allow_nan=False)
     return text
-
-
-def _describe(error: Exception) -> str:
-    name = type(error).__name__
-    try:
-        words = _printed(" ".join(str(error).split()))
-    # An exception whose own words fail is listed by its class; the caller counts it.
-    except Exception:  # noqa: BLE001
-        return name
-    return f"{name}: {words}"[:_REASON_CHARS] if words else name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.errors import EventRefused, OutboxFull
 from mlflow_outbox.spool.events import MAX_KEY_CHARS
 
@@ -54,7 +54,7 @@ class Refusals:
         self._counters.add("internal_errors")
         self._counters.warn_once(
             ("internal", type(error), _remembered(about)),
-            f"mlflow-outbox: a logging call failed: {printable(repr(error), 300)}",
+            f"mlflow-outbox: a logging call failed: {shown(error, 300)}",
         )
         return False
 

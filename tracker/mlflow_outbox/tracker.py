@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mlflow_outbox import autopilot, delivery
-from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.counters import Counters, printable, shown
 from mlflow_outbox.destination import resolve
+from mlflow_outbox.doubts import Doubts
 from mlflow_outbox.errors import InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.outbox import FlushResult, Outbox, shared
 from mlflow_outbox.run import Run, Time
@@ -277,14 +278,11 @@ class MLflowTracker:
             self._counters.add("unreadable_objects")
             self._counters.warn_once(
                 ("unreadable", what, type(error)),
-                f"mlflow-outbox: {what} could not be read: {printable(repr(error), 200)}",
+                f"mlflow-outbox: {what} could not be read: {shown(error, 200)}",
             )
             return
         for thing, reason in content.refused:
-            self._counters.add("unreadable_fields")
-            self._counters.warn_once(
-                ("field", what, thing), f"mlflow-outbox: {what}: {printable(thing)} is not logged: {reason}"
-            )
+            Doubts(self._counters).unreadable(f"{what}: {thing}", reason)
         target = (
             run(content.start_time_ms) if run else self.start_run(content.run_name, start_time=content.start_time_ms)
         )

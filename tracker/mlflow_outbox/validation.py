@@ -14,9 +14,10 @@ import math
 import operator
 import posixpath
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
-from mlflow_outbox.counters import printable
+from mlflow_outbox.counters import described, printable, shown
 from mlflow_outbox.errors import InvalidEvent, InvalidEventType
 from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, STATUSES
 
@@ -24,14 +25,6 @@ _KEY: Final = re.compile(r"[/\w.\- :]+")
 #: A float time in this range is seconds since the epoch of this century, most likely given by time.time().
 _LIKELY_SECONDS: Final = (1e9, 1e11)
 _EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
-
-
-def _shown(thing: object) -> str:
-    """Return what a message can show of an object, whose own repr may raise anything."""
-    try:
-        return printable(repr(thing))
-    except Exception:  # noqa: BLE001 - as said; the refusal that is being written is what matters
-        return printable(object.__repr__(thing))
 
 
 def checked_key(key: object, what: str) -> str:
@@ -42,20 +35,20 @@ def checked_key(key: object, what: str) -> str:
         what: "metric", "param" or "tag", for the message.
     """
     if not isinstance(key, str):
-        msg = f"the {what} key {_shown(key)} is a {type(key).__name__}; use a string"
+        msg = f"the {what} key {shown(key)} is a {type(key).__name__}; use a string"
         raise InvalidEventType("bad_key", msg)
-    shown = printable(key)
+    name = printable(key)
     if not key:
         msg = f"the {what} key is empty; give it a name"
         raise InvalidEvent("bad_key", msg)
     if len(key) > MAX_KEY_CHARS:
-        msg = f"the {what} key {shown!r} has {len(key)} characters; MLflow allows {MAX_KEY_CHARS}"
+        msg = f"the {what} key {name!r} has {len(key)} characters; MLflow allows {MAX_KEY_CHARS}"
         raise InvalidEvent("bad_key", msg)
     if not _KEY.fullmatch(key):
-        msg = f"the {what} key {shown!r} may hold only letters, digits, '_', '-', '.', ' ', ':' and '/'"
+        msg = f"the {what} key {name!r} may hold only letters, digits, '_', '-', '.', ' ', ':' and '/'"
         raise InvalidEvent("bad_key", msg)
     if posixpath.normpath(key) != key or key == "." or key.startswith(("..", "/")):
-        msg = f"the {what} key {shown!r} is not a plain relative path; use for instance {_plain(key)!r}"
+        msg = f"the {what} key {name!r} is not a plain relative path; use for instance {_plain(key)!r}"
         raise InvalidEvent("bad_key", msg)
     return str.__str__(key)  # its characters: str() of an enumeration's member, which is a string too, is its name
 
@@ -67,20 +60,16 @@ def _plain(key: str) -> str:
 def checked_value(key: str, value: object) -> float:
     """Return a metric's value as a float: Python, NumPy and framework scalars, NaN and infinities."""
     if isinstance(value, (str, bytes, bytearray)) or value is None:
-        shown = _shown(value)
-        msg = f"the metric {printable(key)!r} has the value {shown}, a {type(value).__name__}; use a number"
+        msg = f"the metric {printable(key)!r} has the value {shown(value)}, a {type(value).__name__}; use a number"
         raise InvalidEventType("bad_value", msg)
     try:
         return float(value)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - __float__ of any framework's object may raise anything; refused, counted
-        item = getattr(value, "item", None)
-        if callable(item):
-            try:
-                return float(item())
-            except Exception:  # noqa: BLE001, S110 - as above; the first error says more
-                pass
+        number = _tried(lambda: float(value.item()))  # type: ignore[attr-defined]
+        if isinstance(number, float):
+            return number
         kind = type(value).__name__
-        msg = f"the metric {printable(key)!r} has a value of type {kind} that is no single number: {printable(error)}"
+        msg = f"the metric {printable(key)!r} has a value of type {kind} that is no single number: {described(error)}"
         raise InvalidEventType("bad_value", msg) from None
 
 
@@ -89,8 +78,8 @@ def checked_step(key: str, step: object) -> int:
     if step is None:
         return 0
     number = _whole(step)
-    if number is None:
-        msg = f"the metric {printable(key)!r} has the step {_shown(step)}; use a whole number"
+    if not isinstance(number, int):
+        msg = f"the metric {printable(key)!r} has the step {shown(step)}{_because(number)}; use a whole number"
         raise InvalidEventType("bad_step", msg)
     if not INT64_MIN <= number <= INT64_MAX:
         msg = f"the metric {printable(key)!r} has the step {number}, outside MLflow's 64-bit range"
@@ -107,9 +96,9 @@ def checked_time_ms(what: str, time: object) -> int:
         except (OverflowError, OSError, ValueError, TypeError):  # the year 1 in a local time, pandas' "not a time"
             time = None
     number = _whole(time, truncate=True)
-    if number is None:
-        shown = _shown(time)
-        msg = f"the time of {printable(what)!r} is {shown}; use milliseconds since the epoch, or a datetime"
+    if not isinstance(number, int):
+        given = f"{shown(time)}{_because(number)}"
+        msg = f"the time of {printable(what)!r} is {given}; use milliseconds since the epoch, or a datetime"
         raise InvalidEventType("bad_time", msg)
     if not 0 <= number <= INT64_MAX:
         msg = f"the time of {printable(what)!r} is {number} ms, outside what MLflow holds (0 to 2**63 - 1)"
@@ -122,20 +111,32 @@ def looks_like_seconds(time: object) -> bool:
     return isinstance(time, float) and _LIKELY_SECONDS[0] <= time < _LIKELY_SECONDS[1]
 
 
-def _whole(number: object, *, truncate: bool = False) -> int | None:
+def _whole(number: object, *, truncate: bool = False) -> int | Exception:
+    """Return a whole number, or why it is none."""
     try:
         return operator.index(number)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001, S110 - __index__ of any object may raise anything; it may still have a float
-        pass
-    if isinstance(number, (str, bytes, bytearray)):
-        return None
-    try:
-        as_float = float(number)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - __float__ of any object may raise anything; the caller refuses and counts
-        return None
+    except Exception as error:  # noqa: BLE001 - __index__ of any object may raise anything; it may still have a float
+        if isinstance(number, (str, bytes, bytearray)):
+            return error
+    as_float = _tried(lambda: float(number))  # type: ignore[arg-type]
+    if isinstance(as_float, Exception):
+        return as_float
     if not math.isfinite(as_float) or (as_float != int(as_float) and not truncate):
-        return None
+        return ValueError("not whole")
     return int(as_float)
+
+
+def _tried(convert: Callable[[], float]) -> float | Exception:
+    """Return what a conversion gives, or what it raises."""
+    try:
+        return convert()
+    except Exception as error:  # noqa: BLE001 - a host's object may raise anything; the caller refuses, which is counted
+        return error
+
+
+def _because(error: Exception) -> str:
+    """Return what a refusal says of an error; nothing of those that say no more than the value does."""
+    return "" if isinstance(error, (TypeError, ValueError, OverflowError)) else f" ({described(error)})"
 
 
 def checked_text(key: str, value: object, what: str) -> str:
@@ -148,7 +149,7 @@ def checked_text(key: str, value: object, what: str) -> str:
         raise InvalidEvent("bad_value", msg) from None
     except Exception as error:  # noqa: BLE001 - __str__ of a user's object may raise anything; refused and counted
         kind = type(value).__name__
-        msg = f"the {what} {printable(key)!r} has a value of type {kind} that has no text: {printable(error)}"
+        msg = f"the {what} {printable(key)!r} has a value of type {kind} that has no text: {described(error)}"
         raise InvalidEventType("bad_value", msg) from None
     return text
 
@@ -157,7 +158,7 @@ def checked_status(status: object) -> str:
     """Return a run status that MLflow knows."""
     text = getattr(status, "name", status)
     if not isinstance(text, str) or text.upper() not in STATUSES:
-        msg = f"the status {_shown(status)} is none of {', '.join(sorted(STATUSES))}"
+        msg = f"the status {shown(status)} is none of {', '.join(sorted(STATUSES))}"
         raise InvalidEvent("bad_status", msg)
     return text.upper()
 
@@ -166,6 +167,6 @@ def checked_mapping(values: object, what: str) -> dict[Any, Any]:
     """Return a mapping of keys to values as a dict."""
     try:
         return dict(values)  # type: ignore[call-overload, no-any-return]
-    except Exception:  # noqa: BLE001 - a user's mapping may raise anything; refused and counted
-        msg = f"{what} takes a mapping of keys to values, not a {type(values).__name__}"
+    except Exception as error:  # noqa: BLE001 - a user's mapping may raise anything; refused and counted
+        msg = f"{what} takes a mapping of keys to values, not a {type(values).__name__}{_because(error)}"
         raise InvalidEventType("bad_mapping", msg) from None

@@ -39,7 +39,7 @@ class SystemDisk:
         try:
             if locks:
                 _lock(fd)
-        except BaseException:  # a signal handler's: nobody would know of the descriptor
+        except BaseException:  # raised again: what a signal handler raised, and nobody would know of the descriptor
             os.close(fd)
             raise
         return fd

@@ -80,7 +80,7 @@ class Segment:
         try:
             if self._disk.write(fd, data) != size:
                 raise short_write()
-        except BaseException:
+        except BaseException:  # raised again, for the writer to count: of such a file nobody would know
             try:  # noqa: SIM105 - as in close: nothing may raise before the file is gone
                 os.unlink(path)
             except OSError:

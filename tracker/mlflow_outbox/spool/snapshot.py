@@ -114,16 +114,13 @@ class SnapshotStore:
             os.rename(draft, self.path / digest.hexdigest())
             if self._durable:
                 self._sync_names()
-        except ArtifactRefused:
-            self._discard(draft)
+        except ArtifactRefused:  # which is an OSError too
             raise
         except OSError as error:
-            self._discard(draft)
             msg = f"no copy of {shown!r} could be made in {self.path}: {error.strerror or error}"
             raise ArtifactRefused("no_room_for_file", msg) from None
-        except BaseException:
-            self._discard(draft)
-            raise
+        finally:
+            self._discard(draft)  # by now it has its final name, unless something went wrong
         return Snapshot(digest.hexdigest(), size)
 
     def sync(self, sha256: str) -> None:
