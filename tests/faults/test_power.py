@@ -126,7 +126,7 @@ def test_a_power_cut_takes_no_more_than_the_ladder_says(
         child = nest.start(lose_power, str(folder), uri, sync, worker, pause)
         last = child.report()
         after = next(line for line in child.lines() if '"acked"' in line)
-        assert '"pending": 0, "parked": 0' in after, after
+        assert '"pending": 0, "parked": 0, "dead": 0' in after, after
         fresh = set(range(90_000, 90_010))
         found = held(uri, "power")
         found.check(set(last["durable"]) | fresh, set(last["issued"]) | fresh)
@@ -135,7 +135,7 @@ def test_a_power_cut_takes_no_more_than_the_ladder_says(
             # The kernel may write newer segments before older ones; neither was promised yet, but a gap is told.
             counted = json.loads(after)["counters"]
             gap = set(range(max(there, default=-1) + 1)) - set(there)  # nothing at all, if the power went at once
-            assert len(gap) <= counted.get("missing", 0) + counted.get("dead_letters", 0), (sorted(gap), counted)
+            assert len(gap) <= counted.get("missing", 0), (sorted(gap), counted)
         row.done()
         lost = set(last["issued"][:-1]) - set(there)
         oldest = max((last["ages"][str(n)] for n in lost), default=0.0)
@@ -240,7 +240,7 @@ def log_artifacts(fd: int, uri: str, outbox: str) -> None:
 
 
 #: Events that are artifacts.
-ARTIFACTS = [number for number in range(100_000) if kind_of(number) == "artifact"]
+ARTIFACTS = [number for number in range(1_000_000) if kind_of(number) == "artifact"]
 
 
 @pytest.mark.needs("loop", "strace")
@@ -250,7 +250,7 @@ def test_a_power_cut_leaves_no_event_without_its_copied_file(
 ) -> None:
     """What is lost is lost whole: an event that is there has its file, and nothing is a dead letter."""
     there = 0
-    for when in row.sample(range(8, 200), 1, 24, 192):
+    for when in row.sample(range(8, 128), 1, 24, 120):
         folder = tmp_path / str(when)
         folder.mkdir()
         uri = f"sqlite:///{empty_database(folder / 'mlflow.db')}"
