@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
-import selectors
 import socket
 import struct
 import threading
@@ -33,6 +32,7 @@ from types import TracebackType
 from typing import final
 from urllib.parse import urlsplit
 
+from mlflow_outbox.testing.port import Port
 from mlflow_outbox.testing.wire import Answer, Headers, Request, end_to_end, read_body
 
 #: Seconds after which an idle connection to the server behind is not used again: servers close them after some.
@@ -145,21 +145,18 @@ class FaultProxy:
     def __init__(self, backend: str, script: Iterable[Action] = (), *, host: str = "127.0.0.1") -> None:
         self.backend = backend
         self._lock = threading.Lock()
-        self._switch = threading.Lock()  # held while going up or down
-        self._closed = False
         self._script = deque(script)
         self._rules: list[_Rule] = []
         self._records: list[Request] = []
         self._connections: set[_Connection] = set()
-        self._acceptor: _Acceptor | None = None
-        self._port_holder = _bound(host, 0)
-        self._address: tuple[str, int] = self._port_holder.getsockname()[:2]
+        self._port = Port(host, self._serve)
         self.up()
 
     @property
     def url(self) -> str:
         """The proxy's own address, the same whether it is up or down."""
-        return f"http://{self._address[0]}:{self._address[1]}"
+        host, number = self._port.address
+        return f"http://{host}:{number}"
 
     @property
     def requests(self) -> list[Request]:
@@ -195,25 +192,18 @@ class FaultProxy:
 
     def down(self) -> None:
         """Refuse new connections and reset those there are; the port stays reserved."""
-        with self._switch:
-            if self._acceptor is not None:
-                self._acceptor.stop()
-                self._acceptor = None
-                self._port_holder = _bound(*self._address)
+        self._port.shut()
         for connection in self._open_connections():
             connection.close(reset=True)
 
     def up(self) -> None:
         """Listen again after ``down()``."""
-        with self._switch:
-            if self._acceptor is None and not self._closed:
-                self._acceptor = _Acceptor(self._port_holder, self._serve)
+        self._port.open()
 
     def close(self) -> None:
         """Go down for good and wait for the threads of the connections."""
-        self._closed = True
+        self._port.release()
         self.down()
-        self._port_holder.close()
         for connection in self._open_connections():
             if connection.thread is not threading.current_thread():
                 connection.thread.join(_IDLE)
@@ -260,34 +250,6 @@ class FaultProxy:
     def _record(self, request: Request) -> None:
         with self._lock:
             self._records[request.ordinal] = request
-
-
-class _Acceptor:
-    """Accepts connections on a bound socket until it is stopped; then nobody listens any more, at once."""
-
-    def __init__(self, listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
-        self._listener = listener
-        self._serve = serve
-        self._stop, self._stopped = socket.socketpair()
-        listener.settimeout(0)  # the client may have gone between select and accept
-        listener.listen(128)
-        self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._stopped, selectors.EVENT_READ)
-            while all(key.fileobj is self._listener for key, _ in selector.select()):
-                with contextlib.suppress(OSError):
-                    client, _ = self._listener.accept()
-                    self._serve(client)
-
-    def stop(self) -> None:
-        self._stop.send(b"x")
-        self._thread.join()
-        for each in (self._listener, self._stop, self._stopped):
-            each.close()
 
 
 class _Connection:
@@ -391,11 +353,3 @@ class _Connection:
         if backend and backend[1].sock and self.thread is not threading.current_thread():
             with contextlib.suppress(OSError):
                 backend[1].sock.shutdown(socket.SHUT_RDWR)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """Bind without listening: connections are refused, and nobody else can take the port."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind((host, port))
-    return holder
