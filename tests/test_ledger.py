@@ -225,7 +225,7 @@ def test_a_directory_of_any_name_is_used_as_it_is(tmp_path: Path, name: str) -> 
     assert [os.fsencode(name)] == os.listdir(os.fsencode(tmp_path))
     assert record("a") == Ledger.open(tmp_path / name, read_only=True).record("a")
     opened.close()
-    assert ["cache.db"] == os.listdir(tmp_path / name)
+    assert ["cache.db", "reserve"] == sorted(os.listdir(tmp_path / name))
 
 
 def test_only_the_user_can_read_the_ledger(directory: Path) -> None:
@@ -239,7 +239,8 @@ print({path.name: oct(path.lstat().st_mode & 0o777) for path in [directory, *sor
 """,
         directory,
     )
-    files = {"delivery": "0o700", "cache.db": "0o600", "cache.db-shm": "0o600", "cache.db-wal": "0o600"}
+    names = ("cache.db", "cache.db-shm", "cache.db-wal", "reserve")
+    files = {"delivery": "0o700", **dict.fromkeys(names, "0o600")}
     assert f"{files}\n" == output
 
 
@@ -348,7 +349,7 @@ Ledger.open(directory)
         ledger.commit(record("a"))
         assert record("a") == ledger.record("a")
         ledger.close()
-        assert ["cache.db"] == os.listdir(directory)
+        assert ["cache.db", "reserve"] == sorted(os.listdir(directory))
         assert all(report.endswith("was empty; a new one is begun") for report in reports)
         if done.returncode == 0:
             break
@@ -391,7 +392,7 @@ class TestReadingBesideAWriter:
         before = (directory / "cache.db").read_bytes()
         reader = Ledger.open(directory, read_only=True)
         assert record("a", 1) == reader.record("a")
-        assert ["cache.db"] == os.listdir(directory)
+        assert ["cache.db", "reserve"] == sorted(os.listdir(directory))
         assert before == (directory / "cache.db").read_bytes()
 
     def test_the_ledger_of_a_killed_worker_is_read_and_not_repaired(self, directory: Path) -> None:
@@ -399,7 +400,7 @@ class TestReadingBesideAWriter:
         # Held by a name: a connection that is let go of closes its database, which is the end of its -wal.
         run("ledger = Ledger.open(directory)\nledger.commit(RunRecord('a', reason='last'))\nos._exit(0)", directory)
         before = {path.name: path.read_bytes() for path in directory.iterdir()}
-        assert {"cache.db", "cache.db-wal", "cache.db-shm"} == set(before)
+        assert {"cache.db", "cache.db-wal", "cache.db-shm", "reserve"} == set(before)
         found = Ledger.open(directory, read_only=True).record("a")
         assert found is not None
         assert "last" == found.reason
@@ -412,7 +413,7 @@ class TestReadingBesideAWriter:
         (directory / "cache.db-shm").unlink()
         with pytest.raises(LedgerUnavailable, match="before the worker"):
             Ledger.open(directory, read_only=True).record("a")
-        assert ["cache.db", "cache.db-wal"] == sorted(os.listdir(directory))
+        assert ["cache.db", "cache.db-wal", "reserve"] == sorted(os.listdir(directory))
 
     def test_a_locked_ledger_can_be_read_and_a_read_one_written(self, directory: Path, ledger: Ledger) -> None:
         """Neither waits for the other."""

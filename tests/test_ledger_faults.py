@@ -195,7 +195,7 @@ class TestDamagedFile:
         assert ["was empty"] == [words for words in ("was empty",) if words in "".join(reports)]
         assert_works(ledger)
         ledger.close()
-        assert ["cache.db"] == os.listdir(directory)
+        assert ["cache.db", "reserve"] == sorted(os.listdir(directory))
 
     def test_an_emptied_file_keeps_its_log(self, crashed: Path, directory: Path) -> None:
         """SQLite would delete the log of an empty database; it is set aside first."""
@@ -466,7 +466,7 @@ class TestSettings:
         edit(directory, sql)
         with pytest.raises(LedgerCorrupt):
             Ledger.open(directory, read_only=True).record("00")
-        assert ["cache.db"] == os.listdir(directory)
+        assert ["cache.db", "reserve"] == sorted(os.listdir(directory))
         assert_set_aside(directory).close()
 
     def test_the_settings_in_force_are_those_written_here(self, directory: Path) -> None:

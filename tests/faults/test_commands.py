@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ import pytest
 from commands import console_script, environment, offline
 from contents import numbered, points, the_run
 from faults.table import Row
+from mlflow_outbox.testing.faults import status
+from mlflow_outbox.testing.proxy import FaultProxy
+from servers import MlflowServer
 
 #: Mounts what a script needs in a namespace of its own; "outbox" is the command.
 _ALONE = (
@@ -58,33 +63,114 @@ def test_a_replay_from_read_only_media(row: Row, sqlite_uri: str, experiment_nam
     row.done()
 
 
+#: Logs a run on a disk, and fills that to the last byte.
+_FILL = """
+    import sys
+    from mlflow_outbox import MLflowTracker
+    tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir="disk/box", worker=sys.argv[3])
+    with tracker.start_run("full") as run:
+        for step in range(3000):
+            run.log_metric("loss", step / 2, step=step)
+    with open("disk/filler", "wb", buffering=0) as filler:
+        for size in (65536, 1):
+            try:
+                while filler.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass
+    print("full", os.statvfs("disk").f_bavail, flush=True)
+    sys.stdin.readline()
+    print("delivered", tracker.close(60), dict(tracker.counters), flush=True)
+"""
+_DISK = "mkdir disk; mount -t tmpfs -o size=64m,mode=0700 tmpfs disk"
+
+
 @pytest.mark.needs("mounts")
-@pytest.mark.fault("F19", "zero bytes free: status, flush, gc, and flush again")
+@pytest.mark.fault("F19", "zero bytes free, nothing delivered yet: flush")
+def test_a_flush_with_zero_bytes_free(
+    row: Row, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It makes its ledger, delivers, acknowledges and deletes; without that ledger nothing arrives twice either."""
+    fill = f"{sys.executable} -c 'import os{textwrap.dedent(_FILL)}' {experiment_name} {mlflow_server.url} none"
+    text = alone(
+        tmp_path,
+        f"""
+        {_DISK}
+        {fill} < /dev/null
+        cp -a disk/box kept
+        outbox flush -d disk/box --timeout 60
+        find disk/box/*/runs disk/box/*/delivered -mindepth 1
+        df --output=avail disk
+        outbox flush -d disk/box --timeout 60
+        outbox flush -d kept --timeout 60
+        """,
+    )
+    assert "full 0\n" in text
+    assert ["0", "0", "0"] == re.findall(r"^code (\d+)$", text, re.MULTILINE), text
+    assert "3,002 events delivered" in text
+    assert "deleted before its retention time" in text
+    assert ".log" not in text
+    assert not re.search(r"^ *0$", text, re.MULTILINE), text
+    remote = the_run(mlflow_server.url, experiment_name)
+    assert ("FINISHED", numbered(3000)) == (remote.info.status, points(mlflow_server.url, remote.info.run_id, "loss"))
+    row.done()
+
+
+@pytest.mark.needs("mounts")
+@pytest.mark.fault("F19", "the disk fills up while the server is away; the experiment's worker delivers")
+def test_a_worker_with_zero_bytes_free(
+    row: Row, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The worker thread of a running experiment acknowledges and deletes what it delivers, nothing arrives twice."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("mlflow", status(503), times=None)
+        words = ["sh", "-c", f'{_ALONE}\n{_DISK}\nexec {sys.executable} -c "$2" $3 $4 thread', "sh"]
+        program = "import os" + textwrap.dedent(_FILL)
+        process = subprocess.Popen(
+            ["unshare", "-m", *words, str(tmp_path), program, experiment_name, proxy.url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert "full 0\n" == process.stdout.readline()
+        proxy.clear()
+        out, _ = process.communicate("\n", timeout=120)
+    assert "delivered=3002, pending=0, parked=0, dead=0" in out
+    assert "'reclaimed_early': 1" in out
+    remote = the_run(mlflow_server.url, experiment_name)
+    assert ("FINISHED", numbered(3000)) == (remote.info.status, points(mlflow_server.url, remote.info.run_id, "loss"))
+    row.done()
+
+
+@pytest.mark.needs("mounts")
+@pytest.mark.fault("F19", "zero bytes free on a disk too small for a reserve: status, flush, gc")
 def test_commands_with_zero_bytes_free(row: Row, sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
-    """Looking works, a flush loses nothing and says what is in the way, gc makes room, and the rest arrives."""
-    (first,) = offline(tmp_path / "first", sqlite_uri, experiment=experiment_name, points=3000)
+    """Looking works; what was delivered before gives way to the ledger, and the rest arrives."""
+    (first,) = offline(tmp_path / "first", sqlite_uri, experiment=experiment_name, points=30_000)
     (second,) = offline(tmp_path / "second", sqlite_uri, experiment=f"{experiment_name}-2")
     text = alone(
         tmp_path,
         """
-        mkdir disk; mount -t tmpfs -o size=2m,mode=0700 tmpfs disk
+        mkdir disk; mount -t tmpfs -o size=6m,mode=0700 tmpfs disk
         cp -a first disk/box
         outbox flush -d disk/box --timeout 60
         cp -a second/*/runs/* disk/box/*/runs/
         cat /dev/zero > disk/filler 2> /dev/null || true
         df --output=avail disk
         outbox status -d disk/box
-        outbox flush -d disk/box --timeout 1
-        cat /dev/zero >> disk/filler 2> /dev/null || true
-        outbox gc -d disk/box --older-than 0
+        outbox gc -d disk/box --dry-run --older-than 0
         outbox flush -d disk/box --timeout 60
         """,
+        MLFLOW_OUTBOX_FREE_BYTES="0",
     )
-    assert ["0", "0", "3", "0", "0"] == re.findall(r"^code (\d+)$", text, re.MULTILINE), text
+    assert ["0", "0", "0", "0"] == re.findall(r"^code (\d+)$", text, re.MULTILINE), text
     assert re.search(r"^ *0$", text, re.MULTILINE), text
     assert "13 events wait" in text
     assert "of 1 run; 0 kept" in text
     assert first != second
-    for name, number in ((experiment_name, 3000), (f"{experiment_name}-2", 10)):
+    for name, number in ((experiment_name, 30_000), (f"{experiment_name}-2", 10)):
         assert numbered(number) == points(sqlite_uri, the_run(sqlite_uri, name).info.run_id, "loss")
     row.done()

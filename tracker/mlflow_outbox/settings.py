@@ -76,7 +76,8 @@ class Settings:
     parked_retry: float = 300.0
     #: What is read back from MLflow once a run has ended and been delivered: nothing, the latest values, every point.
     verify: VerifyLevel = "latest"
-    #: Seconds that a delivered and verified run is kept on disk, so that it can be replayed to another server.
+    #: Seconds that a delivered and verified run is kept on disk, so that it can be replayed to another server; less
+    #: where the disk or ``outbox_bytes`` has no room.
     retention: float = 7 * 24 * 3600.0
     #: Seconds that a worker process goes on delivering after the last program that logs has ended.
     linger: float = 60.0

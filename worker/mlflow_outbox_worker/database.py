@@ -6,6 +6,8 @@ Design constraints
 ------------------
 * **Nothing waits without a bound.** diskcache repeats "database is locked" every millisecond for a minute, and with
   ``retry=True`` any error for ever. Here SQLite's own wait is the only one: ``timeout`` seconds, once, idle.
+* **A full disk is met with the reserve** (``mlflow_outbox.spool.reserve``): it is given back before a transaction that
+  finds little room, and once it is gone the log is cut before each transaction, so that it never needs more.
 * **A connection that reported an error is closed,** and the next use opens a new one. It may be in the middle of a
   transaction that diskcache could not end, or behind a sync that failed.
 
@@ -25,7 +27,8 @@ Reading beside a writer
 ``Reader`` opens the file for one query, read-only, and closes it: nothing is held between two queries, nothing is
 created, checkpointed or repaired, and a database that was set aside is not read on. While a ``-wal`` and a ``-shm``
 are there SQLite gives a consistent view and the writer notices nothing. Without them all is in the main file, which
-is then read as immutable, and read again when it changed meanwhile.
+is then read as immutable, and read again when it changed meanwhile. In the writer's own process both go through
+``dbdoor``.
 """
 
 from __future__ import annotations
@@ -41,11 +44,11 @@ from pathlib import Path
 from typing import Final
 
 from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.spool import reserve
 from mlflow_outbox_worker import dbconnection, dbfile
 from mlflow_outbox_worker.dbconnection import Cache, LedgerCorrupt, Row, translated
+from mlflow_outbox_worker.dbdoor import FORK_PATIENCE, door
 
-#: Seconds that a fork waits for a use of the database to end; a commit takes less than a millisecond.
-FORK_PATIENCE: Final = 1.0
 #: Seconds that a checkpoint waits for readers; their queries take milliseconds.
 CHECKPOINT_PATIENCE: Final = 0.5
 #: Pages given back by one checkpoint: 4 MB, a few milliseconds.
@@ -54,6 +57,8 @@ _VACUUM_PAGES: Final = 1000
 _READ_ATTEMPTS: Final = 8
 #: Seconds between two of them: a writer opens or closes the file in about a millisecond.
 _READ_PAUSE: Final = 0.002
+#: What SQLite and the kernel say of a disk or a quota without room; some of it may have other reasons too.
+_NO_ROOM: Final = ("full", "disk I/O error", "unable to open", "No space left", "quota")
 
 
 class Database:
@@ -82,9 +87,22 @@ class Database:
             OutboxUnusable: the directory or a file in it cannot be made, or is not safe to use.
             LedgerUnavailable: the database is locked, or the disk fails.
         """
+        try:
+            opened = cls._opened(directory, timeout, report)
+        except LedgerUnavailable as error:
+            if not _is_full(error) or not reserve.release(directory):
+                raise
+            opened = cls._opened(directory, timeout, report)
+        reserve.make(directory)
+        return opened
+
+    @classmethod
+    def _opened(cls, directory: Path, timeout: float, report: Callable[[str], None]) -> Database:
         path = directory / dbfile.NAME
         with translated(path):
             dbfile.make_directory(directory)
+            if reserve.free(directory) < reserve.LOW:
+                reserve.release(directory)
             found = dbfile.look(directory)
             if what := dbfile.ruin(found):
                 report(f"the ledger {path} {what}; it is kept as {dbfile.set_aside(directory)} and a new one is begun")
@@ -119,9 +137,11 @@ class Database:
                 _close_inherited()
                 self._cache.keep_up()
                 yield self._cache
-        except BaseException:
+        except BaseException as error:
             if self._usable:
                 self._cache.disconnect()
+            if _is_full(error):
+                reserve.release(self._path.parent)  # the next try has it
             raise
         finally:
             self._lock.release()
@@ -133,8 +153,10 @@ class Database:
         Raises:
             LedgerUnavailable: as ``guarded``; nothing was written.
         """
-        with self.guarded() as cache, cache.transact(retry=False):
-            yield cache
+        with self.guarded() as cache:
+            self._make_way(cache)
+            with cache.transact(retry=False):
+                yield cache
 
     def query(self, sql: str, arguments: Row = ()) -> list[Row]:
         """Return all rows of one SQL statement.
@@ -151,13 +173,26 @@ class Database:
         Raises:
             LedgerUnavailable: as ``guarded``.
         """
+        reserve.make(self._path.parent)
         with self.guarded() as cache:
             cache.give_back(_VACUUM_PAGES)
-            cache.query(f"PRAGMA busy_timeout = {int(min(self._timeout, CHECKPOINT_PATIENCE) * 1000)}")
-            ((_, logged, copied),) = cache.query("PRAGMA wal_checkpoint(TRUNCATE)")
-            cache.query(f"PRAGMA busy_timeout = {int(self._timeout * 1000)}")
-            # "busy" may mean no more than that a reader kept the log from being cut; what was copied is what counts.
-            return bool(logged == copied >= 0)
+            return self._cut_log(cache)
+
+    def _cut_log(self, cache: Cache) -> bool:
+        cache.query(f"PRAGMA busy_timeout = {int(min(self._timeout, CHECKPOINT_PATIENCE) * 1000)}")
+        ((_, logged, copied),) = cache.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        cache.query(f"PRAGMA busy_timeout = {int(self._timeout * 1000)}")
+        # "busy" may mean no more than that a reader kept the log from being cut; what was copied is what counts.
+        return bool(logged == copied >= 0)
+
+    def _make_way(self, cache: Cache) -> None:
+        """Find room for a transaction on a disk that has little."""
+        if reserve.free(self._path.parent) >= reserve.LOW or reserve.release(self._path.parent):
+            return
+        try:
+            self._cut_log(cache)
+        except sqlite3.Error:  # no room even for that; the transaction may need none
+            cache.disconnect()
 
     def close(self) -> None:
         """Close the connection; every later use finds the database unavailable."""
@@ -185,6 +220,10 @@ class Database:
             _ABANDONED.append(self._cache)
 
 
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, LedgerUnavailable) and any(words in str(error) for words in _NO_ROOM)
+
+
 class Reader:
     """The same file, read by any process beside the one that writes it; a missing file reads as empty."""
 
@@ -203,29 +242,37 @@ class Reader:
         """
         with translated(self._path):
             _close_inherited()
-            attempts = _READ_ATTEMPTS
+            attempts, deadline = _READ_ATTEMPTS, time.monotonic() + self._timeout
             while True:
                 before = dbfile.look(self._directory)
-                if "" not in before:
-                    return []
-                shared = "-wal" in before and "-shm" in before
                 attempts -= 1
                 try:
-                    if not shared and "-wal" in before and before["-wal"].size:
-                        msg = f"the ledger {self._path} cannot be read before the worker has opened it again"
-                        raise LedgerUnavailable(msg)
-                    rows = self._query_once(sql, arguments, shared=shared)
-                    if shared or dbfile.look(self._directory) == before:
-                        return rows
+                    with door(self._path, self._timeout):
+                        before = dbfile.look(self._directory)
+                        rows = self._attempted(before, sql, arguments)
+                        if rows is not None:
+                            return rows
                 except (sqlite3.Error, LedgerUnavailable) as error:
-                    # Tried again when the writer came, went or began anew meanwhile, or is just about to.
+                    # Tried again when the writer came, went or began anew meanwhile, or is just about to. One attempt
+                    # can take SQLite ten seconds (dbdoor), so they are not all made whatever they take.
                     passing = isinstance(error, sqlite3.OperationalError) or dbfile.look(self._directory) != before
-                    if not attempts or not passing:
+                    if not attempts or not passing or time.monotonic() > deadline:
                         raise
                     time.sleep(_READ_PAUSE)
                 if not attempts:
                     msg = f"the ledger {self._path} changes too fast to be read"
                     raise LedgerUnavailable(msg)
+
+    def _attempted(self, before: dict[str, dbfile.FileState], sql: str, arguments: Row) -> list[Row] | None:
+        """Return all rows, or None when the files, which were as before says, changed meanwhile."""
+        if "" not in before:
+            return []
+        shared = "-wal" in before and "-shm" in before
+        if not shared and "-wal" in before and before["-wal"].size:
+            msg = f"the ledger {self._path} cannot be read before the worker has opened it again"
+            raise LedgerUnavailable(msg)
+        rows = self._query_once(sql, arguments, shared=shared)
+        return rows if shared or dbfile.look(self._directory) == before else None
 
     def _query_once(self, sql: str, arguments: Row, *, shared: bool) -> list[Row]:
         # readonly_shm: SQLite would make a -shm of its own, and could not take it away again.

@@ -40,6 +40,7 @@ from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.retention import reclaim
+from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.schedule import Schedule, Stamp, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import OutboxSource, Source
@@ -90,6 +91,7 @@ class Delivery:
         self._now_ms = now_ms
         self._clock = clock
         self._lease = self._source.lease(kind)
+        self._room = Room(self._source.filing, settings, counters)
         self._stop = threading.Event()
         self._wakeup = threading.Event()
         self._schedule = Schedule(settings, clock)
@@ -187,9 +189,9 @@ class Delivery:
 
     def _hold(self) -> None:
         """Deliver as long as the lease is sound."""
-        self._ledger = Ledger.open(
+        self._ledger = self._room.opened(
             self._settings.ledger_dir or self._source.ledger,
-            report=lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
+            lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
         )
         self._schedule.clear()
         self._hurry = self._source.hurry_asked()
@@ -203,6 +205,7 @@ class Delivery:
                 self._schedule.mark(run_id)
             if now >= next_look:
                 self._look_around()
+                self._room.look(self._ledger, measure=True)
                 next_look = now + look_around
             if now >= next_check:
                 if not self._lease.is_sound():
@@ -210,6 +213,7 @@ class Delivery:
                     return
                 self._source.check_unchanged()
                 self._gate.notes.pace(self._ledger, self._counters["delivered"], now, self._now_ms())
+                self._room.look(self._ledger)
                 next_check = now + _STAND_BY
             if now >= next_reclaim:
                 if self._source.filing is not None:
@@ -341,6 +345,7 @@ class Delivery:
             self._turned(run_id, turn)
             if complete:
                 self._schedule.sent(run_id, stamp)
+                self._room.look(ledger)
         except Waits:  # for another run's turn; nothing is wrong with the destination
             self._schedule.again(run_id, self._settings.poll_interval)
         except Later as later:

@@ -105,20 +105,27 @@ def reclaim(directory: OutboxDirectory, ledger: Ledger, *, before_ms: int, dry_r
     Raises:
         OSError: a file could not be deleted.
     """
-    gone = []
+    gone = [run_id for run_id, verified_ms in reclaimable(directory, ledger) if verified_ms < before_ms]
+    if not dry_run:
+        for run_id in gone:
+            shutil.rmtree(directory.delivered / run_id)
+    return gone
+
+
+def reclaimable(directory: OutboxDirectory, ledger: Ledger) -> list[tuple[str, int]]:
+    """Return the ids of the runs that may be deleted, with the wall-clock ms at which each was verified."""
     letters = ledger.dead_letter_counts()
+    found = []
     for run_id in directory.delivered_ids():
         record = ledger.record(run_id)
-        if record is None or record.state != "done" or not record.verified_at_ms or record.verified_at_ms >= before_ms:
+        if record is None or record.state != "done" or not record.verified_at_ms:
             continue
         if directory.run(run_id).exists():
             continue  # it goes on
         if run_id in letters:
             continue  # a person may still send them, and then the file that one names must be there
-        if not dry_run:
-            shutil.rmtree(directory.delivered / run_id)
-        gone.append(run_id)
-    return gone
+        found.append((run_id, record.verified_at_ms))
+    return found
 
 
 def _target(directory: OutboxDirectory, run_id: str) -> Path:

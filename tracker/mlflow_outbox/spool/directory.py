@@ -7,7 +7,7 @@ Layout::
       runs/<run_id>/      segments (*.log) and files/<sha256>, until the run is delivered
       delivered/<run_id>/ the same, until the retention time is over
       quarantine/         bytes that were no intact frames, as they were found
-      delivery/           the ledger (diskcache)
+      delivery/           the ledger (diskcache), and a reserve for when the disk is full
       worker.lock         flock: held by the one worker that delivers
       doorbell            a line with the run's id for each segment that a writer opened
       hurry               its modification time changes when somebody wants delivery at once
@@ -34,6 +34,7 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
 from mlflow_outbox.settings import state_directory
+from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.filesystem import is_network
 from mlflow_outbox.spool.private import check_parent, check_private, make_private, read_regular, write_once
 
@@ -111,6 +112,8 @@ class OutboxDirectory:
                     FORMAT, os.urandom(16).hex(), destination.uri, now_ms, destination.artifact_root
                 )
                 write_once(path / _IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
+                if not is_network(path):
+                    reserve.make(path / "delivery")
         except OutboxUnusable:
             raise
         except OSError as error:

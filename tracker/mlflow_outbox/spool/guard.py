@@ -2,7 +2,7 @@
 
 Looked at in the background, never by a logging call; a call only reads the last verdict. What is undelivered is never
 deleted to make room: at the cap the newest events are refused and counted, and logging goes on by itself as soon as
-delivery has made room.
+delivery has made room (``mlflow_outbox_worker.room``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from typing import Final
 
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 
 #: Seconds between two measurements of the outbox's size, which walks its directories; free space is looked at every
@@ -65,10 +66,12 @@ class DiskGuard:
 
 
 def used_bytes(directory: OutboxDirectory) -> int:
-    """Return the bytes of all files of an outbox."""
+    """Return the bytes of all files of an outbox, its reserve aside."""
     total = 0
     for folder, _, files in os.walk(directory.path):
         for name in files:
+            if name == reserve.NAME:
+                continue
             try:
                 total += os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
             except OSError:

@@ -1,0 +1,162 @@
+"""Room on a full disk: a reserve for the ledger, and delivered runs that give way; undelivered ones never do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from commands import offline, outbox_of
+from ledgers import record
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import reserve
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.guard import used_bytes
+from mlflow_outbox_worker import database
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.room import Room
+
+
+def held(folder: Path) -> int:
+    """Return how many bytes of the disk the reserve of a directory takes."""
+    return (folder / reserve.NAME).stat().st_blocks * 512
+
+
+class TestReserve:
+    def test_it_is_made_with_the_outbox_and_does_not_count_against_its_budget(self, tmp_path: Path) -> None:
+        """It takes real blocks, and the size of the outbox is that of what it holds."""
+        offline(tmp_path)
+        outbox = OutboxDirectory.open(outbox_of(tmp_path))
+        assert reserve.SIZE <= held(outbox.ledger)
+        assert used_bytes(outbox) < 10_000
+
+    def test_it_is_given_back_once_and_made_again(self, tmp_path: Path) -> None:
+        """Also where only a copy with holes was left of it."""
+        folder = tmp_path / "ledger"
+        reserve.make(folder)
+        assert reserve.release(folder)
+        assert (0, False) == (held(folder), reserve.release(folder))
+        os.truncate(folder / reserve.NAME, reserve.SIZE)
+        assert 0 == held(folder)
+        reserve.make(folder)
+        assert reserve.SIZE <= held(folder)
+
+    def test_it_is_not_what_fills_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With little room, and where the file system refuses, there is none, and nothing is said."""
+
+        def refuse(fd: int, *_: int) -> None:
+            os.write(fd, b"x")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reserve, "free", lambda _: reserve.ROOM - 1)
+            reserve.make(tmp_path)
+        assert not (tmp_path / reserve.NAME).exists()
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        reserve.make(tmp_path)
+        assert 0 == held(tmp_path)
+
+    def test_nothing_is_followed_or_cut_in_its_place(self, tmp_path: Path) -> None:
+        """A link to somebody's file."""
+        victim = tmp_path / "victim"
+        victim.write_text("x")
+        (tmp_path / reserve.NAME).symlink_to(victim)
+        reserve.make(tmp_path)
+        assert not reserve.release(tmp_path)
+        assert "x" == victim.read_text()
+
+    def test_the_ledger_gives_it_back_before_the_disk_is_full(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Then it cuts its log before each commit, and with room again the next checkpoint makes the reserve anew."""
+        folder = tmp_path / "ledger"
+        ledger = Ledger.open(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(reserve, "free", lambda _: reserve.LOW - 1)
+            for number in range(20):
+                ledger.commit(RunRecord("a", reason="x" * 20_000, delivered=number))
+                assert 0 == held(folder)
+            assert (folder / "cache.db-wal").stat().st_size < 10 * 20_000
+        assert ledger.checkpoint()
+        assert reserve.SIZE <= held(folder)
+        ledger.close()
+
+    def test_a_quota_that_statvfs_does_not_know_of_is_met_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The commit that is refused gives it back, so that the next one finds room."""
+        folder = tmp_path / "ledger"
+        ledger = Ledger.open(folder)
+
+        def refuse(*_: object) -> None:
+            msg = "database or disk is full"
+            raise sqlite3.OperationalError(msg)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(database.Database, "_make_way", refuse)
+            with pytest.raises(LedgerUnavailable, match="full"):
+                ledger.commit(record("a"))
+        assert 0 == held(folder)
+        ledger.commit(record("a"))
+        ledger.close()
+
+
+def delivered(root: Path, number: int) -> tuple[OutboxDirectory, Ledger, list[str]]:
+    """Make an outbox of runs that were delivered, read back and filed, one after the other."""
+    ids = offline(root, runs=number, points=100)
+    outbox = OutboxDirectory.open(outbox_of(root))
+    ledger = Ledger.open(outbox.ledger)
+    for time_ms, run_id in enumerate(ids, 1):
+        os.rename(outbox.run(run_id), outbox.delivered / run_id)
+        ledger.commit(RunRecord(run_id, remote_id=run_id, state="done", ended=True, verified_at_ms=time_ms))
+    return outbox, ledger, ids
+
+
+class TestRoom:
+    def test_what_was_verified_first_goes_first_and_only_as_much_as_is_needed(self, tmp_path: Path) -> None:
+        """At the cap; it is counted and said."""
+        outbox, ledger, ids = delivered(tmp_path, 5)
+        counters = Counters()
+        budget = used_bytes(outbox)
+        room = Room(outbox, Settings(free_bytes=0, outbox_bytes=budget + 1), counters)
+        room.look(ledger, measure=True)
+        assert 5 == len(outbox.delivered_ids())
+        Room(outbox, Settings(free_bytes=0, outbox_bytes=budget), counters).look(ledger, measure=True)
+        left = outbox.delivered_ids()
+        assert 0 < len(left) < 5
+        assert sorted(ids[-len(left) :]) == left
+        assert 5 - len(left) == counters["reclaimed_early"]
+        ledger.close()
+
+    def test_what_is_undelivered_stays_whatever_it_takes(self, tmp_path: Path) -> None:
+        """So do runs with dead letters, runs that were not read back, and the open part of a run that goes on."""
+        outbox, ledger, (done, refused, unread, going) = delivered(tmp_path, 4)
+        (waiting,) = offline(tmp_path)
+        ledger.commit(RunRecord(unread, remote_id=unread))
+        kept = ledger.record(refused)
+        assert kept is not None
+        ledger.commit(kept, dead=[DeadLetter(refused, "", b"", "no", "", 400, 1)])
+        outbox.make_run(going)
+        (filed,) = (outbox.delivered / going).glob("*.log")
+        shutil.copy(filed, outbox.run(going) / "live-000001.log")
+        Room(outbox, Settings(free_bytes=10**17), Counters()).look(ledger)
+        assert sorted([refused, unread, going]) == outbox.delivered_ids()
+        assert not filed.exists(), "a segment of a run that goes on, delivered and filed, goes last, but it goes"
+        assert sorted([waiting, going]) == outbox.run_ids()
+        assert (outbox.run(going) / "live-000001.log").exists()
+        assert done not in outbox.delivered_ids()
+        ledger.close()
+
+    def test_where_nothing_may_be_deleted_nothing_is(self, tmp_path: Path) -> None:
+        """Another's outbox, or one that is only read."""
+        outbox, ledger, _ = delivered(tmp_path, 1)
+        Room(None, Settings(free_bytes=10**17), Counters()).look(ledger)
+        assert 1 == len(outbox.delivered_ids())
+        ledger.close()

@@ -1,0 +1,141 @@
+"""Room on a disk that has none: what is delivered gives way, what is not never does.
+
+Delivered runs are kept for the retention time as a courtesy. When the disk has less than ``free_bytes`` left, or the
+outbox holds more than ``outbox_bytes``, the experiment's new events are refused, and then they are worth more: the
+delivered runs go, the one first that was verified first, and after them the filed segments of runs that go on. All of
+them are behind a checkpoint of the ledger (``retention``), so whatever the ledger forgets, it never asks for them.
+A run with dead letters stays, because a person may still send those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import reserve
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.guard import used_bytes
+from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
+from mlflow_outbox_worker.retention import reclaimable
+
+
+class Room:
+    """Makes room in one outbox; used by the delivery loop and by its lanes.
+
+    Args:
+        directory: the outbox; None when nothing of it may be deleted.
+        settings: ``free_bytes`` and ``outbox_bytes``.
+        counters: counts what was deleted before its time as "reclaimed_early".
+    """
+
+    def __init__(self, directory: OutboxDirectory | None, settings: Settings, counters: Counters) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._counters = counters
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Room in {str(self._directory.path) if self._directory else 'nothing'!r}>"
+
+    def opened(self, path: Path, report: Callable[[str], None]) -> Ledger:
+        """Open the ledger; where the disk has no room for that, make some by what it says when it is only read.
+
+        Args:
+            path: the ledger's directory.
+            report: told about each database that is set aside.
+
+        Raises:
+            OutboxUnusable: the directory or a file in it is not safe to use.
+            LedgerUnavailable: the database is locked, or the disk fails.
+        """
+        try:
+            return Ledger.open(path, report=report)
+        except LedgerUnavailable as error:
+            if isinstance(error, LedgerCorrupt) or reserve.free(path) >= reserve.LOW:
+                raise
+        with contextlib.closing(Ledger.open(path, read_only=True)) as seen:
+            self.look(seen)
+        return Ledger.open(path, report=report)
+
+    def look(self, ledger: Ledger, *, measure: bool = False) -> None:
+        """Delete what is delivered as far as there is need of room.
+
+        Args:
+            ledger: says what is delivered.
+            measure: look at the size of the outbox too, which walks its directories; else only at the free space.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read now.
+            OSError: a file could not be deleted.
+        """
+        directory = self._directory
+        if directory is None or not self._lock.acquire(blocking=False):
+            return  # another lane is at it
+        try:
+            excess = self._excess(directory, measure=measure)
+            if excess <= 0:
+                return
+            freed = number = 0
+            for path in _delivered(directory, ledger):
+                if freed >= excess:
+                    break
+                freed += _remove(path)
+                number += 1
+        finally:
+            self._lock.release()
+        if number:
+            self._counters.add("reclaimed_early", number)
+            self._counters.warn_once(
+                "reclaimed_early",
+                f"mlflow-outbox: the disk or the budget of {directory.path} has no room: what was delivered is deleted "
+                "before its retention time; nothing undelivered ever is",
+            )
+
+    def _excess(self, directory: OutboxDirectory, *, measure: bool) -> int:
+        """Return how many bytes are to go: a tenth more than is needed, so that the next event does not need them."""
+        least = max(self._settings.free_bytes, reserve.LOW)
+        lacking = least - reserve.free(directory.path)
+        if lacking > 0:
+            return lacking + least // 10
+        if not measure or not directory.delivered_ids():
+            return 0
+        most = self._settings.outbox_bytes
+        used = used_bytes(directory)
+        return used - most + most // 10 if used >= most else 0
+
+
+def _delivered(directory: OutboxDirectory, ledger: Ledger) -> Iterator[Path]:
+    """Yield what may go, in the order in which it goes: whole runs, then segments."""
+    done = sorted((verified_ms, run_id) for run_id, verified_ms in reclaimable(directory, ledger))
+    for _, run_id in done:
+        yield directory.delivered / run_id
+    segments = []
+    for run_id in directory.delivered_ids():
+        if not directory.run(run_id).exists():
+            continue
+        with os.scandir(directory.delivered / run_id) as entries:
+            segments += [(e.stat().st_mtime_ns, e.path) for e in entries if e.name.endswith(".log")]
+    for _, path in sorted(segments):
+        yield Path(path)
+
+
+def _remove(path: Path) -> int:
+    """Delete a run's directory or a segment and return how many bytes that freed."""
+    if not path.is_dir():
+        size = os.stat(path, follow_symlinks=False).st_size
+        os.unlink(path)
+        return size
+    size = sum(
+        os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
+        for folder, _, names in os.walk(path)
+        for name in names
+    )
+    shutil.rmtree(path)
+    return size
