@@ -6,6 +6,8 @@ follows in the same journal. Since an id is given before it is used, nothing can
 
 Once in effect: most of these requests change nothing when they are made again. The others are recognised by their
 answers (a row that exists), or carry a tag of the outbox by which what they create is found before it is created.
+
+A replay to another place than the one a request was logged for replaces MLflow's own ids in it too: see ``copies``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +28,7 @@ import msgspec
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox_worker import copies
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
@@ -36,6 +40,10 @@ _MLMODEL_BYTES: Final = 16 * 1024 * 1024
 _ROW_EXISTS: Final = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|already been logged", re.IGNORECASE)
 #: Operations whose list argument is sent one by one, so that one row that exists does not hold back the others.
 _ONE_BY_ONE: Final = {"log_outputs": "models", "log_logged_model_params": "params"}
+_OF_EXPERIMENTS: Final = frozenset(
+    {"create_experiment", "set_experiment_tag", "delete_experiment_tag"}
+    | {"rename_experiment", "delete_experiment", "restore_experiment"}
+)
 _DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag"})
 
 
@@ -56,17 +64,19 @@ class Calls:
         self._source = source
         self._sink = sink
         self._ledger = ledger
+        self._copies = copies.Copies(source) if copies.copying(source) else None
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         self._since: dict[str, float] = {}
 
     # -- ids
 
-    def rewritten(self, text: str, *, but: str = "") -> str:
-        """Return text with every provisional id in it replaced by MLflow's.
+    def rewritten(self, text: str, *, of: str, but: str = "") -> str:
+        """Return text with every provisional id in it, and every one of what is copied, replaced by MLflow's.
 
         Args:
             text: whatever may hold ids.
+            of: the run that it was logged to.
             but: an id that is left as it is.
 
         Raises:
@@ -74,25 +84,61 @@ class Calls:
             SinkError: MLflow had to be asked and could not be.
             LedgerUnavailable: the ledger could not be read.
         """
+        pattern = provisional.PATTERN
+        if self._copies is not None:
+            pattern = copies.PATTERN
+            text = copies.TRACES.sub(lambda found: self._location("experiment", self.experiment(found[1], of)), text)
+            text = copies.HOME.sub(self._home, text)
         if provisional.ARTIFACT_SCHEME in text:
-            text = provisional.URI_PATTERN.sub(self._artifact_uri, text)
-        return provisional.PATTERN.sub(
-            lambda found: found.group() if found.group() == but else self.resolved(found.group()), text
-        )
+            text = provisional.URI_PATTERN.sub(
+                lambda found: self._location(found[1], self._resolved_owner(found[1], found[2], of)), text
+            )
+        return pattern.sub(lambda found: found.group() if found.group() == but else self.resolved(found.group()), text)
 
-    def _artifact_uri(self, found: re.Match[str]) -> str:
-        kind, local = found.groups()
-        return self._sink.artifact_location(kind, self.resolved(local)).rstrip("/")
+    def _location(self, kind: str, remote: str) -> str:
+        return self._sink.artifact_location(kind, remote).rstrip("/")
+
+    def _resolved_owner(self, kind: str, local: str, of: str) -> str:
+        return self.experiment(local, of) if kind == "experiment" else self.resolved(local)
+
+    def _home(self, found: re.Match[str]) -> str:
+        remote = self.resolved(found[1])
+        if remote == found[1]:
+            return found.group()
+        return self._location("model" if remote.startswith("m-") else "run", remote)
+
+    def experiment(self, given: str, of: str) -> str:
+        """Return what the id of an experiment, as a run knows it, has become.
+
+        Args:
+            given: the id.
+            of: the run.
+
+        Raises:
+            Waits: its creation has not been delivered yet.
+            SinkError: it had to be made and could not be, or nothing says what it is called.
+            LedgerUnavailable: the ledger could not be read.
+        """
+        if self._copies is None or provisional.is_provisional(given):
+            return self.resolved(given)
+        name = self._source.experiment(self._copies.experiment(given, of))
+        if not name:
+            msg = f"nothing says what the experiment {given} is called; replay it into one of your choice: --experiment"
+            raise SinkError(msg, kind="answer", status=HTTPStatus.NOT_FOUND, code="RESOURCE_DOES_NOT_EXIST")
+        held = self._known.get(f"experiment {name}")
+        if held is None:
+            held = self._known[f"experiment {name}"] = self._sink.experiment_id(name)
+        return held
 
     def resolved(self, local: str) -> str:
-        """Return what an id has become; ids that are MLflow's own, or nobody's, are returned as they are.
+        """Return what an id has become; one that is MLflow's own and not copied, or nobody's, is returned as it is.
 
         Raises:
             Waits: its creation has not been delivered yet.
             SinkError: an experiment had to be made and could not be.
             LedgerUnavailable: the ledger could not be read.
         """
-        if not provisional.is_provisional(local):
+        if not provisional.is_provisional(local) and (self._copies is None or not self._copies.has(local)):
             return local
         remote = self._known.get(local) or self._looked_up(local)
         if remote:
@@ -125,20 +171,21 @@ class Calls:
                 if request is None or request.operation != "create_experiment":
                     continue
                 wanted: dict[str, Any] = msgspec.json.decode(request.arguments)
-                remote = self._sink.create_experiment(
-                    wanted["name"], wanted.get("artifact_location"), wanted.get("tags") or {}
-                )
+                name = self._source.experiment(wanted["name"])
+                location, tags = wanted.get("artifact_location"), wanted.get("tags") or {}
+                remote = self._sink.create_experiment(name, location, tags)
                 self._ledger.set_meta(f"experiment/{local}", remote.encode())
                 return remote
         return ""
 
     @contextlib.contextmanager
-    def content(self, file: Path, path: str) -> Iterator[Path]:
+    def content(self, file: Path, path: str, *, of: str) -> Iterator[Path]:
         """Yield a file with MLflow's ids in it: an ``MLmodel`` names its run, its model and where it lies.
 
         Args:
             file: the outbox's copy.
             path: what it is called in MLflow.
+            of: the run that it was logged to.
 
         Raises:
             Waits: one of the ids is not known yet.
@@ -148,7 +195,7 @@ class Calls:
             yield file
             return
         text = file.read_bytes().decode("utf-8", "surrogateescape")
-        rewritten = self.rewritten(text)
+        rewritten = self.rewritten(text, of=of)
         if rewritten == text:
             yield file
             return
@@ -159,23 +206,26 @@ class Calls:
 
     # -- requests
 
-    def make(self, request: Request, refuse: Callable[[Request, SinkError], None]) -> None:
+    def make(self, request: Request, refuse: Callable[[Request, SinkError], None], *, of: str) -> None:
         """Make one request.
 
         Args:
             request: as logged.
+            of: the run that it was logged to.
             refuse: told what MLflow refuses: the request, or the part of it that is refused.
 
         Raises:
             Waits: something that it names is not there yet.
             LedgerUnavailable: the ledger could not be used.
         """
+        if request.operation in _OF_EXPERIMENTS and self._source.experiment(""):
+            return  # all goes into one experiment, which is not the one that it was about
         if request.operation == "create_logged_model":
-            self._create_model(request, refuse)
+            self._create_model(request, refuse, of)
         elif request.operation == "create_experiment":
-            self._asked(request, refuse, lambda: self.resolved(_text(request, "experiment_id")))
+            self._create_experiment(request, refuse, of)
         elif not request.known:
-            body = self.rewritten(request.arguments.decode())
+            body = self.rewritten(self._placed(request, of).decode(), of=of)
             for part in _parts(request.operation, body):
                 self._call(request, part, refuse)
 
@@ -186,16 +236,39 @@ class Calls:
             if not _is_applied(request.operation, error):
                 refuse(msgspec.structs.replace(request, arguments=body.encode()), error)
 
-    def _create_model(self, request: Request, refuse: Callable[[Request, SinkError], None]) -> None:
-        wanted: dict[str, Any] = msgspec.json.decode(request.arguments)
-        local = wanted.pop("model_id", "")
-        if request.known or self._ledger.meta(f"model/{local}") is not None:
+    def _placed(self, request: Request, of: str) -> bytes:
+        if self._copies is None:
+            return request.arguments
+        given: dict[str, Any] = msgspec.json.decode(request.arguments)
+        return msgspec.json.encode(
+            self._copies.placed(request.operation, given, lambda experiment: self.experiment(experiment, of))
+        )
+
+    def _create_experiment(self, request: Request, refuse: Callable[[Request, SinkError], None], of: str) -> None:
+        if request.known and self._copies is None:
             return
-        body = self.rewritten(msgspec.json.encode(wanted).decode(), but=local)  # a tag names it
+        local = _text(request.arguments, "experiment_id")
+        remote = self._asked(request, refuse, lambda: self.experiment(local, of))
+        if remote and self._copies is not None:  # who came first made it by its name, without tags
+            given: dict[str, str] = msgspec.json.decode(request.arguments).get("tags") or {}
+            for key, value in given.items():
+                tag = {"$": "ExperimentTag", "v": {"key": key, "value": value}}
+                body = msgspec.json.encode({"experiment_id": remote, "tag": tag})
+                part = msgspec.structs.replace(request, operation="set_experiment_tag")
+                self._call(part, body.decode(), refuse)
+
+    def _create_model(self, request: Request, refuse: Callable[[Request, SinkError], None], of: str) -> None:
+        wanted: dict[str, Any] = msgspec.json.decode(self._placed(request, of))
+        local = wanted.pop("model_id", "")
+        if (request.known and self._copies is None) or self._ledger.meta(f"model/{local}") is not None:
+            return
+        labels = [tag["v"] for tag in wanted.get("tags") or ()]
+        mark = next((tag["value"] for tag in labels if tag["key"] == provisional.MODEL_ID_TAG), local)
+        body = self.rewritten(msgspec.json.encode(wanted).decode(), of=of, but=mark)
 
         def create() -> str:
-            experiment = _text(msgspec.structs.replace(request, arguments=body.encode()), "experiment_id")
-            return self._sink.find_model(experiment, local) or self._sink.call(request.operation, body)
+            experiment = _text(body.encode(), "experiment_id")
+            return self._sink.find_model(experiment, mark) or self._sink.call(request.operation, body)
 
         remote = self._asked(request, refuse, create)
         if remote:
@@ -210,8 +283,8 @@ class Calls:
             return ""
 
 
-def _text(request: Request, name: str) -> str:
-    return str(msgspec.json.decode(request.arguments).get(name) or "")
+def _text(arguments: bytes, name: str) -> str:
+    return str(msgspec.json.decode(arguments).get(name) or "")
 
 
 def _parts(operation: str, body: str) -> list[str]:

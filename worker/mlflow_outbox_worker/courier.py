@@ -176,7 +176,7 @@ class Courier:
         if provisional.is_room(record.run_id):
             local = provisional.experiment_of(record.run_id)
             if local:
-                record.experiment_id = ask("create_experiment", lambda: self._calls.resolved(local))
+                record.experiment_id = ask("create_experiment", lambda: self._calls.experiment(local, record.run_id))
             record.remote_id = record.run_id  # it stays a room: there is no run behind it
             self._ledger.commit(record)
             return
@@ -249,7 +249,10 @@ class Courier:
             record.creating = True
             self._ledger.commit(record)
             first = started.tags if started is not None else {}
-            tags = ask("create_run", lambda: {key: self._calls.rewritten(value) for key, value in first.items()})
+            tags = ask(
+                "create_run",
+                lambda: {key: self._calls.rewritten(value, of=record.run_id) for key, value in first.items()},
+            )
             tags[RUN_ID_TAG] = record.run_id
             start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
             record.remote_id = ask(

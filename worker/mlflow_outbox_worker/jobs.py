@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from mlflow_outbox.destination import Destination, resolve, with_credentials
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.views import RunView
@@ -110,7 +111,7 @@ def prepare(paths: Sequence[Path], wish: Wish, *, copies: Collection[Path] = ())
                 own[found.outbox.path] = (found.outbox, target, merged([held[2] if held else {}, runs]))
             else:
                 group = loose.setdefault((target.uri, elsewhere), (target, [], []))
-                group[1].append(runs)
+                group[1].append(_of_their_outbox(runs, found))
                 group[2].append(path)
     jobs = [_own_job(*one, wish) for one in own.values()]
     jobs += [_loose_job(*group, elsewhere=elsewhere, wish=wish) for (_, elsewhere), group in loose.items()]
@@ -127,6 +128,14 @@ def _recorded(found: Found) -> Destination | None:
     if found.identity is None:
         return None
     return Destination(found.identity.destination, found.identity.artifact_root)
+
+
+def _of_their_outbox(runs: Runs, found: Found) -> Runs:
+    """Return runs with rooms named after their outbox as well: another one's of the same name is another room."""
+    mark = found.identity.id[:12] if found.identity is not None else ""
+    if not mark:
+        return runs
+    return {f"{name}.{mark}" if provisional.is_room(name) else name: folders for name, folders in runs.items()}
 
 
 def _is_filed(folders: tuple[Path, ...]) -> bool:
@@ -153,7 +162,7 @@ def _loose_job(destination: Destination, found: list[Runs], paths: list[Path], *
     runs = merged(found)
 
     def look() -> Mapping[str, tuple[Path, ...]]:
-        return merged(one.runs for path in paths for one in _found(path))
+        return merged(_of_their_outbox(one.runs, one) for path in paths for one in _found(path))
 
     source = RunsSource(
         runs, destination, experiment=wish.experiment, elsewhere=elsewhere, look=look if wish.follow else None

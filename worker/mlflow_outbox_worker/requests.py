@@ -103,7 +103,7 @@ class Requests:
 
     def _send(self, record: RunRecord, batch: Batch, dead: list[DeadLetter]) -> None:
         try:
-            tags = {key: self._calls.rewritten(value) for key, value in batch.tags.items()}
+            tags = {key: self._calls.rewritten(value, of=record.run_id) for key, value in batch.tags.items()}
             self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
         except SinkError as error:
             outcome = self._answered(error, "log_batch")
@@ -143,7 +143,7 @@ class Requests:
                 dead.append(self._letter(record, part, error, outcome))
 
         try:
-            self._calls.make(request, refuse)
+            self._calls.make(request, refuse, of=record.run_id)
         except (ValueError, TypeError) as error:  # the arguments are no JSON of ours: a newer or damaged journal
             dead.append(self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
         except SinkError as error:  # an id in it had to be asked for
@@ -157,8 +157,8 @@ class Requests:
             return
         try:
             path = checked_artifact_path(file.path)
-            with self._calls.content(copy, path) as content:
-                self._sink.upload_for(kind, self._calls.rewritten(owner), content, path)
+            with self._calls.content(copy, path, of=record.run_id) as content:
+                self._sink.upload_for(kind, self._calls.rewritten(owner, of=record.run_id), content, path)
         except InvalidEvent as error:
             dead.append(self._own_letter(record, file, str(error)))
         except SinkError as error:

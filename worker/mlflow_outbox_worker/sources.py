@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox.settings import state_directory
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import (
     OutboxDirectory,
     OutboxIdentity,
@@ -191,7 +192,10 @@ class RunsSource:
 
     def folders(self, run_id: str) -> tuple[Path, ...]:
         """Return the directories that together hold a run."""
-        return self._runs.get(run_id, ())
+        found = self._runs.get(run_id)
+        if found is None and provisional.is_room(run_id):  # which its outbox calls so
+            found = next((held for name, held in self._runs.items() if name.partition(".")[0] == run_id), None)
+        return found or ()
 
     def everywhere(self, run_id: str) -> tuple[Path, ...]:
         """Return the same directories."""

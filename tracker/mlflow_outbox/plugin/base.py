@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -56,9 +57,9 @@ class Base:
         self.outbox: Outbox = shared(directory, destination, settings, settings.worker)
         self.server = Server(self.outbox)
         self.ids = Ids(self.outbox)
-        self.journals = Journals(self.outbox)
-        self._memory = threading.Lock()
         self._experiment_names: dict[str, str] = dict([_DEFAULT_EXPERIMENT])
+        self.journals = Journals(self.outbox, self._experiment_names)
+        self._memory = threading.Lock()
         self._handed_out: set[str] = set()
         self._artifact_uris: dict[str, str] = {}
         self._model_homes: dict[str, str] = {}
@@ -165,7 +166,16 @@ class Base:
     # -- experiments
 
     def experiment_name(self, experiment_id: str) -> str:
-        """Return an experiment's name as far as it is known here, else its id."""
+        """Return an experiment's name, which the server is asked for if need be, else its id.
+
+        Journals say it, because at another server it is all that tells which experiment was meant.
+        """
+        if experiment_id not in self._experiment_names and not provisional.is_provisional(experiment_id):
+            theirs = None
+            with contextlib.suppress(MlflowException):  # the server said no, which is not the matter here
+                theirs = self.ask(lambda store: store.get_experiment(experiment_id))
+            if theirs is not None:
+                self.know_experiment(experiment_id, theirs.name)
         return self._experiment_names.get(experiment_id, experiment_id)
 
     def shown_experiment(self, experiment_id: str) -> str:

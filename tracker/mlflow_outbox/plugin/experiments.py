@@ -38,11 +38,11 @@ class Experiments(Base):
             if self.journals.exists(provisional.room_of(local)):
                 raise _exists(name) from None
         else:
-            self.know_experiment(str(made), name)
-            return str(made)
+            local = str(made)
         self.know_experiment(local, name)
         self.journals.room(local).request(
             "create_experiment",
+            known="" if provisional.is_provisional(local) else local,
             experiment_id=local,
             name=name,
             artifact_location=artifact_location or None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.plugin import codec
@@ -57,10 +58,12 @@ class Journals:
 
     Args:
         outbox: the outbox.
+        names: of experiments, as far as they are known, by id.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: Outbox, names: Mapping[str, str]) -> None:
         self._outbox = outbox
+        self._names = names
         self._lock = threading.RLock()
         self._open: dict[str, OpenRun] = {}
 
@@ -90,7 +93,9 @@ class Journals:
 
     def room(self, experiment_id: str) -> OpenRun:
         """Return the room of an experiment."""
-        return self.open(provisional.room_of(experiment_id) if experiment_id else provisional.COMMON_ROOM, "")
+        if not experiment_id:
+            return self.open(provisional.COMMON_ROOM, "")
+        return self.open(provisional.room_of(experiment_id), self._names.get(experiment_id, ""))
 
     def close(self, run_id: str) -> None:
         """Close a run's journal; it may be opened again."""

@@ -82,7 +82,7 @@ class Runs(RunReads):
             RunStarted(
                 run.info.start_time or now_ms(),
                 run.info.run_name,
-                run.info.user_id or "",
+                tags.get(MLFLOW_USER, ""),
                 tags,
                 False,
                 run.info.experiment_id,

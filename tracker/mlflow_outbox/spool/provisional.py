@@ -69,5 +69,10 @@ def is_room(run_id: str) -> bool:
 
 
 def experiment_of(room: str) -> str:
-    """Return the experiment id that a room is for; "" for the common room."""
-    return "" if room == COMMON_ROOM else room.removeprefix(_ROOM)
+    """Return the experiment id that a room is for; "" for the common room.
+
+    Args:
+        room: its name, with a dot and its outbox behind it where rooms of several outboxes meet.
+    """
+    name = room.partition(".")[0]
+    return "" if name == COMMON_ROOM else name.removeprefix(_ROOM)
