@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 mlflow.set_experiment("transformers example")
+torch.manual_seed(0)
 
 
 class Sentences(torch.utils.data.Dataset):

@@ -9,6 +9,7 @@ import mlflow
 import numpy as np
 
 mlflow.set_experiment("keras example")
+keras.utils.set_random_seed(0)
 
 
 class ToMlflow(keras.callbacks.Callback):

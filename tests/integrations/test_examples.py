@@ -1,4 +1,4 @@
-"""Every example, as a user runs it: plain, with the outbox, and with the outbox while the server is away."""
+"""Every example, as a user runs it: plain, with the outbox, with the server away, and killed in the middle."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from plugin_world import deliver, differences, picture, tracking
 from servers import MlflowServer
 
 _EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-#: Experiments by example, and what differs from one training to the next.
+#: Experiments by example.
 _EXPERIMENTS = {
     "sklearn_autolog": "sklearn example",
     "xgboost_autolog": "xgboost example",
@@ -25,6 +25,10 @@ _EXPERIMENTS = {
     "hf_trainer": "transformers example",
     "keras_fit": "keras example",
 }
+
+
+#: Metrics that tell the time.
+_OF_THE_CLOCK = ("runtime", "per_second")
 
 
 def run(example: str, uri: str, outbox: Path) -> None:
@@ -48,15 +52,17 @@ def run(example: str, uri: str, outbox: Path) -> None:
 
 
 def shape(server: MlflowServer, example: str) -> dict[str, Any]:
-    """Return what a training of an example left behind, without what chance decides: the values of points and sizes."""
+    """Return what a training of an example left behind: all but measured times, sizes, and names of directories."""
     shown = picture(server.url, _EXPERIMENTS[example])
     for one in shown["runs"]:
-        one["metrics"] = {key: [step for step, _ in points] for key, points in one["metrics"].items()}
+        one["metrics"] = {
+            key: [step if key.endswith(_OF_THE_CLOCK) else (step, value) for step, value in points]
+            for key, points in one["metrics"].items()
+        }
         one["files"] = [name for name, _ in one["files"]]
         one["params"] = {key: value for key, value in one["params"].items() if "dir" not in key}
         one["tags"] = _without_history(one["tags"])
     for model in shown["models"]:
-        model["metrics"] = [key for key, *_ in model["metrics"]]
         model["tags"] = _without_history(model["tags"])
     return shown
 
@@ -78,18 +84,34 @@ def plain_shape(server: MlflowServer, example: str, directory: Path) -> dict[str
 
 
 @pytest.mark.parametrize("example", list(_EXPERIMENTS))
-@pytest.mark.parametrize("mode", ["up", "away"])
+def killing(server: MlflowServer) -> Action:
+    """Return what a proxy does to a request: the server carries it out, and is killed before anybody hears of it."""
+
+    def kill(exchange: Exchange) -> None:
+        exchange.fetch()
+        server.kill()
+        exchange.proxy.down()
+
+    return Action("kill", kill)
+
+
+@pytest.mark.parametrize("mode", ["up", "away", "killed in the middle"])
 def test_an_example_leaves_the_same_behind_with_an_outbox(
     mode: str, example: str, mlflow_server: MlflowServer, own_mlflow_server: Any, tmp_path: Path
 ) -> None:
-    """Field by field, but for values that training makes anew each time."""
+    """Field by field: runs, points and their values, params, tags, files, datasets, models, traces."""
     expected = plain_shape(mlflow_server, example, tmp_path / "plain")
     through = own_mlflow_server()
     with FaultProxy(through.url) as proxy:
         uri = f"outbox+{proxy.url}"
         if mode == "away":
             proxy.down()
+        elif "killed" in mode:
+            proxy.on("runs/log-batch", killing(through))
         run(example, uri, tmp_path / "outbox")
+        if "killed" in mode:
+            assert not through.is_alive()
+            through.start()
         proxy.up()
         with tracking(uri, tmp_path / "outbox"):
             deliver(uri)
