@@ -3,7 +3,8 @@
 * ``--tier commit`` (the default, in every run of the test suite), ``nightly`` and ``release`` run the same tests with
   more repetitions; ``scripts/faults --tier nightly`` is the way to start the longer ones.
 * Every test that draws random numbers gets its ``rng`` from one seed, which is printed. The seed of a failure is added
-  to ``tests/faults/seeds/<test>.txt`` with the test's parameters, and every later run of that test repeats it.
+  to ``tests/faults/seeds/<test>.txt`` with the tier, whose count it takes to meet it, and the test's parameters; every
+  later run of that test in that tier or a larger one repeats it.
 * A test marked ``fault("F01", "what is injected")`` is a row of the table at the end. A test marked
   ``needs("strace")`` is not collected where that is missing: the table then says "not run", and what would be needed.
 """
@@ -23,7 +24,7 @@ import pytest
 
 from faults import abilities
 from faults.children import Nest
-from faults.table import Row, Table
+from faults.table import TIERS, Row, Table
 
 SEEDS = Path(__file__).with_name("seeds")
 #: Parts of a test that tries every point of a long list, for several processes, in the longer tiers.
@@ -76,11 +77,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"faults: tier {config.getoption('--tier')}, seed {seed} (repeat with --fault-seed {seed})"
 
 
-def _kept_seeds(name: str) -> list[tuple[str, str]]:
-    """Return the seeds with which a test has failed, each with the other parameters of that test."""
+def _kept_seeds(config: pytest.Config, name: str) -> list[tuple[str, str]]:
+    """Return the seeds with which a test has failed in this tier or a smaller one, each with its other parameters."""
     path = SEEDS / f"{name}.txt"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [(seed, rest.strip()) for seed, _, rest in (line.partition(" ") for line in lines) if seed]
+    enough = TIERS[: TIERS.index(config.getoption("--tier")) + 1]
+    found = [line.split(" ", 2) for line in lines]
+    return [(seed, "".join(rest)) for tier, seed, *rest in found if tier in enough]
 
 
 def _parameters(item: pytest.Item) -> str:
@@ -102,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         parts = 1 if metafunc.config.getoption("--tier") == "commit" else PARTS
         metafunc.parametrize("part", [slice(n, None, parts) for n in range(parts)], ids=map(str, range(parts)))
     if "rng" in metafunc.fixturenames:
-        seeds = list(dict.fromkeys(seed for seed, _ in _kept_seeds(metafunc.function.__name__)))
+        seeds = list(dict.fromkeys(seed for seed, _ in _kept_seeds(metafunc.config, metafunc.function.__name__)))
         metafunc.parametrize("fault_seed", [None, *seeds], ids=["new", *(f"kept-{seed}" for seed in seeds)])
 
 
@@ -111,7 +114,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, out = [], []
     for item in items:
         seed = getattr(item, "callspec", None) and item.callspec.params.get("fault_seed")  # type: ignore[attr-defined]
-        if seed and (seed, _parameters(item)) not in _kept_seeds(item.function.__name__):  # type: ignore[attr-defined]
+        if seed and (seed, _parameters(item)) not in _kept_seeds(config, item.function.__name__):  # type: ignore[attr-defined]
             continue  # this seed has failed with other parameters
         missing = [why for mark in item.iter_markers("needs") for name in mark.args if (why := abilities.missing(name))]
         if missing:
@@ -184,7 +187,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         seed = item.funcargs.get("fault_seed") or item.config.stash[_SEED]  # type: ignore[attr-defined]
         path = SEEDS / f"{item.function.__name__}.txt"  # type: ignore[attr-defined]
         path.parent.mkdir(exist_ok=True)
-        line = f"{seed} {_parameters(item)}".strip()
+        line = f"{item.config.getoption('--tier')} {seed} {_parameters(item)}".strip()
         known = path.read_text() if path.exists() else ""
         if line not in known.splitlines():
             path.write_text(f"{known}{line}\n")

@@ -102,8 +102,8 @@ def test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow(
         acked |= log_run(uri, outbox, "ledger", first, 60)
         folder, older = workload.directory_of(outbox, uri) / "delivery", tmp_path / "older"
         child = nest.start(workload.drain, uri, str(outbox), "ledger", first + 900, workload.TINY)
-        already = len(held(uri, "ledger").events)
-        eventually(lambda uri=uri, already=already: len(held(uri, "ledger").events) > already + rng.randrange(40), 30)
+        enough = len(held(uri, "ledger").events) + rng.randrange(40)
+        eventually(lambda uri=uri, enough=enough: len(held(uri, "ledger").events) > enough, 30)
         shutil.rmtree(older, ignore_errors=True)
         child.kill()
         acked |= {n for n in range(first + 900, first + 910) if n in held(uri, "ledger").events}
