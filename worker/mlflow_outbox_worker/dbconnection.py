@@ -30,6 +30,7 @@ import diskcache
 
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker import dbfile
+from mlflow_outbox_worker.dbdoor import door
 from mlflow_outbox_worker.disk import BytesDisk
 
 #: Every setting that diskcache keeps in the file; a file with any other value is not used.
@@ -124,7 +125,8 @@ class Cache(diskcache.Cache):  # type: ignore[misc]
     @property
     def _con(self) -> sqlite3.Connection:
         if self._held is None:
-            self._held = _connect_to_write(self._path, self._seconds)
+            with door(self._path, self._seconds):
+                self._held = _connect_to_write(self._path, self._seconds)
             self._inode = _inode(self._path)
         return self._held
 
