@@ -83,7 +83,6 @@ def plain_shape(server: MlflowServer, example: str, directory: Path) -> dict[str
     return _plain[example]
 
 
-@pytest.mark.parametrize("example", list(_EXPERIMENTS))
 def killing(server: MlflowServer) -> Action:
     """Return what a proxy does to a request: the server carries it out, and is killed before anybody hears of it."""
 
@@ -95,6 +94,7 @@ def killing(server: MlflowServer) -> Action:
     return Action("kill", kill)
 
 
+@pytest.mark.parametrize("example", list(_EXPERIMENTS))
 @pytest.mark.parametrize("mode", ["up", "away", "killed in the middle"])
 def test_an_example_leaves_the_same_behind_with_an_outbox(
     mode: str, example: str, mlflow_server: MlflowServer, own_mlflow_server: Any, tmp_path: Path
