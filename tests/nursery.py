@@ -24,12 +24,12 @@ import importlib
 import json
 import os
 import random
+import select
 import selectors
 import shutil
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,10 +120,8 @@ class Nursery:
 
     def end(self, pid: int, signal: int, grace: float) -> dict[str, Any]:
         """End a server and wait until the kernel has closed its connections."""
-        self.signal(pid, signal)
-        deadline = time.monotonic() + grace
-        while self._is_alive(pid) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if self.signal(pid, signal)["alive"]:
+            _wait(pid, grace)
         if self._is_alive(pid):
             _send(pid, 9)
             os.waitpid(pid, 0)
@@ -164,6 +162,15 @@ def _send(pid: int, signal: int) -> None:
         os.killpg(pid, signal)
     except ProcessLookupError:  # forked a moment ago, not yet a group of its own
         os.kill(pid, signal)
+
+
+def _wait(pid: int, seconds: float) -> None:
+    """Wait until a child has ended, for so long at most."""
+    ended = os.pidfd_open(pid)
+    try:
+        select.select([ended], [], [], seconds)
+    finally:
+        os.close(ended)
 
 
 def _become(name: str, directory: Path, keep: socket.socket | None = None) -> None:

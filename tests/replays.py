@@ -55,7 +55,7 @@ def contents_of(root: Path) -> dict[str, tuple[int, int, str]]:
 
 #: A process that runs one command again and again, in forked children that are killed at random moments, until it ends.
 _KILLER = """
-import json, os, random, signal, sys, time
+import json, os, random, select, signal, sys
 warm, least, most, kills, arguments = json.loads(sys.argv[1])
 import mlflow_outbox_worker.cli
 for name in warm:
@@ -69,11 +69,10 @@ for attempt in range(kills + 1):
         sys.stdout.flush()
         os._exit(code)
     # The last attempt may take as long as it takes, however busy the machine is.
-    deadline = time.monotonic() + (pick.uniform(least, most) if attempt < kills else 3600)
-    ended = 0
-    while not ended and time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.001)
+    gone = os.pidfd_open(child)
+    select.select([gone], [], [], pick.uniform(least, most) if attempt < kills else 3600)
+    os.close(gone)
+    ended, status = os.waitpid(child, os.WNOHANG)
     if ended:
         print(json.dumps([killed, os.waitstatus_to_exitcode(status)]))
         break

@@ -22,7 +22,10 @@ from servers import MlflowServer, eventually
 def program(body: str, *arguments: str) -> subprocess.Popen[bytes]:
     """Start a Python program of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(body), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", textwrap.dedent(body), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -65,14 +68,14 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_nothing_doubles(
     """The program and its worker die by SIGKILL while delivering; the next program's worker goes on."""
     child = program(
         """
-        import sys, time
+        import sys
         from mlflow_outbox import MLflowTracker, Settings
         tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], settings=Settings(batch_points=50))
         run = tracker.start_run("killed")
         for i in range(3000):
             run.log_metric("loss", i / 2, step=i)
         print("logged", flush=True)
-        time.sleep(60)
+        sys.stdin.read()
         """,
         experiment_name,
         mlflow_server.url,

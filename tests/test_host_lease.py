@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,38 @@ def machine(tmp_path: Path) -> Callable[..., HostLease]:
         )
 
     return make
+
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from mlflow_outbox_worker.host_lease import HostLease
+path, lock, host, beat = sys.argv[1:]
+lease = HostLease(Path(path), Path(lock), "process", host=host, beat=float(beat))
+print(lease.acquire(), flush=True)
+sys.stdin.readline()
+print(lease.is_sound(), flush=True)
+"""
+
+
+def other_machine(path: Path, state: Path, host: str, *, beat: float = 0.02) -> subprocess.Popen[str]:
+    """Start a process that holds a lease as another machine does, until it is told something; then it says how it is.
+
+    Args:
+        path: of the lease.
+        state: the local state directory of that machine.
+        host: its name.
+        beat: seconds between two signs of life.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(path), str(state / "worker.lock"), host, str(beat)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert "True\n" == child.stdout.readline()
+    return child
 
 
 def test_only_one_of_two_machines_holds_the_lease(machine: Callable[..., HostLease]) -> None:
@@ -72,36 +103,14 @@ def test_a_machine_that_died_is_succeeded_after_the_missed_beats_and_not_before(
     machine: Callable[..., HostLease], tmp_path: Path
 ) -> None:
     """A process on "another machine" is killed; its lease lies there and grows old."""
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(
-                """
-                import sys, time
-                from pathlib import Path
-                from mlflow_outbox_worker.host_lease import HostLease
-                place = Path(sys.argv[1])
-                lock = place / "node1" / "worker.lock"
-                lease = HostLease(place / "host.lease", lock, "process", host="node1", beat=0.02)
-                print(lease.acquire(), flush=True)
-                time.sleep(60)
-                """
-            ),
-            str(tmp_path),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    assert "True\n" == child.stdout.readline()
-    second = machine("node2", beat=0.1, missed=5)
-    looked = time.monotonic()  # the first of the beats that are missed may be the next one already
+    child = other_machine(tmp_path / "host.lease", tmp_path / "node1", "node1")
+    second = machine("node2", beat=0.1, missed=10)
     assert not second.acquire()
     child.kill()
     child.wait()
+    last_beat = os.stat(tmp_path / "host.lease").st_mtime
     eventually(second.acquire, 10)
-    assert 0.5 <= time.monotonic() - looked
+    assert 1.0 < os.stat(tmp_path / "host.lease").st_mtime - last_beat
     assert second.is_sound()
     second.release()
 
@@ -200,31 +209,7 @@ def test_an_old_lease_says_nothing_about_who_delivers_now(tmp_path: Path, machin
 
 def test_a_stopped_process_does_not_keep_the_outbox(machine: Callable[..., HostLease], tmp_path: Path) -> None:
     """SIGSTOP on the other machine: no beats, so this one takes over; SIGCONT: the other notices."""
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(
-                """
-                import sys
-                from pathlib import Path
-                from mlflow_outbox_worker.host_lease import HostLease
-                place = Path(sys.argv[1])
-                lock = place / "node1" / "worker.lock"
-                lease = HostLease(place / "host.lease", lock, "process", host="node1", beat=0.02)
-                print(lease.acquire(), flush=True)
-                sys.stdin.readline()
-                print(lease.is_sound(), flush=True)
-                """
-            ),
-            str(tmp_path),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    assert "True\n" == child.stdout.readline()
+    child = other_machine(tmp_path / "host.lease", tmp_path / "node1", "node1")
     child.send_signal(signal.SIGSTOP)
     second = machine("node2")
     eventually(second.acquire, 10)
@@ -273,30 +258,8 @@ def test_what_another_machine_delivers_is_left_to_it_and_it_is_named(
 ) -> None:
     """A process on "node7" holds the lease: the replay here says so, with an exit code of its own."""
     log_offline(experiment_name, "http://127.0.0.1:9", share)
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(
-                """
-                import sys, time
-                from pathlib import Path
-                from mlflow_outbox_worker.host_lease import HostLease
-                outbox, state = map(Path, sys.argv[1:])
-                lease = HostLease(outbox / "host.lease", state / "worker.lock", "process", host="node7")
-                print(lease.acquire(), flush=True)
-                time.sleep(60)
-                """
-            ),
-            str(the_outbox(share)),
-            str(tmp_path / "state of node7"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    child = other_machine(the_outbox(share) / "host.lease", tmp_path / "state of node7", "node7", beat=host_lease.BEAT)
     try:
-        assert child.stdout is not None
-        assert "True\n" == child.stdout.readline()
         assert 6 == command("replay", share)
         assert f"process {child.pid}) on the machine node7" in capsys.readouterr().err
     finally:

@@ -279,6 +279,7 @@ def program(directory: Path, text: str, **environment: str) -> subprocess.Popen[
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "MLFLOW_OUTBOX_DIR": str(directory), **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -295,7 +296,7 @@ def test_a_killed_program_has_lost_nothing(mlflow_server: MlflowServer, experime
             mlflow.log_metric("m", step / 2, step=step)
         mlflow.log_text("hello", "a.txt")
         print("logged", flush=True)
-        import time; time.sleep(60)
+        sys.stdin.read()
     """)
     child = program(tmp_path, text, MLFLOW_TRACKING_URI=uri, MLFLOW_OUTBOX_WORKER="none")
     assert child.stdout is not None
