@@ -176,11 +176,11 @@ class Broken(BaseException):
 
 def with_dying_worker(fd: int, uri: str, outbox: str, experiment: str, where: str, what: str) -> None:
     """Log while something unexpected is raised inside the worker, and then no longer."""
-    from mlflow_outbox_worker import courier, delivery
+    from mlflow_outbox_worker import courier, lookout
 
     def work() -> dict[str, Any]:
         error: type[BaseException] = {"exception": ZeroDivisionError, "base": Broken, "exit": SystemExit}[what]
-        place: Any = courier.Courier if where in {"courier", "lane"} else delivery.Delivery
+        place: Any = courier.Courier if where in {"courier", "lane"} else lookout.Lookout
         name = {"loop": "_listen", "courier": "_deliver", "lane": "_deliver", "look": "_look_around"}[where]
         whole, raised_times = getattr(place, name), [0]
 

@@ -17,7 +17,6 @@ the same. It works while it holds the lease; without it, it stands by and takes 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
@@ -37,20 +36,17 @@ from mlflow_outbox_worker.gate import Gate, concerns_destination
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
+from mlflow_outbox_worker.lookout import Lookout
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.retention import reclaim
 from mlflow_outbox_worker.room import Room
-from mlflow_outbox_worker.schedule import Schedule, Stamp, Standing
+from mlflow_outbox_worker.schedule import Schedule, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import OutboxSource, Source
 
 #: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
 _STAND_BY: Final = 1.0
-#: Seconds between two looks at the list of all runs, in case a doorbell was missed.
-_LOOK_AROUND: Final = 30.0
-#: The same where other machines write, whose doorbell may not be heard.
-_LOOK_AT_OTHERS: Final = 5.0
 #: Seconds between two rounds of reclaiming what is past retention.
 _RECLAIM: Final = 300.0
 
@@ -96,9 +92,8 @@ class Delivery:
         self._wakeup = threading.Event()
         self._schedule = Schedule(settings, clock)
         self._gate = Gate(destination.uri, settings, counters, clock=clock, now_ms=now_ms)
+        self._lookout = Lookout(self._source, self._schedule, self._gate, clock)
         self._lanes = 0
-        self._doorbell = 0
-        self._hurry = 0
         self._ledger: Ledger | None = None
         self._sink: Sink | None = None
         self._courier: Courier | None = None
@@ -194,19 +189,12 @@ class Delivery:
             lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
         )
         self._schedule.clear()
-        self._hurry = self._source.hurry_asked()
-        self._look_around()
-        look_around = _LOOK_AT_OTHERS if self._source.remote else _LOOK_AROUND
-        next_look, next_reclaim, next_check = self._clock() + look_around, self._clock(), self._clock() + _STAND_BY
+        self._lookout.begin()
+        next_reclaim, next_check = self._clock(), self._clock() + _STAND_BY
         while not self._stop.is_set():
             now = self._clock()
-            self._listen()
-            for run_id in self._schedule.grown(self._stamp):
-                self._schedule.mark(run_id)
-            if now >= next_look:
-                self._look_around()
+            if self._lookout.look():
                 self._room.look(self._ledger, measure=True)
-                next_look = now + look_around
             if now >= next_check:
                 if not self._lease.is_sound():
                     self._counters.add("leases_lost")
@@ -242,31 +230,6 @@ class Delivery:
         self._lease.release()
 
     # -- what there is to do
-
-    def _look_around(self) -> None:
-        """Take notice of every run on disk."""
-        self._source.answer_doorbell()
-        self._schedule.look_around(self._source.run_ids())
-
-    def _listen(self) -> None:
-        rung = self._source.rung(self._doorbell)
-        if rung is None:
-            self._doorbell = 0
-            for run_id in self._source.run_ids():
-                self._schedule.mark(run_id)
-        else:
-            ids, self._doorbell = rung
-            for run_id in ids:
-                self._schedule.mark(run_id)
-        hurry = self._source.hurry_asked()
-        if hurry != self._hurry:
-            self._hurry = hurry
-            self._gate.hurry()
-            self._schedule.hurry()
-
-    def _stamp(self, run_id: str) -> Stamp:
-        """Return when a run's directories last changed, where no doorbell tells."""
-        return tuple(_modified(folder) for folder in self._source.folders(run_id)) if self._source.remote else ()
 
     def _dispatch(self) -> bool:
         """Give ready runs to lanes; return whether it is worth coming back at once."""
@@ -335,7 +298,7 @@ class Delivery:
         courier, ledger, sink = self._courier, self._ledger, self._sink
         assert courier is not None and ledger is not None and sink is not None  # noqa: S101, PT018 - opened before any lane
         try:
-            stamp = self._stamp(run_id)
+            stamp = self._lookout.stamp(run_id)
             turn = courier.turn(run_id)
             complete = turn.progress == "live" or (
                 turn.progress == "idle"
@@ -400,10 +363,3 @@ class Delivery:
             "Its events stay on disk",
         )
         self._schedule.again(run_id, self._settings.parked_retry, standing)
-
-
-def _modified(path: Path) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
