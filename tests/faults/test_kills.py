@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +83,42 @@ def test_kills_at_random_times_lose_and_double_nothing(
             recovered(nest, uri, outbox, experiment, acked, issued, first + 90_000)
             more = set(range(first + 90_000, first + 90_010))
             acked, issued = acked | more, issued | more
+    row.measure(store=store)
+
+
+def mlflow_of(program: Child) -> int:
+    """Return the process that holds MLflow for a program."""
+    for thread in Path(f"/proc/{program.pid}/task").iterdir():  # of which one has started it
+        for name in (thread / "children").read_text().split():
+            if b"mlflow_outbox_worker.sink_process" in Path(f"/proc/{name}/cmdline").read_bytes():
+                return int(name)
+    failure = "there is no process for MLflow"
+    raise AssertionError(failure)
+
+
+@pytest.mark.fault("F01", "SIGKILL of the process that holds MLflow for a worker thread, then of the program")
+@pytest.mark.parametrize("store", ["sqlite", "file"])
+def test_kills_of_a_program_and_of_its_process_for_mlflow_lose_and_double_nothing(
+    store: str, sqlite_uri: str, file_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """Another process for MLflow goes on; after the program's end nobody is left who delivers."""
+    uri = {"sqlite": sqlite_uri, "file": file_uri}[store]
+    for number in range(row.pick(1, 30, 300)):
+        experiment, outbox = f"apart-{number}", tmp_path / f"outbox{number}"
+        child = nest.start(workload.log_with_mlflow_apart, uri, str(outbox), experiment, 0)
+
+        def goes_on(more: int, experiment: str = experiment) -> None:
+            enough = len(held(uri, experiment).events) + more
+            eventually(lambda: len(held(uri, experiment).events) >= enough, 60, "delivery goes on")
+
+        goes_on(1)
+        child.process.join(rng.uniform(0, 0.2))
+        os.kill(mlflow_of(child), signal.SIGKILL)
+        goes_on(10)
+        child.process.join(rng.uniform(0, 0.2))
+        child.kill()
+        row.done(2)
+        recovered(nest, uri, outbox, experiment, child.acked(), workload.issued_by(child.acked(), 0, 1), 90_000)
     row.measure(store=store)
 
 
