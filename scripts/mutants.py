@@ -91,6 +91,13 @@ MUTANTS: Final = [
         "tests/faults/test_disk_errors.py::test_an_input_output_error_at_any_call_loses_nothing_that_was_kept",
     ),
     Mutant(
+        "an event goes along with a sync that its copied file missed",
+        "tracker/mlflow_outbox/spool/sync_round.py",
+        "        if self._syncing is self._sequence.live:\n            self._sequence.end(rotated=True)\n",
+        "",
+        "tests/test_journal.py::test_an_event_whose_copied_file_came_too_late_for_a_sync_is_not_made_durable_by_it",
+    ),
+    Mutant(
         "no cut-back after a short write",
         "tracker/mlflow_outbox/spool/segment.py",
         "            if tail:\n                self._disk.truncate(self.fd, self.offset)\n",
