@@ -6,20 +6,22 @@ import fcntl
 import os
 import pty
 import re
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from commands import Here, command, console_script, environment, offline, run
 from mlflow_outbox_worker.cli import app, exits, terminal
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.cli.terminal import size, span
-
-COMMANDS = ["status", "flush", "worker", "runs", "show", "dead", "gc", "doctor"]
 
 
 @pytest.fixture
@@ -54,36 +56,84 @@ def plain(text: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "").split("\n")
 
 
+def every_command(group: click.Group, *words: str) -> Iterator[tuple[list[str], click.Command]]:
+    """Yield all commands with the words that name them."""
+    for name, one in group.commands.items():
+        yield [*words, name], one
+        if isinstance(one, click.Group):
+            yield from every_command(one, *words, name)
+
+
+def examples(text: str) -> list[str]:
+    """Return the command lines that stand in a help text."""
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("mlflow-outbox ")]
+
+
 def test_every_command_has_help_with_examples(here: Here) -> None:
     """And the general help explains every exit code."""
     general = here("--help")
     assert 0 == general.code
     for code in ExitCode:
         assert re.search(rf"^ +{int(code)} +\S", general.out, re.MULTILINE), code
-    for name in COMMANDS:
-        done = here(name, "--help")
+    for words, one in every_command(app.build()):
+        done = here(*words, "--help")
         assert 0 == done.code
-        assert "Examples:" in done.out, name
-        assert re.search(rf"^ +{name} ", general.out, re.MULTILINE), name
+        assert examples(done.out), words
+        assert len(words) > 1 or re.search(rf"^ +{words[0]} ", general.out, re.MULTILINE), words
+        assert {"Print", "Show"} & set(done.out.split()), one
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_help_fits_eighty_columns(columns: str, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line of any help is longer, and no sentence is cut off."""
+    monkeypatch.setenv("COLUMNS", columns)
+    for words in [[], *(words for words, _ in every_command(app.build()))]:
+        lines = here(*words, "--help").out.splitlines()
+        assert 80 >= max(map(len, lines)), words
+        assert not any(line.endswith("...") for line in lines[1:]), words
+
+
+def test_an_example_that_is_copied_is_good_usage(here: Here) -> None:
+    """Each one is whole in its line: bash takes it, its command knows the options, and their values are possible."""
+    named = {tuple(words): one for words, one in every_command(app.build())}
+    for words in [[], *map(list, named)]:
+        for line in examples(here(*words, "--help").out):
+            subprocess.run(["bash", "-n", "-c", line], check=True)
+            said: list[str] = []
+            for word in shlex.split(line, comments=True):
+                if word in {"|", "||", "&&", ">"}:
+                    break
+                said.append(word)
+            name = tuple(said[1:3]) if tuple(said[1:3]) in named else (said[1],)
+            assert not isinstance(named[name], click.Group), line
+            named[name].make_context("example", said[1 + len(name) :])
 
 
 def test_a_command_declared_alone_is_the_same(here: Here) -> None:
     """Only the module that is needed is declared; unknown words still see all of them."""
-    alone = app.build("status")
-    assert ["status"] == [one.name for one in alone.registered_commands]
-    assert {"status", "flush", "runs", "show"} <= {str(one.name) for one in app.build("nonsense").registered_commands}
+    assert ["status"] == list(app.build("status").commands)
+    assert {"status", "flush", "runs", "show"} <= app.build("nonsense").commands.keys()
     done = here("statsu")
     assert 2 == done.code
     assert "No such command 'statsu'" in done.err
 
 
+@pytest.mark.parametrize("words", [[], ["dead"]])
+def test_without_a_command_there_is_help(words: list[str], here: Here) -> None:
+    """All of it, and code 2: nothing was asked for."""
+    done = here(*words)
+    assert (2, "") == (done.code, done.err)
+    assert done.out == here(*words, "--help").out
+
+
 def test_help_and_status_import_no_mlflow(tmp_path: Path) -> None:
-    """Nor anything else that takes seconds."""
+    """Nor anything else that takes long, nor what only a terminal needs."""
     offline(tmp_path)
     script = (
         "import sys; from mlflow_outbox_worker.cli import main;"
         f"main(['status', '-d', {str(tmp_path)!r}]); main(['--help']);"
-        "print([name for name in ('mlflow', 'numpy', 'prometheus_client') if name in sys.modules])"
+        "heavy = ('mlflow', 'numpy', 'prometheus_client', 'pydantic', 'typer', 'rich');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True)
     assert "[]" == done.stdout.splitlines()[-1]
@@ -195,31 +245,64 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
     assert "MLFLOW_OUTBOX_RETRY_MAX='soon'" in done.err
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion(shell: str) -> None:
-    """The shells that typer knows get a script, and words are completed."""
-    script = run(_MLFLOW_OUTBOX_COMPLETE=f"source_{shell}")
-    assert "mlflow-outbox" in script.out
+@pytest.mark.parametrize(
+    ("shell", "more", "answer"),
+    [
+        ("bash", {"COMP_WORDS": "mlflow-outbox dead re", "COMP_CWORD": "2"}, "plain,retry"),
+        ("zsh", {"COMP_WORDS": "mlflow-outbox dead re", "COMP_CWORD": "2"}, "plain\nretry\nSend dead letters again"),
+        ("fish", {"COMP_WORDS": "mlflow-outbox dead ", "COMP_CWORD": "re"}, "plain,retry\tSend dead letters again"),
+        ("bash", {"COMP_WORDS": "mlflow-outbox flush --ti", "COMP_CWORD": "2"}, "plain,--timeout"),
+        ("bash", {"COMP_WORDS": "mlflow-outbox replay ru", "COMP_CWORD": "2"}, "file,ru"),
+    ],
+)
+def test_words_are_completed(shell: str, more: dict[str, str], answer: str) -> None:
+    """Commands, those of a group, options, and files: what a shell's script asks, in its own form."""
+    done = run(_MLFLOW_OUTBOX_COMPLETE=f"{shell}_complete", **more)
+    assert (0, "") == (done.code, done.err)
+    assert re.sub(r"\n$", "", done.out).startswith(answer)
 
 
-def test_a_shell_that_evaluated_the_script_completes() -> None:
-    """``eval "$(mlflow-outbox --show-completion)"`` in bash, and then a word that was begun."""
-    script = """
+#: What each shell does with the script, and then asks it for a word that was begun.
+_COMPLETING = {
+    "bash": """
         eval "$(mlflow-outbox --show-completion bash)"
         [[ $(complete -p mlflow-outbox) =~ -F\\ ([^ ]+) ]]
         COMP_WORDS=(mlflow-outbox re) COMP_CWORD=1
         "${BASH_REMATCH[1]}" mlflow-outbox re mlflow-outbox
         echo "${COMPREPLY[@]}"
-    """
+    """,
+    "zsh": """
+        autoload -U compinit; compinit -D -u
+        eval "$(mlflow-outbox --show-completion zsh)"
+        _describe() { print -r -- ${completions_with_descriptions%%:*} }
+        words=(mlflow-outbox re) CURRENT=2
+        $_comps[mlflow-outbox]
+    """,
+    "fish": """
+        mlflow-outbox --show-completion fish | source
+        complete -C "mlflow-outbox re" | string split -f 1 \\t
+    """,
+}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_that_evaluated_the_script_completes(shell: str) -> None:
+    """``eval "$(mlflow-outbox --show-completion)"``, and then a word that was begun."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed; what its script asks for is tested above")
     env = environment(PATH=f"{console_script().parent}:{os.environ['PATH']}")
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run([shell, "-c", _COMPLETING[shell]], capture_output=True, text=True, check=False, env=env)
     assert ("replay\n", "") == (done.stdout, done.stderr)
 
 
-def test_words_are_completed() -> None:
-    """Commands, and those of a group."""
-    words = {"_MLFLOW_OUTBOX_COMPLETE": "complete_bash", "COMP_WORDS": "mlflow-outbox dead re", "COMP_CWORD": "2"}
-    assert "retry" == run(**words).out.strip()
+def test_the_shell_in_use_is_known(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script is printed unless another is named; one that cannot complete is bad usage."""
+    monkeypatch.setenv("SHELL", "/usr/bin/fish")
+    assert "complete --no-files --command mlflow-outbox" in here("--show-completion").out
+    assert "#compdef mlflow-outbox" in here("--show-completion", "zsh").out
+    done = here("--show-completion", "tcsh")
+    assert 2 == done.code
+    assert "bash, zsh or fish" in done.err
 
 
 def test_the_logging_of_the_process_is_put_back(here: Here, tmp_path: Path) -> None:

@@ -119,9 +119,15 @@ def write_once(path: Path, data: bytes) -> None:
         except FileExistsError:
             return
         except OSError:
+            if os.path.lexists(path):
+                return  # another process was first and has removed the draft
             os.rename(draft, path)  # a file system without hard links
             return
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
+    for name in os.listdir(path.parent):  # drafts of processes that died; now that the file is there they are worthless
+        if name.startswith(f".{path.name}-"):
+            with contextlib.suppress(OSError):
+                os.unlink(path.parent / name)
     sync_directory(path.parent)

@@ -12,14 +12,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Final
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import OutboxError
 from mlflow_outbox_worker.cli import delivering, terminal
-from mlflow_outbox_worker.cli.exits import EXPLAINED, ExitCode, of_error
+from mlflow_outbox_worker.cli.declare import Group
+from mlflow_outbox_worker.cli.exits import EXPLAINED, CommandFailed, ExitCode, of_error
 
 PROGRAM: Final = "mlflow-outbox"
 
@@ -44,19 +45,19 @@ _HELP: Final = f"""Deliver, look at and mend the outboxes of MLflow runs, also w
 
 \b
 Examples:
-  mlflow-outbox status                     what waits, since when, and who delivers it
-  mlflow-outbox flush --timeout 60         deliver now, for instance before a machine goes down
-  mlflow-outbox worker --all               deliver as a service
-  mlflow-outbox show 3f9c --follow         read a run that MLflow does not have yet
-  mlflow-outbox dead list                  events that MLflow refused, and why
+  mlflow-outbox status               # what waits, since when, who delivers it
+  mlflow-outbox flush --timeout 60   # deliver now, before a machine goes down
+  mlflow-outbox worker --all         # deliver as a service
+  mlflow-outbox show 3f9c --follow   # read a run before MLflow has it
+  mlflow-outbox dead list            # events that MLflow refused, and why
 
 {EXPLAINED}"""
 
-#: typer.BadParameter's grandparent: the error whose ``show`` explains bad usage, wherever typer keeps it.
-_UsageTrouble: Final = cast("type[Any]", typer.BadParameter.__mro__[2])
+#: The variable by which a shell's completion asks for words.
+_COMPLETE: Final = "_MLFLOW_OUTBOX_COMPLETE"
 
 
-def build(command: str = "") -> typer.Typer:
+def build(command: str = "") -> Group:
     """Return the application.
 
     Args:
@@ -64,34 +65,49 @@ def build(command: str = "") -> typer.Typer:
             anything else means all of them.
     """
     module = _HOME.get(command, command)
-    app = typer.Typer(
-        name=PROGRAM,
-        help=_HELP,
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
+    app = Group(PROGRAM, _HELP, [_version(), _completion()])
     for name in (module,) if module in _COMMANDS else _COMMANDS:
         importlib.import_module(f"mlflow_outbox_worker.cli.{name}").register(app)
-
-    @app.callback()
-    def options(
-        version: bool = typer.Option(
-            False, "--version", help="Print the version.", is_eager=True, callback=_print_version
-        ),
-    ) -> None:
-        pass
-
     return app
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        from mlflow_outbox import __version__
+def _version() -> click.Option:
+    def show(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+        if asked and not ctx.resilient_parsing:
+            from mlflow_outbox import __version__
 
-        sys.stdout.write(f"{PROGRAM} {__version__}\n")
-        raise typer.Exit
+            sys.stdout.write(f"{PROGRAM} {__version__}\n")
+            ctx.exit()
+
+    return click.Option(
+        ["--version"], is_flag=True, expose_value=False, is_eager=True, callback=show, help="Print the version."
+    )
+
+
+def _completion() -> click.Option:
+    def show(ctx: click.Context, _: click.Parameter, shell: str | None) -> None:
+        if shell is None or ctx.resilient_parsing:
+            return
+        from click.shell_completion import get_completion_class
+
+        name = shell or os.path.basename(os.environ.get("SHELL", "")) or "bash"
+        kind = get_completion_class(name)
+        if kind is None:
+            msg = f"{printable(name)} is no shell that can complete; give --show-completion bash, zsh or fish"
+            raise CommandFailed(msg, ExitCode.USAGE)
+        sys.stdout.write(kind(build(), {}, PROGRAM, _COMPLETE).source() + "\n")
+        ctx.exit()
+
+    return click.Option(
+        ["--show-completion"],
+        is_flag=False,
+        flag_value="",
+        metavar="[SHELL]",
+        expose_value=False,
+        is_eager=True,
+        callback=show,
+        help='Print what makes bash, zsh or fish complete words: eval "$(mlflow-outbox --show-completion)".',
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,17 +135,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
+        if arguments is None and _COMPLETE in os.environ:
+            from click.shell_completion import shell_complete
+
+            return shell_complete(build(), {}, PROGRAM, _COMPLETE, os.environ[_COMPLETE])
         words = sys.argv[1:] if arguments is None else [*arguments]
-        result = build(words[0] if words else "")(args=words, prog_name=PROGRAM, standalone_mode=False)
+        app = build(words[0] if words else "")
+        # Not main() of click, which has ideas of its own about interrupts and closed pipes.
+        with app.make_context(PROGRAM, words) as context:
+            result = app.invoke(context)
         code = int(result) if isinstance(result, int) else ExitCode.DONE
-        if code == ExitCode.INTERRUPTED:  # typer has caught it
+        if code == ExitCode.INTERRUPTED:  # the command has noted it and ended in order
             raise KeyboardInterrupt
         return code
-    except _UsageTrouble as error:
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.UsageError as error:
         with contextlib.suppress(BrokenPipeError):
             error.show()
         return ExitCode.USAGE
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, click.Abort):
         terminal.error("interrupted; nothing was left half done")
         return ExitCode.INTERRUPTED
     except BrokenPipeError:

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
 from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.terminal import count
@@ -20,21 +21,21 @@ if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the commands."""
-    app.command("export")(export)
-    app.command("import")(import_)
+    app.add_command(command("export", export))
+    app.add_command(command("import", import_))
 
 
 def export(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN...", help="Ids, beginnings of ids, or directories of runs.")
+        list[str] | None, Argument(metavar="RUN...", about="Ids, beginnings of ids, or directories of runs.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The file; NAME.tar, or NAME.tar.gz for gzip.")
+        Path, Option("--output", "-o", metavar="BUNDLE", about="The file; NAME.tar, or NAME.tar.gz for gzip.")
     ] = Path("runs.tar"),
-    everything: Annotated[bool, typer.Option("--all", help="All runs of the outbox, delivered ones too.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    everything: Annotated[bool, Option("--all", about="All runs of the outbox, delivered ones too.")] = False,
+    force: Annotated[bool, Option("--force", about="Replace a file that is there.")] = False,
     outbox_dir: OutboxDir = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -101,7 +102,7 @@ def _chosen(names: list[str], settings: Settings) -> tuple[Destination, dict[str
 
 
 def import_(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file made by export.")],
+    bundle: Annotated[Path, Argument(metavar="BUNDLE", about="A file made by export.")],
     outbox_dir: OutboxDir = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -114,7 +115,8 @@ def import_(
     \b
     Examples:
       mlflow-outbox import runs.tar && mlflow-outbox flush
-      mlflow-outbox replay runs.tar --to http://mlflow:5000     without keeping the runs here
+      # without keeping the runs here
+      mlflow-outbox replay runs.tar --to http://mlflow:5000
     """
     from mlflow_outbox_worker.bundle import read_manifest
     from mlflow_outbox_worker.unpacking import import_bundle

@@ -10,10 +10,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.cli import lines, outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Argument, Group, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.status import short
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from mlflow_outbox_worker.ledger import Ledger
     from mlflow_outbox_worker.records import DeadLetter
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="A letter's number, as `dead list` shows it.")]
-_Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+_Id = Annotated[str, Argument(metavar="ID", about="A letter's number, as `dead list` shows it.")]
+_Yes = Annotated[bool, Option("--yes", "-y", about="Do not ask.")]
 
 _HELP = """Events that MLflow refused for good: list, show, retry, edit or drop them.
 
@@ -41,12 +42,12 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the commands."""
-    group = typer.Typer(help=_HELP, no_args_is_help=True, rich_markup_mode=None)
-    for name, command in (("list", listed), ("show", show), ("retry", retry), ("edit", edit), ("drop", drop)):
-        group.command(name)(command)
-    app.add_typer(group, name="dead")
+    group = Group("dead", _HELP)
+    for name, function in (("list", listed), ("show", show), ("retry", retry), ("edit", edit), ("drop", drop)):
+        group.add_command(command(name, function))
+    app.add_command(group)
 
 
 def listed(
@@ -55,7 +56,13 @@ def listed(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """List the dead letters, oldest first, with MLflow's reasons."""
+    """List the dead letters, oldest first, with MLflow's reasons.
+
+    \b
+    Examples:
+      mlflow-outbox dead list
+      mlflow-outbox dead list --json | jq -r '.[].reason' | sort | uniq -c
+    """
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     found: list[tuple[OutboxDirectory, DeadLetter]] = []
@@ -97,7 +104,12 @@ def show(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Show a dead letter in full: the event, and what MLflow answered."""
+    """Show a dead letter in full: the event, and what MLflow answered.
+
+    \b
+    Examples:
+      mlflow-outbox dead show 7
+    """
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     directory, letter = _one(settings, letter_id)
@@ -127,14 +139,20 @@ def show(
 
 def retry(
     letter_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="Letters, as `dead list` shows them.")
+        list[str] | None, Argument(metavar="[ID]...", about="Letters, as `dead list` shows them.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
+    every: Annotated[bool, Option("--all", about="All dead letters.")] = False,
     outbox_dir: OutboxDir = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Send dead letters again, for instance after MLflow's limits were changed."""
+    """Send dead letters again, for instance after MLflow's limits were changed.
+
+    \b
+    Examples:
+      mlflow-outbox dead retry 7 8
+      mlflow-outbox dead retry --all && mlflow-outbox flush
+    """
     terminal.behave(quiet=quiet, verbose=verbose)
     if bool(letter_ids) == every:
         msg = "name the letters to send again, or give --all"
@@ -157,7 +175,7 @@ def retry(
 def edit(
     letter_id: _Id,
     changes: Annotated[
-        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="A field and its new value, for instance key=lr.")
+        list[str], Option("--set", metavar="FIELD=VALUE", about="A field and its new value, for instance key=lr.")
     ],
     outbox_dir: OutboxDir = None,
     quiet: Quiet = False,
@@ -193,13 +211,19 @@ def edit(
 
 
 def drop(
-    letter_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Letters, as `dead list` shows them.")],
+    letter_ids: Annotated[list[str], Argument(metavar="ID...", about="Letters, as `dead list` shows them.")],
     outbox_dir: OutboxDir = None,
     yes: _Yes = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Drop dead letters for good; each is printed as JSON first."""
+    """Drop dead letters for good; each is printed as JSON first.
+
+    \b
+    Examples:
+      mlflow-outbox dead drop 7
+      mlflow-outbox dead drop 7 8 --yes > dropped.json
+    """
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     for directory in _holding(settings, letter_ids):

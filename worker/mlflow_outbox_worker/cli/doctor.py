@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.cli import lines, outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.exits import ExitCode
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.terminal import Styled
@@ -24,17 +25,15 @@ if TYPE_CHECKING:
 _STYLES: Final = {"ok": "green", "note": "", "mended": "green", "bad": "red", "away": "yellow", "parked": "red"}
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the command."""
-    app.command("doctor")(doctor)
+    app.add_command(command("doctor", doctor))
 
 
 def doctor(
     outbox_dir: OutboxDir = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Mend what is safe to mend: modes, drafts, the ledger.")
-    ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the destination.")] = False,
+    repair: Annotated[bool, Option("--repair", about="Mend what is safe to mend: modes, drafts, the ledger.")] = False,
+    offline: Annotated[bool, Option("--offline", about="Do not ask the destination.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

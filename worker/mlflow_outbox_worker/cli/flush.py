@@ -12,11 +12,12 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.delivering import CommandWorker
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
@@ -38,23 +39,23 @@ _HURRY: Final = 1.0
 _PARTING: Final = 0.5
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the command."""
-    app.command("flush")(flush)
+    app.add_command(command("flush", flush))
 
 
 def flush(
     outbox_dir: OutboxDir = None,
     timeout: Annotated[
         float | None,
-        typer.Option(
-            min=0,
+        Option(
+            least=0,
             metavar="S",
-            help="Seconds to take at most, also when the server hangs. [default: go on as long as events arrive]",
-            show_default=False,
+            about="Seconds to take at most, also when the server hangs.",
+            default="go on as long as events arrive",
         ),
     ] = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="Wait for this run only.")] = None,
+    run: Annotated[str | None, Option("--run", metavar="ID", about="Wait for this run only.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
@@ -66,7 +67,7 @@ def flush(
     \b
     Examples:
       mlflow-outbox flush
-      mlflow-outbox flush --timeout 60 || echo "not all delivered: $?"    # at the end of a cluster job
+      mlflow-outbox flush --timeout 60 || echo "not all delivered: $?"
       mlflow-outbox flush --run 3f9c --timeout 10
     """
     started = time.monotonic()

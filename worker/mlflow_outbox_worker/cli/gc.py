@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Final
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable
 from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
 
@@ -20,20 +21,20 @@ _SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|)")
 _SECONDS: Final = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86_400}
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the command."""
-    app.command("gc")(gc)
+    app.add_command(command("gc", gc))
 
 
 def gc(
     outbox_dir: OutboxDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", "-n", about="Only say what would go.")] = False,
     older_than: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="TIME",
-            help="Keep runs verified since then: 0, 90min, 12h, 7d. [default: the setting retention]",
-            show_default=False,
+            about="Keep runs verified since then: 0, 90min, 12h, 7d.",
+            default="the setting retention",
         ),
     ] = None,
     quiet: Quiet = False,

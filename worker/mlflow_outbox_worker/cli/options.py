@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from mlflow_outbox_worker.cli.declare import Option
 
 OutboxDir = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--outbox-dir",
         "-d",
         metavar="DIR",
-        help="An outbox, or a directory with several. [default: MLFLOW_OUTBOX_DIR, else ./.mlflow-outbox]",
-        show_default=False,
+        about="An outbox, or a directory with several.",
+        default="MLFLOW_OUTBOX_DIR, else ./.mlflow-outbox",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and asked-for data only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more; with errors, the traceback.")]
+AsJson = Annotated[bool, Option("--json", about="Print JSON instead of text.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", about="Print errors and asked-for data only.")]
+Verbose = Annotated[bool, Option("--verbose", "-v", about="Print more; with errors, the traceback.")]

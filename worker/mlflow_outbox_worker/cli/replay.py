@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LeaseHeld, OutboxError
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox_worker.cli import delivering, terminal
+from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
@@ -25,39 +26,35 @@ if TYPE_CHECKING:
     from mlflow_outbox_worker.replay import JobResult, Progress
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the command."""
-    app.command("replay")(replay)
+    app.add_command(command("replay", replay))
 
 
 def replay(
     paths: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="PATH...", help="Outboxes, directories with several, single runs' directories, bundles."
-        ),
+        Argument(metavar="PATH...", about="Outboxes, directories with several, single runs' directories, bundles."),
     ],
-    to: Annotated[str | None, typer.Option("--to", metavar="URI", help="Tracking URI; else the recorded one.")] = None,
-    experiment: Annotated[
-        str, typer.Option("--experiment", metavar="NAME", help="Put all runs into this experiment.")
-    ] = "",
-    only_finished: Annotated[bool, typer.Option("--only-finished", help="Only runs whose status is FINISHED.")] = False,
+    to: Annotated[str | None, Option("--to", metavar="URI", about="Tracking URI; else the recorded one.")] = None,
+    experiment: Annotated[str, Option("--experiment", metavar="NAME", about="Put all runs into this experiment.")] = "",
+    only_finished: Annotated[bool, Option("--only-finished", about="Only runs whose status is FINISHED.")] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Send delivered runs once more: to a wiped or migrated server.")
+        bool, Option("--again", about="Send delivered runs once more: to a wiped or migrated server.")
     ] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on while the runs are still written.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    follow: Annotated[bool, Option("--follow", about="Go on while the runs are still written.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", about="Only say what would be sent.")] = False,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, metavar="N", help="Runs sent side by side.", show_default="4")
+        int | None, Option("--jobs", "-j", least=1, metavar="N", about="Runs sent side by side.", default="4")
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(
+        Option(
             "--timeout",
-            min=0,
+            least=0,
             metavar="S",
-            help="Seconds to take at most, also when the server hangs.",
-            show_default="until done",
+            about="Seconds to take at most, also when the server hangs.",
+            default="until done",
         ),
     ] = None,
     quiet: Quiet = False,
@@ -70,11 +67,16 @@ def replay(
 
     \b
     Examples:
-      mlflow-outbox replay ./.mlflow-outbox                            what a machine without internet has logged
-      mlflow-outbox replay /mnt/usb/outbox --to http://mlflow:5000     to another server
-      mlflow-outbox replay runs.tar --experiment imported              a bundle, into one experiment
-      mlflow-outbox replay /scratch/outbox --follow                    from a login node, while the job runs
-      mlflow-outbox replay ./.mlflow-outbox --again                    after the server's database was lost
+      # what a machine without internet has logged
+      mlflow-outbox replay ./.mlflow-outbox
+      # to another server
+      mlflow-outbox replay /mnt/usb/outbox --to http://mlflow:5000
+      # a bundle, into one experiment
+      mlflow-outbox replay runs.tar --experiment imported
+      # from a login node, while the job runs
+      mlflow-outbox replay /scratch/outbox --follow
+      # after the server's database was lost
+      mlflow-outbox replay ./.mlflow-outbox --again
     """
     from mlflow_outbox_worker.jobs import Wish, prepare
 

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker.cli import lines, outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import ExitCode
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.status import short
@@ -37,10 +38,10 @@ _SHOWN: Final = 30
 _STYLES: Final = {"FAILED": "red", "KILLED": "red", "FINISHED": "green", "RUNNING": "yellow"}
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the commands."""
-    app.command("runs")(runs)
-    app.command("show")(show)
+    app.add_command(command("runs", runs))
+    app.add_command(command("show", show))
 
 
 def runs(
@@ -112,13 +113,11 @@ def _list(entries: list[dict[str, Any]]) -> None:
 def show(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="A run's id in the outbox or in MLflow, or the beginning of the former."),
+        Argument(metavar="RUN", about="A run's id in the outbox or in MLflow, or the beginning of the former."),
     ],
     outbox_dir: OutboxDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every event on disk, one JSON object a line.")] = False,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what is logged, until the run ends.")
-    ] = False,
+    as_json: Annotated[bool, Option("--json", about="Print every event on disk, one JSON object a line.")] = False,
+    follow: Annotated[bool, Option("--follow", "-f", about="Go on with what is logged, until the run ends.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
@@ -128,7 +127,7 @@ def show(
     Examples:
       mlflow-outbox show 3f9c
       mlflow-outbox show 3f9c --follow
-      mlflow-outbox show 3f9c --json | jq -c 'select(.kind == "metric" and .key == "loss")'
+      mlflow-outbox show 3f9c --json | jq -c 'select(.key == "loss")'
     """
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)

@@ -7,10 +7,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.cli import exits, outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.terminal import Cell, Column, Styled
 
@@ -23,17 +24,17 @@ _LISTED: Final = 20
 _SHORT: Final = 8
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the command."""
-    app.command("status")(status)
+    app.add_command(command("status", status))
 
 
 def status(
     outbox_dir: OutboxDir = None,
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on, until ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds between two looks of --watch.")] = 2.0,
-    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 3, 4 or 5 when something is left.")] = False,
+    watch: Annotated[bool, Option("--watch", "-w", about="Go on, until ctrl-C.")] = False,
+    interval: Annotated[float, Option(least=0.1, metavar="S", about="Seconds between two looks of --watch.")] = 2.0,
+    exit_code: Annotated[bool, Option("--exit-code", about="Exit with 3, 4 or 5 when something is left.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, resolve, with_credentials
@@ -15,6 +15,7 @@ from mlflow_outbox.errors import TrackingUnavailable
 from mlflow_outbox.settings import tracking_uri_from_environment
 from mlflow_outbox.spool import provisional
 from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import ExitCode
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.terminal import count
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
 _SHOWN = 20
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the command."""
-    app.command("verify")(verify)
+    app.add_command(command("verify", verify))
 
 
 def verify(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN...]", help="Ids of runs; else all on disk.")] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Every point, and the content of every artifact.")] = False,
+    runs: Annotated[list[str] | None, Argument(metavar="[RUN...]", about="Ids of runs; else all on disk.")] = None,
+    deep: Annotated[bool, Option("--deep", about="Every point, and the content of every artifact.")] = False,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="URI", help="A tracking URI that the runs were replayed to.")
+        str | None, Option("--to", metavar="URI", about="A tracking URI that the runs were replayed to.")
     ] = None,
     as_json: AsJson = False,
     outbox_dir: OutboxDir = None,
@@ -52,9 +53,9 @@ def verify(
 
     \b
     Examples:
-      mlflow-outbox verify                       what is still on disk, delivered runs too
-      mlflow-outbox verify --deep 3f9c           one run, to the last point and byte
-      mlflow-outbox verify --to http://new:5000  after a replay to another server
+      mlflow-outbox verify                        # all that is still on disk
+      mlflow-outbox verify --deep 3f9c            # to the last point and byte
+      mlflow-outbox verify --to http://new:5000   # after a replay to there
     """
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-import typer
+import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import OutboxError, OutboxUnusable
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.delivering import CommandWorker
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
@@ -37,33 +38,31 @@ _REPORT: Final = 60.0
 _PARTING: Final = 0.5
 
 
-def register(app: typer.Typer) -> None:
+def register(app: click.Group) -> None:
     """Add the command."""
-    app.command("worker")(worker)
+    app.add_command(command("worker", worker))
 
 
 def worker(
     outbox_dir: OutboxDir = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Deliver every outbox in the directory, also those made later.")
+        bool, Option("--all", about="Deliver every outbox in the directory, also those made later.")
     ] = False,
     until_idle: Annotated[
-        bool, typer.Option("--until-idle", help="End when everything is delivered and nobody logs any more.")
+        bool, Option("--until-idle", about="End when everything is delivered and nobody logs any more.")
     ] = False,
     grace: Annotated[
-        float, typer.Option(min=0, metavar="S", help="Seconds to go on delivering after SIGTERM or SIGINT.")
+        float, Option(least=0, metavar="S", about="Seconds to go on delivering after SIGTERM or SIGINT.")
     ] = 10.0,
     metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, metavar="N", help="Serve OpenMetrics at this port.")
+        int | None, Option(least=0, most=65535, metavar="N", about="Serve OpenMetrics at this port.")
     ] = None,
-    metrics_address: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="The address that the port is at.")
-    ] = "127.0.0.1",
+    metrics_address: Annotated[str, Option(metavar="ADDRESS", about="The address that the port is at.")] = "127.0.0.1",
     metrics_file: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write metrics there, for a node exporter's textfile collector.")
+        Path | None, Option(metavar="PATH", about="Write metrics there, for a node exporter's textfile collector.")
     ] = None,
     metrics_interval: Annotated[
-        float, typer.Option(min=0.1, metavar="S", help="Seconds between two writes of --metrics-file.")
+        float, Option(least=0.1, metavar="S", about="Seconds between two writes of --metrics-file.")
     ] = 15.0,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -76,7 +75,7 @@ def worker(
     Examples:
       mlflow-outbox worker --outbox-dir /scratch/me/outbox --all
       mlflow-outbox worker --metrics-port 9110 --grace 25
-      mlflow-outbox worker --all --until-idle --metrics-file /var/lib/node_exporter/outbox.prom
+      mlflow-outbox worker --all --until-idle --metrics-file outbox.prom
     """
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
