@@ -25,6 +25,7 @@ import mlflow_outbox_worker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings, environment_for_child
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.priority import stand_back
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -115,6 +116,7 @@ def serve(path: Path, source: IO[bytes]) -> int:
     from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.flush import Watch
 
+    stand_back()
     note: dict[str, Any] = json.loads(source.readline() or b"{}")
     given = note.get("settings", {})
     for name in ("root", "ledger_dir"):
