@@ -14,7 +14,8 @@ import pytest
 from ledgers import letter, open_descriptors, record, run, script, view
 from mlflow_outbox.errors import LedgerUnavailable, OutboxError
 from mlflow_outbox_worker.database import Database
-from mlflow_outbox_worker.ledger import Ledger, _put
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.rows import put
 
 
 @pytest.fixture
@@ -421,7 +422,7 @@ class TestReadingBesideAWriter:
         reader = Ledger.open(directory, read_only=True, timeout=0.0)
         records = reader.records()
         with _database(ledger).transaction() as cache:
-            _put(cache, "meta/x", b"1")
+            put(cache, "meta/x", b"1")
             assert record("a", 1) == reader.record("a") == next(records)
             assert reader.meta("x") is None
         assert b"1" == reader.meta("x")

@@ -2,8 +2,8 @@
 
 The journal is the truth about what was logged; the ledger only says how far it has been delivered. It is kept in
 diskcache, where the experiment never waits for it. ``database`` has the rules for using the file safely, ``dbfile``
-those for the files on disk, ``disk`` those for its rows. Nothing here is a pickle, and nothing is ever evicted or
-expires.
+those for the files on disk, ``rows`` and ``disk`` those for its rows. Nothing here is a pickle, and nothing is ever
+evicted or expires.
 
 What is stored
 --------------
@@ -19,8 +19,8 @@ What is stored
     meta/<name>          bytes                            set_meta
     bad/<random>         a quarantined row's value        whoever finds it; its former columns are in the column "tag"
 
-Before each value stands a CRC-32 (4 bytes, little-endian) of its key and the value. SQLite has no checksums of its
-own in the main file, and a cursor with a flipped bit would be a cursor that nobody ever committed.
+Each value is sealed with a checksum (``rows``). SQLite has none of its own in the main file, and a cursor with a
+flipped bit would be a cursor that nobody ever committed.
 
 What one transaction covers
 ---------------------------
@@ -71,7 +71,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -80,9 +79,10 @@ import msgspec
 
 from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.views import RunView
+from mlflow_outbox_worker import rows
 from mlflow_outbox_worker.database import Database, Reader
 from mlflow_outbox_worker.dbconnection import Cache, LedgerCorrupt, Row
-from mlflow_outbox_worker.disk import BytesDisk, RowRefused
+from mlflow_outbox_worker.disk import RowRefused
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 
 __all__ = ["Ledger", "LedgerCorrupt"]
@@ -94,19 +94,6 @@ _RECORDS_PAGE: Final = 500
 #: Rows read at once by dead_letters(): each may have a payload of 16 MiB.
 _LETTERS_PAGE: Final = 16
 
-_COLUMNS: Final = "SELECT rowid, key, raw, mode, filename, expire_time, value, store_time FROM Cache "
-_IS_BAD: Final = (
-    "(raw IS NOT 1 OR mode IS NOT 1 OR filename IS NOT NULL OR expire_time IS NOT NULL"
-    " OR typeof(key) <> 'text' OR typeof(value) <> 'blob') "
-)
-_QUARANTINE: Final = (
-    "UPDATE Cache SET tag = 'key=' || substr(quote(key), 1, 300) || ' raw=' || quote(raw) || ' mode=' || quote(mode)"
-    " || ' filename=' || substr(quote(filename), 1, 300) || ' expire_time=' || quote(expire_time)"
-    " || ' type=' || typeof(value), key = 'bad/' || lower(hex(randomblob(8))), raw = 1, mode = 1, filename = NULL,"
-    " expire_time = NULL, size = 0, value = coalesce(CAST(value AS BLOB), x'') WHERE "
-)
-_VALUE: Final = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
-_EXISTS: Final = "SELECT 1 FROM Cache WHERE key = ? AND raw = 1"
 _LETTER_COUNTS: Final = "SELECT tag, COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1 GROUP BY tag"
 _ROWIDS: Final = "SELECT rowid FROM Cache WHERE key > ? AND key < ? "
 
@@ -162,7 +149,7 @@ class Ledger:
         database = Database.open(directory, timeout=timeout, report=report)
         try:
             with database.transaction() as cache:
-                moved = cache.change(_QUARANTINE + _IS_BAD)
+                moved = rows.quarantine_all(cache)
         except BaseException:
             database.close()
             raise
@@ -176,8 +163,8 @@ class Ledger:
 
     def records(self) -> Iterator[RunRecord]:
         """Yield the delivery state of every run, by run id; each is whole, though not all are of one moment."""
-        for rows in self._pages("run", _RECORDS_PAGE):
-            yield from self._decoded(rows, _record_decoder.decode)
+        for page in self._pages("run", _RECORDS_PAGE):
+            yield from self._decoded(page, _record_decoder.decode)
 
     def view(self, run_id: str) -> RunView | None:
         """Return what a reader of a run sees of the events delivered so far, or None."""
@@ -200,9 +187,9 @@ class Ledger:
         numbers: list[int] = []
         with self._writing() as cache:
             self._map_remote(cache, record.run_id, record.remote_id)
-            _put(cache, f"run/{record.run_id}", encoded)
+            rows.put(cache, f"run/{record.run_id}", encoded)
             if encoded_view is not None:
-                _put(cache, f"view/{record.run_id}", encoded_view)
+                rows.put(cache, f"view/{record.run_id}", encoded_view)
             if dead:
                 numbers = _add_letters(cache, dead)
         for letter, number in zip(dead, numbers, strict=True):
@@ -212,8 +199,8 @@ class Ledger:
         """Remove a run's record, view and reverse map; its dead letters stay."""
         with self._writing() as cache:
             self._map_remote(cache, run_id, "")
-            _delete(cache, f"run/{run_id}")
-            _delete(cache, f"view/{run_id}")
+            rows.delete(cache, f"run/{run_id}")
+            rows.delete(cache, f"view/{run_id}")
 
     def dead_letters(self, run_id: str | None = None) -> Iterator[DeadLetter]:
         """Yield dead letters in the order in which they were stored.
@@ -221,8 +208,8 @@ class Ledger:
         Args:
             run_id: only those of this run; None means all.
         """
-        for rows in self._pages("dead", _LETTERS_PAGE, run_id):
-            yield from self._decoded(rows, _letter_decoder.decode)
+        for page in self._pages("dead", _LETTERS_PAGE, run_id):
+            yield from self._decoded(page, _letter_decoder.decode)
 
     def dead_letter(self, letter_id: str) -> DeadLetter | None:
         """Return one dead letter, or None."""
@@ -231,7 +218,7 @@ class Ledger:
     def drop_dead_letter(self, letter_id: str) -> bool:
         """Remove one dead letter for good; return whether there was one."""
         with self._writing() as cache:
-            return _delete(cache, f"dead/{letter_id}")
+            return rows.delete(cache, f"dead/{letter_id}")
 
     def dead_letter_counts(self) -> dict[str, int]:
         """Return how many dead letters each run has, without reading them."""
@@ -244,23 +231,23 @@ class Ledger:
         """
         encoded = _encode(letter)
         with self._writing() as cache:
-            if not _delete(cache, f"dead/{letter.id}"):
+            if not rows.delete(cache, f"dead/{letter.id}"):
                 return False
-            _put(cache, f"settled/{letter.id}", encoded, tag=letter.run_id)
+            rows.put(cache, f"settled/{letter.id}", encoded, tag=letter.run_id)
             return True
 
     def settled_letters(self, run_id: str) -> Iterator[DeadLetter]:
         """Yield the dead letters of a run that a person has dropped or replaced."""
-        for rows in self._pages("settled", _LETTERS_PAGE, run_id):
-            yield from self._decoded(rows, _letter_decoder.decode)
+        for page in self._pages("settled", _LETTERS_PAGE, run_id):
+            yield from self._decoded(page, _letter_decoder.decode)
 
     def replace_dead_letter(self, letter: DeadLetter) -> bool:
         """Store a dead letter in the place of the one with its id; return whether there was one."""
         key, encoded = f"dead/{letter.id}", _encode(letter)
         with self._writing() as cache:
-            if not cache.query(_EXISTS, (key,)):
+            if not rows.exists(cache, key):
                 return False
-            _put(cache, key, encoded, tag=letter.run_id)
+            rows.put(cache, key, encoded, tag=letter.run_id)
             return True
 
     def meta(self, name: str) -> bytes | None:
@@ -270,7 +257,7 @@ class Ledger:
     def set_meta(self, name: str, value: bytes) -> None:
         """Store bytes under a name."""
         with self._writing() as cache:
-            _put(cache, f"meta/{name}", value)
+            rows.put(cache, f"meta/{name}", value)
 
     def checkpoint(self) -> bool:
         """Bring all that was committed so far into the main file, synced; segments may be unlinked only after True.
@@ -301,16 +288,16 @@ class Ledger:
 
     def _map_remote(self, cache: Cache, run_id: str, remote_id: str) -> None:
         """Let the id in MLflow lead to the run, and a former one no longer."""
-        ours, former, stored = run_id.encode(), "", _stored(cache, f"run/{run_id}")
+        ours, former, stored = run_id.encode(), "", rows.stored(cache, f"run/{run_id}")
         if stored is not None:
             former = _remote_decoder.decode(stored).remote_id
-        if former and former != remote_id and _stored(cache, f"remote/{former}") == ours:
-            _delete(cache, f"remote/{former}")
-        if remote_id and _stored(cache, f"remote/{remote_id}") != ours:
-            _put(cache, f"remote/{remote_id}", ours)
+        if former and former != remote_id and rows.stored(cache, f"remote/{former}") == ours:
+            rows.delete(cache, f"remote/{former}")
+        if remote_id and rows.stored(cache, f"remote/{remote_id}") != ours:
+            rows.put(cache, f"remote/{remote_id}", ours)
 
     def _rows_at(self, key: str) -> list[Row]:
-        return self._source.query(_COLUMNS + "WHERE key = ?", (key,))
+        return self._source.query(rows.COLUMNS + "WHERE key = ?", (key,))
 
     def _pages(self, kind: str, size: int, tag: str | None = None) -> Iterator[list[Row]]:
         """Yield the rows of a kind in the order of their keys: one scan of the index, then so many rows at once."""
@@ -320,69 +307,25 @@ class Ledger:
         for start in range(0, len(rowids), size):
             chosen = tuple(rowid for (rowid,) in rowids[start : start + size])
             marks = ",".join("?" * len(chosen))
-            sql = _COLUMNS + f"WHERE rowid IN ({marks}) AND key > ? AND key < ? ORDER BY key"
+            sql = rows.COLUMNS + f"WHERE rowid IN ({marks}) AND key > ? AND key < ? ORDER BY key"
             yield self._source.query(sql, (*chosen, *bounds))
 
-    def _decoded(self, rows: list[Row], decode: Callable[[bytes], _T]) -> Iterator[_T]:
+    def _decoded(self, found: list[Row], decode: Callable[[bytes], _T]) -> Iterator[_T]:
         """Yield what sound rows hold; move the others out of the way."""
-        for row in rows:
-            rowid, key, raw, mode, filename, expire_time, value, store_time = row
+        for row in found:
             try:
-                if expire_time is not None:
-                    msg = "the row is to expire"
-                    raise RowRefused(msg)
-                sound = decode(_unseal(_DISK.get(key, raw), _DISK.fetch(mode, filename, value, read=False)))
+                sound = decode(rows.sound(row))
             except (RowRefused, msgspec.DecodeError, UnicodeDecodeError):
-                self._put_aside(rowid, store_time)
+                self._put_aside(row)
                 continue
             yield sound
 
-    def _put_aside(self, rowid: int, store_time: object) -> None:
+    def _put_aside(self, row: Row) -> None:
         if isinstance(self._source, Reader):
-            self._skipped.add(rowid)
+            self._skipped.add(row[0])
             return
         with self._writing() as cache:
-            # The time tells that another thread has not put a sound row in its place meanwhile.
-            cache.change(_QUARANTINE + "rowid = ? AND store_time IS ?", (rowid, store_time))
-
-
-#: The judge of rows; it has no directory, because no row leads to a file.
-_DISK: Final = BytesDisk(os.devnull)
-
-
-def _seal(key: str, value: bytes) -> bytes:
-    return zlib.crc32(value, zlib.crc32(key.encode(errors="surrogateescape"))).to_bytes(4, "little") + value
-
-
-def _unseal(key: object, sealed: bytes) -> bytes:
-    value = sealed[4:]
-    if isinstance(key, str) and sealed == _seal(key, value):
-        return value
-    msg = f"the row {key!r} does not have the checksum of its value"
-    raise RowRefused(msg)
-
-
-def _stored(cache: Cache, key: str) -> bytes | None:
-    """Return a value inside a transaction; None when it is not there, or not sound and about to be replaced."""
-    for (value,) in cache.query(_VALUE, (key,)):
-        with contextlib.suppress(RowRefused):
-            return _unseal(key, value if type(value) is bytes else b"")
-    return None
-
-
-def _put(cache: Cache, key: str, value: bytes, tag: str | None = None) -> None:
-    _clear_the_way(cache, key)
-    cache.set(key, _seal(key, value), tag=tag, retry=False)
-
-
-def _delete(cache: Cache, key: str) -> bool:
-    _clear_the_way(cache, key)
-    return bool(cache.delete(key, retry=False))
-
-
-def _clear_the_way(cache: Cache, key: str) -> None:
-    # diskcache removes the file that an overwritten row names, which BytesDisk refuses to.
-    cache.change(_QUARANTINE + _IS_BAD + "AND key = ?", (key,))
+            rows.quarantine(cache, row)
 
 
 def _letter_id(number: int) -> str:
@@ -391,14 +334,14 @@ def _letter_id(number: int) -> str:
 
 def _add_letters(cache: Cache, letters: Sequence[DeadLetter]) -> list[int]:
     """Store new dead letters, and return their numbers, which were never used before."""
-    number = int(_stored(cache, "next/dead") or b"1")  # without it: begin at 1 and pass over those in use
+    number = int(rows.stored(cache, "next/dead") or b"1")  # without it: begin at 1 and pass over those in use
     numbers: list[int] = []
     for letter in letters:
-        while cache.query(_EXISTS, (f"dead/{_letter_id(number)}",)):
+        while rows.exists(cache, f"dead/{_letter_id(number)}"):
             number += 1
         numbered = msgspec.structs.replace(letter, id=_letter_id(number))
-        _put(cache, f"dead/{numbered.id}", _encode(numbered), tag=letter.run_id)
+        rows.put(cache, f"dead/{numbered.id}", _encode(numbered), tag=letter.run_id)
         numbers.append(number)
         number += 1
-    _put(cache, "next/dead", str(number).encode())
+    rows.put(cache, "next/dead", str(number).encode())
     return numbers
