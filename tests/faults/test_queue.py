@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from contents import the_run
@@ -21,8 +22,9 @@ from faults.oracle import held
 from faults.table import Row
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.events import Tags
+from mlflow_outbox.spool.events import Metric, Tags, encode
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.testing.proxy import FaultProxy
@@ -191,23 +193,62 @@ def test_altered_rows_of_the_ledger_are_never_believed(sqlite_uri: str, nest: Ne
     assert (workload.directory_of(outbox, sqlite_uri) / "outbox.json").exists()
 
 
-@pytest.mark.fault("F37", "a segment of a newer format, an event of an unknown kind")
-def test_what_a_newer_version_wrote_is_left_on_disk(sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path) -> None:
-    """A newer outbox is refused untouched; the others go on."""
+@pytest.mark.fault("F37", "an outbox of a newer format")
+def test_an_outbox_of_a_newer_format_is_refused_and_left_as_it_is(
+    sqlite_uri: str, nest: Nest, row: Row, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """It says to upgrade, nothing in it changes, and a version that knows the format delivers all of it."""
     outbox = tmp_path / "outbox"
     acked = log_run(sqlite_uri, outbox, "newer", 1000, 20)
     path = workload.directory_of(outbox, sqlite_uri) / "outbox.json"
     text = path.read_text()
     path.write_text(json.dumps({**json.loads(text), "format": 99}))
-    before = sorted((p.name, p.stat().st_size) for p in path.parent.rglob("*.log"))
+    before = {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
     tracker = MLflowTracker("newer", sqlite_uri, outbox_dir=outbox, settings=QUICK)
     assert tracker.disabled
+    assert "has format 99 and this version reads up to 1; upgrade mlflow-outbox" in caplog.text
     assert not tracker.start_run("nowhere").log_metric("loss", 1.0, step=1)
-    assert before == sorted((p.name, p.stat().st_size) for p in path.parent.rglob("*.log"))
+    tracker.close(1)
+    assert before == {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
     path.write_text(text)
     report = nest.start(workload.drain, sqlite_uri, str(outbox), "newer", 50, {}).report()
     held(sqlite_uri, "newer").check(acked | set(report["acked"]))
     row.done()
+
+
+@pytest.mark.fault("F37", "a segment of a newer format, an event of an unknown kind, beside those of this version")
+def test_what_a_newer_version_added_to_a_run_is_kept_for_it(
+    sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """The rest is delivered; the unknown event's bytes are kept aside, the newer segment stays where it is."""
+    outbox = tmp_path / "outbox"
+    acked = log_run(sqlite_uri, outbox, "newer", 1000, 20)
+    (run,) = (workload.directory_of(outbox, sqlite_uri) / "runs").iterdir()
+    ours, _ = frame.unpack_header(next(run.glob("*-000000.log")).read_bytes())
+    unknown = msgspec.msgpack.encode([99, "what only a newer version knows"])
+    known = {number: encode(Metric("loss", number / 2, 1, number)) for number in (1030, 1040)}
+
+    def add(writer: str, version: int, *payloads: bytes) -> Path:
+        header = msgspec.structs.replace(ours, writer=writer, ordinal=0, first_seq=0, version=version)
+        frames = [frame.pack(payload, seq, header.seed) for seq, payload in enumerate(payloads)]
+        path = run / f"{writer}-000000.log"
+        path.write_bytes(frame.pack_header(header) + b"".join(frames))
+        path.chmod(0o600)
+        return path
+
+    add("a" * 16, 1, unknown, known[1030])
+    newer = add("b" * 16, 99, known[1040])
+    at_once = {"retention": 0.0}
+    report = nest.start(workload.drain, sqlite_uri, str(outbox), "newer", 50, at_once).report()
+    assert 1 == report["counters"]["quarantined"], report
+    held(sqlite_uri, "newer").check(acked | {1030, *report["acked"]})
+    (kept,) = (workload.directory_of(outbox, sqlite_uri) / "quarantine").iterdir()
+    assert unknown in kept.read_bytes()
+    assert newer.exists()
+    add("b" * 16, 1, known[1040])  # the same by a version that knows its format
+    again = nest.start(workload.drain, sqlite_uri, str(outbox), "newer", 60, at_once).report()
+    held(sqlite_uri, "newer").check(acked | {1030, 1040, *report["acked"], *again["acked"]})
+    row.done(2)
 
 
 @pytest.mark.fault("F34", "an older value of another writer comes after the newer one was delivered and recorded")
