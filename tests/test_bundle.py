@@ -286,6 +286,15 @@ def test_an_export_that_is_killed_leaves_no_bundle_or_a_whole_one(tmp_path: Path
     assert views(root) == views(tmp_path / "to")
 
 
+def test_a_time_out_holds_while_a_bundle_is_unpacked(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a bundle holds may take long to copy: nothing of it is sent or left behind, and the code says left over."""
+    assert 3 == command("replay", bundle, "--timeout", "0")
+    assert "time was up before" in capsys.readouterr().err
+    assert [] == list((tmp_path / "state" / "mlflow-outbox" / "bundles").iterdir())
+
+
 def test_an_import_that_is_killed_leaves_nothing_half_done(tmp_path: Path, experiment_name: str) -> None:
     """At random moments, again and again: at the end all is there, and nothing of the attempts."""
     root = tmp_path / "from"

@@ -71,5 +71,9 @@ class LedgerUnavailable(OutboxError):
     """Raised when the ledger cannot be read or written now, for instance because it is locked; try again."""
 
 
+class OutOfTime(OutboxError):
+    """Raised when a time-out came before the work was done; nothing is lost, ask again with a longer one."""
+
+
 class LeaseHeld(OutboxError):
     """Raised when another worker delivers this outbox; the message names it."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_outbox.destination import Destination, resolve, with_credentials
+from mlflow_outbox.errors import OutOfTime
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
@@ -70,7 +72,9 @@ class Prepared(NamedTuple):
     before: int
 
 
-def prepare(paths: Sequence[Path], wish: Wish, *, copies: Collection[Path] = ()) -> Prepared:
+def prepare(
+    paths: Sequence[Path], wish: Wish, *, copies: Collection[Path] = (), deadline: float | None = None
+) -> Prepared:
     """Find out what there is to replay, and where to.
 
     Args:
@@ -78,9 +82,11 @@ def prepare(paths: Sequence[Path], wish: Wish, *, copies: Collection[Path] = ())
         wish: what is to be done with them.
         copies: those of the paths that are passing copies, for instance unpacked bundles: nothing about them is kept
             there.
+        deadline: when to leave off, in seconds of the monotonic clock; None never does.
 
     Raises:
         DestinationError: the URI to replay to is none.
+        OutOfTime: the deadline came first.
     """
     given = resolve(wish.to) if wish.to is not None else None
     problems: list[str] = []
@@ -104,7 +110,9 @@ def prepare(paths: Sequence[Path], wish: Wish, *, copies: Collection[Path] = ())
                 waiting = {run_id: folders for run_id, folders in runs.items() if not _is_filed(folders)}
                 before, runs = before + len(runs) - len(waiting), waiting
             if wish.only_finished:
-                runs = {run_id: folders for run_id, folders in runs.items() if _is_finished(folders, problems)}
+                runs = {
+                    run_id: folders for run_id, folders in runs.items() if _is_finished(folders, problems, deadline)
+                }
             at_home = found.outbox is not None and path not in copies and _is_home(found.outbox, runs)
             if found.outbox is not None and at_home and not elsewhere and not wish.experiment:
                 held = own.get(found.outbox.path)
@@ -170,19 +178,24 @@ def _loose_job(destination: Destination, found: list[Runs], paths: list[Path], *
     return Job(source, destination, runs, None, wish.again)
 
 
-def _is_finished(folders: tuple[Path, ...], problems: list[str]) -> bool:
+def _is_finished(folders: tuple[Path, ...], problems: list[str], deadline: float | None) -> bool:
     try:
-        return view_of(folders).status.value == "FINISHED"
+        return view_of(folders, deadline).status.value == "FINISHED"
     except OSError as error:
         problems.append(f"{folders[0]} cannot be read: {error.strerror or error}")
         return False
 
 
-def view_of(folders: tuple[Path, ...]) -> RunView:
+def view_of(folders: tuple[Path, ...], deadline: float | None = None) -> RunView:
     """Return a run as all its events on disk describe it.
+
+    Args:
+        folders: the run's directories.
+        deadline: when to leave off, in seconds of the monotonic clock; None never does.
 
     Raises:
         OSError: they cannot be read.
+        OutOfTime: the deadline came first.
     """
     view, reader = RunView(), RunReader(*folders)
     window = reader.window({}, points=100_000, items=100_000)
@@ -191,6 +204,9 @@ def view_of(folders: tuple[Path, ...]) -> RunView:
             view.fold(event, writer)
         if not window.more:
             return view
+        if deadline is not None and time.monotonic() >= deadline:
+            msg = "time was up before the runs were read; nothing of them was sent, give a longer --timeout"
+            raise OutOfTime(msg)
         window = reader.window(window.cursors, points=100_000, items=100_000)
 
 

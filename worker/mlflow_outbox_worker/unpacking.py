@@ -17,12 +17,14 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final, Literal
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
+from mlflow_outbox.errors import OutOfTime
 from mlflow_outbox.settings import state_directory
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.private import create_private, sync_directory
@@ -48,15 +50,20 @@ _STAGING: Final = ".import-"
 Imported = Literal["new", "completed", "unchanged"]
 
 
-def import_bundle(path: Path, directory: OutboxDirectory) -> dict[str, Imported]:
+def import_bundle(
+    path: Path, directory: OutboxDirectory, *, deadline: float | None = None, passing: bool = False
+) -> dict[str, Imported]:
     """Put the runs of a bundle into an outbox, after all of it has been checked.
 
     Args:
         path: the bundle.
         directory: the outbox.
+        deadline: when to leave off, in seconds of the monotonic clock; None never does.
+        passing: the outbox need not survive a power cut.
 
     Raises:
         BundleRefused: it is damaged, or contradicts what the outbox holds; nothing of it was used.
+        OutOfTime: the deadline came first; nothing of it was used.
         OSError: it cannot be read, or there is no room for it.
     """
     remove_drafts(directory.path, _STAGING)
@@ -66,7 +73,7 @@ def import_bundle(path: Path, directory: OutboxDirectory) -> dict[str, Imported]
     try:
         if not directory.network:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the directory is no leftover
-        manifest = _unpack(path, staging)
+        manifest = _unpack(path, staging, deadline, sync=not passing)
         plans = {run.run_id: _lacking(run, staging, directory) for run in manifest.runs}
         result = {run.run_id: _publish(run, plans[run.run_id], staging, directory) for run in manifest.runs}
         sync_directory(directory.runs)
@@ -79,7 +86,7 @@ def import_bundle(path: Path, directory: OutboxDirectory) -> dict[str, Imported]
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _unpack(path: Path, staging: Path) -> Manifest:
+def _unpack(path: Path, staging: Path, deadline: float | None, *, sync: bool) -> Manifest:
     with archive_of(path) as archive:
         manifest = manifest_of(archive, path)
         wanted = {f"runs/{run.run_id}/{member.name}": member for run in manifest.runs for member in run.members}
@@ -98,20 +105,25 @@ def _unpack(path: Path, staging: Path) -> Manifest:
             content = archive.extractfile(info)
             if content is None:
                 refuse(path, f"holds no content of {printable(info.name, 200)!r}")
-            _write(staging / info.name.removeprefix("runs/"), content, member, path)
+            _write(staging / info.name.removeprefix("runs/"), content, member, path, deadline, sync=sync)
     if wanted:
         refuse(
             path, f"lacks {len(wanted)} of its files, {printable(next(iter(wanted)), 200)!r} for one; it was cut off"
         )
-    for folder, _, _ in os.walk(staging):
+    for folder, _, _ in os.walk(staging) if sync else ():
         sync_directory(Path(folder))
     return manifest
 
 
-def _write(target: Path, content: IO[bytes], member: Member, bundle: Path) -> None:
+def _write(
+    target: Path, content: IO[bytes], member: Member, bundle: Path, deadline: float | None, *, sync: bool
+) -> None:
     digest = hashlib.sha256()
     with os.fdopen(create_private(target), "wb") as copy:
         for chunk in iter(lambda: content.read(_CHUNK), b""):
+            if deadline is not None and time.monotonic() >= deadline:
+                msg = f"time was up before {bundle} was unpacked; nothing of it was sent, give it a longer --timeout"
+                raise OutOfTime(msg)
             digest.update(chunk)
             copy.write(chunk)
         copy.flush()
@@ -119,7 +131,8 @@ def _write(target: Path, content: IO[bytes], member: Member, bundle: Path) -> No
             refuse(bundle, f"holds {printable(member.name, 200)!r} with another content than its manifest says")
         stamp = member.modified_ms * 1_000_000
         os.utime(copy.fileno(), ns=(stamp, stamp))  # its age says whether its writer may still live
-        os.fsync(copy.fileno())
+        if sync:
+            os.fsync(copy.fileno())
 
 
 def _lacking(run: BundledRun, staging: Path, directory: OutboxDirectory) -> list[str] | None:
@@ -175,14 +188,16 @@ def _publish(run: BundledRun, lacking: list[str] | None, staging: Path, director
 
 
 @contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
+def unpacked(path: Path, deadline: float | None = None) -> Iterator[Path]:
     """Unpack a bundle into an outbox of its own in the local state directory, for as long as it is used.
 
     Args:
         path: the bundle.
+        deadline: when to leave off, in seconds of the monotonic clock; None never does.
 
     Raises:
         BundleRefused: it is damaged.
+        OutOfTime: the deadline came first.
         OSError: it cannot be read, or there is no room for it.
     """
     manifest = read_manifest(path)
@@ -196,7 +211,7 @@ def unpacked(path: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the directory is no leftover
         destination = Destination(manifest.destination, manifest.artifact_root)
         directory = OutboxDirectory.create(place, destination, now_ms=manifest.made_ms)
-        import_bundle(path, directory)
+        import_bundle(path, directory, deadline=deadline, passing=True)
         yield directory.path
     finally:
         os.close(lock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Final
 
-from mlflow_outbox.errors import LeaseHeld, OutboxError
+from mlflow_outbox.errors import LeaseHeld, OutboxError, OutOfTime
 
 
 class ExitCode(enum.IntEnum):
@@ -74,6 +74,8 @@ def of_error(error: OutboxError) -> ExitCode:
     """Return the code that goes with an error."""
     if isinstance(error, CommandFailed):
         return error.code
+    if isinstance(error, OutOfTime):
+        return ExitCode.LEFT
     return ExitCode.HELD if isinstance(error, LeaseHeld) else ExitCode.ERROR
 
 

@@ -97,7 +97,7 @@ def _until_done(flushes: list[Flush], started: float, timeout: float | None, end
         for one in flushes:
             one.look()
             one.start()
-        while not all(one.is_done() for one in flushes):
+        while not all(one.is_done() or one.read_only for one in flushes):
             now = time.monotonic()
             if timeout is not None and now - started >= timeout:
                 return
@@ -165,6 +165,8 @@ class Flush:
         self._delivered_itself = False
         self._worker: CommandWorker | None = None
         self._trouble = ""
+        #: Nothing can be noted there, so nothing can be delivered from there.
+        self.read_only = outboxes.read_only(directory.path) != ""
         self.total = 0
 
     def __repr__(self) -> str:
@@ -177,7 +179,7 @@ class Flush:
 
     def start(self) -> None:
         """Begin to deliver, unless there is nothing to do; while another worker has the outbox, stand by."""
-        if not self.is_done():
+        if not self.is_done() and not self.read_only:
             self._worker = CommandWorker(self._directory, self._settings)
             self._worker.start()
 
@@ -276,7 +278,7 @@ class Flush:
     def code(self) -> ExitCode:
         """Return the exit code for what was reached."""
         seen = self._seen
-        if self._trouble:
+        if self._trouble or (self.read_only and not self.is_done()):
             return ExitCode.ERROR
         code = of_backlog(pending=seen.pending + seen.unread_back, parked=seen.parked, dead=seen.dead)
         return ExitCode.HELD if code is ExitCode.LEFT and self._held_by else code
@@ -298,6 +300,8 @@ class Flush:
         terminal.say(where + ", ".join(parts))
         if self._trouble:
             terminal.error(f"{where}how much has been delivered cannot be told: {self._trouble}")
+        elif self.read_only and not self.is_done():
+            terminal.error(outboxes.read_only(self._directory.path))
         elif self._held_by:
             terminal.note(f"{where}{self._held_by} has this outbox and has not answered")
         elif seen.reason and self.left and not self._delivered_itself:  # its own warnings have said so

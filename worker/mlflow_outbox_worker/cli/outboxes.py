@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -76,6 +77,14 @@ def open_one(settings: Settings) -> OutboxDirectory:
         msg = f"there are {len(paths)} outboxes in {where} ({names}); name one with --outbox-dir"
         raise CommandFailed(msg, ExitCode.USAGE)
     return OutboxDirectory.open(paths[0])
+
+
+def read_only(path: Path) -> str:
+    """Return why an outbox cannot be delivered from where it is, and what to do; "" when it can be written to."""
+    if os.access(path, os.W_OK):
+        return ""
+    shown = printable(path, 300)
+    return f"{shown} cannot be written to; mlflow-outbox replay {shown} sends its runs and only reads them"
 
 
 def destination_of(directory: OutboxDirectory) -> Destination:

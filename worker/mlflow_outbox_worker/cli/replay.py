@@ -88,8 +88,8 @@ def replay(
     settings = Settings.from_environment()
     settings = dataclasses.replace(settings, parallel_runs=jobs) if jobs is not None else settings
     wish = Wish(to, tracking_uri_from_environment(), experiment, only_finished, again, follow)
-    with _unpacked(paths) as places:
-        prepared = prepare(places, wish, copies=set(places) - set(paths))
+    with _unpacked(paths, deadline) as places:
+        prepared = prepare(places, wish, copies=set(places) - set(paths), deadline=deadline)
         for problem in prepared.problems:
             terminal.error(problem)
         if dry_run:
@@ -101,7 +101,7 @@ def replay(
 
 
 @contextlib.contextmanager
-def _unpacked(paths: list[Path]) -> Iterator[list[Path]]:
+def _unpacked(paths: list[Path], deadline: float | None) -> Iterator[list[Path]]:
     """Yield the paths with every bundle among them unpacked; what was unpacked is removed at the end."""
     with contextlib.ExitStack() as stack:
         places: list[Path] = []
@@ -112,7 +112,7 @@ def _unpacked(paths: list[Path]) -> Iterator[list[Path]]:
             if path.is_file():
                 from mlflow_outbox_worker.unpacking import unpacked
 
-                places.append(stack.enter_context(unpacked(path)))
+                places.append(stack.enter_context(unpacked(path, deadline)))
             else:
                 places.append(path)
         yield places

@@ -133,9 +133,15 @@ class Service:
         return f"<Service of {len(self._workers)} outboxes>"
 
     def take(self, directory: OutboxDirectory) -> None:
-        """Deliver an outbox from now on."""
+        """Deliver an outbox from now on.
+
+        Raises:
+            OutboxUnusable: it cannot be written to.
+        """
         from mlflow_outbox_worker.metrics import Meter
 
+        if why := outboxes.read_only(directory.path):
+            raise OutboxUnusable(why)
         meter = Meter()
         one = CommandWorker(directory, self._settings, meter)
         if self._metrics is not None:
