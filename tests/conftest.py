@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing import FailingDisk
 from servers import MlflowServer, NurseryClient, forget_mlflow_variables
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.ledger import Ledger
 
 _NURSERY = pytest.StashKey[NurseryClient]()
 _SERVER_FIXTURES = {"mlflow_server", "own_mlflow_server", "sqlite_uri", "empty_database"}
@@ -102,3 +108,86 @@ def file_uri(tmp_path: Path) -> str:
 def experiment_name() -> str:
     """The name of an experiment that no other test uses."""
     return f"experiment-{uuid.uuid4().hex}"
+
+
+# -- journals
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> OutboxDirectory:
+    """An outbox of its own."""
+    from spools import make_outbox
+
+    return make_outbox(tmp_path / "outbox")
+
+
+@pytest.fixture
+def disk() -> FailingDisk:
+    """A disk that counts, and fails when told."""
+    return FailingDisk()
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let time pass for journals: ``later(seconds)``."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def pass_(seconds: float) -> None:
+        clock[0] += seconds
+
+    return pass_
+
+
+# -- ledgers
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where the ledger is; not made yet."""
+    return tmp_path / "delivery"
+
+
+@pytest.fixture
+def ledger(directory: Path) -> Iterator[Ledger]:
+    """A new ledger that must report nothing."""
+    from mlflow_outbox_worker.ledger import Ledger
+
+    opened = Ledger.open(directory, timeout=5, report=pytest.fail)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger of twenty runs that was closed: one file, no log."""
+    from ledgers import letter, record, view
+    from mlflow_outbox_worker.ledger import Ledger
+
+    directory = tmp_path_factory.mktemp("clean") / "delivery"
+    ledger = Ledger.open(directory)
+    for index in range(20):
+        ledger.commit(record(f"{index:02d}", index, f"r{index}"), view=view(), dead=[letter(f"{index:02d}")])
+    ledger.close()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger whose writer died after commits 1 to 10 were checkpointed and 11 to 30 were not."""
+    from ledgers import run
+
+    directory = tmp_path_factory.mktemp("crashed") / "delivery"
+    run(
+        """
+ledger = Ledger.open(directory)
+for seq in range(1, 31):
+    refused = DeadLetter("a", "", b"", str(seq), "", 400, 0)
+    ledger.commit(RunRecord("a", cursors={"w": Cursor(0, 100 * seq, seq)}), dead=[refused])
+    if seq == 10:
+        ledger.checkpoint()
+os._exit(0)
+""",
+        directory,
+    )
+    return directory

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from mlflow_outbox.views import Latest, Register, RunView
+from mlflow_outbox_worker.database import Database
+from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import Cursor, DeadLetter, RunRecord
 from spools import FORKS
+
+FILES = ("cache.db", "cache.db-wal", "cache.db-shm")
 
 PRELUDE = """
 import os, signal, sys, threading
@@ -57,3 +64,43 @@ def open_descriptors(directory: Path) -> list[str]:
     """The files under directory that this process has open."""
     links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
     return [os.readlink(link) for link in links if link.exists() and os.readlink(link).startswith(str(directory))]
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a ledger that nobody has open."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    target.chmod(0o700)
+
+
+def edit(directory: Path, sql: str, *arguments: Any) -> None:
+    """Change the database behind the ledger's back."""
+    connection = sqlite3.connect(directory / "cache.db", isolation_level=None)
+    connection.execute(sql, arguments)
+    connection.close()
+
+
+def assert_works(ledger: Ledger) -> None:
+    """A repaired ledger takes new commits and reads them back."""
+    ledger.commit(record("new", 1, "rn"), view=view(), dead=[letter("new")])
+    assert record("new", 1, "rn") == ledger.record("new")
+    assert 1 == len(list(ledger.dead_letters("new")))
+    assert "new" in {found.run_id for found in ledger.records()}
+    assert ledger.checkpoint()
+
+
+def assert_set_aside(directory: Path, number: int = 1) -> Ledger:
+    """Opening reports one thing, keeps the old file under its new name, and begins anew."""
+    reports: list[str] = []
+    ledger = Ledger.open(directory, report=reports.append)
+    assert 1 == len(reports)
+    assert f"cache.db.corrupt-{number}" in reports[0]
+    assert [] == [*ledger.records(), *ledger.dead_letters()]
+    assert_works(ledger)
+    return ledger
+
+
+def database(ledger: Ledger) -> Database:
+    """The database of a ledger that was not opened to be read only."""
+    assert isinstance(ledger._source, Database)
+    return ledger._source

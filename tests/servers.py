@@ -48,6 +48,12 @@ def eventually(condition: Callable[[], T], timeout: float = 15.0, message: str =
     return value
 
 
+def unused_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 class NurseryClient:
     """Asks the session's nursery (see ``nursery``) for servers; any process of the session can."""
 

@@ -5,8 +5,10 @@ A subclass provides the fixture ``sink``; ``experiment_name`` comes from conftes
 
 from __future__ import annotations
 
+import contextlib
 import math
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,15 @@ from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
 
 NOW_MS = 1_700_000_000_000
+#: A password that must be shown nowhere.
+SECRET = "s3cret-w0rd"
+
+
+@contextlib.contextmanager
+def closing(sink: Sink) -> Iterator[Sink]:
+    """Close a sink after use."""
+    yield sink
+    sink.close()
 
 
 class SinkContract:

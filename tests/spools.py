@@ -87,6 +87,11 @@ class Everything:
         return [event.step for event in self.events if isinstance(event, Metric)]
 
 
+def read(outbox: OutboxDirectory, run: str = RUN) -> Everything:
+    """Everything in a run."""
+    return Everything(outbox.run(run))
+
+
 def header(**given: Any) -> frame.SegmentHeader:
     """A segment's header, as another boot of some machine wrote it."""
     values: dict[str, Any] = {"run_id": RUN, "experiment": "exp", "writer": "w" * 16, "ordinal": 0, "first_seq": 0}

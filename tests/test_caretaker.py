@@ -1,0 +1,89 @@
+"""The background that looks after open journals: one thread, in each process, while there is something to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool.caretaker import Caretaker
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing import FailingDisk
+from servers import eventually
+from spools import FORKS, make_journal, metric
+
+
+@pytest.fixture
+def caretaker() -> Iterator[Caretaker]:
+    """A caretaker with very short rounds."""
+    caretaker = Caretaker(0.002, Counters())
+    yield caretaker
+    caretaker.stop()
+
+
+def sync_threads() -> list[threading.Thread]:
+    """The caretakers' threads of this process."""
+    return [thread for thread in threading.enumerate() if thread.name == "mlflow-outbox-sync"]
+
+
+def test_the_background_starts_with_the_first_event_and_ends_when_idle(
+    outbox: OutboxDirectory, caretaker: Caretaker, disk: FailingDisk
+) -> None:
+    """One thread however many journals; none when all are closed and clean; a new one afterwards."""
+    before = set(sync_threads())
+    writers = [make_journal(outbox, disk, run=letter * 32, registry=caretaker) for letter in "bcd"]
+    assert before == set(sync_threads())
+    for round_ in range(2):
+        for writer in writers:
+            writer.append(metric(round_))
+        assert 1 == len(set(sync_threads()) - before)
+        eventually(lambda: all(not writer._sequence.live.unsynced for writer in writers), message="all synced")
+        for writer in writers:
+            writer.close()
+        eventually(lambda: before == set(sync_threads()), message="the thread ends")
+    assert all(writer.is_idle for writer in writers)
+    assert disk.count("create") == disk.count("close")
+
+
+def test_the_background_works_in_a_forked_child(tmp_path: Path) -> None:
+    """F05: the thread stays in the parent; the child starts its own."""
+    code = f"""
+import os, sys, threading
+sys.path[:0] = {sys.path!r}
+from servers import eventually
+from spools import *
+from mlflow_outbox.spool.caretaker import Caretaker
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.testing import FailingDisk
+outbox = make_outbox(Path({str(tmp_path / "outbox")!r}))
+disk = FailingDisk()
+writer = make_journal(outbox, disk, registry=Caretaker(0.005, Counters()))
+writer.append(metric(0))
+pid = os.fork()
+if pid == 0:
+    disk.calls.clear()
+    writer.append(metric(1))
+    eventually(lambda: disk.count("datasync"))
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+writer.append(metric(2))
+eventually(lambda: not writer._sequence.live.unsynced)
+"""
+    done = subprocess.run([sys.executable, *FORKS, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (0, "") == (done.returncode, done.stderr), done.stderr[-3000:]
+
+
+def test_the_background_goes_on_when_one_journal_makes_trouble(
+    outbox: OutboxDirectory, caretaker: Caretaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F08: an unexpected error of one is counted, and the others are synced."""
+    bad, good = make_journal(outbox, run="b" * 32, registry=caretaker), make_journal(outbox, registry=caretaker)
+    monkeypatch.setattr(bad, "sync", lambda: 1 / 0)
+    bad.append(metric(0))
+    good.append(metric(0))
+    eventually(lambda: not good._sequence.live.unsynced and caretaker._counters["caretaker_errors"])

@@ -1,0 +1,158 @@
+"""The journal on a disk that cannot sync: what may be lost is written again, once, and the disk is not filled (F21)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool import frame
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing import FailingDisk
+from spools import RUN, Everything, make_journal, metric, read
+
+
+@pytest.mark.parametrize("sync", ["interval", "always"])
+def test_a_failed_sync_is_never_repeated_on_its_descriptor(
+    outbox: OutboxDirectory, disk: FailingDisk, sync: str
+) -> None:
+    """The segment is left, and its events are written again under their old numbers, to be delivered once."""
+    counters = Counters()
+    writer = make_journal(outbox, disk, sync=sync, counters=counters)
+    disk.fail("datasync")
+    for number in range(10):
+        writer.append(metric(number))
+    writer.sync()
+    writer.append(metric(10))
+    writer.sync()
+    first, *others = [call.fd for call in disk.calls if call.operation == "datasync"]
+    created = [call.operation for call in disk.calls].count("create")
+    assert others
+    assert 2 == created
+    closes = [at for at, call in enumerate(disk.calls) if call.operation == "close" and call.fd == first]
+    syncs = [at for at, call in enumerate(disk.calls) if call.operation == "datasync" and call.fd == first]
+    assert all(syncs[0] < closes[0] < later_sync for later_sync in syncs[1:])
+    writer.close()
+    assert (list(range(11)), 0, []) == (read(outbox).steps, read(outbox).missing, read(outbox).broken)
+    assert counters["rewritten_after_sync_error"] > 0
+
+
+def test_rewritten_events_replace_those_that_a_power_cut_took(outbox: OutboxDirectory, disk: FailingDisk) -> None:
+    """What the failed segment holds may be gone; the new one has all of it."""
+    writer = make_journal(outbox, disk)
+    for number in range(5):
+        writer.append(metric(number))
+    writer.sync()
+    failed = next(outbox.run(RUN).glob("*-000000.log"))
+    durable = failed.stat().st_size
+    for number in range(5, 20):
+        writer.append(metric(number))
+    disk.fail("datasync")
+    writer.sync()
+    writer.append(metric(20))
+    os.truncate(failed, durable)
+    assert (list(range(21)), 0) == (read(outbox).steps, read(outbox).missing)
+
+
+@pytest.mark.parametrize("rotations", [1, 3])
+def test_a_sync_that_fails_after_rotation_loses_nothing_to_a_power_cut(
+    outbox: OutboxDirectory, disk: FailingDisk, rotations: int
+) -> None:
+    """The segment was completed while its sync was under way; its events get a segment of their own."""
+    writer = make_journal(outbox, disk, segment_bytes=2048)
+    for number in range(10):
+        writer.append(metric(number))
+    failed = next(outbox.run(RUN).glob("*-000000.log"))
+    header = frame.unpack_header(failed.read_bytes())[1]
+    with disk.held("datasync", error=errno.EIO) as entered:
+        background = threading.Thread(target=writer.sync)
+        background.start()
+        assert entered.wait(10)
+        number = 10
+        while writer._sequence.ordinal <= rotations:
+            writer.append(metric(number))
+            number += 1
+    background.join(10)
+    writer.close()
+    writer.sync()
+    os.truncate(failed, header)
+    found = read(outbox)
+    assert (list(range(number)), 0) == (found.steps, found.missing)
+
+
+def test_a_disk_that_never_syncs_is_not_filled_with_copies(
+    outbox: OutboxDirectory, disk: FailingDisk, later: Callable[[float], None]
+) -> None:
+    """Tries get rarer, up to one a minute; every event is there once for the reader."""
+    counters = Counters()
+    writer = make_journal(outbox, disk, counters=counters)
+    disk.fail("datasync", times=None)
+    for number in range(600):
+        writer.append(metric(number))
+        later(0.5)
+        writer.sync()
+    assert disk.count("datasync") < 20
+    assert len(list(outbox.run(RUN).iterdir())) < 20
+    disk.clear()
+    later(61)
+    writer.sync()
+    writer.sync()
+    assert [] == writer._sequence.live.unsynced
+    assert list(range(600)) == read(outbox).steps
+
+
+def test_at_always_a_disk_that_never_syncs_neither_hangs_nor_recurses(
+    outbox: OutboxDirectory, disk: FailingDisk
+) -> None:
+    """Each call returns after at most two tries; what it could not promise is counted."""
+    counters = Counters()
+    writer = make_journal(outbox, disk, sync="always", segment_bytes=1024, counters=counters)
+    disk.fail("datasync", times=None)
+    for number in range(100):
+        before = disk.count("datasync")
+        assert writer.append(metric(number))
+        assert disk.count("datasync") - before <= 4
+    assert counters["acknowledged_unsynced"] >= 90
+    assert list(range(100)) == read(outbox).steps
+
+
+def test_a_failed_sync_on_a_full_disk_keeps_the_events_in_memory(outbox: OutboxDirectory, disk: FailingDisk) -> None:
+    """Compound fault: what cannot be written again now waits, under its old numbers."""
+    writer = make_journal(outbox, disk)
+    for number in range(10):
+        writer.append(metric(number))
+    failed = next(outbox.run(RUN).glob("*.log"))
+    disk.fail("datasync")
+    disk.fail("create", error=errno.ENOSPC, times=3)
+    writer.sync()
+    assert 10 == writer.in_memory
+    writer.append(metric(10))
+    for _ in range(3):
+        writer.sync()
+    os.truncate(failed, frame.unpack_header(failed.read_bytes())[1])
+    assert (list(range(11)), 0) == (read(outbox).steps, read(outbox).missing)
+
+
+def test_the_live_segment_is_always_the_last_in_reading_order(outbox: OutboxDirectory, disk: FailingDisk) -> None:
+    """After a segment that got only a header, and a rewrite of older events, the reader must not go past it."""
+    writer = make_journal(outbox, disk, segment_bytes=1024)
+    number = 0
+    while writer._sequence.ordinal < 2:
+        writer.append(metric(number))
+        number += 1
+    # The new segment has one event; the next is begun, and left with nothing in it.
+    writer.close()
+    disk.fail("write", at=2)
+    writer.append(metric(number))
+    disk.fail("datasync", times=3)
+    writer.sync()
+    reader = Everything(outbox.run(RUN))
+    for more in range(number + 1, number + 40):
+        writer.append(metric(more))
+    later_part = Everything(outbox.run(RUN), reader.cursors)
+    assert list(range(number + 40)) == reader.steps + later_part.steps
+    assert 0 == later_part.missing

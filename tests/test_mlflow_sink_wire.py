@@ -1,0 +1,296 @@
+"""The sink against servers that misbehave on the wire, TLS, and where credentials go."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_outbox_worker.mlflow_sink import open_sink
+from mlflow_outbox_worker.outcome import classify
+from mlflow_outbox_worker.sink import MetricPoint, Sink
+from servers import unused_port
+from sink_contract import NOW_MS, SECRET, closing, fails
+from wires import Wire, says
+
+pytestmark = pytest.mark.compatibility
+
+
+@pytest.fixture
+def wire() -> Iterator[Callable[..., Wire]]:
+    """Start wires that end with the test."""
+    wires: list[Wire] = []
+
+    def make(*args: Any, **kwargs: Any) -> Wire:
+        wires.append(Wire(*args, **kwargs))
+        return wires[-1]
+
+    yield make
+    for each in wires:
+        each.close()
+
+
+def log_one(sink: Sink) -> None:
+    """Send one point to a run that the server need not know."""
+    sink.log_batch("a" * 32, [MetricPoint("m", 1.0, NOW_MS, 0)], {}, {})
+
+
+def test_a_refused_connection_was_certainly_not_carried_out() -> None:
+    """Nothing listens, so nothing was sent: no search for a ghost is needed before the next create."""
+    with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
+        error = fails(lambda: log_one(sink))
+    assert ("connection", False, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
+
+
+@pytest.mark.parametrize(
+    "begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: applic", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_a_request_whose_answer_is_cut_off_may_have_been_carried_out(wire: Callable[..., Wire], begin: bytes) -> None:
+    """The connection ends before the answer does; there is no second attempt."""
+    server = wire(lambda _, connection, request: connection.sendall(begin))
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert ("connection", True, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
+    assert 1 == len(server.requests)
+
+
+def silent(wire: Wire, connection: socket.socket, request: bytes) -> None:
+    """Take the request and answer nothing."""
+    wire.over.wait(20)
+
+
+def dripping(before: bytes) -> Callable[[Wire, socket.socket, bytes], None]:
+    """Answer with a beginning and then a byte now and then."""
+
+    def behave(wire: Wire, connection: socket.socket, request: bytes) -> None:
+        connection.sendall(before)
+        while not wire.over.wait(0.05):
+            connection.sendall(b"x")
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [silent, dripping(b"HTTP/1.1 200 OK\r\nX-Slow: "), dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")],
+    ids=["silence", "slow headers", "slow body"],
+)
+def test_the_deadline_is_for_the_whole_request(wire: Callable[..., Wire], behave: Any) -> None:
+    """A server that sends a byte now and then is given no more time than one that sends nothing."""
+    server = wire(behave)
+    begun = time.monotonic()
+    with closing(open_sink(server.url, timeout=0.5)) as sink:
+        error = fails(lambda: log_one(sink))
+        assert 0.4 < time.monotonic() - begun < 10
+    assert ("timeout", True, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry_After": "7"}, 7.0),
+        ({"Retry_After": "Tue, 14 Nov 2023 22:13:50 GMT", "Date": "Tue, 14 Nov 2023 22:13:20 GMT"}, 30.0),
+        ({"Retry_After": "Tue, 14 Nov 2023 22:13:50 GMT"}, 0.0),
+        ({"Retry_After": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_a_busy_server_says_how_long_and_is_asked_once(
+    wire: Callable[..., Wire], headers: dict[str, str], seconds: float | None
+) -> None:
+    """The pause is handed on, a date by the clock of the server; MLflow's own retries are off."""
+    server = wire(says(503, "<html>busy</html>", **headers))
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert (503, seconds, "retry") == (error.status, error.retry_after, classify(error, "log_batch").kind)
+    assert 1 == len(server.requests)
+
+
+@pytest.mark.parametrize(
+    ("behave", "outcome"),
+    [
+        (says(200, "<html>please log in</html>"), "parked"),
+        (says(200, "[1, 2]"), "parked"),
+        (says(200, '{"run": '), "parked"),
+        (says(404, "<html>not here</html>"), "parked"),
+        (says(404, '{"detail": "Not Found"}'), "parked"),
+        (says(400, "The plain HTTP request was sent to HTTPS port"), "parked"),
+        (says(405, "no"), "parked"),
+        (says(401, "who are you?"), "parked"),
+        (says(403, '{"error_code": "PERMISSION_DENIED", "message": "no"}'), "parked"),
+        (says(413, "<html>too large</html>"), "split"),
+        (says(429, "slow down"), "retry"),
+        (says(502, "<html>bad gateway</html>"), "retry"),
+        (says(500, '{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "later"}'), "retry"),
+        (says(400, '{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad"}'), "dead_letter"),
+        (says(400, '{"error_code": "A_CODE_OF_THE_FUTURE", "message": "bad"}'), "dead_letter"),
+        (says(422, '{"detail": "bad"}'), "dead_letter"),
+        (says(200, gzip.compress(b" " * 100_000_000), Content_Encoding="gzip"), "parked"),
+        (says(200, b"not gzip", Content_Encoding="gzip"), "parked"),
+    ],
+)
+def test_an_answer_is_judged_by_status_and_by_who_gave_it(wire: Callable[..., Wire], behave: Any, outcome: str) -> None:
+    """Only MLflow itself can make an event a dead letter; pages of proxies and portals wait for a person."""
+    with closing(open_sink(wire(behave).url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert outcome == classify(error, "log_batch").kind
+    assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize("operation", ["create_run", "experiment_id", "get_run"])
+def test_an_empty_success_is_not_taken_for_an_answer(wire: Callable[..., Wire], operation: str) -> None:
+    """A proxy that answers everything with an empty object creates no runs."""
+    with closing(open_sink(wire(says(200, "{}")).url)) as sink:
+        requests: dict[str, Callable[[], Any]] = {
+            "create_run": lambda: sink.create_run("1", run_name=None, start_time_ms=1, user="", tags={}),
+            "experiment_id": lambda: sink.experiment_id("e"),
+            "get_run": lambda: sink.get_run("a" * 32),
+        }
+        assert "parked" == classify(fails(requests[operation]), operation).kind
+
+
+def test_a_redirect_is_not_followed_and_gets_no_credentials(wire: Callable[..., Wire]) -> None:
+    """Another host learns nothing, and the URL waits for a person."""
+    other = wire(says(200, "{}"))
+    server = wire(says(302, Location=other.url))
+    with closing(open_sink(server.url, username="ada", password=SECRET)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert ("not_mlflow", 302, "parked") == (error.kind, error.status, classify(error, "log_batch").kind)
+    assert [] == other.requests
+
+
+def run_json(artifact_uri: str) -> str:
+    """What a server answers to a question for a run."""
+    info = {"run_id": "a" * 32, "experiment_id": "1", "status": "RUNNING", "artifact_uri": artifact_uri}
+    return json.dumps({"run": {"info": info, "data": {}}})
+
+
+def test_a_server_that_serves_no_artifacts_parks_the_upload(wire: Callable[..., Wire], tmp_path: Path) -> None:
+    """Its 503 looks like a busy server and never goes away."""
+    disabled = (
+        "Endpoint: /api/2.0/mlflow-artifacts/artifacts/<path:artifact_path> disabled due to the mlflow server "
+        "running with `--no-serve-artifacts`. To enable artifacts server functionality, run `mlflow server` with "
+        "`--serve-artifacts`"
+    )
+
+    def behave(server: Wire, connection: socket.socket, request: bytes) -> None:
+        answer = (
+            says(503, disabled)
+            if request.startswith(b"PUT")
+            else says(200, run_json("mlflow-artifacts:/1/a/artifacts"))
+        )
+        answer(server, connection, request)
+
+    server = wire(behave)
+    (tmp_path / "copy").write_bytes(b"content")
+    with closing(open_sink(f"{server.url}/prefix")) as sink:
+        error = fails(lambda: sink.upload("a" * 32, tmp_path / "copy", "plots/a b.png"))
+    assert (503, "parked") == (error.status, classify(error, "upload").kind)
+    assert server.requests[1].startswith(
+        b"PUT /prefix/api/2.0/mlflow-artifacts/artifacts/1/a/artifacts/plots/a%20b.png "
+    )
+    assert server.requests[1].endswith(b"\r\n\r\ncontent")
+
+
+# --- TLS and credentials --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def self_signed(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody vouches for, with its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=2))
+        .not_valid_after(now + timedelta(days=2))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(
+        key.private_bytes(encoding, form, serialization.NoEncryption()) + certificate.public_bytes(encoding)
+    )
+    return pem
+
+
+def test_a_certificate_that_is_not_trusted_is_parked(
+    wire: Callable[..., Wire], self_signed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verification is never given up; MLflow's variable for a private authority is respected."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(self_signed)
+    server = wire(says(200, "{}"), context)
+    with closing(open_sink(f"https://localhost:{server.port}", username="ada", password=SECRET)) as sink:
+        error = fails(lambda: log_one(sink))
+        assert ("connection", "TLS", False) == (error.kind, error.code, error.sent)
+        assert "parked" == classify(error, "log_batch").kind
+        assert [] == server.requests
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(self_signed))
+        log_one(sink)
+        assert 1 == len(server.requests)
+
+
+def test_tls_to_a_port_without_tls_is_parked(wire: Callable[..., Wire]) -> None:
+    """A wrong scheme in the URL is a person's mistake."""
+    server = wire(says(400, "what?"))
+    with closing(open_sink(f"https://127.0.0.1:{server.port}", timeout=2)) as sink:
+        outcome = classify(fails(lambda: log_one(sink)), "log_batch").kind
+    assert outcome in {"parked", "retry"}  # the server may also close the connection, which is no proof
+    assert [] == server.requests
+
+
+def _authorization(server: Wire) -> bytes:
+    lines = server.requests[-1].split(b"\r\n")
+    return next((line.split(b": ")[1] for line in lines if line.lower().startswith(b"authorization:")), b"")
+
+
+def test_credentials_are_found_where_mlflow_finds_them_and_shown_nowhere(
+    wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments win over the URL, the URL over the environment, which is read anew for each request."""
+    server = wire(says(500, "no"))
+    basic = b"Basic YWRhOnMzY3JldC13MHJk"  # ada:s3cret-w0rd
+    with_userinfo = server.url.replace("//", f"//ada:{SECRET}@")
+    for sink in (open_sink(server.url, username="ada", password=SECRET), open_sink(with_userinfo)):
+        with closing(sink):
+            error = fails(lambda sink=sink: log_one(sink))  # type: ignore[misc]
+            assert basic == _authorization(server)
+            assert SECRET not in f"{error} {error!r} {sink!r} {sink._opened.host!r}"  # type: ignore[attr-defined]
+    with closing(open_sink(server.url)) as sink:
+        for token in ("old", "new"):
+            monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+            fails(lambda: log_one(sink))
+            assert f"Bearer {token}".encode() == _authorization(server)
+    with closing(open_sink(f"http://ada:{SECRET}@127.0.0.1:{unused_port()}")) as sink:
+        assert SECRET not in str(fails(lambda: log_one(sink)))
+
+
+def test_credentials_of_the_url_go_to_no_other_host(wire: Callable[..., Wire], tmp_path: Path) -> None:
+    """Artifacts may be kept by another host, which is not the one that the person trusted."""
+    other = wire(says(200, "{}"))
+    server = wire(says(200, run_json(f"mlflow-artifacts://127.0.0.1:{other.port}/1/a/artifacts")))
+    (tmp_path / "copy").write_bytes(b"content")
+    with closing(open_sink(server.url, username="ada", password=SECRET)) as sink:
+        sink.upload("a" * 32, tmp_path / "copy", "x")
+    assert b"" != _authorization(server)
+    assert b"" == _authorization(other)
