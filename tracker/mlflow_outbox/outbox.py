@@ -142,6 +142,32 @@ class Outbox:
             self._wake()
         return delivery.flush(self, timeout)
 
+    def rest(self, timeout: float) -> bool:
+        """End what this process runs for the outbox, if everything was delivered; the next event starts it again.
+
+        Args:
+            timeout: seconds for the delivery of what is left, the ends of segments above all.
+
+        Returns:
+            Whether it rests.
+        """
+        journals, delivers = list(self._journals), self.worker_kind != "none"
+        if any(journal.in_memory for journal in journals) or (delivers and not delivery.flush(self, 0)):
+            return False
+        for journal in journals:
+            journal.close()
+        if delivers and not delivery.flush(self, timeout):
+            return False
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop(timeout=1.0)
+        self._caretaker.stop()
+        if delivers and not delivery.flush(self, 0):  # logged meanwhile, and told to a worker that was on its way out
+            self._wake()
+            return False
+        return True
+
     def close(self, timeout: float) -> FlushResult:
         """Close the journals, deliver within a time, and stop this process's worker.
 

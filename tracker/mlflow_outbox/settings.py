@@ -87,6 +87,9 @@ class Settings:
     create_timeout: float = 2.0
     #: Seconds that any other read through such a URI may wait for one answer before the local one is given.
     read_timeout: float = 10.0
+    #: Seconds for which such a URI is not used after which the process ends its threads and connections for it, if
+    #: everything was delivered; the next call starts them again.
+    idle_timeout: float = 30.0
     #: What delivers for such a URI: "thread", "process", or "none" to only write, offline.
     worker: WorkerKind = "thread"
 
@@ -179,6 +182,7 @@ _LEAST: dict[str, float] = {
     "linger": 0,
     "create_timeout": 0,
     "read_timeout": 0.001,
+    "idle_timeout": 0,
 }
 
 

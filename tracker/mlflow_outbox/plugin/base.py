@@ -18,6 +18,7 @@ from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
 from mlflow_outbox.plugin.ids import Ids, NotYet
 from mlflow_outbox.plugin.journals import Journals, OpenRun
+from mlflow_outbox.plugin.rest import Pulse
 from mlflow_outbox.plugin.wrapped import Away, Server
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
@@ -58,19 +59,33 @@ class Base:
         self.server = Server(self.outbox)
         self.ids = Ids(self.outbox)
         self._experiment_names: dict[str, str] = dict([_DEFAULT_EXPERIMENT])
-        self.journals = Journals(self.outbox, self._experiment_names)
-        self._memory = threading.Lock()
+        self.pulse = Pulse(self)
+        self.server.asked = self.pulse.beat
+        self.journals = Journals(self.outbox, self._experiment_names, self.pulse.beat)
         self._handed_out: set[str] = set()
         self._artifact_uris: dict[str, str] = {}
         self._model_homes: dict[str, str] = {}
         self._local_roots: dict[str, tuple[str, str]] = {}
         self._models_have_metrics = False
+        #: Runs that were deleted when this process last heard of them.
+        self._deleted: set[str] = set()
         if destination.scheme == "sqlite":
             # As MLflow's own store does: its tables are there before anybody else, the worker too, looks for them.
             self.ask(lambda store: store)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} to {self.server.uri}>"
+
+    def rest(self, timeout: float) -> bool:
+        """Give back threads, connections and descriptors if everything was delivered; the next call takes new ones.
+
+        Args:
+            timeout: seconds for the delivery of what is left.
+
+        Returns:
+            Whether it rests.
+        """
+        return self.outbox.rest(timeout) and self.server.rest()
 
     # -- delegation
 
@@ -128,17 +143,21 @@ class Base:
         return self.ids.local(run_id)
 
     def writable(self, run_id: str) -> OpenRun:
-        """Return a run to write to.
+        """Return a run to write to, a deleted one too.
 
         Raises:
-            MlflowException: there is no such run, or it is deleted.
+            MlflowException: there is no such run.
         """
         local = self.canonical(run_id)
         held = self.journals.get(local)
         if held is not None:
             return held
         experiment = ""
-        if not self.journals.exists(local):
+        if self.journals.exists(local):
+            known = self.local_run(local)
+            if known is not None and known.view.lifecycle == "deleted":
+                self._deleted.add(local)
+        else:
             if provisional.is_provisional(local) and not delivery.reading(self.outbox).remote_id(local):
                 raise no_such("Run", run_id)
             try:
@@ -146,10 +165,27 @@ class Base:
             except NotYet:
                 theirs = None
             if theirs is not None:
-                self._check_active(theirs)
+                if theirs.info.lifecycle_stage != "active":
+                    self._deleted.add(local)
                 self._artifact_uris[local] = theirs.info.artifact_uri
                 experiment = self.experiment_name(theirs.info.experiment_id)
         return self.journals.open(local, experiment)
+
+    def active(self, run_id: str) -> OpenRun:
+        """Return a run to write to as MLflow lets one write to runs that are not deleted.
+
+        Raises:
+            MlflowException: there is no such run, or it is deleted.
+        """
+        run = self.writable(run_id)
+        if run.run_id in self._deleted:
+            self._check_active(self.get_run(run_id))  # it may have been restored, here or elsewhere
+            self._deleted.discard(run.run_id)
+        return run
+
+    def get_run(self, run_id: str) -> Any:
+        """Return a run; see ``RunReads``."""
+        raise NotImplementedError
 
     @staticmethod
     def _check_active(run: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.plugin import codec
@@ -59,10 +59,12 @@ class Journals:
     Args:
         outbox: the outbox.
         names: of experiments, as far as they are known, by id.
+        used: called whenever a journal is asked for.
     """
 
-    def __init__(self, outbox: Outbox, names: Mapping[str, str]) -> None:
+    def __init__(self, outbox: Outbox, names: Mapping[str, str], used: Callable[[], None]) -> None:
         self._outbox = outbox
+        self._used = used
         self._names = names
         self._lock = threading.RLock()
         self._open: dict[str, OpenRun] = {}
@@ -73,6 +75,7 @@ class Journals:
 
     def get(self, run_id: str) -> OpenRun | None:
         """Return a run that this process writes to already, or None."""
+        self._used()
         return self._open.get(run_id)
 
     def open(self, run_id: str, experiment: str) -> OpenRun:
@@ -82,6 +85,7 @@ class Journals:
             run_id: the id under which the outbox keeps it.
             experiment: the name of its experiment, if nothing on disk says otherwise.
         """
+        self._used()
         with self._lock:
             held = self._open.get(run_id)
             if held is None:

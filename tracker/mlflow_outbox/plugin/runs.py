@@ -123,7 +123,7 @@ class Runs(RunReads):
         Raises:
             MlflowException: there is no such run.
         """
-        run = self.writable(run_id)
+        run = self.active(run_id)
         if run_name:
             run.request("update_run_info", run_id=run.run_id, run_status=None, end_time=None, run_name=run_name)
         if run_status is not None:
@@ -142,6 +142,7 @@ class Runs(RunReads):
         """Mark a run deleted."""
         run = self.writable(run_id)
         run.request("delete_run", run_id=run.run_id)
+        self._deleted.add(run.run_id)
 
     def restore_run(self, run_id: str) -> None:
         """Restore a deleted run."""
@@ -161,7 +162,7 @@ class Runs(RunReads):
         metrics, params, tags = checked if checked is not None else (metrics, params, tags)
         _validate_batch_log_limits(metrics, params, tags)
         _validate_param_keys_unique(params)
-        run = self.writable(run_id)
+        run = self.active(run_id)
         self._check_params(run, params)
         if params:
             values = {param.key: str(param.value) for param in params}
@@ -229,7 +230,7 @@ class Runs(RunReads):
         if key not in found.data.tags:
             msg = f"No tag with name: {key} in run with id {run_id}"
             raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
-        run = self.writable(run_id)
+        run = self.active(run_id)
         run.request("delete_tag", run_id=run.run_id, key=key)
 
     def log_inputs(self, run_id: str, datasets: Any = None, models: Any = None) -> None:
@@ -240,12 +241,12 @@ class Runs(RunReads):
         """
         if datasets:
             _validate_dataset_inputs(datasets)
-        run = self.writable(run_id)
+        run = self.active(run_id)
         run.request("log_inputs", run_id=run.run_id, datasets=list(datasets or ()), models=list(models or ()))
 
     def log_outputs(self, run_id: str, models: Any) -> None:
         """Log models that a run makes."""
-        run = self.writable(run_id)
+        run = self.active(run_id)
         run.request("log_outputs", run_id=run.run_id, models=list(models))
 
     def record_logged_model(self, run_id: str, mlflow_model: Any) -> None:

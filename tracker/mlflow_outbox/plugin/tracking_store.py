@@ -17,6 +17,7 @@ from typing import Any
 
 from mlflow.store.tracking.abstract_store import AbstractStore
 
+from mlflow_outbox.plugin import rest
 from mlflow_outbox.plugin.traces import Traces
 from mlflow_outbox.plugin.wrapped import delegating
 
@@ -66,6 +67,7 @@ def _at_exit() -> None:
     """
     if not _stores:
         return
+    rest.end()
     from mlflow.tracing import provider
     from mlflow.tracking import fluent
 

@@ -10,11 +10,12 @@ is on disk.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import requests
@@ -53,6 +54,9 @@ class Server:
 
     Args:
         outbox: the outbox.
+
+    Attributes:
+        asked: called at each question.
     """
 
     def __init__(self, outbox: Outbox) -> None:
@@ -62,6 +66,8 @@ class Server:
         self._asleep_until = 0.0
         self._pause = _PAUSE_FIRST
         self._why = ""
+        self._under_way = 0
+        self.asked: Callable[[], None] = lambda: None
 
     @property
     def uri(self) -> str:
@@ -83,12 +89,13 @@ class Server:
             Away: there was no answer.
             MlflowException: the server said no.
         """
+        self.asked()
         settings = self._outbox.settings
         timeout = settings.create_timeout if quick else settings.read_timeout
         if timeout <= 0 or self.is_away():
             raise Away(self._why or "the server is not asked", sent=False)
         try:
-            with suppress_logs_in_thread():
+            with suppress_logs_in_thread(), self._counted():
                 answer = question(self.store(timeout))
         except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             raise self._meaning(error) from None
@@ -126,10 +133,30 @@ class Server:
                 self._opened[key] = delivery.open_store(self._outbox.destination, key or 30.0)
             return self._opened[key]
 
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def rest(self) -> bool:
+        """Give connections back, unless a question is under way; the next one opens others. Return whether it did."""
+        with self._lock:
+            if self._under_way:
+                return False
+            opened, self._opened = self._opened, {}
+        for one in opened.values():
+            one.close()
+        return True
+
     def forked(self) -> None:
         """Begin anew in a forked child: connections and locks stayed with the parent's threads."""
         self._lock = threading.Lock()
-        self._opened = {}
+        self._opened, self._under_way = {}, 0
 
     def needed(self, what: str, away: Away) -> MlflowException:
         """Return the error of a call that only the server can answer."""

@@ -1,0 +1,124 @@
+"""Runs that were deleted, by this program or by somebody else, and what is logged to them through an outbox."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import client
+from mlflow_outbox.testing.proxy import FaultProxy
+from plugin_world import deliver, store, tracking
+from servers import MlflowServer, eventually
+
+#: What MLflow refuses for a deleted run.
+WRITES: dict[str, Callable[[Any, str], object]] = {
+    "metric": lambda api, run: api.log_metric(run, "m", 1.0),
+    "param": lambda api, run: api.log_param(run, "p", "1"),
+    "tag": lambda api, run: api.set_tag(run, "t", "1"),
+    "batch": lambda api, run: api.log_batch(run, params=[_param()]),
+    "end": lambda api, run: api.set_terminated(run),
+    "name": lambda api, run: api.update_run(run, name="renamed"),
+    "deleted tag": lambda api, run: api.delete_tag(run, "kept"),
+    "inputs": lambda api, run: api.log_inputs(run, datasets=[_dataset()]),
+}
+
+
+def _param() -> Any:
+    from mlflow.entities import Param
+
+    return Param("p", "1")
+
+
+def _dataset() -> Any:
+    from mlflow.entities import Dataset, DatasetInput
+
+    return DatasetInput(Dataset("d", "1", "local", "{}"))
+
+
+def refused(api: Any, run_id: str) -> list[str]:
+    """Return the writes to a run that are refused as MLflow refuses them."""
+    from mlflow.exceptions import MlflowException
+
+    found = []
+    for name, write in WRITES.items():
+        try:
+            write(api, run_id)
+        except MlflowException as error:
+            assert "must be in the 'active' state" in str(error), name  # noqa: PT017 - one of many, each named
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["plain", "up", "away"])
+def test_a_deleted_run_takes_nothing_until_it_is_restored(
+    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """At the call, with and without an outbox, and offline too; files are taken all the same, as MLflow does."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        if mode == "away":
+            proxy.down()
+        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            api = mlflow.MlflowClient()
+            run_id = api.create_run(api.create_experiment(experiment_name), tags={"kept": "yes"}).info.run_id
+            api.delete_run(run_id)
+            assert list(WRITES) == refused(api, run_id)
+            api.log_text(run_id, "x", "x.txt")
+            api.restore_run(run_id)
+            assert [] == refused(api, run_id)
+            proxy.up()
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        (found,) = api.search_runs([api.get_experiment_by_name(experiment_name).experiment_id])
+        assert ({"m": 1.0}, {"p": "1"}) == (found.data.metrics, found.data.params)
+        assert ["x.txt"] == [file.path for file in api.list_artifacts(found.info.run_id)]
+
+
+def test_another_process_knows_that_a_run_was_deleted_and_that_it_was_restored(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """From the outbox that they share; a restore that only the server knows of counts as well."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        api = mlflow.MlflowClient()
+        run_id = api.create_run(api.create_experiment(experiment_name), tags={"kept": "yes"}).info.run_id
+        api.delete_run(run_id)
+        deliver(uri)
+        with tracking(uri, tmp_path, poll_interval=0.03) as other:  # with a store and journals of its own
+            api = other.MlflowClient()
+            assert list(WRITES) == refused(api, run_id)
+            with client(mlflow_server.url) as plain:
+                plain.restore_run(run_id)
+            assert [] == refused(api, run_id)
+            deliver(uri)
+
+
+def test_what_was_logged_to_a_run_that_somebody_else_deleted_waits_for_a_person(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The call cannot know it. The run is parked with MLflow's reason; restored, it gets everything, once."""
+    uri = f"outbox+{mlflow_server.url}"
+    with (
+        caplog.at_level(logging.WARNING, "mlflow_outbox"),
+        client(mlflow_server.url) as plain,
+        tracking(uri, tmp_path, parked_retry=0.1) as mlflow,
+    ):
+        mlflow.set_experiment(experiment_name)
+        run = mlflow.start_run()
+        deliver(uri)
+        plain.delete_run(run.info.run_id)
+        mlflow.log_metric("m", 1.0)
+        eventually(lambda: store(uri).outbox.flush(1).parked == 1, message="it is parked")
+        result = store(uri).outbox.flush(1)
+        assert (0, 0) == (result.pending, result.dead)
+        assert "waits for a person" in caplog.text
+        assert "must be in the 'active' state. Current state is deleted" in caplog.text
+        plain.restore_run(run.info.run_id)
+        mlflow.end_run()
+        deliver(uri)
+        assert [1.0] == [point.value for point in plain.get_metric_history(run.info.run_id, "m")]
+        assert "FINISHED" == plain.get_run(run.info.run_id).info.status

@@ -1,0 +1,125 @@
+"""What ``outbox+`` URIs cost that are not used: nothing, after a while, until they are used again."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from contents import client
+from mlflow_outbox.plugin import rest
+from mlflow_outbox.testing.proxy import FaultProxy
+from plugin_world import deliver, store, tracking
+from servers import MlflowServer, eventually
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Look at the stores often, and end with the thread that does so ended."""
+    monkeypatch.setattr(rest, "_LOOK", 0.02)
+    monkeypatch.setattr(rest, "_watched", set())
+    yield
+    eventually(lambda: rest._thread is None, message="nobody is left to be put to rest")
+
+
+def threads(*names: str) -> list[str]:
+    """Return this package's threads whose names begin with one of those given."""
+    return [one.name for one in threading.enumerate() if one.name.startswith(names)]
+
+
+def open_files(below: Path) -> list[str]:
+    """Return the files below a directory that this process has open."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            continue
+    return [name for name in found if name.startswith(str(below))]
+
+
+def test_a_uri_that_is_not_used_has_no_thread_and_no_open_file_until_the_next_call(
+    sqlite_uri: str, tmp_path: Path
+) -> None:
+    """Worker, syncing and connections end in the middle of a run; the run goes on as if nothing had happened."""
+    uri = f"outbox+{sqlite_uri}"
+    with tracking(uri, tmp_path / "outbox", idle_timeout=0) as mlflow:
+        with mlflow.start_run() as run:
+            for step in range(3):
+                mlflow.log_metric("m", float(step), step=step)
+                eventually(lambda: not threads("mlflow-outbox"), message="it rests")
+                if Path("/proc/self/fd").exists():
+                    assert [] == open_files(tmp_path)
+        deliver(uri)
+        assert 0 == store(uri).outbox.counters["workers_replaced"]
+    with client(sqlite_uri) as api:
+        assert [0.0, 1.0, 2.0] == [point.value for point in api.get_metric_history(run.info.run_id, "m")]
+        assert "FINISHED" == api.get_run(run.info.run_id).info.status
+
+
+def test_of_many_uris_only_the_last_few_stay_awake(empty_database: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A database for each test of a suite: threads and files do not add up; each database has its run."""
+    plain = [f"sqlite:///{empty_database(tmp_path / f'{number}.db')}" for number in range(rest._AWAKE + 4)]
+    with tracking(f"outbox+{plain[0]}", tmp_path / "outbox", idle_timeout=3600) as mlflow:
+        stores = [store(f"outbox+{uri}") for uri in plain]
+        for uri in plain:
+            mlflow.set_tracking_uri(f"outbox+{uri}")
+            with mlflow.start_run(experiment_id="0"):
+                mlflow.log_metric("m", 1.0)
+        eventually(lambda: len(threads("mlflow-outbox-worker")) <= rest._AWAKE, message="the first ones rest")
+        assert [True] * 4 == [held.pulse.rests for held in stores[:4]]
+        for held in stores:
+            assert held.outbox.flush(30)
+            held.outbox.close(0)
+            held.pulse.rests = True
+    for uri in plain:
+        with client(uri) as api:
+            assert [{"m": 1.0}] == [run.data.metrics for run in api.search_runs(["0"])]
+
+
+def test_what_cannot_be_delivered_keeps_its_worker(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """However long the server is away, it is tried; once everything has arrived, there is rest."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, idle_timeout=0) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            proxy.down()
+            with mlflow.start_run():
+                mlflow.log_metric("m", 1.0)
+            looks = store(uri).pulse
+            eventually(lambda: looks._wait > 8, message="it could not be put to rest a few times")
+            assert ["mlflow-outbox-worker"] == threads("mlflow-outbox-worker")
+            proxy.up()
+            looks.beat()
+            eventually(lambda: looks.rests, 60, message="it rests")
+            assert [] == threads("mlflow-outbox-worker")
+
+
+def test_what_is_logged_in_the_moment_of_going_to_rest_arrives(sqlite_uri: str, tmp_path: Path) -> None:
+    """A store that is put to rest again and again, by another thread, while it is logged to."""
+    uri, over = f"outbox+{sqlite_uri}", threading.Event()
+    with tracking(uri, tmp_path / "outbox", idle_timeout=3600) as mlflow:
+        held = store(uri)
+
+        def disturb() -> None:
+            while not over.is_set():
+                held.rest(1.0)
+
+        thread = threading.Thread(target=disturb)
+        with mlflow.start_run() as run:
+            thread.start()
+            for step in range(400):
+                mlflow.log_metric("m", float(step), step=step)
+                over.wait(0.002)
+            over.set()
+            thread.join(30)
+            # Nobody is told again: whoever logged last, or was put to rest last, has seen to it.
+            api = mlflow.MlflowClient(sqlite_uri)
+            eventually(lambda: 400 == len(api.get_metric_history(run.info.run_id, "m")), 30, "all points arrive")
+        deliver(uri)
+        held.pulse.rests = True
