@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from commands import NOBODY, Here, offline, start
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
-from servers import MlflowServer
+from servers import MlflowServer, eventually
+from terminals import Terminal
 
 
 @pytest.fixture
@@ -91,6 +94,47 @@ def test_following_goes_on_until_the_run_ends(tmp_path: Path) -> None:
     tracker.close()
     rest, _ = following.communicate(timeout=30)
     assert '"kind": "run_ended"' in rest
+    assert 0 == following.returncode
+
+
+def test_following_at_a_terminal_ends_with_ctrl_c(tmp_path: Path) -> None:
+    """The run as it is, then a line for each event that comes; ctrl-C ends it with 130 and one sentence."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    one = tracker.start_run("live")
+    one.log_param("note", "x" * 200)
+    with Terminal(60, "show", one.run_id, "--follow", "-d", tmp_path) as terminal:
+        terminal.until("note +x+…")
+        for step in range(3):
+            one.log_metric("loss", 1.0, step=step)
+            terminal.until(f"metric loss = 1 at step {step}")
+        terminal.type("\x03")
+        assert 130 == terminal.end()
+    assert all(len(line) <= 60 or len(line.split()) == 1 for line in terminal.lines), terminal.lines
+    assert any(line.startswith("mlflow-outbox: error: interrupted") for line in terminal.lines)
+    assert "Traceback" not in terminal.written
+    assert one.log_metric("loss", 1.0, step=3), "the writer was not disturbed"
+    one.end()
+    tracker.close()
+
+
+def test_following_ends_with_its_writer(tmp_path: Path) -> None:
+    """A writer that was killed will not end its run: it is said, and a script that follows does not hang."""
+    child = os.fork()
+    if child == 0:
+        tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+        tracker.start_run("dies").log_metric("loss", 0.0)
+        signal.pause()
+    try:
+        (segment,) = eventually(lambda: list(tmp_path.glob("*/runs/*/*.log")), 30)
+        following = start("show", segment.parent.name, "--json", "--follow", "-d", tmp_path)
+        assert following.stdout is not None
+        assert "run_started" in following.stdout.readline()
+        assert following.poll() is None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    rest, _ = following.communicate(timeout=30)
+    assert "nobody writes to this run any more, although it has not ended" in rest
     assert 0 == following.returncode
 
 

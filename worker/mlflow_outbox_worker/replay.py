@@ -16,7 +16,6 @@ or that MLflow refuses is skipped and named, the others go on.
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.jobs import Job, Runs, Wish, known_records, pending_events
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requeue import requeue
+from mlflow_outbox_worker.thread import ThreadWorker
 
 #: Seconds between two looks at how far it is.
 _LOOK: Final = 0.1
@@ -44,6 +44,10 @@ _FINISH: Final = 2.0
 _PARTING: Final = 0.5
 #: Seconds to wait for a lease that nobody seems to hold before it is an error.
 _LEASE: Final = 15.0
+
+
+#: Seconds without a sign of life of a writer on another machine after which it counts as dead.
+GIVE_UP: Final = 3600.0
 
 
 class Stop(Protocol):
@@ -121,7 +125,7 @@ class Replay:
         wish: Wish,
         *,
         stopped: Stop,
-        give_up: float = 3600.0,
+        give_up: float = GIVE_UP,
         open_sink: OpenSink | None = None,
     ) -> None:
         self._job = job
@@ -167,15 +171,14 @@ class Replay:
             kind="command",
             open_sink=self._open_sink,
         )
-        thread = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
-        thread.start()
+        worker = ThreadWorker(delivery)
+        worker.start()
         why = ("", "")
         try:
             why = self._until_done(delivery, show, sum(before.values()), deadline)
         finally:
             standings = {run_id: (one.state, one.reason) for run_id, one in delivery.standings().items()}
-            delivery.stop()
-            thread.join(_FINISH if not why[0] else _PARTING)  # a request that hangs is left to itself
+            worker.stop(_FINISH if not why[0] else _PARTING)
         return JobResult(self._results(standings), *why)
 
     def _until_done(

@@ -155,7 +155,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             error.show()
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
-        terminal.error("interrupted; nothing was left half done")
+        terminal.interrupted()
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         return _reader_is_gone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ class CommandWorker:
         from mlflow_outbox.counters import Counters
         from mlflow_outbox_worker.cli.outboxes import destination_of
         from mlflow_outbox_worker.delivery import Delivery
+        from mlflow_outbox_worker.thread import ThreadWorker
 
         self.directory = directory
         self.counters = Counters()
@@ -41,7 +41,7 @@ class CommandWorker:
             kind="command",
             open_sink=meter.open_sink if meter is not None else None,
         )
-        self._thread = threading.Thread(target=self.delivery.run, name="mlflow-outbox-worker", daemon=True)
+        self._worker = ThreadWorker(self.delivery)
 
     def __repr__(self) -> str:
         return f"<CommandWorker {self.delivery!r}>"
@@ -49,7 +49,7 @@ class CommandWorker:
     def start(self) -> None:
         """Begin."""
         note_use(self.directory.path)
-        self._thread.start()
+        self._worker.start()
 
     def ask_to_stop(self) -> None:
         """Let it end after the requests under way, without waiting."""
@@ -61,8 +61,7 @@ class CommandWorker:
         Args:
             timeout: seconds to wait for the requests under way.
         """
-        self.delivery.stop()
-        self._thread.join(timeout)
+        self._worker.stop(timeout)
 
 
 def note_use(path: Path) -> None:

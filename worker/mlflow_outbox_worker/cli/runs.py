@@ -117,7 +117,9 @@ def show(
     ],
     outbox_dir: OutboxDir = None,
     as_json: Annotated[bool, Option("--json", about="Print every event on disk, one JSON object a line.")] = False,
-    follow: Annotated[bool, Option("--follow", "-f", about="Go on with what is logged, until the run ends.")] = False,
+    follow: Annotated[
+        bool, Option("--follow", "-f", about="Go on with what is logged, until the run ends or its writer dies.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
@@ -140,6 +142,7 @@ def show(
         look.fold()
         _describe(look, directory, settings)
     if follow:
+        terminal.say("")
         _print_events(directory, run_id, follow=True, show=_event_in_words, cursors=look.cursors, ended=look.ended)
     return ExitCode.DONE
 
@@ -329,7 +332,7 @@ def _print_events(
     Args:
         directory: the outbox.
         run_id: the run.
-        follow: go on until the run has ended and nobody writes to it.
+        follow: go on until the run has ended, or nobody writes to it any more.
         show: prints one event.
         cursors: where to begin; None is the beginning.
         ended: the run has ended before these cursors.
@@ -357,7 +360,17 @@ def _print_events(
         sys.stdout.flush()
         if not follow or (ended and not window.live):
             return
+        if not window.live and not ended and not _is_written(directory, run_id):
+            terminal.note("nobody writes to this run any more, although it has not ended")
+            return
         time.sleep(_FOLLOW)
+
+
+def _is_written(directory: OutboxDirectory, run_id: str) -> bool:
+    """Return whether somebody may still write to a run, on another machine too."""
+    from mlflow_outbox_worker.replay import GIVE_UP, life_of
+
+    return life_of((directory.run(run_id),), GIVE_UP).startswith(("writing", "silent"))
 
 
 def first_cursors(reader: RunReader) -> dict[str, Cursor]:

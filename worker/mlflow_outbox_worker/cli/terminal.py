@@ -131,6 +131,13 @@ def error(text: str) -> None:
     _to_stderr(f"mlflow-outbox: error: {text}")
 
 
+def interrupted() -> None:
+    """Print that ctrl-C has ended the command, over the "^C" with which a terminal answers it."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write("\r" if sys.stderr.isatty() else "")
+    error("interrupted; nothing was left half done")
+
+
 def _to_stderr(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
         sys.stderr.write(_fitted(printable(text, _LINE), sys.stderr) + "\n")
@@ -190,12 +197,14 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
     room = shutil.get_terminal_size().columns
     while sum(widths[i] + 2 for i in shown) - 2 > room and any(columns[i].rank for i in shown):
         shown.remove(max(shown, key=lambda i: (columns[i].rank, i)))
+    while sum(widths[i] + 2 for i in shown) - 2 > room and max(widths[i] for i in shown) > 1:
+        widths[max(shown, key=lambda i: widths[i])] -= 1  # the widest gives way, and no other one
     from rich.table import Table
 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i in shown:
         justify: Any = "right" if columns[i].right else "left"
-        drawn.add_column(columns[i].title, justify=justify, no_wrap=True, overflow="ellipsis")
+        drawn.add_column(columns[i].title, justify=justify, no_wrap=True, width=widths[i], overflow="ellipsis")
     for row in rows:
         drawn.add_row(*(_rich_text(row[i]) for i in shown))
     _console().print(drawn)
