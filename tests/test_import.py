@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import mlflow_outbox
+import mlflow_outbox_worker
 
 _PROBE = """
 import json, logging, os, signal, sys, threading, warnings
@@ -27,6 +33,29 @@ print(json.dumps({"created": created, "logged": logged, "threads": threads, "sam
 os._exit(0)
 """
 _HEAVY = "mlflow diskcache sqlalchemy pandas numpy requests rich typer tenacity sqlite3 asyncio mlflow_outbox_worker"
+
+
+@pytest.mark.parametrize(
+    ("library", "importers"),
+    [
+        ("mlflow", ["mlflow_outbox.plugin", "mlflow_outbox_worker.mlflow_sink"]),
+        ("sqlalchemy", ["mlflow_outbox.plugin", "mlflow_outbox_worker.mlflow_sink"]),
+        ("diskcache", ["mlflow_outbox_worker.dbconnection", "mlflow_outbox_worker.disk"]),
+        ("tenacity", ["mlflow_outbox_worker.retry"]),
+    ],
+)
+def test_a_heavy_library_is_imported_by_few_modules(library: str, importers: list[str]) -> None:
+    """Wherever in a module the import stands: whoever looks for what this project does with it looks there only."""
+    found = set()
+    for package in (mlflow_outbox, mlflow_outbox_worker):
+        root = Path(str(package.__file__)).parent
+        for path in root.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                if library in {name.partition(".")[0] for name in named}:
+                    found.add(".".join(path.relative_to(root.parent).with_suffix("").parts[:2]))
+    assert importers == sorted(found)
 
 
 def test_import_creation_and_logging_load_nothing_heavy_and_change_nothing(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Cache(diskcache.Cache):  # type: ignore[misc]
             if (self.eviction_policy, self.cull_limit) != ("none", 0):  # pragma: no cover - as it was just told
                 msg = f"the ledger {path} would delete rows of its own accord"
                 raise LedgerCorrupt(msg)
-        except BaseException:
+        except BaseException:  # raised again: nothing is to be read through it
             self.disconnect()
             raise
         self._directory = str(path.parent)
@@ -174,7 +174,7 @@ def _connect_to_write(path: Path, timeout: float) -> sqlite3.Connection:
         ((mode,),) = connection.execute("PRAGMA journal_mode = wal").fetchall()
         if mode != "wal":
             dbfile.refuse(path, "lies on a file system that cannot share memory between processes (set ledger_dir)")
-    except BaseException:
+    except BaseException:  # raised again: nobody would know of the connection
         connection.close()
         raise
     return connection

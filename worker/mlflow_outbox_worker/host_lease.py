@@ -116,7 +116,7 @@ class HostLease:
             return False
         try:
             taken = self._take()
-        except BaseException:
+        except BaseException:  # raised again: what is locked here must not outlast the attempt
             self._local.release()
             raise
         if not taken:

@@ -62,7 +62,7 @@ class Lease:
         except BlockingIOError:
             os.close(fd)
             return False
-        except BaseException:
+        except BaseException:  # raised again: nobody would know of the descriptor
             os.close(fd)
             raise
         self._fd = fd

@@ -150,7 +150,7 @@ class Ledger:
         try:
             with database.transaction() as cache:
                 moved = rows.quarantine_all(cache)
-        except BaseException:
+        except BaseException:  # raised again: nobody would know of the database
             database.close()
             raise
         if moved:

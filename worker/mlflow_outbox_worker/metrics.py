@@ -202,7 +202,7 @@ class Exporter:
             with os.fdopen(fd, "wb") as file:
                 file.write(self._client.generate_latest(self._registry))
             os.replace(draft, path)
-        except BaseException:
+        except BaseException:  # raised again: the draft must not stay
             os.unlink(draft)
             raise
 

@@ -1,11 +1,12 @@
-"""MLflow as a sink, and the only importer of mlflow.
+"""MLflow as a sink. Of the worker, nothing else imports mlflow; besides, only the plugin does, which MLflow loads.
 
 ``import mlflow`` costs seconds and hundreds of megabytes, so importing this package does not: ``open_sink`` and
 ``open_client`` import it when they are called, in the worker.
 
 Rooms: ``stores`` opens the store of a URI, ``rest`` is the store of a tracking server with one attempt per request,
 ``transport`` makes that attempt within a deadline, ``artifacts`` moves files, ``recorder`` is the ``Sink`` made of
-them, and ``boundary`` is the one place where foreign exceptions become ``SinkError``.
+them. Foreign exceptions become ``SinkError`` in ``boundary``; what a request without an answer means, ``transport``
+knows.
 
 What the host of this library is spared: the environment, the global tracking URI and the logging configuration stay
 as they are. MLflow's own loggers are silenced for the calling thread during a call, by the switch that MLflow's

@@ -29,7 +29,7 @@ def call(store: Any, operation: str, arguments: str) -> str:
         return ""
     try:
         answer = getattr(store, operation)(**given)
-    except NotImplementedError as error:  # a file store has no traces of this kind, and never will
+    except NotImplementedError as error:  # raised by MLflow's file store, which has no traces of this kind
         msg = f"the store has no {operation}"
         raise ValueError(msg) from error
     return str(answer.model_id) if operation == "create_logged_model" else ""

@@ -291,7 +291,7 @@ def _body(response: requests.Response, into: IO[bytes] | None) -> bytes:
                 msg = f"the answer is larger than {MAX_ANSWER_BYTES} bytes, which no answer of MLflow is"
                 raise SinkError(msg, kind="not_mlflow", status=response.status_code)
             parts.append(part)
-    except BaseException:
+    except BaseException:  # raised again: the rest of the answer stays unread
         response.close()
         raise
     return b"".join(parts)

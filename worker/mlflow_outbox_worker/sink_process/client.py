@@ -297,7 +297,7 @@ class ProcessSink:
         try:
             opening = msgspec.structs.replace(self._opening, path=[os.fsencode(entry) for entry in sys.path])
             return child, decode(child.ask(OPEN, encode(opening)), Opened)
-        except BaseException:
+        except BaseException:  # raised again: nobody would know of the child
             child.end()
             raise
 
