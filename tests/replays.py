@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from commands import console_script
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox_worker.cli import main
@@ -53,10 +54,11 @@ def contents_of(root: Path) -> dict[str, tuple[int, int, str]]:
     return found
 
 
-#: A process that runs one command again and again, in forked children that are killed at random moments, until it ends.
+#: A process that runs the installed console script again and again, in forked children that are killed at random
+#: moments, until it ends. Forked, because what each attempt would have to import takes longer than what it does.
 _KILLER = """
-import json, os, random, select, signal, sys
-warm, least, most, kills, arguments = json.loads(sys.argv[1])
+import json, os, random, runpy, select, signal, sys
+warm, least, most, kills, script, arguments = json.loads(sys.argv[1])
 import mlflow_outbox_worker.cli
 for name in warm:
     __import__(name)
@@ -65,9 +67,15 @@ killed = 0
 for attempt in range(kills + 1):
     child = os.fork()
     if child == 0:
-        code = mlflow_outbox_worker.cli.main(arguments)
-        sys.stdout.flush()
-        os._exit(code)
+        sys.argv = [script, *arguments]
+        code = 70
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
     # The last attempt may take as long as it takes, however busy the machine is.
     gone = os.pidfd_open(child)
     select.select([gone], [], [], pick.uniform(least, most) if attempt < kills else 3600)
@@ -97,8 +105,8 @@ def run_with_kills(
     """
     import json
 
-    warm = ["mlflow_outbox_worker.mlflow_sink.recorder", "mlflow.store.tracking.sqlalchemy_store"] if mlflow else []
-    note = json.dumps([warm, least, most, kills, [str(argument) for argument in arguments]])
+    warm = ["mlflow_outbox_worker.mlflow_sink.recorder", "mlflow.store.tracking.rest_store"] if mlflow else []
+    note = json.dumps([warm, least, most, kills, str(console_script()), [str(argument) for argument in arguments]])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_KILLER), note],
         capture_output=True,

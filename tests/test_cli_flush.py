@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, beyond_start_up, command, environment, offline, outbox_of, run, start
+from commands import NOBODY, QUICK_ENVIRONMENT, Here, beyond_start_up, offline, outbox_of, run, start
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -23,6 +22,7 @@ from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.mlflow_sink import open_sink
+from replays import run_with_kills
 from servers import MlflowServer, eventually
 
 
@@ -246,28 +246,23 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """SIGKILL to one flush after the other, answers getting lost besides; the last one finds everything once."""
-    dice = random.Random(7)
     with FaultProxy(mlflow_server.url) as proxy:
         proxy.on("runs/create", forward_then_drop_response(), times=1)
         proxy.on("log-batch", forward_then_drop_response(), times=3)
-        offline(tmp_path, proxy.url, experiment=experiment_name, runs=2, points=3000)
-        for _ in range(2):
-            seen = len(proxy.requests)
-            process = subprocess.Popen(
-                command("flush", "-d", tmp_path),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment(),
-            )
-            wanted = seen + dice.randint(0, 12)
-            eventually(lambda p=process, n=wanted: p.poll() is not None or len(proxy.requests) > n, 60)  # type: ignore[misc]
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        done = run("flush", "-d", tmp_path, "--timeout", 90)
-    assert 0 == done.code, done
+        offline(tmp_path, proxy.url, experiment=experiment_name, runs=2, points=1500)
+        killed, code = run_with_kills(
+            "flush",
+            "-d",
+            tmp_path,
+            least=0.1,
+            most=0.7,
+            kills=6,
+            env={**QUICK_ENVIRONMENT, "MLFLOW_OUTBOX_BATCH_POINTS": "100"},
+        )
+    assert (True, 0) == (killed > 1, code)
     held = runs(mlflow_server.url, experiment_name)
     assert 2 == len(held)
-    assert all(numbered(3000) == points(mlflow_server.url, one.info.run_id, "loss") for one in held)
+    assert all(numbered(1500) == points(mlflow_server.url, one.info.run_id, "loss") for one in held)
 
 
 def test_an_interrupt_leaves_nothing_half_done(tmp_path: Path) -> None:

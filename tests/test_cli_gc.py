@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from commands import Here, command, environment, offline, outbox_of
+from commands import Here, offline, outbox_of
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric, encode
 from mlflow_outbox_worker.cli.exits import CommandFailed
@@ -17,7 +16,7 @@ from mlflow_outbox_worker.cli.gc import seconds_of
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
-from servers import eventually
+from replays import run_with_kills
 
 
 @pytest.fixture
@@ -90,15 +89,12 @@ def test_it_leaves_the_outbox_to_another_worker(here: Here, tmp_path: Path) -> N
 
 
 def test_killed_at_any_moment_it_is_finished_by_the_next(here: Here, tmp_path: Path) -> None:
-    """SIGKILL in the middle of deleting: what is left is found and deleted the next time, nothing else is harmed."""
-    delivered(tmp_path, 30, files=100)
+    """SIGKILL in the middle of deleting: what is left is found and deleted by the next, nothing else is harmed."""
+    delivered(tmp_path, 60, files=60)
     (waiting,) = offline(tmp_path)
     outbox = OutboxDirectory.open(outbox_of(tmp_path))
-    process = subprocess.Popen(command("gc", "-d", tmp_path), env=environment(), stdout=subprocess.DEVNULL)
-    eventually(lambda: len(outbox.delivered_ids()) < 30 or process.poll() is not None, 30)
-    process.kill()
-    process.wait()
-    assert 0 == here("gc", "-d", tmp_path).code
+    killed, code = run_with_kills("gc", "-d", tmp_path, least=0.02, most=0.06, kills=20, mlflow=False)
+    assert (True, 0) == (killed > 0, code)
     assert ([], [waiting]) == (outbox.delivered_ids(), outbox.run_ids())
     assert 13 == here("status", "-d", tmp_path, "--json").data["pending"]
 
