@@ -256,7 +256,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(
             tmp_path,
             least=0.1,
             most=0.7,
-            kills=6,
+            kills=4,
             env={**QUICK_ENVIRONMENT, "MLFLOW_OUTBOX_BATCH_POINTS": "100"},
         )
     assert (True, 0) == (killed > 1, code)
