@@ -137,7 +137,7 @@ class Database:
                 _close_inherited()
                 self._cache.keep_up()
                 yield self._cache
-        except BaseException as error:
+        except BaseException as error:  # raised again: what such a connection is in the middle of, nobody knows
             if self._usable:
                 self._cache.disconnect()
             if _is_full(error):

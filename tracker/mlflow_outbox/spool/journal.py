@@ -171,7 +171,7 @@ class Journal:
                 if self._remember:
                     live.unsynced.append(payload)
                 return True
-            except BaseException as error:
+            except BaseException as error:  # raised again, unless it is the disk's: then ``keep`` counts it
                 sequence = self._sequence
                 sequence.suspect, sequence.live.limit = True, 0
                 if isinstance(error, OSError) and not is_foreign(error):
