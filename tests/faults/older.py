@@ -10,7 +10,7 @@ Each release adds its own and never changes one that is there; from the top of t
 
     PYTHONPATH=tests .venv/bin/python -m faults.older tests/faults/releases/0.1.0
 
-Git keeps neither private modes nor absolute paths that fit elsewhere: ``unpacked`` puts both right in a copy.
+Git keeps neither private modes nor empty directories, and a path is absolute: ``unpacked`` puts that right in a copy.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def _as_nobody() -> None:
 def unpacked(release: Path, folder: Path) -> tuple[str, Path]:
     """Copy what a release left to a folder where it can be delivered; return the store's URI and the outbox."""
     shutil.copytree(release, folder)
+    (folder / "store" / ".trash").mkdir(exist_ok=True)  # without it MLflow finds no run
     for path in [folder / "outbox", *(folder / "outbox").rglob("*")]:
         path.chmod(0o700 if path.is_dir() else 0o600)
         os.utime(path, (1, 1))  # its writers are gone for long
