@@ -165,7 +165,8 @@ def test_every_way_to_end_keeps_every_event(
             said = child.acked()
             assert set(range(base, base + 100)) <= said, how
             acked |= said
-            issued |= said | {max(said) + 1, *range(base + 500, base + 510)}
+            daemon = max((n for n in said if n >= base + 1000), default=base + 999)
+            issued |= said | {max(said) + 1, *range(base + 500, base + 510), daemon + 1}
             row.done()
         recovered(nest, uri, outbox, "ends", acked, issued, 50)
 
