@@ -97,17 +97,16 @@ def mlflow_of(program: Child) -> int:
 
 
 @pytest.mark.fault("F01", "SIGKILL of the process that holds MLflow for a worker thread, then of the program")
-@pytest.mark.parametrize("store", ["sqlite", "file"])
 def test_kills_of_a_program_and_of_its_process_for_mlflow_lose_and_double_nothing(
-    store: str, sqlite_uri: str, file_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+    sqlite_uri: str, file_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
 ) -> None:
     """Another process for MLflow goes on; after the program's end nobody is left who delivers."""
-    uri = {"sqlite": sqlite_uri, "file": file_uri}[store]
-    for number in range(row.pick(1, 30, 300)):
+    for number in range(row.pick(1, 60, 600)):
+        uri = (file_uri, sqlite_uri)[number % 2]
         experiment, outbox = f"apart-{number}", tmp_path / f"outbox{number}"
         child = nest.start(workload.log_with_mlflow_apart, uri, str(outbox), experiment, 0)
 
-        def goes_on(more: int, experiment: str = experiment) -> None:
+        def goes_on(more: int, uri: str = uri, experiment: str = experiment) -> None:
             enough = len(held(uri, experiment).events) + more
             eventually(lambda: len(held(uri, experiment).events) >= enough, 60, "delivery goes on")
 
@@ -119,7 +118,6 @@ def test_kills_of_a_program_and_of_its_process_for_mlflow_lose_and_double_nothin
         child.kill()
         row.done(2)
         recovered(nest, uri, outbox, experiment, child.acked(), workload.issued_by(child.acked(), 0, 1), 90_000)
-    row.measure(store=store)
 
 
 def points_of(trace: Path) -> Counter[str]:
@@ -199,12 +197,12 @@ def test_a_killed_lease_holder_is_replaced_within_two_seconds(
     for number in range(row.pick(3, 100, 1000)):
         first = (number + 1) * 100_000
         if holder is None:
-            holder = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {})
+            holder = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {}, 0.01)
             eventually(
                 lambda holder=holder: workload.lease_pid(outbox, sqlite_uri) == holder.pid, 30, "the lease is taken"
             )
             continue
-        other = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {})
+        other = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {}, 0.01)
         other.wait_for_lines(20)
         assert holder.pid == workload.lease_pid(outbox, sqlite_uri), "two workers"
         holder.process.join(rng.uniform(0, 0.2))

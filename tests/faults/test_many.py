@@ -112,7 +112,7 @@ def test_only_the_kernel_s_lock_decides_who_delivers(sqlite_uri: str, nest: Nest
         lock.write_bytes(b'{"host":"elsewhere","pid":%d,"kind":"process"}' % os.getpid())
         lock.chmod(0o600)
         assert holder(lock) is None, "nobody holds it, whatever it says"
-        owner = nest.start(workload.log_forever, sqlite_uri, str(outbox), "locks", first + 1000, 1, "thread", {})
+        owner = nest.start(workload.log_forever, sqlite_uri, str(outbox), "locks", first + 1000, 1, "thread", {}, 0.01)
         eventually(lambda owner=owner: workload.lease_pid(str(outbox), sqlite_uri) == owner.pid, 30)
         lock.unlink()
         lock.write_bytes(b"")

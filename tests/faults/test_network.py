@@ -282,7 +282,7 @@ def test_a_flapping_server_gets_everything_without_a_storm(session: Session, pro
     while time.monotonic() < ends:
         session.log(10)
         row.done()
-        over.wait(0.05)
+        over.wait(0.25)
     delivered = session.tracker.flush(0).delivered - before
     over.set()
     flapper.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import threading
@@ -68,7 +69,8 @@ def fill(fd: int, uri: str, folder: str, options: str, count: int) -> None:
         log_timed(fd, run, range(count, count + 10), took, raised)
         run.end()
         counters = tracker.counters
-        left = MLflowTracker("full", uri, outbox_dir=disk / "outbox", settings=given).flush(60)
+        swift = dataclasses.replace(given, batch_points=1000)
+        left = MLflowTracker("full", uri, outbox_dir=disk / "outbox", settings=swift).flush(60)
         return {
             "raised": raised,
             "p999_ms": workload.quantile(took, 0.999),

@@ -68,9 +68,20 @@ def reported(fd: int, work: Callable[[], dict[str, Any]]) -> None:
 
 
 def log_forever(
-    fd: int, uri: str, outbox: str, experiment: str, first: int, threads: int, worker: str, changed: dict[str, Any]
+    fd: int,
+    uri: str,
+    outbox: str,
+    experiment: str,
+    first: int,
+    threads: int,
+    worker: str,
+    changed: dict[str, Any],
+    pause: float = 0.0005,
 ) -> None:
-    """Log from several threads until somebody kills the process; thread k logs first + k * 10,000 and on."""
+    """Log from several threads until somebody kills the process; thread k logs first + k * 10,000 and on.
+
+    After every sixteenth event it pauses for some seconds: where the kill matters and not the events, for longer.
+    """
     tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker=worker, settings=settings(**changed))  # type: ignore[arg-type]
     run = tracker.start_run(f"run {first}")
 
@@ -81,7 +92,7 @@ def log_forever(
             if log_event(run, n):
                 ack(fd, n)
             if n % 16 == 0:
-                pace.wait(0.0005)
+                pace.wait(pause)
 
     others = [threading.Thread(target=log, args=(first + 10_000 * k,), daemon=True) for k in range(1, threads)]
     for other in others:
@@ -95,7 +106,7 @@ def log_forever(
 def log_with_mlflow_apart(fd: int, uri: str, outbox: str, experiment: str, first: int) -> None:
     """Log until somebody kills the process; MLflow lives in a process of its own, as where nothing has imported it."""
     SinkProcesses.__init__.__kwdefaults__["is_imported"] = lambda: False
-    log_forever(fd, uri, outbox, experiment, first, 1, "thread", {"batch_points": 5})
+    log_forever(fd, uri, outbox, experiment, first, 1, "thread", {"batch_points": 5}, 0.02)
 
 
 def issued_by(acked: set[int], first: int, threads: int) -> set[int]:
