@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import postgresql
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
 from servers import MlflowServer, NurseryClient, forget_mlflow_variables
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow_outbox_worker.ledger import Ledger
 
 _NURSERY = pytest.StashKey[NurseryClient]()
+_NOT_RUN = pytest.StashKey[str]()
 _SERVER_FIXTURES = {"mlflow_server", "own_mlflow_server", "sqlite_uri", "empty_database"}
 
 # Helpers that assert on behalf of tests show their values as tests do.
@@ -51,6 +53,36 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the import of MLflow while the tests that need no server run."""
     if any(_SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())) for item in session.items):
         session.config.stash[_NURSERY].warm()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a PostgreSQL where there is none."""
+    out = [item for item in items if item.get_closest_marker("postgresql") and postgresql.missing()]
+    if out:
+        items[:] = [item for item in items if item not in out]
+        config.stash[_NOT_RUN] = f"{len(out)} tests with PostgreSQL; they need {postgresql.missing()}"
+        config.hook.pytest_deselected(items=out)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the session's first process what this one left out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["not_run"] = session.config.stash.get(_NOT_RUN, "")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a pytest-xdist worker left out."""
+    left_out = getattr(node, "workeroutput", {}).get("not_run", "")
+    if left_out:
+        node.config.stash[_NOT_RUN] = left_out
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what was not run."""
+    if _NOT_RUN in config.stash:
+        terminalreporter.write_line(f"not run: {config.stash[_NOT_RUN]}")
 
 
 @pytest.fixture(autouse=True)

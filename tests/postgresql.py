@@ -1,0 +1,130 @@
+"""A real PostgreSQL server of the tests' own, on loopback, where its programs are installed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from servers import eventually
+
+#: Where distributions put what is not for everybody's path.
+_PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/pgsql/bin")
+#: Durability against a power cut costs the tests time and shows them nothing; what was committed must survive a kill.
+_FAST = {"fsync": "off", "full_page_writes": "off", "shared_buffers": "16MB"}
+
+
+@functools.cache
+def programs() -> Path | None:
+    """Return the directory of PostgreSQL's programs, the newest ones, or None."""
+    found = [Path(path).parent for name in ("initdb",) if (path := shutil.which(name))]
+    for pattern in _PLACES:
+        found += sorted(Path("/").glob(pattern.lstrip("/")), reverse=True)
+    return next((place for place in found if (place / "initdb").exists() and (place / "postgres").exists()), None)
+
+
+@functools.cache
+def missing() -> str:
+    """Return what would be needed for tests with a real PostgreSQL, or "" when it is there."""
+    if programs() is None:
+        return "PostgreSQL's programs initdb and postgres"
+    if os.geteuid() == 0 and _user() is None:
+        return "a user postgres or nobody, because PostgreSQL does not run as root"
+    return ""
+
+
+def _user() -> pwd.struct_passwd | None:
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    return None
+
+
+class PostgreSQL:
+    """One server; ``start`` and ``kill`` may be called again and again.
+
+    Args:
+        directory: a new one, which its own user may enter.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._data = directory / "data"
+        self._process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            user = _user()
+            assert user is not None, missing()
+            os.chown(directory, user.pw_uid, user.pw_gid)
+            self._as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        self._run("initdb", "-D", str(self._data), "-U", "mlflow", "--auth", "trust", "-E", "UTF8", "--no-sync")
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI of its one database."""
+        return f"postgresql://mlflow@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        options = {**_FAST, "listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": ""}
+        settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._program("postgres"), "-D", str(self._data), *settings],
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **self._as,
+            )
+        eventually(self._answers, 60, f"PostgreSQL answers; see {self._directory / 'log'}")
+
+    def _answers(self) -> bool:
+        import psycopg2
+
+        try:
+            psycopg2.connect(self.uri).close()
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it at once, as a crash does: all its connections break."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGQUIT)
+            process.wait(30)
+
+    def _program(self, name: str) -> str:
+        place = programs()
+        assert place is not None, missing()
+        return str(place / name)
+
+    def _run(self, name: str, *arguments: str) -> None:
+        subprocess.run(
+            [self._program(name), *arguments], cwd=self._directory, check=True, capture_output=True, **self._as
+        )
+
+
+@contextlib.contextmanager
+def running() -> Iterator[PostgreSQL]:
+    """Make a server, and end it and delete what it kept afterwards."""
+    with tempfile.TemporaryDirectory(prefix="mlflow-outbox-postgresql-") as directory:
+        server = PostgreSQL(Path(directory))
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()

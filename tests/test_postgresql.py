@@ -1,0 +1,77 @@
+"""PostgreSQL as the tracking store: of the tracker (the sink's contract), and behind an ``outbox+`` URI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plugin_scenarios
+from mlflow_outbox_worker.mlflow_sink import open_sink
+from mlflow_outbox_worker.sink import Sink
+from plugin_world import deliver, differences, picture, store, tracking
+from postgresql import PostgreSQL, running
+from servers import eventually
+from sink_contract import SinkContract
+
+pytestmark = pytest.mark.postgresql
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A server for all tests; one that takes it down brings it back."""
+    with running() as server:
+        open_sink(server.uri).close()  # makes MLflow's tables
+        yield server
+
+
+class TestPostgreSQL(SinkContract):
+    """The contract, on a database server."""
+
+    @pytest.fixture
+    def sink(self, postgresql: PostgreSQL) -> Iterator[Sink]:
+        """The sink under test."""
+        sink = open_sink(postgresql.uri)
+        yield sink
+        sink.close()
+
+    def test_requests_for_several_runs_may_be_under_way_at_once(self, sink: Sink) -> None:
+        """A database server is there for many."""
+        assert sink.parallel
+
+
+def shape(server: PostgreSQL, experiment: str) -> dict[str, Any]:
+    """Return what an experiment holds, but for what MLflow adds to a local model directory when it is loaded."""
+    shown = picture(server.uri, experiment)
+    for model in shown["models"]:
+        model["files"] = [name for name in model["files"] if name != "registered_model_meta"]
+    return shown
+
+
+@pytest.mark.parametrize("mode", ["up", "away from the start", "killed in the middle"])
+def test_unchanged_code_leaves_the_same_behind_with_an_outbox(
+    mode: str, postgresql: PostgreSQL, experiment_name: str, tmp_path: Path
+) -> None:
+    """Field by field, as without an outbox; a killed server breaks the connections that worker and plugin hold."""
+    names = ("fluent", "datasets", "model", "traces")
+    for name in names:
+        plain, through = f"{experiment_name}-{name}-plain", f"{experiment_name}-{name}"
+        with tracking(postgresql.uri, tmp_path / "unused") as mlflow:
+            plugin_scenarios.ALL[name](mlflow, plain, plugin_scenarios.nothing)
+            mlflow.flush_async_logging()
+            mlflow.flush_trace_async_logging()
+        uri = f"outbox+{postgresql.uri}"
+        with tracking(uri, tmp_path / "outbox", create_timeout=1) as mlflow:
+            if mode == "away from the start":
+                postgresql.kill()
+            halfway = postgresql.kill if "killed" in mode else plugin_scenarios.nothing
+            plugin_scenarios.ALL[name](mlflow, through, halfway)
+            mlflow.flush_trace_async_logging()
+            if mode != "up":
+                postgresql.start()
+            deliver(uri)
+            server = store(uri).server
+            eventually(lambda server=server: not server.is_away(), 60, "the pause after the outage is over")
+        assert [] == differences(shape(postgresql, plain), shape(postgresql, through)), name
