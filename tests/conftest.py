@@ -18,6 +18,7 @@ from servers import MlflowServer, NurseryClient, forget_mlflow_variables
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.ledger import Ledger
+    from spools import Kit
 
 _NURSERY = pytest.StashKey[NurseryClient]()
 _NOT_RUN = pytest.StashKey[str]()
@@ -169,6 +170,24 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         clock[0] += seconds
 
     return pass_
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Kit:
+    """Outside of the current directory, so that this stays empty."""
+    from spools import Kit
+
+    (tmp_path / "work").mkdir()
+    os.chdir(tmp_path / "work")
+    return Kit(tmp_path / "outbox")
+
+
+@pytest.fixture
+def strict(tmp_path: Path) -> Kit:
+    """A run that raises."""
+    from spools import Kit
+
+    return Kit(tmp_path / "outbox", strict=True)
 
 
 # -- ledgers

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
+from mlflow_outbox.run import Run
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk
-from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, encode
+from mlflow_outbox.spool.events import Artifact, Event, Metric, SegmentClosed, encode
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.listing import Broken
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.spool.window import Cursor
+from mlflow_outbox.testing import FailingDisk
+
+if TYPE_CHECKING:
+    import pytest
 
 RUN = "a" * 32
 #: Python 3.12 and later say on stderr that a fork beside threads may end in a deadlock; that it does not is the test.
@@ -116,3 +122,41 @@ def write_segment(folder: Path, head: frame.SegmentHeader, frames: Iterable[byte
     path = folder / f"{head.writer}-{head.ordinal:06d}.log"
     path.write_bytes(frame.pack_header(head) + b"".join(frames))
     return path
+
+
+class Kit:
+    """A run with all that is around it."""
+
+    def __init__(self, path: Path, **given: Any) -> None:
+        self.settings = Settings(**given)
+        self.counters = Counters()
+        self.disk = FailingDisk()
+        self.outbox: OutboxDirectory = make_outbox(path)
+        self.journal = make_journal(self.outbox, self.disk, counters=self.counters, **given)
+        self.run = Run(self.journal, RUN, self.settings, self.counters)
+
+    @property
+    def events(self) -> list[Event]:
+        """What the journal holds."""
+        return Everything(self.outbox.run(RUN)).events
+
+    def content(self, path: str) -> bytes:
+        """The last content of an artifact."""
+        found = [event for event in self.events if isinstance(event, Artifact) and event.path == path]
+        data = (self.outbox.run(RUN) / "files" / found[-1].sha256).read_bytes()
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (found[-1].sha256, found[-1].size)
+        return data
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said."""
+    return [record.getMessage() for record in caplog.records]
+
+
+class Mute(Exception):
+    """An error that has no words."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+    __repr__ = __str__

@@ -26,6 +26,7 @@ from mlflow_outbox.validation import (
     checked_value,
     looks_like_seconds,
 )
+from spools import Mute
 
 
 class Colour(str, enum.Enum):
@@ -61,15 +62,6 @@ class Rude:
     __repr__ = __str__
     __float__ = __str__  # type: ignore[assignment]
     __index__ = __str__  # type: ignore[assignment]
-
-
-class Mute(Exception):
-    """An error that has no words."""
-
-    def __str__(self) -> str:
-        raise RuntimeError
-
-    __repr__ = __str__
 
 
 @pytest.mark.parametrize("key", ["loss", "a/b", "a b", "a.b-c_d:e", "ä", "损失", "x" * 250, "a..b", "0", "...a"])

@@ -1,0 +1,159 @@
+"""The files of a run: copied as they are at the call, refused with a count, durable before their events."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlflow_outbox.errors import ArtifactRefused
+from mlflow_outbox.spool.events import Artifact
+from spools import Kit, warnings
+
+
+def test_a_file_is_kept_as_it_was_at_the_call(kit: Kit) -> None:
+    """F68: the experiment goes on writing, moves or deletes it."""
+    source = Path("model.bin")
+    source.write_bytes(b"one")
+    assert kit.run.log_artifact(source, "models")
+    source.write_bytes(b"two")
+    assert kit.run.log_artifact(str(source))
+    source.unlink()
+    assert (b"one", b"two") == (kit.content("models/model.bin"), kit.content("model.bin"))
+
+
+def test_a_tree_is_kept_with_its_folders(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """Empty files too; a FIFO and a dangling link are refused and the rest is kept, without waiting."""
+    root = Path("tree")
+    for path, data in {"a": b"1", "b/c": b"2", "b/d e/f": b"", ".hidden": b"3"}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    (root / "link").symlink_to("a")
+    (root / "loop").symlink_to(".")
+    assert kit.run.log_artifacts(root, "out")
+    found = {event.path for event in kit.events if isinstance(event, Artifact)}
+    assert {"out/a", "out/b/c", "out/b/d e/f", "out/.hidden", "out/link"} == found
+    os.mkfifo(root / "fifo")
+    (root / "gone").symlink_to("nowhere")
+    assert not kit.run.log_artifacts(root)
+    assert 2 == kit.counters["refused_bad_file"] == len(warnings(caplog))
+    assert b"2" == kit.content("b/c")
+
+
+def test_a_strict_tree_raises_at_the_first_refusal_and_counts_it_once(strict: Kit, tmp_path: Path) -> None:
+    """As one call does."""
+    (tmp_path / "tree").mkdir()
+    os.mkfifo(tmp_path / "tree" / "fifo")
+    with pytest.raises(ArtifactRefused):
+        strict.run.log_artifacts(tmp_path / "tree")
+    assert {"refused_bad_file": 1} == strict.counters.snapshot()
+
+
+def test_a_folder_that_cannot_be_read_is_counted(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I7: its files are not skipped in silence."""
+    (Path("tree") / "closed").mkdir(parents=True)
+    (Path("tree") / "open").write_bytes(b"x")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    kit.run.log_artifacts("tree")
+    assert 1 == kit.counters["refused_bad_file"]
+    assert b"x" == kit.content("open")
+
+
+def test_text_is_kept_as_utf_8(kit: Kit) -> None:
+    """Lone surrogates too, which some models produce."""
+    assert kit.run.log_text("naïve 名\ud800", "notes/a.txt")
+    assert "naïve 名\ud800".encode("utf-8", "surrogatepass") == kit.content("notes/a.txt")
+
+
+def test_a_mapping_is_kept_as_json_or_yaml(kit: Kit) -> None:
+    """Strict JSON, whatever is in it; YAML by the name's end."""
+    thing = {"b": [1, None, float("nan")], "a": {"名": np.float32(0.5)}, "when": dt.date(2020, 1, 1)}
+    assert kit.run.log_dict(thing, "c.json")
+    assert kit.run.log_dict(thing, "c.YAML")
+    assert kit.run.log_dict([1, 2], "list.json")
+    found = json.loads(kit.content("c.json"), parse_constant=lambda _: pytest.fail("not JSON"))
+    assert ([1, None, None], {"名": 0.5}) == (found["b"], found["a"])
+    yaml = pytest.importorskip("yaml")
+    assert found == yaml.safe_load(kit.content("c.YAML"))
+    assert [1, 2] == json.loads(kit.content("list.json"))
+    assert {} == kit.counters.snapshot()
+
+
+def test_what_is_left_out_of_a_document_is_counted_and_said_once(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """The rest is kept; null stands for what could not be read."""
+
+    class Broken:
+        def __str__(self) -> str:
+            msg = "disk gone"
+            raise OSError(msg)
+
+    for _ in range(2):
+        assert kit.run.log_dict({"a": Broken(), "b": 1}, "c.json")
+    assert {"a": None, "b": 1} == json.loads(kit.content("c.json"))
+    assert 2 == kit.counters["unreadable_fields"]
+    assert ["mlflow-outbox: c.json.a is not logged: OSError: disk gone"] == warnings(caplog)
+
+
+def test_a_figure_is_rendered_by_the_names_extension(kit: Kit) -> None:
+    """matplotlib's, and an image; what cannot be rendered is refused."""
+    pytest.importorskip("matplotlib").use("agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.add_subplot().plot([1, 2])
+    assert kit.run.log_figure(figure, "plots/loss.png")
+    assert kit.run.log_figure(figure, "loss.svg")
+    assert kit.run.log_figure(figure, "noextension")
+    assert kit.content("plots/loss.png").startswith(b"\x89PNG")
+    assert b"<svg" in kit.content("loss.svg")
+    assert kit.content("noextension").startswith(b"\x89PNG")
+    assert not kit.run.log_figure(figure, "loss.xyz")
+    image = pytest.importorskip("PIL.Image").new("RGB", (2, 2))
+    assert kit.run.log_figure(image, "image.jpg")
+    assert kit.content("image.jpg").startswith(b"\xff\xd8")
+    assert {"refused_bad_figure": 1} == kit.counters.snapshot()
+
+
+def test_a_file_for_which_there_is_no_room_is_counted(kit: Kit, tmp_path: Path) -> None:
+    """And the run goes on."""
+    (tmp_path / "big").write_bytes(b"x" * 1000)
+    small = Kit(tmp_path / "small", artifact_bytes=999)
+    assert not small.run.log_artifact(tmp_path / "big")
+    assert not small.run.log_text("x" * 1000, "big")
+    assert {"refused_file_too_large": 2} == small.counters.snapshot()
+    kit.outbox.path.rename(tmp_path / "away")
+    assert not kit.run.log_text("x", "x")
+    assert 1 == kit.counters["refused_no_room_for_file"]
+
+
+def test_a_copy_is_durable_before_its_event_at_always_and_later_at_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A durable event must not name a file that is not."""
+    order: list[str] = []
+
+    def fsync(fd: int) -> None:
+        if "/files" in os.readlink(f"/proc/self/fd/{fd}"):
+            order.append("file")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name, sync in (("always", "always"), ("later", "interval")):
+        kit = Kit(tmp_path / name, sync=sync)
+        kit.disk.fail("datasync", times=None, when=lambda call: bool(order.append("event")))
+        order.clear()
+        kit.run.log_text("x", "x")
+        assert (["file", "event"] if sync == "always" else []) == list(dict.fromkeys(order))
+        kit.journal.sync()
+        assert ["file", "event"] == list(dict.fromkeys(order))
