@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at the ledger: at first, and at most.
 _LOOK: Final = 0.02
-_LOOK_MOST: Final = 0.5
+_LOOK_MOST: Final = 0.1
 #: Seconds between two calls to hurry: a server that has just come back is tried at once.
 _HURRY: Final = 1.0
 #: Seconds without any worker after which waiting is pointless.

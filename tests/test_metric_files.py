@@ -1,0 +1,99 @@
+"""The metrics of a file store: a batch is written at once, and what a killed writer left torn is no point."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import resource
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mlflow_outbox_worker.mlflow_sink import open_sink
+from mlflow_outbox_worker.sink import MetricPoint, Sink, SinkError
+from sink_contract import new_run
+
+
+@pytest.fixture
+def sink(file_uri: str) -> Iterator[Sink]:
+    """Return an empty file store."""
+    with closing(open_sink(file_uri)) as opened:
+        yield opened
+
+
+def _file(root: Path, key: str) -> Path:
+    (found,) = root.glob(f"mlruns/*/*/metrics/{key}")
+    return found
+
+
+def test_a_batch_holds_what_mlflow_s_own_writing_holds_byte_by_byte(sink: Sink, file_uri: str, tmp_path: Path) -> None:
+    """The same points through MLflow's method, one by one, make the same files."""
+    from mlflow.entities import Metric
+    from mlflow.store.tracking.file_store import FileStore
+
+    values = (0.5, -0.0, 1e-300, 1e300, math.nan, math.inf, -math.inf, 3.0)
+    points = [
+        MetricPoint(key, value, 1_700_000_000_000 + step, step)
+        for step, value in enumerate(values)
+        for key in ("loss", "val/loss", "a b-c.d")
+    ]
+    by_batch, one_by_one = (new_run(sink, sink.experiment_id("metric files")) for _ in range(2))
+    sink.log_batch(by_batch, points, {}, {})
+    store = FileStore.__new__(FileStore)
+    vars(store).update(vars(sink._store))  # type: ignore[attr-defined]  # the same directory, in MLflow's way
+    for point in points:
+        store.log_metric(one_by_one, Metric(point.key, point.value, point.time_ms, point.step))
+    for key in ("loss", "val/loss", "a b-c.d"):
+        theirs, ours = (next(tmp_path.glob(f"mlruns/*/{run}/metrics/{key}")) for run in (one_by_one, by_batch))
+        assert theirs.read_bytes() == ours.read_bytes()
+
+
+def test_a_torn_last_line_is_no_point_wherever_it_was_torn(sink: Sink, tmp_path: Path) -> None:
+    """Half a line can look like another point; read or written to, the file goes on behind its last whole line."""
+    run = new_run(sink, sink.experiment_id("metric files"))
+    whole = [MetricPoint("loss", 0.25, 1_700_000_000_000, 10), MetricPoint("loss", 0.125, 1_700_000_000_001, 11)]
+    after = MetricPoint("loss", 0.5, 1_700_000_000_002, 12)
+    sink.log_batch(run, whole, {}, {})
+    file = _file(tmp_path, "loss")
+    data = file.read_bytes()
+    last = data.rindex(b"\n", 0, -1) + 1
+    for end in range(last + 1, len(data)):
+        file.write_bytes(data[:end])
+        assert whole[:1] == sink.metric_history(run, "loss"), data[last:end]
+        file.write_bytes(data[:end])
+        sink.log_batch(run, [after], {}, {})
+        assert [whole[0], after] == sink.metric_history(run, "loss"), data[last:end]
+
+
+def test_a_metric_of_one_torn_line_is_none(sink: Sink, tmp_path: Path) -> None:
+    """The run can be read, and the point comes when it is sent again."""
+    run, point = new_run(sink, sink.experiment_id("metric files")), MetricPoint("loss", 0.25, 1_700_000_000_000, 10)
+    sink.log_batch(run, [point], {}, {})
+    file = _file(tmp_path, "loss")
+    file.write_bytes(file.read_bytes()[:-3])
+    assert {} == sink.get_run(run).metrics
+    sink.log_batch(run, [point], {}, {})
+    assert [point] == sink.metric_history(run, "loss")
+
+
+def _write_beyond(uri: str, run: str, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with closing(open_sink(uri)) as sink:
+        try:
+            sink.log_batch(run, [MetricPoint("loss", 0.5, step, step) for step in range(1000)], {}, {})
+        except SinkError:
+            raise SystemExit(3) from None
+
+
+def test_a_batch_for_which_there_is_no_room_leaves_nothing_behind(sink: Sink, file_uri: str, tmp_path: Path) -> None:
+    """What was there stays, nothing is torn, and the batch is refused, so that it comes again."""
+    run, point = new_run(sink, sink.experiment_id("metric files")), MetricPoint("loss", 0.25, 1, 1)
+    sink.log_batch(run, [point], {}, {})
+    before = _file(tmp_path, "loss").read_bytes()
+    process = multiprocessing.get_context("fork").Process(target=_write_beyond, args=(file_uri, run, 5000))
+    process.start()
+    process.join()
+    assert 3 == process.exitcode
+    assert before == _file(tmp_path, "loss").read_bytes()
