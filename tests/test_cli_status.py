@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, offline, outbox_of, run
+from commands import NOBODY, Here, environment, offline, outbox_of, run
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric, SegmentClosed, encode
 from mlflow_outbox.spool.frame import SegmentHeader, pack, pack_header
+from mlflow_outbox.spool.tally import Tally, refused
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import DestinationNote, Notes, Pace, destination_note, noted_pace
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
@@ -134,6 +138,47 @@ def test_dead_letters_and_parked_runs_are_counted(here: Here, tmp_path: Path) ->
     assert "13 events parked: a person is needed" in done.out
     assert "the run is gone" in done.out
     assert "1 dead letter; see: mlflow-outbox dead list" in done.out
+
+
+def test_what_programs_refused_is_known_outside_of_them(here: Here, tmp_path: Path) -> None:
+    """Bad input and a full disk, counted by reason over all programs, forked ones too, also after their end."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    one = tracker.start_run()
+    one.log_metric("loss", 1.0)
+    assert {} == here("status", "-d", tmp_path, "--json").data["outboxes"][0]["refused"]
+    assert not one.log_metric("loss", "high")  # type: ignore[arg-type]
+    refused = sum(number for reason, number in tracker.counters.items() if reason.startswith("refused"))
+    tracker.close()
+    (told,) = here("status", "-d", tmp_path, "--json").data["outboxes"]
+    assert refused == sum(told["refused"].values()) == 1
+    code = "import sys; from mlflow_outbox import *; t = MLflowTracker('e', sys.argv[1], outbox_dir='.', worker='none')"
+    code += "; t.start_run().log_metric('loss', 1.0); t.close()"
+    full = environment(MLFLOW_OUTBOX_OUTBOX_BYTES="1")
+    subprocess.run([sys.executable, "-c", code, NOBODY], check=True, env=full, capture_output=True)
+    assert "programs refused events, which are nowhere: 1 refused_" in here("status", "-d", tmp_path).out
+
+
+def test_a_forked_child_counts_its_own_refusals_only(tmp_path: Path) -> None:
+    """It has its parent's counters; and what cannot be written now is written later."""
+    counters = Counters()
+    tally = Tally(tmp_path, counters)
+    tally.note()
+    assert [] == list(tmp_path.iterdir()), "who refuses nothing writes nothing"
+    (tmp_path / "refused").touch()
+    counters.add("refused_full", 3)
+    tally.note()
+    (tmp_path / "refused").unlink()
+    tally.note()
+    assert {"refused_full": 3} == refused(tmp_path)
+    child = os.fork()
+    if child == 0:
+        counters.add("refused_full", 2)
+        tally.note()
+        os._exit(0)
+    os.waitpid(child, 0)
+    counters.add("lost_in_memory")
+    tally.note()
+    assert {"refused_full": 5, "lost_in_memory": 1} == refused(tmp_path)
 
 
 def test_watching_ends_with_the_interrupt(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import stat
 import subprocess
@@ -85,9 +86,23 @@ def test_it_stands_by_and_takes_over(mlflow_server: MlflowServer, experiment_nam
 def test_what_is_left_after_the_grace_time(number: signal.Signals, tmp_path: Path) -> None:
     """The server stays away: the worker ends when the grace time is over, with code 3, everything on disk."""
     offline(tmp_path)
-    process = start("worker", "-d", tmp_path, "--grace", "1")
+    process = start("worker", "-d", tmp_path, "--grace", "1", "--metrics-port", "0")
     assert process.stdout is not None
+    served = re.search(r"metrics at (\S+)", process.stdout.readline())
+    assert served is not None
     assert "delivering" in process.stdout.readline()
+    with urllib.request.urlopen(served[1], timeout=10) as answer:
+        shown = answer.read().decode()
+    for name in (
+        "backlog_events",
+        "backlog_bytes",
+        "parked_events",
+        "dead_letters",
+        "quarantined",
+        "retries",
+        "refused_events",
+    ):
+        assert re.search(rf"^mlflow_outbox_{name}\S*{{", shown, re.MULTILINE), (name, shown)
     started = time.monotonic()
     out = end(process, number)
     assert time.monotonic() - started < 6

@@ -27,6 +27,7 @@ from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.guard import DiskGuard
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.sequence import RunIdentity
+from mlflow_outbox.spool.tally import Tally
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +75,7 @@ class Outbox:
         self.worker_kind = worker
         self.counters = Counters()
         self.guard = DiskGuard(directory, settings)
+        self._tally = Tally(directory.path, self.counters)
         self._caretaker = Caretaker(settings.sync_interval, self.counters, each_round=self._look)
         self._pid = os.getpid()
         self._begin()
@@ -122,6 +124,7 @@ class Outbox:
     def _look(self) -> None:
         """Look at the disk budget, and replace a worker that has died, in the background."""
         self.guard.look()
+        self._tally.note()
         worker = self._worker
         if worker is not None and not worker.is_alive():
             self.counters.add("workers_replaced")
@@ -176,6 +179,7 @@ class Outbox:
         """
         for journal in list(self._journals):
             journal.close()
+        self._tally.note()
         result = self.flush(timeout)
         with self._lock:
             worker, self._worker = self._worker, None
@@ -191,6 +195,7 @@ class Outbox:
         journals = list(self._journals)
         for journal in journals:
             journal.close()
+        self._tally.note()
         self._caretaker.stop()
         if self._pid == os.getpid() and any(journal.events for journal in journals):
             if self.worker_kind == "none":

@@ -235,7 +235,13 @@ class Exporter:
                 answers.add_metric([one.name, answer], number)
             for reason, number in sorted(one.counters.snapshot().items()):
                 counts.add_metric([one.name, reason], number)
-        yield from (holds, answers, counts)
+        refused = self._core.CounterMetricFamily(
+            _PREFIX + "refused_events", "Events that programs refused or lost.", labels=["outbox", "reason"]
+        )
+        for one, found in looks:
+            for reason, number in sorted({"refused_full": 0, **found.refused}.items()):
+                refused.add_metric([one.name, reason], number)
+        yield from (holds, answers, counts, refused)
         for name, text, reason in _COUNTERS:
             family = self._core.CounterMetricFamily(_PREFIX + name, text, labels=["outbox"])
             for one, _ in looks:

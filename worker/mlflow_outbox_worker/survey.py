@@ -20,6 +20,7 @@ from mlflow_outbox.spool.events import decode
 from mlflow_outbox.spool.frame import SEQUENCE_MASK, unpack, wanted
 from mlflow_outbox.spool.listing import SegmentFile
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.tally import refused
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.backlog import left
 from mlflow_outbox_worker.host_lease import worker_of
@@ -82,6 +83,7 @@ class OutboxSurvey:
         note: how the destination stood when a worker last noted it.
         pace: how fast events arrived lately; None when it is not known.
         delivered: events that have arrived, of all runs that the ledger knows.
+        refused: events that programs refused or lost lately, by reason.
         unread: why the ledger could not be read, so that everything counts as waiting; "" when it could.
     """
 
@@ -93,6 +95,7 @@ class OutboxSurvey:
     pace: Pace | None
     delivered: int
     at_ms: int
+    refused: Mapping[str, int]
     unread: str = ""
 
     @property
@@ -177,6 +180,7 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
         pace=pace,
         delivered=sum(record.delivered for record in records.values()),
         at_ms=time.time_ns() // 1_000_000 if now_ms is None else now_ms,
+        refused=refused(directory.path),
         unread=unread,
     )
 

@@ -97,6 +97,7 @@ def _outbox_as_data(one: OutboxSurvey) -> dict[str, Any]:
         "parked": one.parked,
         "dead": one.dead,
         "delivered": one.delivered,
+        "refused": dict(one.refused),
         "bytes": one.waiting_bytes,
         "oldest_seconds": round(one.oldest_seconds, 3),
         "events_per_second": round(one.rate, 1),
@@ -156,8 +157,8 @@ def _show_outbox(one: OutboxSurvey) -> None:
         Column("oldest", right=True, rank=2),
         Column("delivered", right=True, rank=4),
         Column("dead", right=True, rank=3),
-        Column("experiment", rank=5),
-        Column("why", rank=6),
+        Column("experiment", rank=5, cut=True),
+        Column("why", rank=6, cut=True),
     ]
     terminal.table(columns, shown)
     if len(shown) < len(rows):
@@ -215,6 +216,9 @@ def sentences(one: OutboxSurvey) -> list[Cell]:
         lines.append(Styled(f"the destination {word}{since}: {one.note.reason}", "red"))
     if one.dead:
         lines.append(Styled(f"{terminal.count(one.dead, 'dead letter')}; see: mlflow-outbox dead list", "magenta"))
+    if one.refused:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(one.refused.items()))
+        lines.append(Styled(f"programs refused events, which are nowhere: {printable(reasons, 300)}", "red"))
     if one.unread:
         lines.append(Styled(f"what was delivered cannot be told now: {one.unread}", "red"))
     lines.append(_who(one))
