@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -44,9 +45,10 @@ def silent() -> Iterator[str]:
 def test_what_was_logged_offline_arrives(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
     """The real command in a process of its own delivers two runs, reads them back and files them, and exits 0."""
     offline(tmp_path, mlflow_server.url, experiment=experiment_name, runs=2, points=50)
-    done = run("flush", "-d", tmp_path, "--timeout", 60)
-    assert 0 == done.code, done
-    assert "106 events delivered" in done.out
+    done = run("flush", "-d", tmp_path, "--timeout", 60, "--json")
+    assert (0, "") == (done.code, done.err), done
+    (told,) = json.loads(done.out)
+    assert (106, 0, 0, 0) == (told["delivered"], told["pending"], told["dead"], told["exit_code"])
     held = runs(mlflow_server.url, experiment_name)
     assert ["FINISHED", "FINISHED"] == [one.info.status for one in held]
     assert all(numbered(50) == points(mlflow_server.url, one.info.run_id, "loss") for one in held)
@@ -131,7 +133,7 @@ def test_a_dead_letter_is_code_5(here: Here, mlflow_server: MlflowServer, experi
     tracker.close()
     done = here("flush", "-d", tmp_path, "--timeout", 60)
     assert 5 == done.code, done
-    assert "1 dead letter (mlflow-outbox dead list)" in done.out
+    assert "3 events delivered, 1 dead letter (mlflow-outbox dead list)" in done.out
 
 
 def test_from_outside_while_the_experiment_backs_off(

@@ -49,6 +49,8 @@ def test_runs_past_retention_go(here: Here, tmp_path: Path) -> None:
     assert "would free" in dry.out
     assert "3 runs; 0 kept" in dry.out
     assert 3 == len(outbox.delivered_ids())
+    (told,) = here("gc", "-d", tmp_path, "--json", "--dry-run").data
+    assert (sorted(outbox.delivered_ids()), 0, True) == (sorted(told["runs"]), told["kept"], told["dry_run"])
     assert "of 3 runs; 0 kept" in here("gc", "-d", tmp_path).out
     assert [] == outbox.delivered_ids()
 

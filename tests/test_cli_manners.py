@@ -163,6 +163,15 @@ def test_a_wide_and_a_narrow_terminal(tmp_path: Path) -> None:
     assert run_id[:8] in lines[head + 1]
 
 
+def test_names_are_cut_before_columns_are_left_out(tmp_path: Path) -> None:
+    """Numbers, times and ids are whole or not there at all."""
+    offline(tmp_path, experiment="an experiment with a name that is long enough to be in the way")
+    lines = plain(at_terminal(90, "runs", "-d", tmp_path))
+    assert ["run", "name", "status", "waiting", "delivered", "dead", "started", "experiment"] == lines[0].split()
+    assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  an experiment.*…$", lines[1]), lines[1]
+    assert max(map(len, lines)) <= 90
+
+
 @pytest.mark.parametrize("words", [["status"], ["doctor", "--offline"], ["gc", "--dry-run"]])
 def test_lines_break_between_words(words: list[str], tmp_path: Path) -> None:
     """What is too long for a terminal goes on in the next line, indented; a longer word is left whole."""

@@ -15,6 +15,7 @@ import pytest
 from commands import console_script
 from contents import numbered, points, runs
 from mlflow_outbox.settings import Settings, variable_name
+from mlflow_outbox_worker.cli.exits import ExitCode
 from servers import MlflowServer
 
 README = Path(__file__).parent.parent / "README.md"
@@ -40,6 +41,12 @@ def test_every_setting_stands_in_the_table_with_its_variable_and_default() -> No
         for field in dataclasses.fields(Settings)
     ]
     assert expected == rows
+
+
+def test_every_exit_code_is_explained() -> None:
+    """In the README as in --help."""
+    (text,) = re.findall(r"Exit codes are stable: (.*?)\.\n", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert [str(int(code)) for code in ExitCode] == re.findall(r"(?:^|, )(\d+) ", text.replace("\n", " "))
 
 
 def commands(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -246,12 +247,16 @@ def test_a_replay_that_is_killed_again_and_again_creates_nothing_twice(
 
 
 def test_a_bundle_is_replayed_without_unpacking_it_by_hand(
-    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing of it stays on the machine, and the second time nothing is sent."""
     log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
     assert 0 == command("export", "--all", "-o", "runs.tar.gz", "-d", tmp_path / "outbox")
-    assert 0 == command("replay", "runs.tar.gz")
+    capsys.readouterr()
+    assert 0 == command("replay", "runs.tar.gz", "--json")
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (mlflow_server.url, None) == (told["destination"], told["cut_short"])
+    assert ["sent"] == [run["state"] for run in told["runs"]]
     assert 0 == command("replay", "runs.tar.gz")
     assert numbered(100) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
     assert [] == list((tmp_path / "state" / "mlflow-outbox" / "bundles").iterdir())

@@ -78,9 +78,9 @@ def listed(
     columns = [
         Column("id", right=True),
         Column("run", rank=2),
-        Column("event"),
+        Column("event", cut=True),
         Column("refused", rank=3),
-        Column("reason", rank=1),
+        Column("reason", rank=1, cut=True),
     ]
     rows: list[list[Cell]] = [
         [

@@ -9,8 +9,9 @@ been read back.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import click
 
@@ -20,7 +21,7 @@ from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.delivering import CommandWorker
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
-from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def flush(
         ),
     ] = None,
     run: Annotated[str | None, Option("--run", metavar="ID", about="Wait for this run only.")] = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
@@ -71,7 +73,7 @@ def flush(
       mlflow-outbox flush --run 3f9c --timeout 10
     """
     started = time.monotonic()
-    terminal.behave(quiet=quiet, verbose=verbose)
+    terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     directories = outboxes.open_all(settings)
     chosen: str | None = None
@@ -88,6 +90,8 @@ def flush(
             one.stop(max(0.0, deadline - time.monotonic()))
         for one in flushes:
             one.say()
+        if as_json:
+            terminal.raw(json.dumps([one.as_data() for one in flushes], indent=2))
         return ExitCode.INTERRUPTED if ending.interrupted else most_urgent([one.code() for one in flushes])
 
 
@@ -165,6 +169,7 @@ class Flush:
         self._delivered_itself = False
         self._worker: CommandWorker | None = None
         self._trouble = ""
+        self._dead_before: int | None = None
         #: Nothing can be noted there, so nothing can be delivered from there.
         self.read_only = outboxes.read_only(directory.path) != ""
         self.total = 0
@@ -259,6 +264,8 @@ class Flush:
             parked_for_sure=sure,
         )
         self.total = max(self.total, self.left)
+        if self._dead_before is None:
+            self._dead_before = self._seen.dead
 
     def _unread_back(self, records: dict[str, RunRecord]) -> int:
         """Return how many runs have ended and are not read back yet, although nobody writes to them any more."""
@@ -283,12 +290,29 @@ class Flush:
         code = of_backlog(pending=seen.pending + seen.unread_back, parked=seen.parked, dead=seen.dead)
         return ExitCode.HELD if code is ExitCode.LEFT and self._held_by else code
 
+    def as_data(self) -> dict[str, Any]:
+        """Return what was delivered and what is left as JSON can hold it."""
+        return {
+            "path": str(self._directory.path),
+            "delivered": self._done,
+            "pending": self._seen.pending,
+            "parked": self._seen.parked,
+            "dead": self._seen.dead,
+            "runs_not_read_back": self._seen.unread_back,
+            "reason": self._trouble or self._held_by or self._seen.reason or None,
+            "exit_code": int(self.code()),
+        }
+
+    @property
+    def _done(self) -> int:
+        """Events that have arrived since this began."""
+        return max(0, self.total - self.left - max(0, self._seen.dead - (self._dead_before or 0)))
+
     def say(self) -> None:
         """Say what was delivered and what is left, and what to do about it."""
         seen = self._seen
-        done = max(0, self.total - self.left)
         where = f"{printable(self._directory.path.name)}: "
-        parts = [f"{terminal.count(done, 'event')} delivered"] if self.total else ["nothing waits"]
+        parts = [f"{terminal.count(self._done, 'event')} delivered"] if self.total else ["nothing waits"]
         if seen.pending:
             parts.append(f"{seen.pending:,} left, on disk")
         if seen.parked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -15,7 +16,7 @@ from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
-from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 
 _SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|)")
 _SECONDS: Final = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86_400}
@@ -37,6 +38,7 @@ def gc(
             default="the setting retention",
         ),
     ] = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
@@ -49,11 +51,11 @@ def gc(
       mlflow-outbox gc --dry-run
       mlflow-outbox gc --older-than 1d
     """
-    terminal.behave(quiet=quiet, verbose=verbose)
+    terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     keep = settings.retention if older_than is None else seconds_of(older_than)
     before_ms = time.time_ns() // 1_000_000 - int(keep * 1000)
-    codes = []
+    codes, freed_of = [], []
     for directory in outboxes.open_all(settings):
         from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
         from mlflow_outbox_worker.retention import reclaim
@@ -86,7 +88,10 @@ def gc(
         kept = len(directory.delivered_ids()) - (len(gone) if dry_run else 0)
         verb = "would free" if dry_run else "freed"
         terminal.say(f"{name}: {verb} {terminal.size(freed)} of {terminal.count(len(gone), 'run')}; {kept:,} kept")
+        freed_of.append({"path": str(directory.path), "runs": gone, "bytes": freed, "kept": kept, "dry_run": dry_run})
         codes.append(ExitCode.DONE)
+    if as_json:
+        terminal.raw(json.dumps(freed_of, indent=2))
     return most_urgent(codes)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
@@ -17,7 +18,7 @@ from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox_worker.cli import delivering, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
-from mlflow_outbox_worker.cli.options import Quiet, Verbose
+from mlflow_outbox_worker.cli.options import AsJson, Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
 from mlflow_outbox_worker.cli.terminal import Column, count
 
@@ -57,6 +58,7 @@ def replay(
             default="until done",
         ),
     ] = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
@@ -81,7 +83,7 @@ def replay(
     from mlflow_outbox_worker.jobs import Wish, prepare
 
     deadline = None if timeout is None else time.monotonic() + timeout
-    terminal.behave(quiet=quiet, verbose=verbose)
+    terminal.behave(quiet=quiet or as_json, verbose=verbose)
     if follow and (only_finished or again):
         msg = "--follow goes with neither --only-finished nor --again: its runs have not ended"
         raise CommandFailed(msg, ExitCode.USAGE)
@@ -96,7 +98,10 @@ def replay(
             return _say_what_would_be_sent(prepared, settings)
         if not prepared.jobs and not prepared.problems:
             terminal.say(_nothing(prepared))
-        code = _send_all(prepared, settings, wish, deadline)
+        sent: list[dict[str, Any]] = []
+        code = _send_all(prepared, settings, wish, deadline, sent)
+    if as_json:
+        terminal.raw(json.dumps(sent, indent=2))
     return ExitCode.ERROR if prepared.problems and code is ExitCode.DONE else code
 
 
@@ -144,28 +149,32 @@ def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
         terminal.table(
             (
                 Column("run"),
-                Column("name", rank=1),
+                Column("name", rank=1, cut=True),
                 Column("status"),
                 Column("to send", right=True),
-                Column("in", rank=2),
+                Column("in", rank=2, cut=True),
             ),
             rows,
         )
     return ExitCode.ERROR if prepared.problems else ExitCode.DONE
 
 
-def _send_all(prepared: Prepared, settings: Settings, wish: Wish, deadline: float | None) -> ExitCode:
+def _send_all(
+    prepared: Prepared, settings: Settings, wish: Wish, deadline: float | None, sent: list[dict[str, Any]]
+) -> ExitCode:
     codes = []
     with Ending(forceful=True) as ending:
         for job in prepared.jobs:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            codes.append(_send(job, settings, wish, left, ending))
+            codes.append(_send(job, settings, wish, left, ending, sent))
             if ending.is_set():
                 break
         return ExitCode.INTERRUPTED if ending.interrupted else most_urgent(codes)
 
 
-def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, ending: Ending) -> ExitCode:
+def _send(
+    job: Job, settings: Settings, wish: Wish, timeout: float | None, ending: Ending, sent: list[dict[str, Any]]
+) -> ExitCode:
     from mlflow_outbox_worker.replay import Replay
 
     terminal.note(f"{count(len(job.runs), 'run')} to {job.destination.uri}")
@@ -176,6 +185,8 @@ def _send(job: Job, settings: Settings, wish: Wish, timeout: float | None, endin
     except OutboxError as error:
         terminal.error(str(error))
         return ExitCode.HELD if isinstance(error, LeaseHeld) else ExitCode.ERROR
+    runs = [run._asdict() for run in result.runs]
+    sent.append({"destination": job.destination.uri, "cut_short": result.cut_short or None, "runs": runs})
     return _summary(job, result)
 
 

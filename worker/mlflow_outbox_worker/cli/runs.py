@@ -84,13 +84,13 @@ def _list(entries: list[dict[str, Any]]) -> None:
         return
     columns = [
         Column("run"),
-        Column("name", rank=1),
+        Column("name", rank=1, cut=True),
         Column("status"),
         Column("waiting", right=True),
         Column("delivered", right=True, rank=3),
         Column("dead", right=True, rank=4),
         Column("started", rank=2),
-        Column("experiment", rank=5),
+        Column("experiment", rank=5, cut=True),
         Column("mlflow run", rank=6),
     ]
     rows: list[list[Cell]] = [
@@ -304,7 +304,9 @@ def _section(title: str, heads: list[str], rows: list[list[str]]) -> None:
         return
     terminal.say("")
     shown = rows if terminal.is_verbose() else rows[:_SHOWN]
-    terminal.table([Column(head, right=head in {"last", "step", "points", "size"}) for head in heads], shown)
+    terminal.table(
+        [Column(head, right=head in {"last", "step", "points", "size"}, cut=head == "value") for head in heads], shown
+    )
     if len(shown) < len(rows):
         terminal.say(f"and {len(rows) - len(shown):,} more {title}; -v shows all")
 

@@ -24,6 +24,8 @@ from mlflow_outbox.counters import printable
 #: Characters of one cell or line; longer ones are cut, so that a value of a megabyte does not scroll everything away.
 _CELL: Final = 300
 _LINE: Final = 4000
+#: Characters to which texts are cut before columns are left out.
+_NARROW: Final = 12
 #: Seconds between two lines of progress where lines cannot be written over.
 _PROGRESS: Final = 10.0
 
@@ -41,11 +43,13 @@ class Column(NamedTuple):
         title: its heading.
         right: align to the right, for numbers.
         rank: columns of a higher rank are left out first on a narrow terminal; 0 is never left out.
+        cut: its texts may be cut off before columns are left out: not numbers, times and ids, but names and reasons.
     """
 
     title: str
     right: bool = False
     rank: int = 0
+    cut: bool = False
 
 
 class Styled(NamedTuple):
@@ -149,13 +153,13 @@ def _fitted(text: str, stream: TextIO) -> str:
     return "\n".join(" " * indent + text[start:end] for indent, start, end in _broken(text, stream.isatty()))
 
 
-def _broken(text: str, fit: bool = True) -> Iterator[tuple[int, int, int]]:
+def _broken(text: str, fit: bool = True, hanging: int = 0) -> Iterator[tuple[int, int, int]]:
     """Yield the parts of a line that fit the terminal: indent, beginning and end; a longer word is left whole."""
     room = shutil.get_terminal_size().columns
     if not fit or len(text) <= room:
         yield 0, 0, len(text)
         return
-    hanging = len(text) - len(text.lstrip()) + 2
+    hanging = hanging or len(text) - len(text.lstrip()) + 2
     indent, start, end = 0, 0, 0
     for word in re.finditer(r"\S+", text):
         if end > start and indent + word.end() - start > room:
@@ -170,8 +174,13 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def styled(*cells: Cell) -> None:
-    """Print a line with styles, unless ``--quiet`` was given."""
+def styled(*cells: Cell, hanging: int = 0) -> None:
+    """Print a line with styles, unless ``--quiet`` was given.
+
+    Args:
+        cells: its parts.
+        hanging: the indent of what goes on in the next line; 0 is a little more than the line's own.
+    """
     if _State.quiet:
         return
     if not is_terminal():
@@ -180,7 +189,7 @@ def styled(*cells: Cell) -> None:
     from rich.text import Text
 
     line = Text.assemble(*(_rich_text(cell) for cell in cells))
-    for indent, start, end in _broken(line.plain):
+    for indent, start, end in _broken(line.plain, hanging=hanging):
         _console().print(Text(" " * indent), line[start:end], sep="", soft_wrap=True)
 
 
@@ -195,10 +204,11 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
             _plain_line(line, columns, widths)
         return
     room = shutil.get_terminal_size().columns
-    while sum(widths[i] + 2 for i in shown) - 2 > room and any(columns[i].rank for i in shown):
+    least = [min(width, _NARROW) if columns[i].cut else width for i, width in enumerate(widths)]
+    while sum(least[i] + 2 for i in shown) - 2 > room and any(columns[i].rank for i in shown):
         shown.remove(max(shown, key=lambda i: (columns[i].rank, i)))
     while sum(widths[i] + 2 for i in shown) - 2 > room and max(widths[i] for i in shown) > 1:
-        widths[max(shown, key=lambda i: widths[i])] -= 1  # the widest gives way, and no other one
+        widths[max(shown, key=lambda i: widths[i] - least[i])] -= 1  # whoever has most to give
     from rich.table import Table
 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -221,8 +231,10 @@ def _plain_line(texts: Sequence[str], columns: Sequence[Column], widths: Sequenc
 def pairs(items: Sequence[tuple[str, Cell]]) -> None:
     """Print names and values below each other, aligned."""
     width = max((len(name) for name, _ in items), default=0)
+    room = shutil.get_terminal_size().columns - width - 2
     for name, value in items:
-        styled(Styled(f"{printable(name):<{width}}  ", "dim"), value)
+        fits = all(len(word) <= room for word in _text(value).split())
+        styled(Styled(f"{printable(name):<{width}}  ", "dim"), value, hanging=width + 2 if fits else 0)
 
 
 @contextlib.contextmanager
