@@ -56,7 +56,7 @@ def fork_while(  # noqa: PLR0912 - one state after the other
     if state == "while the worker delivers":
         eventually(lambda: tracker.counters.get("delivered"), 30)
     if state == "after close":
-        tracker.close(10)
+        tracker.close(0.5)
     parent, child = os.getpid(), os.fork()
     if child == 0:
         faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs shows where
