@@ -91,13 +91,13 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
 
     def log_batch(self, run_id: str, metrics: Any, params: Any, tags: Any) -> None:
         """Log points, params and tags of a run; the arguments are those of MLflow's method."""
-        held: dict[str, list[str]] = {}
+        held: dict[str, list[str]] = {}  # by metric: the path of its file, and its lines
         self._batch.lines = held
         try:
             super().log_batch(run_id, metrics, params, tags)
         finally:
             self._batch.lines = None
-        for path, lines in held.items():
+        for path, *lines in held.values():
             _append(path, "".join(lines).encode())
 
     def _log_run_metric(self, run_info: Any, metric: Any) -> None:
@@ -105,8 +105,11 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         if held is None or metric.dataset_name is not None:
             super()._log_run_metric(run_info, metric)
             return
-        path = self._get_metric_path(run_info.experiment_id, run_info.run_id, metric.key)
-        held.setdefault(path, []).append(f"{metric.timestamp} {metric.value} {metric.step}\n")
+        lines = held.get(metric.key)
+        if lines is None:  # finding the path takes longer than all else
+            path = self._get_metric_path(run_info.experiment_id, run_info.run_id, metric.key)
+            lines = held[metric.key] = [path]
+        lines.append(f"{metric.timestamp} {metric.value} {metric.step}\n")
 
     def _log_run_param(self, run_info: Any, param: Any) -> None:
         path = Path(self._get_param_path(run_info.experiment_id, run_info.run_id, param.key))
