@@ -154,6 +154,29 @@ class TestRoom:
         assert done not in outbox.delivered_ids()
         ledger.close()
 
+    def test_delivery_goes_on_where_nothing_can_be_deleted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is counted; and that nothing is left to delete is not found out anew each second."""
+        outbox, ledger, (first, second) = delivered(tmp_path, 2)
+        counters = Counters()
+        room = Room(outbox, Settings(free_bytes=10**17), counters)
+
+        def refuse(path: Path) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", refuse)
+            room.look(ledger)
+        assert (1, 2) == (counters["reclaim_errors"], len(outbox.delivered_ids()))
+        room.look(ledger)
+        assert (2, []) == (counters["reclaimed_early"], outbox.delivered_ids())
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "dead_letter_counts", refuse)
+            room.look(ledger)
+        ledger.close()
+        assert first != second
+
     def test_where_nothing_may_be_deleted_nothing_is(self, tmp_path: Path) -> None:
         """Another's outbox, or one that is only read."""
         outbox, ledger, _ = delivered(tmp_path, 1)

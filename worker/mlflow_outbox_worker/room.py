@@ -13,8 +13,10 @@ import contextlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LedgerUnavailable
@@ -24,6 +26,9 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.retention import reclaimable
+
+#: Seconds between two looks at what may go while nothing may.
+_AGAIN: Final = 30.0
 
 
 class Room:
@@ -40,6 +45,8 @@ class Room:
         self._settings = settings
         self._counters = counters
         self._lock = threading.Lock()
+        #: The delivered runs when all that could go was gone, and until when that is believed.
+        self._futile: tuple[list[str], float] = ([], 0.0)
 
     def __repr__(self) -> str:
         return f"<Room in {str(self._directory.path) if self._directory else 'nothing'!r}>"
@@ -73,21 +80,25 @@ class Room:
 
         Raises:
             LedgerUnavailable: the ledger cannot be read now.
-            OSError: a file could not be deleted.
         """
         directory = self._directory
         if directory is None or not self._lock.acquire(blocking=False):
             return  # another lane is at it
+        number = 0
         try:
             excess = self._excess(directory, measure=measure)
-            if excess <= 0:
+            if excess <= 0 or self._is_futile(directory):
                 return
-            freed = number = 0
             for path in _delivered(directory, ledger):
-                if freed >= excess:
+                if excess <= 0:
                     break
-                freed += _remove(path)
+                excess -= _remove(path)
                 number += 1
+            if excess > 0:
+                self._futile = directory.delivered_ids(), time.monotonic() + _AGAIN
+        except OSError as error:  # delivery goes on, whatever cannot be deleted
+            self._counters.add("reclaim_errors")
+            self._counters.warn_once("reclaim_errors", f"mlflow-outbox: what was delivered cannot be deleted: {error}")
         finally:
             self._lock.release()
         if number:
@@ -97,6 +108,11 @@ class Room:
                 f"mlflow-outbox: the disk or the budget of {directory.path} has no room: what was delivered is deleted "
                 "before its retention time; nothing undelivered ever is",
             )
+
+    def _is_futile(self, directory: OutboxDirectory) -> bool:
+        """Return whether nothing could be deleted the last time and nothing has been delivered since."""
+        seen, until = self._futile
+        return time.monotonic() < until and seen == directory.delivered_ids()
 
     def _excess(self, directory: OutboxDirectory, *, measure: bool) -> int:
         """Return how many bytes are to go: a tenth more than is needed, so that the next event does not need them."""
