@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -11,17 +12,22 @@ from pathlib import Path
 import pytest
 
 from commands import offline, outbox_of
+from contents import QUICK, runs
 from ledgers import record
+from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
+from mlflow_outbox.testing.faults import status
+from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import database
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.room import Room
+from servers import MlflowServer, eventually
 
 
 def held(folder: Path) -> int:
@@ -117,6 +123,28 @@ def delivered(root: Path, number: int) -> tuple[OutboxDirectory, Ledger, list[st
         os.rename(outbox.run(run_id), outbox.delivered / run_id)
         ledger.commit(RunRecord(run_id, remote_id=run_id, state="done", ended=True, verified_at_ms=time_ms))
     return outbox, ledger, ids
+
+
+def test_at_the_cap_logging_goes_on_once_what_is_there_is_delivered(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Refused and counted while the server is away; then the delivered run gives way, long before its retention."""
+    (tmp_path / "large").write_bytes(bytes(3_000_000))
+    given = dataclasses.replace(QUICK, outbox_bytes=2_500_000, sync_interval=0.05)
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("mlflow", status(503), times=None)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path / "box", settings=given)
+        with tracker.start_run("first") as first:
+            first.log_artifact(tmp_path / "large")
+        second = tracker.start_run("second")
+        eventually(lambda: not second.log_metric("loss", 0.0), 30)
+        proxy.clear()
+        eventually(lambda: second.log_metric("later", 0.5), 60)
+        second.end()
+        assert tracker.close(60)
+    assert tracker.counters["refused_full"] > 0
+    assert 1 <= tracker.counters["reclaimed_early"]
+    assert ["FINISHED"] * 2 == [run.info.status for run in runs(mlflow_server.url, experiment_name)]
 
 
 class TestRoom:

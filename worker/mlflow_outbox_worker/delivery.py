@@ -308,7 +308,7 @@ class Delivery:
             self._turned(run_id, turn)
             if complete:
                 self._schedule.sent(run_id, stamp)
-                self._room.look(ledger)
+                self._room.look(ledger, measure=True)
         except Waits:  # for another run's turn; nothing is wrong with the destination
             self._schedule.again(run_id, self._settings.poll_interval)
         except Later as later:

@@ -27,6 +27,8 @@ from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.retention import reclaimable
 
+#: Seconds between two measurements of the outbox.
+_MEASURE: Final = 5.0
 #: Seconds between two looks at what may go while nothing may.
 _AGAIN: Final = 30.0
 
@@ -45,6 +47,7 @@ class Room:
         self._settings = settings
         self._counters = counters
         self._lock = threading.Lock()
+        self._measured = -_MEASURE
         #: The delivered runs when all that could go was gone, and until when that is believed.
         self._futile: tuple[list[str], float] = ([], 0.0)
 
@@ -76,7 +79,8 @@ class Room:
 
         Args:
             ledger: says what is delivered.
-            measure: look at the size of the outbox too, which walks its directories; else only at the free space.
+            measure: look at the size of the outbox too, which walks its directories, unless that was done seconds ago;
+                else only at the free space.
 
         Raises:
             LedgerUnavailable: the ledger cannot be read now.
@@ -120,8 +124,10 @@ class Room:
         lacking = least - reserve.free(directory.path)
         if lacking > 0:
             return lacking + least // 10
-        if not measure or not directory.delivered_ids():
+        now = time.monotonic()
+        if not measure or now < self._measured + _MEASURE or not directory.delivered_ids():
             return 0
+        self._measured = now
         most = self._settings.outbox_bytes
         used = used_bytes(directory)
         return used - most + most // 10 if used >= most else 0
