@@ -29,18 +29,17 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     uri, delay = request["uri"], request["delay"]
     with contextlib.ExitStack() as stack:
         proxy = None
-        if uri.startswith("http"):
+        if request["proxy"]:
             from mlflow_outbox.testing.faults import delay as slower
             from mlflow_outbox.testing.proxy import FaultProxy
 
-            if delay or request["count"]:
-                proxy = stack.enter_context(FaultProxy(uri))
-                uri = proxy.url
-                if delay:
-                    proxy.on("", slower(delay), times=None)
+            proxy = stack.enter_context(FaultProxy(uri))
+            uri = proxy.url
+            if delay:
+                proxy.on("", slower(delay), times=None)
         drain = _by_hand if request["by_hand"] else _by_outbox
         result = drain(uri, request["runs"], request["points"] // request["runs"], Path(request["directory"]))
-        if proxy is not None and request["count"]:
+        if proxy is not None:
             result["requests"] = len(proxy.requests)
             result["request_bytes"] = sum(len(one.body) for one in proxy.requests)
     result["points_per_s"] = request["points"] / result["seconds"]
@@ -89,44 +88,42 @@ def _by_outbox(uri: str, runs: int, points: int, directory: Path) -> dict[str, A
     return {"seconds": seconds, "cpu_s": spent, "bytes_per_event": size / (runs * points)}
 
 
-#: (store, runs that share the points, seconds added to each round trip): what is drained.
+#: (store, whether many runs of 1,000 points share them, seconds added to each round trip): what is drained.
 CASES = (
-    ("http", 1, 0.0),
-    ("sqlite", 1, 0.0),
-    ("file", 1, 0.0),
-    ("http", 100, 0.0),
-    ("http", 1, DELAY),
-    ("http", 100, DELAY),
+    ("http", False, 0.0),
+    ("sqlite", False, 0.0),
+    ("file", False, 0.0),
+    ("http", True, 0.0),
+    ("http", False, DELAY),
+    ("http", True, DELAY),
 )
 
 
 def measure(plan: Plan) -> dict[str, Any]:
     """Drain every backlog both ways, in turn, round after round; add requests and bytes, counted once."""
     results: dict[str, Any] = {}
-    for store, runs, delay in CASES:
-        name = f"{store}, {runs} run{'s' if runs > 1 else ''}{', 50 ms more' if delay else ''}"
-        points = plan.points if store != "file" else plan.points // 2
-        pairs: list[dict[str, Any]] = []
+    for store, many, delay in CASES:
+        # The distance shows in a tenth of the points, beside as many without it.
+        points = max(10_000, plan.points // 10) if delay else plan.points
+        runs = points // 1000 if many else 1
+        name = f"{store}, {runs:,} run{'s' if runs > 1 else ''}{', 50 ms more' if delay else ''}"
+        subjects = {"by hand": delay, "outbox": delay} | ({"outbox, without": 0.0} if delay else {})
+        rounds: list[dict[str, Any]] = []
         for turn in range(max(1, plan.rounds - 1)):
-            pair: dict[str, Any] = {}
-            order = (True, False) if turn % 2 == 0 else (False, True)
-            for by_hand in order:
-                found = children.run(
-                    "draining",
-                    {
-                        "uri": plan.stores.fresh(store),
-                        "by_hand": by_hand,
-                        "runs": runs,
-                        "points": points,
-                        "delay": delay,
-                        "count": False,
-                    },
-                    timeout=1200,
-                )
-                pair["by hand" if by_hand else "outbox"] = found
-            plan.say(f"draining: {name}: {_short(pair)}")
-            pairs.append(pair)
-        results[name] = _merged(pairs, points)
+            found: dict[str, Any] = {}
+            for who in list(subjects) if turn % 2 == 0 else list(subjects)[::-1]:
+                request = {
+                    "uri": plan.stores.fresh(store),
+                    "by_hand": who == "by hand",
+                    "runs": runs,
+                    "points": points,
+                    "delay": subjects[who],
+                    "proxy": bool(delay),
+                }
+                found[who] = children.run("draining", request, timeout=1800)
+            plan.say(f"draining: {name}: {_short(found)}")
+            rounds.append(found)
+        results[name] = _merged(rounds, points)
     results["counted"] = {
         who: children.run(
             "draining",
@@ -136,7 +133,7 @@ def measure(plan: Plan) -> dict[str, Any]:
                 "runs": 10,
                 "points": 20_000,
                 "delay": 0.0,
-                "count": True,
+                "proxy": True,
             },
         )
         for who in ("by hand", "outbox")
@@ -144,22 +141,25 @@ def measure(plan: Plan) -> dict[str, Any]:
     return results
 
 
-def _merged(pairs: list[dict[str, Any]], points: int) -> dict[str, Any]:
-    good = [pair for pair in pairs if all("error" not in one for one in pair.values())]
+def _merged(rounds: list[dict[str, Any]], points: int) -> dict[str, Any]:
+    good = [found for found in rounds if all("error" not in one for one in found.values())]
     if not good:
-        return pairs[0]
-    ratios = [{"ratio": pair["by hand"]["seconds"] / pair["outbox"]["seconds"]} for pair in good]
-    return {
-        "points": points,
-        "by hand": median([pair["by hand"] for pair in good]),
-        "outbox": median([pair["outbox"] for pair in good]),
-        **median(ratios),
-    }
+        return rounds[0]
+    ratios = [{"ratio": found["by hand"]["seconds"] / found["outbox"]["seconds"]} for found in good]
+    merged = {who: median([found[who] for found in good]) for who in good[0]}
+    if "outbox, without" in merged:
+        kept = [{"kept": found["outbox, without"]["seconds"] / found["outbox"]["seconds"]} for found in good]
+        merged |= median(kept)
+    return {"points": points, **merged, **median(ratios)}
 
 
-def _short(pair: dict[str, Any]) -> str:
-    for who, one in pair.items():
+def _short(found: dict[str, Any]) -> str:
+    for who, one in found.items():
         if "error" in one:
             return f"{who}: {one['error']}"
-    hand, outbox = pair["by hand"]["points_per_s"], pair["outbox"]["points_per_s"]
-    return f"{outbox:,.0f} points/s, by hand {hand:,.0f}, ratio {outbox / hand:.2f}"
+    hand, outbox = found["by hand"]["points_per_s"], found["outbox"]["points_per_s"]
+    rest = ""
+    if "outbox, without" in found:
+        without = found["outbox, without"]["points_per_s"]
+        rest = f"; without the distance {without:,.0f}, of which it keeps {outbox / without:.2f}"
+    return f"{outbox:,.0f} points/s, by hand {hand:,.0f}, ratio {outbox / hand:.2f}{rest}"

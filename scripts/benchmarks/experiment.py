@@ -5,6 +5,10 @@ What tracking costs shows in four numbers: how much longer the whole process tak
 much longer its loop alone takes, how much more processor time the process uses (which says the same on a machine
 that is busy with other things, the tracking server among them), and the longest of its steps.
 
+How much of that is the machine's and not the outbox's, one more row tells: an experiment that logs nothing, beside a
+process that posts points to the same server with MLflow's own client, batch after batch, as a worker would. It and the
+server use the same cores.
+
 A subject that delivers to a server must have delivered everything by the time the clock stops, except a worker
 process, which exists so that the experiment need not wait for it.
 """
@@ -12,6 +16,9 @@ process, which exists so that the experiment need not wait for it.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,13 +30,22 @@ from benchmarks.trackers import open_tracker
 
 #: Seconds of one step without tracking.
 STEP = 0.0002
+#: An experiment that logs nothing, while somebody else keeps the server busy.
+ALONGSIDE = "without tracking, another process posting"
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """Run the loop with one tracker, or without when its name is ""."""
     name, work, steps = request["tracker"], range(request["work"]), request["steps"]
-    metric = finish = None
-    if name:
+    metric = finish = poster = None
+    if name == ALONGSIDE:
+        poster = subprocess.Popen(
+            [sys.executable, "-c", "from benchmarks.experiment import post; post()", request["uris"]["http"]],
+            stdout=subprocess.PIPE,
+        )
+        assert poster.stdout is not None  # noqa: S101 - for the type checker: PIPE was asked for
+        poster.stdout.readline()
+    elif name:
         tracker = open_tracker(name, Path(request["directory"]), request["uris"])
         metric, finish = tracker.metric, tracker.finish
     clock, longest = time.perf_counter_ns, 0
@@ -43,17 +59,33 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         now = clock()
         longest, before = max(longest, now - before), now
     loop = (clock() - begin) / 1e9
+    if poster is not None:
+        poster.kill()
+        poster.wait()
     if finish is not None and " process " not in name:
         with contextlib.suppress(Exception):  # what a peer says at its end is not measured here
             finish()
     return {"loop_s": loop, "cpu_s": time.process_time(), "longest_step_ms": longest / 1e6}
 
 
+def post() -> None:
+    """Post batches of points to the server whose URI is the first argument, and say when the first one is there."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client = MlflowClient(sys.argv[1])
+    run_id = client.create_run(client.create_experiment(f"posted-{time.time_ns()}")).info.run_id
+    for start in itertools.count(step=1000):
+        client.log_batch(run_id, [Metric("loss", 0.5, 1, step) for step in range(start, start + 1000)])
+        if not start:
+            print("posting", flush=True)
+
+
 def measure(plan: Plan) -> dict[str, Any]:
     """Run the loop with every tracker in turn, round after round, each beside one without tracking."""
     work = _calibrated()
     steps = int(plan.loop_seconds / STEP)
-    subjects = ["", "outbox interval process http", "outbox interval thread http", "mlflow async http"]
+    subjects = ["", ALONGSIDE, "outbox interval process http", "outbox interval thread http", "mlflow async http"]
     subjects += ["mlflow sync http", *plan.peers]
     rounds: dict[str, list[dict[str, Any]]] = {}
     for _ in range(max(1, plan.rounds - 1)):
@@ -70,8 +102,9 @@ def measure(plan: Plan) -> dict[str, Any]:
             )
             if "error" not in found:
                 bare = bare or found
-                if some == steps:
+                if some == steps and subject != ALONGSIDE:  # whose start is the other process's
                     found["slowdown"] = found["whole_s"] / bare["whole_s"]
+                if some == steps:
                     found["cpu_slowdown"] = found["cpu_s"] / bare["cpu_s"]
                 found["loop_slowdown"] = found["loop_s"] / (bare["loop_s"] * some / steps)
             rounds.setdefault(subject or "without tracking", []).append(found)

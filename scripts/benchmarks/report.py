@@ -100,16 +100,26 @@ def _calls(console: Console, found: dict[str, Any]) -> None:
 
 
 def _draining(console: Console, found: dict[str, Any]) -> None:
-    table = Table("", "by hand, points/s", "outbox, points/s", "ratio", "client CPU, hand/outbox s", title="Draining")
+    names = (
+        "",
+        "points",
+        "by hand, points/s",
+        "outbox, points/s",
+        "ratio",
+        "kept of the rate without",
+        "CPU, hand/outbox s",
+    )
+    table = Table(*names, title="Draining")
     for name, row in found.items():
         if name == "counted":
             continue
         hand, ours = row["by hand"], row["outbox"]
         if "error" in hand or "error" in ours:
-            table.add_row(name, str(hand.get("error", "")), str(ours.get("error", "")))
+            table.add_row(name, "", str(hand.get("error", "")), str(ours.get("error", "")))
             continue
         cpu = f"{hand['cpu_s']:.2f} / {ours['cpu_s']:.2f}"
-        table.add_row(name, _cell(hand, "points_per_s"), _cell(ours, "points_per_s"), _cell(row, "ratio"), cpu)
+        rates = (_cell(hand, "points_per_s"), _cell(ours, "points_per_s"), _cell(row, "ratio"))
+        table.add_row(name, f"{row['points']:,}", *rates, _cell(row, "kept") if "kept" in row else "", cpu)
     console.print(table)
     console.print({"20,000 points in 10 runs": found.get("counted")})
 
