@@ -150,12 +150,13 @@ def test_a_worker_with_zero_bytes_free(
 @pytest.mark.fault("F19", "zero bytes free on a disk too small for a reserve: status, flush, gc")
 def test_commands_with_zero_bytes_free(row: Row, sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
     """Looking works; what was delivered before gives way to the ledger, and the rest arrives."""
-    (first,) = offline(tmp_path / "first", sqlite_uri, experiment=experiment_name, points=30_000)
+    (first,) = offline(tmp_path / "first", sqlite_uri, experiment=experiment_name, points=9000)
     (second,) = offline(tmp_path / "second", sqlite_uri, experiment=f"{experiment_name}-2")
     text = alone(
         tmp_path,
         """
-        mkdir disk; mount -t tmpfs -o size=6m,mode=0700 tmpfs disk
+        rm first/*/delivery/reserve
+        mkdir disk; mount -t tmpfs -o size=4m,mode=0700 tmpfs disk
         cp -a first disk/box
         outbox flush -d disk/box --timeout 60
         cp -a second/*/runs/* disk/box/*/runs/
@@ -172,6 +173,6 @@ def test_commands_with_zero_bytes_free(row: Row, sqlite_uri: str, experiment_nam
     assert "13 events wait" in text
     assert "of 1 run; 0 kept" in text
     assert first != second
-    for name, number in ((experiment_name, 30_000), (f"{experiment_name}-2", 10)):
+    for name, number in ((experiment_name, 9000), (f"{experiment_name}-2", 10)):
         assert numbered(number) == points(sqlite_uri, the_run(sqlite_uri, name).info.run_id, "loss")
     row.done()
