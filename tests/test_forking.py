@@ -1,10 +1,16 @@
-"""A program may fork while the worker thread imports what is left of mlflow, and its child may import what it likes."""
+"""A program may fork while other threads import what is left of mlflow, or use a store; its child may do the same."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
+
+from mlflow_outbox_worker import forking
+from servers import eventually
 
 _PROGRAM = """
 import os, sys, threading
@@ -29,3 +35,30 @@ def test_a_fork_in_the_middle_of_the_import_leaves_no_locked_module(tmp_path: Pa
     command = [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", _PROGRAM, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert 0 == done.returncode, done.stderr
+
+
+def test_a_fork_waits_until_no_other_thread_uses_a_store() -> None:
+    """SQLite's own locks would stay locked in the child; a use in the child does not wait for its parent's threads."""
+    inside, left = threading.Event(), []
+
+    def use() -> None:
+        with forking.using_store():
+            inside.set()
+            eventually(lambda: forking._uses._forks, message="somebody forks")
+            left.append(True)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    inside.wait(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what this is about
+        child = os.fork()
+    if child == 0:
+        with forking.using_store():
+            os._exit(0 if left else 1)
+    _, status = os.waitpid(child, 0)
+    thread.join(10)
+    assert 0 == os.waitstatus_to_exitcode(status)
+    with forking.using_store():
+        assert [threading.get_ident()] == list(forking._uses._users)
+    assert ({}, 0) == (forking._uses._users, forking._uses._forks)

@@ -1,8 +1,10 @@
-"""Runs that were deleted, by this program or by somebody else, and what is logged to them through an outbox."""
+"""Runs and databases that were deleted, by this program or by somebody else, and what is logged to them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,31 @@ def test_what_was_logged_to_a_run_that_somebody_else_deleted_waits_for_a_person(
         deliver(uri)
         assert [1.0] == [point.value for point in plain.get_metric_history(run.info.run_id, "m")]
         assert "FINISHED" == plain.get_run(run.info.run_id).info.status
+
+
+@pytest.mark.parametrize("journal_mode", ["delete", "wal"])
+def test_a_database_that_is_taken_away_while_it_is_open_takes_nothing_with_it(
+    journal_mode: str, sqlite_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Open connections still lead to the file that is gone; what is logged waits, and the message says for what."""
+    uri, file = f"outbox+{sqlite_uri}", Path(sqlite_uri.removeprefix("sqlite:///"))
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute(f"PRAGMA journal_mode={journal_mode}")
+    with caplog.at_level(logging.WARNING, "mlflow_outbox"), tracking(uri, tmp_path / "outbox") as mlflow:
+        run = mlflow.start_run()
+        mlflow.log_metric("m", 1.0)
+        deliver(uri)
+        parts = [part for part in tmp_path.glob("mlflow.db*") if part.is_file()]
+        for part in parts:
+            part.rename(part.with_name(f"aside-{part.name}"))
+        mlflow.log_metric("m", 2.0, step=1)
+        assert {"m": 2.0} == mlflow.get_run(run.info.run_id).data.metrics
+        eventually(lambda: f"the database {file} was there and is gone" in caplog.text, message="it is said")
+        assert not file.exists()
+        for part in parts:
+            part.with_name(f"aside-{part.name}").rename(part)
+        deliver(uri)
+        mlflow.end_run()
+        deliver(uri)
+    with client(sqlite_uri) as api:
+        assert [1.0, 2.0] == [point.value for point in api.get_metric_history(run.info.run_id, "m")]

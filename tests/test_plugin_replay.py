@@ -70,3 +70,33 @@ def test_into_another_experiment_go_runs_models_and_traces_and_nothing_of_the_fi
     assert ["r", "r"] == [run["name"] for run in found["runs"]]
     assert [("m", "<r>")] * 2 == [(model["name"], model["source"]) for model in found["models"]]
     assert 2 == len(found["traces"])
+
+
+def test_a_database_that_was_lost_is_filled_again(
+    sqlite_uri: str, empty_database: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the runs that are kept after delivery; at a database that has lost nothing, nothing is made twice."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    uri, file = f"outbox+{sqlite_uri}", Path(sqlite_uri.removeprefix("sqlite:///"))
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        for name in ("fluent", "model", "traces"):
+            plugin_scenarios.ALL[name](mlflow, name, plugin_scenarios.nothing)
+        mlflow.flush_trace_async_logging()
+        deliver(uri)
+        expected = {name: picture(sqlite_uri, name) for name in ("fluent", "model", "traces")}
+    for state in ("whole", "lost"):
+        if state == "lost":
+            file.unlink()
+            empty_database(file)
+            forget_engines()
+        assert 0 == command("replay", the_outbox(tmp_path / "outbox"), "--again")
+        for name, before in expected.items():
+            assert [] == differences(before, picture(sqlite_uri, name)), state
+
+
+def forget_engines() -> None:
+    """Let MLflow forget its connections to databases, which it keeps by their URIs for ever."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for engine in SqlAlchemyStore._engine_map.values():
+        engine.dispose()

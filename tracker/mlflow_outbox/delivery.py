@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def open_store(destination: Destination, timeout: float) -> Any:
         username=None,
         password=None,
     )
+
+
+def using_store() -> AbstractContextManager[None]:
+    """Hold back forks of other threads while the block uses a store that may be an SQLite file."""
+    return cast("AbstractContextManager[None]", _half("forking").using_store())
 
 
 def translate(error: BaseException) -> Any:

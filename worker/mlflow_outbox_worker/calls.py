@@ -163,7 +163,7 @@ class Calls:
         """Return MLflow's id of an experiment, which is created as its room says when there is none."""
         with self._lock:
             held = self._ledger.meta(f"experiment/{local}")
-            if held is not None:
+            if held:
                 return held.decode()
             room = provisional.room_of(local)
             for folder in self._source.everywhere(room):
@@ -260,7 +260,7 @@ class Calls:
     def _create_model(self, request: Request, refuse: Callable[[Request, SinkError], None], of: str) -> None:
         wanted: dict[str, Any] = msgspec.json.decode(self._placed(request, of))
         local = wanted.pop("model_id", "")
-        if (request.known and self._copies is None) or self._ledger.meta(f"model/{local}") is not None:
+        if (request.known and self._copies is None) or self._ledger.meta(f"model/{local}"):
             return
         labels = [tag["v"] for tag in wanted.get("tags") or ()]
         mark = next((tag["value"] for tag in labels if tag["key"] == provisional.MODEL_ID_TAG), local)

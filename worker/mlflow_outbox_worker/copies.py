@@ -1,7 +1,8 @@
 """What ids of the server that runs were logged for are at another one, or in another experiment of the same one.
 
 Unchanged MLflow code sees the ids of its server, and writes them down: in tags, links, traces, ``MLmodel`` files. A
-replay to the same place leaves them alone. One to another place makes copies, and there an id of a run or model that
+replay to the same place leaves them alone. One to another place makes copies, and so does one that is asked to send
+everything again, where the first ones may be gone. There an id of a run or model that
 is replayed too stands for its copy's. Experiments are copied by their names. An id of anything else is left as it is.
 """
 
@@ -30,8 +31,8 @@ _LOCATIONS: Final = frozenset({"log_spans"})
 
 
 def copying(source: Source) -> bool:
-    """Return whether what is delivered from a source is a copy of what another place has."""
-    return source.elsewhere or bool(source.experiment(""))
+    """Return whether what is delivered from a source is a copy of what another place has, or had."""
+    return source.elsewhere or source.again or bool(source.experiment(""))
 
 
 class Copies:
@@ -46,10 +47,13 @@ class Copies:
 
     def has(self, subject: str) -> bool:
         """Return whether a run or model of this id is copied, or may be."""
-        return subject in self._models if subject.startswith("m-") else bool(self._source.folders(subject))
+        if subject.startswith("m-"):
+            return subject in self.models
+        return any(folder.is_dir() for folder in self._source.everywhere(subject))
 
     @functools.cached_property
-    def _models(self) -> frozenset[str]:
+    def models(self) -> frozenset[str]:
+        """The ids of all models that the runs made."""
         found = set()
         for run_id in self._source.run_ids():
             reader = RunReader(*self._source.folders(run_id))

@@ -222,7 +222,7 @@ class Courier:
             if twins:
                 record.remote_id, record.experiment_id, record.adopted = twins[0], experiment_id, True
                 return True
-        if self._source.elsewhere:
+        if self._source.elsewhere or self._source.again:
             return False
         reason = (
             f"the run {record.run_id} did not begin in this outbox, and MLflow does not have it; "
@@ -233,7 +233,7 @@ class Courier:
     def _find_or_create(self, record: RunRecord, started: RunStarted | None, header: SegmentHeader | None) -> None:
         name = record.experiment
         # An id of another server's experiment says nothing here; its name does.
-        by_name = self._source.elsewhere or (header is not None and name != header.experiment)
+        by_name = self._source.elsewhere or self._source.again or (header is not None and name != header.experiment)
         given = "" if started is None or by_name else started.experiment_id
         if given:
             record.experiment_id = ask("create_experiment", lambda: self._calls.resolved(given))

@@ -1,10 +1,15 @@
-"""Keeps a fork from happening in the middle of the import of mlflow.
+"""Keeps a fork from happening in the middle of the import of mlflow, or of a use of an SQLite store.
 
 A module that one thread is importing while another forks stays locked in the child for ever: whoever imports it there
 waits for a thread that the child does not have (CPython renews its global import lock at a fork, not those of single
 modules). The worker thread imports mlflow with hundreds of modules, pandas and SQLAlchemy among them, for seconds, and
 just then a training program is likely to fork its data loaders. So a fork waits until that is over, ``PATIENCE``
 seconds at most; it happens once in the life of a process.
+
+SQLite has locks of its own for the whole process, for its memory and its files. One that another thread holds at the
+fork is never released in the child, which waits for it in its first use of any database. (Seen with eight threads
+that delivered to as many files, and two forks.) So a fork waits for those who use a store too, for a shorter time: a
+use may itself be waiting for another process.
 """
 
 from __future__ import annotations
@@ -18,6 +23,9 @@ from typing import Final
 #: Seconds that a fork waits for an import; mlflow takes two, on a busy machine some more.
 PATIENCE: Final = 10.0
 
+#: The same for a use of a store, which takes milliseconds.
+STORE_PATIENCE: Final = 1.0
+
 _lock = threading.RLock()
 _held: dict[int, bool] = {}
 
@@ -29,18 +37,72 @@ def importing() -> Iterator[None]:
         yield
 
 
+class _Uses:
+    """Who uses a store, and who forks."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users: dict[int, int] = {}
+        self._forks = 0
+
+    def enter(self) -> None:
+        """Begin a use, once no other thread forks."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forks or me in self._users, STORE_PATIENCE)
+            self._users[me] = self._users.get(me, 0) + 1
+
+    def leave(self) -> None:
+        """End a use."""
+        me = threading.get_ident()
+        with self._changed:
+            left = self._users.pop(me, 1) - 1  # none is known in a child that was forked inside of a use
+            if left > 0:
+                self._users[me] = left
+            self._changed.notify_all()
+
+    def hold(self) -> None:
+        """Let nobody begin a use, and wait for those of other threads to end."""
+        me = threading.get_ident()
+        with self._changed:
+            self._forks += 1
+            self._changed.wait_for(lambda: not self._users.keys() - {me}, STORE_PATIENCE)
+
+    def release(self) -> None:
+        """End ``hold``."""
+        with self._changed:
+            self._forks -= 1
+            self._changed.notify_all()
+
+
+_uses = _Uses()
+
+
+@contextlib.contextmanager
+def using_store() -> Iterator[None]:
+    """Hold back forks of other threads while the block uses a store that may be an SQLite file."""
+    uses = _uses
+    uses.enter()
+    try:
+        yield
+    finally:
+        uses.leave()
+
+
 def _before_fork() -> None:
     _held[threading.get_ident()] = _lock.acquire(timeout=PATIENCE)
+    _uses.hold()
 
 
 def _after_fork_in_parent() -> None:
+    _uses.release()
     if _held.pop(threading.get_ident(), False):
         _lock.release()
 
 
 def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603 - the child's own; the parent's may be held by a thread that is not here
-    _lock = threading.RLock()
+    global _lock, _uses  # the child's own; the parent's may be held by threads that are not here
+    _lock, _uses = threading.RLock(), _Uses()
     _held.clear()
 
 

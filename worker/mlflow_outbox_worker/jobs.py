@@ -162,7 +162,7 @@ def _is_home(outbox: OutboxDirectory, runs: Runs) -> bool:
 def _own_job(outbox: OutboxDirectory, destination: Destination, runs: Runs, wish: Wish) -> Job:
     filing = not wish.follow and not outbox.network
     chosen = None if wish.follow else set(runs)
-    source = OutboxSource(outbox, filing=filing, chosen=chosen)
+    source = OutboxSource(outbox, filing=filing, chosen=chosen, again=wish.again)
     return Job(source, destination, runs, outbox, wish.again)
 
 
@@ -173,7 +173,12 @@ def _loose_job(destination: Destination, found: list[Runs], paths: list[Path], *
         return merged(_of_their_outbox(one.runs, one) for path in paths for one in _found(path))
 
     source = RunsSource(
-        runs, destination, experiment=wish.experiment, elsewhere=elsewhere, look=look if wish.follow else None
+        runs,
+        destination,
+        experiment=wish.experiment,
+        elsewhere=elsewhere,
+        again=wish.again,
+        look=look if wish.follow else None,
     )
     return Job(source, destination, runs, None, wish.again)
 

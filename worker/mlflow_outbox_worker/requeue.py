@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from mlflow_outbox.errors import LeaseHeld
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.copies import Copies
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.sources import Source
 
 
-def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Iterable[str], settings: Settings) -> None:
+def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[str], settings: Settings) -> None:
     """Let runs be sent from their beginning.
 
     Args:
@@ -47,8 +49,18 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Iterable[str
                 ledger.forget(run_id)
                 if filed is not None:
                     _bring_back(filed, run_id)
+            _forget_ids(source, ledger, run_ids)
     finally:
         lease.release()
+
+
+def _forget_ids(source: Source, ledger: Ledger, run_ids: Collection[str]) -> None:
+    """Forget what has become of models and experiments; empty is as good as nothing."""
+    names = [f"model/{model}" for model in Copies(source).models]
+    names += [f"experiment/{provisional.experiment_of(name)}" for name in run_ids if provisional.is_room(name)]
+    for name in names:
+        if ledger.meta(name):
+            ledger.set_meta(name, b"")
 
 
 def _bring_back(directory: OutboxDirectory, run_id: str) -> None:

@@ -42,6 +42,7 @@ class Source(Protocol):
         quarantine: where bytes that are no frames are kept.
         filing: the outbox whose delivered files may be moved and reclaimed; None when nothing may be touched.
         elsewhere: the destination is another one than the runs were logged for.
+        again: everything is sent once more, because the destination may have lost it.
         remote: other machines may write to it, so that only looking tells what is new.
     """
 
@@ -50,6 +51,7 @@ class Source(Protocol):
     quarantine: Path
     filing: OutboxDirectory | None
     elsewhere: bool
+    again: bool
     remote: bool
 
     def lease(self, kind: str) -> WorkerLease:
@@ -100,10 +102,16 @@ class OutboxSource:
         directory: the outbox.
         filing: whether delivered files may be moved and reclaimed.
         chosen: only these runs; None means all.
+        again: everything is sent once more.
     """
 
     def __init__(
-        self, directory: OutboxDirectory, *, filing: bool = True, chosen: Collection[str] | None = None
+        self,
+        directory: OutboxDirectory,
+        *,
+        filing: bool = True,
+        chosen: Collection[str] | None = None,
+        again: bool = False,
     ) -> None:
         self._directory = directory
         self._chosen = chosen
@@ -112,6 +120,7 @@ class OutboxSource:
         self.quarantine = directory.quarantine
         self.filing = directory if filing else None
         self.elsewhere = False
+        self.again = again
         self.remote = directory.network
         self.answer_doorbell = directory.answer_doorbell
         self.ring = directory.ring
@@ -154,6 +163,7 @@ class RunsSource:
         destination: where they are delivered to.
         experiment: name of the experiment that all go into; "" leaves each its own.
         elsewhere: the destination is another one than the runs were logged for.
+        again: everything is sent once more.
         look: finds the runs again, for sources that still grow; None when they do not.
     """
 
@@ -164,6 +174,7 @@ class RunsSource:
         *,
         experiment: str = "",
         elsewhere: bool = False,
+        again: bool = False,
         look: Callable[[], Mapping[str, tuple[Path, ...]]] | None = None,
     ) -> None:
         self._runs = dict(runs)
@@ -177,6 +188,7 @@ class RunsSource:
         self._lock = own / "worker.lock"
         self.filing: OutboxDirectory | None = None
         self.elsewhere = elsewhere
+        self.again = again
         self.remote = look is not None
 
     def lease(self, kind: str) -> WorkerLease:

@@ -10,6 +10,7 @@ is on disk.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import inspect
 import re
@@ -41,6 +42,13 @@ _OURS: Final = re.compile(r"^[A-Z]+ /\S*: \d{3} (?:[A-Z_]+: )?")
 _NOT_ABOUT_IT: Final = frozenset({401, 403, 407, 408, 425, 429})
 
 
+class SilentHost(OSError):
+    """Raised when a workspace has not answered in time."""
+
+    def __init__(self) -> None:
+        super().__init__("the workspace has not answered in time")
+
+
 class Away(Exception):
     """Raised when the server cannot be asked now; ``sent`` tells whether a request may have been carried out."""
 
@@ -67,6 +75,8 @@ class Server:
         self._pause = _PAUSE_FIRST
         self._why = ""
         self._under_way = 0
+        self._embedded = outbox.destination.scheme not in {"http", "https", "databricks"}
+        self._aside = threading.Semaphore()
         self.asked: Callable[[], None] = lambda: None
 
     @property
@@ -95,8 +105,10 @@ class Server:
         if timeout <= 0 or self.is_away():
             raise Away(self._why or "the server is not asked", sent=False)
         try:
-            with suppress_logs_in_thread(), self._counted():
-                answer = question(self.store(timeout))
+            if self._outbox.destination.scheme == "databricks":
+                answer = self._asked_aside(question, timeout)
+            else:
+                answer = self._asked(question, timeout)
         except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             raise self._meaning(error) from None
         except Exception as error:
@@ -105,6 +117,39 @@ class Server:
             raise self._meaning(error) from None
         self._pause, self._asleep_until = _PAUSE_FIRST, 0.0
         return answer
+
+    def _asked(self, question: Callable[[Any], T], timeout: float) -> T:
+        held = delivery.using_store if self._embedded else contextlib.nullcontext
+        with suppress_logs_in_thread(), self._counted(), held():
+            opened = self.opened(timeout)
+            opened.check()
+            return question(opened.store)
+
+    def _asked_aside(self, question: Callable[[Any], T], timeout: float) -> T:
+        """Put a question in a thread of its own, and wait for no longer than it may take.
+
+        The Databricks SDK looks for the workspace before it asks anything, and does so for five minutes whatever it
+        is told. What comes of it then is for nobody; until then nothing else is asked.
+        """
+        if not self._aside.acquire(blocking=False):
+            raise SilentHost
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._asked(question, timeout))
+            except BaseException as error:  # noqa: BLE001 - it is raised where the answer is waited for
+                answer.set_exception(error)
+            finally:
+                self._aside.release()
+
+        threading.Thread(target=ask, name="mlflow-outbox-question", daemon=True).start()
+        try:
+            return answer.result(timeout)
+        except concurrent.futures.TimeoutError:
+            if answer.done():
+                raise
+            raise SilentHost from None
 
     def _meaning(self, error: Exception) -> Any:
         found = delivery.translate(error)
@@ -120,14 +165,9 @@ class Server:
         self._pause = min(_PAUSE_MOST, self._pause * 2)
         return Away(str(found), sent=found.sent)
 
-    def store(self, timeout: float) -> Any:
-        """Return the store whose requests take at most timeout seconds."""
-        return self.opened(timeout).store
-
     def opened(self, timeout: float | None = None) -> Any:
         """Return the worker's ``OpenStore``; embedded stores are opened once, whatever the timeout."""
-        embedded = self._outbox.destination.scheme not in {"http", "https", "databricks"}
-        key = 0.0 if embedded else timeout or self._outbox.settings.read_timeout
+        key = 0.0 if self._embedded else timeout or self._outbox.settings.read_timeout
         with self._lock:
             if key not in self._opened:
                 self._opened[key] = delivery.open_store(self._outbox.destination, key or 30.0)
@@ -149,14 +189,15 @@ class Server:
             if self._under_way:
                 return False
             opened, self._opened = self._opened, {}
-        for one in opened.values():
-            one.close()
+        with delivery.using_store():
+            for one in opened.values():
+                one.close()
         return True
 
     def forked(self) -> None:
         """Begin anew in a forked child: connections and locks stayed with the parent's threads."""
         self._lock = threading.Lock()
-        self._opened, self._under_way = {}, 0
+        self._opened, self._under_way, self._aside = {}, 0, threading.Semaphore()
 
     def needed(self, what: str, away: Away) -> MlflowException:
         """Return the error of a call that only the server can answer."""

@@ -83,7 +83,7 @@ def translate(error: BaseException) -> SinkError:
 def _of_mlflow(error: MlflowException) -> SinkError:
     message = clean(error)
     cause = error.__cause__ or error.__context__
-    if cause is not None and _is_of_database(cause):
+    if cause is not None and _is_of_database(cause) and error.error_code != "RESOURCE_ALREADY_EXISTS":
         return _of_database(cause)
     if error.error_code == "INTERNAL_ERROR" and cause is not None:
         inner = translate(cause)

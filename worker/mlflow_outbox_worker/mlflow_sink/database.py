@@ -17,6 +17,8 @@ from mlflow_outbox_worker.sink import SinkError
 _in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], SqlAlchemyStore] = weakref.WeakValueDictionary()
 #: SQLite files that this process has opened.
 _opened: set[Path] = set()
+#: The file of each store, and which one it was when the store was opened.
+_files: weakref.WeakKeyDictionary[SqlAlchemyStore, tuple[Path, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 def _after_fork_in_child() -> None:
@@ -62,7 +64,29 @@ def open_store(uri: str, root: str) -> tuple[str, SqlAlchemyStore, bool]:
             _opened.add(file)
             key = (uri, root, *_identity(file))
             _in_use[key] = store
+            _files[store] = file, _identity(file)
     return uri, store, url.get_backend_name() != "sqlite"
+
+
+def check(store: SqlAlchemyStore) -> None:
+    """Look whether the file of a store is still the one that was opened; if not, let its connections go.
+
+    SQLite goes on with a file that was taken away, or that another one replaced: it refuses writes with "attempt to
+    write a readonly database", or, in WAL mode, takes them for nobody ever to read.
+
+    Raises:
+        SinkError: it is not.
+    """
+    file, before = _files.get(store, (None, (0, 0)))
+    if file is None or (now := _identity(file)) == before:
+        return
+    store._dispose_engine()  # noqa: SLF001 - MLflow has no public way to do it
+    if now == (0, 0):
+        msg = f"the database {file} was there and is gone; what was logged waits for it to come back"
+    else:
+        _files[store] = file, now
+        msg = f"the database {file} was replaced by another one"
+    raise SinkError(msg, kind="connection", sent=False)
 
 
 def _absolute(uri: str) -> sqlalchemy.engine.URL:

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
 from mlflow_outbox.spool.events import STATUSES
+from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink import calls
 from mlflow_outbox_worker.mlflow_sink.boundary import translate, translated
 from mlflow_outbox_worker.mlflow_sink.rest import ServerStore
@@ -38,7 +39,8 @@ def _translated(method: Callable[Concatenate[Recorder, _P], _T]) -> Callable[Con
 
     @functools.wraps(method)
     def call(self: Recorder, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with self._turn, translated():
+        with self._turn, self._held(), translated():
+            self._opened.check()
             return method(self, *args, **kwargs)
 
     return call
@@ -57,6 +59,9 @@ class Recorder:
         # An embedded store is a file: whatever the caller does, one request at a time touches it.
         self._turn: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if self.parallel else threading.RLock()
+        )
+        self._held: Callable[[], contextlib.AbstractContextManager[Any]] = (
+            contextlib.nullcontext if self.parallel else using_store
         )
 
     def __repr__(self) -> str:
@@ -205,7 +210,7 @@ class Recorder:
 
     def close(self) -> None:
         """Give back connections; the sink is not used afterwards."""
-        with contextlib.suppress(SinkError), translated():  # there is nothing left to do for who closes
+        with contextlib.suppress(SinkError), self._held(), translated():  # there is nothing left to do for who closes
             self._opened.close()
 
     def _search(self, experiment_id: str, condition: str, view: int) -> list[Run]:

@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -21,6 +21,7 @@ from mlflow.utils.databricks_utils import get_databricks_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path, path_to_local_file_uri
 
 from mlflow_outbox.errors import DestinationError
+from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
 from mlflow_outbox_worker.mlflow_sink.boundary import translated
 from mlflow_outbox_worker.mlflow_sink.directory import Directory
@@ -48,6 +49,7 @@ class OpenStore:
         deduplicates_metrics: the store keeps an identical metric point once.
         parallel: several requests may be under way at once.
         transport: the connections to a tracking server; None for an embedded store.
+        checks: looks whether the store is what it was when it was opened; None when there is nothing to look at.
     """
 
     uri: str
@@ -57,6 +59,16 @@ class OpenStore:
     parallel: bool
     transport: Transport | None = None
     host: Host | None = None
+    checks: Callable[[], None] | None = None
+
+    def check(self) -> None:
+        """Look whether the store is what it was when it was opened.
+
+        Raises:
+            SinkError: it is not.
+        """
+        if self.checks is not None:
+            self.checks()
 
     def close(self) -> None:
         """Give back connections."""
@@ -87,9 +99,17 @@ def open_store(
             return _directory(uri, artifact_root)
         from mlflow_outbox_worker.mlflow_sink import database  # imports sqlalchemy, which the others do without
 
-        with _building:
+        with _building, using_store():
             uri, store, parallel = database.open_store(uri, artifact_root or str(Path("mlruns").absolute()))
-        return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=parallel)
+        checks = functools.partial(database.check, store)
+        return OpenStore(
+            uri,
+            store,
+            Artifacts(uri),
+            deduplicates_metrics=True,
+            parallel=parallel,
+            checks=None if parallel else checks,
+        )
 
 
 def open_client(
