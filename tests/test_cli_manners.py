@@ -271,6 +271,17 @@ def test_words_are_completed(shell: str, more: dict[str, str], answer: str) -> N
     assert re.sub(r"\n$", "", done.out).startswith(answer)
 
 
+@pytest.mark.parametrize("words", ["show -d {}", "verify -d {}", "flush -d {} --run"])
+def test_the_ids_of_runs_are_completed(words: str, tmp_path: Path) -> None:
+    """Those of the outbox that is named; where there is none, none, and no word about it in the middle of a line."""
+    first, _ = offline(tmp_path, runs=2)
+    for place, found in ((tmp_path, f"plain,{first}"), (tmp_path / "none", "")):
+        asked = f"mlflow-outbox {words.format(place)} {first[:9]}"
+        number = str(len(asked.split()) - 1)
+        done = run(_MLFLOW_OUTBOX_COMPLETE="bash_complete", COMP_WORDS=asked, COMP_CWORD=number)
+        assert (0, found, "") == (done.code, done.out.strip(), done.err)
+
+
 #: What each shell does with the script, and then asks it for a word that was begun.
 _COMPLETING = {
     "bash": """

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
@@ -29,12 +29,17 @@ WIDTH: Final = 80
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
 
 
+#: Returns the values that a parameter may have, given those of the command's other parameters.
+Words = Callable[[dict[str, Any]], Iterable[str]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """What a positional parameter is called in help, and what it is about."""
+    """What a positional parameter is called in help, what it is about, and what says how a shell may complete it."""
 
     metavar: str
     about: str
+    words: Words | None = None
 
 
 class Option:
@@ -47,6 +52,7 @@ class Option:
         least: the smallest number that it takes.
         most: the largest.
         default: what help says about leaving it out, when the default value itself does not tell.
+        words: says how a shell may complete its value.
     """
 
     def __init__(
@@ -57,8 +63,10 @@ class Option:
         least: float | None = None,
         most: float | None = None,
         default: str = "",
+        words: Words | None = None,
     ) -> None:
         self.names = names
+        self.words = words
         self.about = f"{about}  [default: {default}]" if default else about
         self.metavar = metavar
         self.least, self.most = least, most
@@ -157,6 +165,7 @@ def _parameter(parameter: inspect.Parameter, kind: Any, about: Option | Argument
             nargs=-1 if several else 1,
             required=required,
             metavar=about.metavar,
+            shell_complete=_completing(about.words),
         )
     names = [parameter.name, *(about.names or (f"--{parameter.name.replace('_', '-')}",))]
     if kind is bool:
@@ -170,7 +179,18 @@ def _parameter(parameter: inspect.Parameter, kind: Any, about: Option | Argument
         show_default=default not in {None, ""},
         metavar=about.metavar,
         help=about.about,
+        shell_complete=_completing(about.words),
     )
+
+
+def _completing(words: Words | None) -> Callable[[click.Context, click.Parameter, str], list[str]] | None:
+    if words is None:
+        return None
+
+    def complete(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
+        return [word for word in words(ctx.params) if word.startswith(begun)]
+
+    return complete
 
 
 def _type(kind: Any, least: float | None, most: float | None) -> Any:

@@ -56,7 +56,9 @@ def flush(
             default="go on as long as events arrive",
         ),
     ] = None,
-    run: Annotated[str | None, Option("--run", metavar="ID", about="Wait for this run only.")] = None,
+    run: Annotated[
+        str | None, Option("--run", metavar="ID", about="Wait for this run only.", words=outboxes.run_words)
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, with_credentials
+from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
@@ -77,6 +78,19 @@ def open_one(settings: Settings) -> OutboxDirectory:
         msg = f"there are {len(paths)} outboxes in {where} ({names}); name one with --outbox-dir"
         raise CommandFailed(msg, ExitCode.USAGE)
     return OutboxDirectory.open(paths[0])
+
+
+def run_words(given: Mapping[str, Any]) -> list[str]:
+    """Return the ids of all runs on disk, for a shell to complete; none where that cannot be told.
+
+    Args:
+        given: the values of a command's other parameters.
+    """
+    try:
+        directories = open_all(settings_for(given.get("outbox_dir")))
+    except (OutboxError, OSError):
+        return []
+    return sorted({run_id for one in directories for run_id in [*one.run_ids(), *one.delivered_ids()]})
 
 
 def read_only(path: Path) -> str:

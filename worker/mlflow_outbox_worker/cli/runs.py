@@ -113,7 +113,7 @@ def _list(entries: list[dict[str, Any]]) -> None:
 def show(
     run: Annotated[
         str,
-        Argument(metavar="RUN", about="A run's id in the outbox or in MLflow, or the beginning of the former."),
+        Argument("RUN", "A run's id in the outbox or in MLflow, or the beginning of the former.", outboxes.run_words),
     ],
     outbox_dir: OutboxDir = None,
     as_json: Annotated[bool, Option("--json", about="Print every event on disk, one JSON object a line.")] = False,

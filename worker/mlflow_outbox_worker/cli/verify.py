@@ -36,7 +36,9 @@ def register(app: click.Group) -> None:
 
 
 def verify(
-    runs: Annotated[list[str] | None, Argument(metavar="[RUN...]", about="Ids of runs; else all on disk.")] = None,
+    runs: Annotated[
+        list[str] | None, Argument(metavar="[RUN...]", about="Ids of runs; else all on disk.", words=outboxes.run_words)
+    ] = None,
     deep: Annotated[bool, Option("--deep", about="Every point, and the content of every artifact.")] = False,
     to: Annotated[
         str | None, Option("--to", metavar="URI", about="A tracking URI that the runs were replayed to.")
