@@ -48,6 +48,7 @@ from mlflow_outbox.spool import reserve
 from mlflow_outbox_worker import dbconnection, dbfile
 from mlflow_outbox_worker.dbconnection import Cache, LedgerCorrupt, Row, translated
 from mlflow_outbox_worker.dbdoor import FORK_PATIENCE, door
+from mlflow_outbox_worker.forking import using_store
 
 #: Seconds that a checkpoint waits for readers; their queries take milliseconds.
 CHECKPOINT_PATIENCE: Final = 0.5
@@ -69,10 +70,10 @@ class Database:
         self._timeout = timeout
         self._lock = threading.RLock()
         self._usable = True
-        with translated(self._path):
+        with translated(self._path), using_store():  # no fork can wait for what is not in _DATABASES yet
             _close_inherited()
             self._cache = Cache(self._path, timeout)
-        _DATABASES.add(self)
+            _DATABASES.add(self)
 
     @classmethod
     def open(cls, directory: Path, *, timeout: float, report: Callable[[str], None]) -> Database:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox_worker.forking import using_store
 
 #: Seconds that a fork waits for a use of the database to end; a query or commit takes less than a few milliseconds.
 FORK_PATIENCE: Final = 1.0
@@ -48,7 +49,8 @@ def door(path: Path, timeout: float) -> Iterator[None]:
         msg = f"the ledger {path} has been read by another thread for {timeout:g} s"
         raise LedgerUnavailable(msg)
     try:
-        yield
+        with using_store():  # a fork that began before this door was made does not know of it
+            yield
     finally:
         lock.release()
 

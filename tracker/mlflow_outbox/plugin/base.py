@@ -113,10 +113,15 @@ class Base:
             raise AttributeError(name)  # noqa: TRY004 - what __getattr__ raises
         return lambda *args, **kwargs: self._delegate(name, *args, **kwargs)
 
-    def settle(self) -> None:
-        """Let what this process logged arrive first, for a moment: the next question is about it as often as not."""
-        if not self.server.is_away() and self.outbox.worker_kind != "none" and self.journals.wrote():
-            self.outbox.flush(self.outbox.settings.create_timeout)
+    def settle(self) -> bool:
+        """Let what this process logged arrive first, for a moment: the next question is about it as often as not.
+
+        Returns:
+            Whether it has.
+        """
+        if self.server.is_away() or self.outbox.worker_kind == "none":
+            return False
+        return not self.journals.wrote() or bool(self.outbox.flush(self.outbox.settings.create_timeout))
 
     def ask(self, question: Callable[[Any], T], *, quick: bool = True) -> T | None:
         """Return the server's answer, or None when it is away.

@@ -27,6 +27,7 @@ class Traces(Models):
         self._spans: OrderedDict[str, dict[str, Span]] = OrderedDict()
         self._rooms: OrderedDict[str, str] = OrderedDict()
         self._recent_lock = threading.Lock()
+        self._traced = False
 
     @property
     def _has_spans(self) -> bool:
@@ -35,6 +36,7 @@ class Traces(Models):
     def start_trace(self, trace_info: TraceInfo) -> TraceInfo:
         """Record a trace."""
         experiment = str(trace_info.experiment_id)
+        self._traced = True
         self.journals.room(experiment).request("start_trace", trace_info=trace_info)
         shown = TraceInfo.from_dict(trace_info.to_dict())
         shown.tags[MLFLOW_ARTIFACT_LOCATION] = (
@@ -61,6 +63,7 @@ class Traces(Models):
         if not self._has_spans:
             raise NotImplementedError
         if spans:
+            self._traced = True
             self.journals.room(str(location)).request("log_spans", location=str(location), spans=list(spans))
             for span in spans:
                 held = self._spans.get(span.trace_id) or {}
@@ -71,7 +74,17 @@ class Traces(Models):
         """Record spans; nothing is waited for."""
         return self.log_spans(location, spans)
 
+    def _settle_traces(self) -> None:
+        """Let what this process did to traces arrive first, for a moment: who reads them sees what he wrote."""
+        if self._traced:
+            self._traced = not self.settle()
+
+    def _is_on_its_way(self, error: Exception) -> bool:
+        """Return whether what the server has not, or not in full, may still arrive there."""
+        return isinstance(error, Away) or self._traced
+
     def _room_of_trace(self, trace_id: str) -> Any:
+        self._traced = True
         return self.journals.room(self._rooms.get(trace_id, ""))
 
     def set_trace_tag(self, trace_id: str, key: str, value: str) -> None:
@@ -116,11 +129,12 @@ class Traces(Models):
         Raises:
             MlflowException: neither knows it.
         """
+        self._settle_traces()
         try:
             return self.server.ask(lambda store: store.get_trace_info(trace_id))
         except (Away, MlflowException) as error:
             held = self._recent.get(trace_id)
-            if held is not None:
+            if held is not None and self._is_on_its_way(error):
                 return held
             if isinstance(error, Away):
                 raise self.server.needed(f"the trace {trace_id}", error) from None
@@ -132,11 +146,12 @@ class Traces(Models):
         Raises:
             MlflowException: neither the server nor this process knows it.
         """
+        self._settle_traces()
         held = self._held(trace_id)
         try:
             return self.server.ask(lambda store: store.get_trace(trace_id, **options))
         except (Away, MlflowException) as error:
-            if held is not None:
+            if held is not None and self._is_on_its_way(error):
                 return held
             if isinstance(error, Away):
                 raise self.server.needed(f"the trace {trace_id}", error) from None
@@ -148,6 +163,7 @@ class Traces(Models):
         Raises:
             MlflowException: the server is away and this process does not know them all.
         """
+        self._settle_traces()
         held = {trace_id: trace for trace_id in trace_ids if (trace := self._held(trace_id)) is not None}
         try:
             found = {
