@@ -128,7 +128,7 @@ def _in_database(path: Path, experiment: str) -> Held:
 
 def _in_files(root: Path, experiment: str) -> Held:
     found = Held()
-    for meta in root.glob("*/*/meta.yaml"):
+    for meta in root.glob("[!.]*/[!.]*/meta.yaml"):  # drafts and what is being deleted begin with a dot
         run = meta.parent
         if not (run.parent / "meta.yaml").exists():  # a draft of an experiment is not a run
             continue

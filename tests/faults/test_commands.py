@@ -83,7 +83,8 @@ _FILL = """
     sys.stdin.readline()
     print("delivered", tracker.close(60), dict(tracker.counters), flush=True)
 """
-_DISK = "mkdir disk; mount -t tmpfs -o size=64m,mode=0700 tmpfs disk"
+#: Twice what ``free_bytes`` keeps for others, so that nothing is refused before it is filled.
+_DISK = "mkdir disk; mount -t tmpfs -o size=128m,mode=0700 tmpfs disk"
 
 
 @pytest.mark.needs("mounts")
