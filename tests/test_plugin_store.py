@@ -531,3 +531,23 @@ def test_files_in_a_directory_are_in_their_place_at_once_and_in_the_outbox_too(
         assert "two" == (place / "a.txt").read_text()
         known, _ = store(uri).files(run.info.run_id, "")
         assert ["sub/a.txt"] == list(known)
+
+
+def test_the_end_of_a_run_says_where_it_can_be_looked_at(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same two lines as without an outbox; nothing for a run that the server does not have yet."""
+    said = []
+    for prefix in ("", "outbox+"):
+        with tracking(f"{prefix}{mlflow_server.url}", tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            capsys.readouterr()
+            with mlflow.start_run(run_name="seen") as run:
+                mlflow.log_metric("m", 1.0)
+            said.append(capsys.readouterr().out.replace(run.info.run_id, "<run>"))
+    assert said[0] == said[1]
+    assert f"{mlflow_server.url}/#/experiments/" in said[1]
+    with tracking(NOWHERE, tmp_path, exit_timeout=0) as mlflow:
+        with mlflow.start_run():
+            pass
+        assert "View run" not in capsys.readouterr().out

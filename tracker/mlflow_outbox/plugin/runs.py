@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any, Final
@@ -22,7 +23,7 @@ from mlflow.utils.validation import (
     _validate_tag,
 )
 
-from mlflow_outbox.plugin import reads
+from mlflow_outbox.plugin import links, reads
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun, now_ms, say_once
 from mlflow_outbox.plugin.run_reads import RunReads
@@ -136,6 +137,10 @@ class Runs(RunReads):
             return RunInfo(
                 run_id, "0", "", "RUNNING", now_ms(), None, "active", self._uri(run.run_id), run_name=run_name
             )
+        if run_status is not None and status not in _GOING_ON and local.view.experiment_id:
+            with contextlib.suppress(NotYet):  # it has no address yet
+                experiment = self.ids.remote(local.view.experiment_id)
+                links.show(self.server.uri, experiment, self.ids.remote(run.run_id), local.view)
         return reads.local_run_of(local, run_id, self._uri(run.run_id)).info
 
     def delete_run(self, run_id: str) -> None:
