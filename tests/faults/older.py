@@ -96,7 +96,8 @@ def _as_nobody() -> None:
 def unpacked(release: Path, folder: Path) -> tuple[str, Path]:
     """Copy what a release left to a folder where it can be delivered; return the store's URI and the outbox."""
     shutil.copytree(release, folder)
-    (folder / "store" / ".trash").mkdir(exist_ok=True)  # without it MLflow finds no run
+    for tags in (folder / "store").glob("*/*/tags"):
+        (tags.parent / "artifacts").mkdir(exist_ok=True)  # without it MLflow takes the directory for no run
     for path in [folder / "outbox", *(folder / "outbox").rglob("*")]:
         path.chmod(0o700 if path.is_dir() else 0o600)
         os.utime(path, (1, 1))  # its writers are gone for long
