@@ -116,7 +116,7 @@ class TestReserve:
 
 def delivered(root: Path, number: int) -> tuple[OutboxDirectory, Ledger, list[str]]:
     """Make an outbox of runs that were delivered, read back and filed, one after the other."""
-    ids = offline(root, runs=number, points=100)
+    ids = offline(root, runs=number, points=1000)
     outbox = OutboxDirectory.open(outbox_of(root))
     ledger = Ledger.open(outbox.ledger)
     for time_ms, run_id in enumerate(ids, 1):

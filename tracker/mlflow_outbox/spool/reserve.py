@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Final
 
 NAME: Final = "reserve"
-#: Bytes: a new ledger (0.1 MB), its log until it is cut (see LOW), a directory for each of a few hundred runs.
-SIZE: Final = 4 * 1024 * 1024
-#: Bytes free below which it is given back; the commit of a run with some thousand keys takes less.
-LOW: Final = 1024 * 1024
+#: Bytes: a new ledger (0.1 MB), its log until it is cut (see LOW), a directory for each of a hundred runs.
+SIZE: Final = 1024 * 1024
+#: Bytes free below which it is given back; the commit of a run with a thousand keys takes less.
+LOW: Final = 256 * 1024
 #: Bytes free above which it is made: it must not be what fills the disk.
 ROOM: Final = 8 * SIZE
 
