@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from contents import client
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Window
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, store, tracking
 from servers import MlflowServer, eventually
@@ -88,3 +90,40 @@ _EXPECTED = {
     "Stopping system metrics monitoring...",
     "Successfully terminated system metrics monitoring!",
 }
+
+
+def test_a_run_is_not_read_again_from_its_beginning_while_the_server_is_away(
+    own_mlflow_server: Callable[..., MlflowServer],
+    experiment_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The monitor asks for its run at each sample, of an outage of hours too; what was delivered since counts."""
+    server = own_mlflow_server()
+    uri = f"outbox+{server.url}"
+    read: list[int] = []
+    window = RunReader.window
+
+    def counted(reader: RunReader, *arguments: Any, **options: Any) -> Window:
+        found = window(reader, *arguments, **options)
+        if options.get("points") == 100_000:  # not the worker's
+            read.append(len(found.events))
+        return found
+
+    with tracking(uri, tmp_path / "outbox", create_timeout=0.5) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            deliver(uri)
+            server.kill()
+            for step in range(50):
+                mlflow.log_metric("m", float(step), step=step)
+            assert {"m": 49.0} == mlflow.get_run(run.info.run_id).data.metrics  # finds out that the server is away
+            assert {"m": 49.0} == mlflow.get_run(run.info.run_id).data.metrics
+            monkeypatch.setattr(RunReader, "window", counted)
+            mlflow.log_metric("m", 50.0, step=50)
+            assert {"m": 50.0} == mlflow.get_run(run.info.run_id).data.metrics
+            assert {"m": 50.0} == mlflow.get_run(run.info.run_id).data.metrics
+            assert [1, 0] == read
+            server.start()
+            deliver(uri)
+            assert {"m": 50.0} == mlflow.get_run(run.info.run_id).data.metrics

@@ -15,6 +15,7 @@ from mlflow_outbox.errors import LedgerUnavailable, TrackingUnavailable
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Event, RunStarted
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.views import Latest, Register, RunView
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.mlflow_sink import open_client, open_sink
@@ -33,6 +34,8 @@ class LocalRun:
 
     Attributes:
         view: delivered and pending events together.
+        base: how far delivery was when it was read.
+        cursors: how far it was read.
         pending: (writer, event) pairs that MLflow does not have yet.
     """
 
@@ -42,6 +45,8 @@ class LocalRun:
         self.remote_id = record.remote_id if record is not None else ""
         self.view = view
         self.pending: list[tuple[str, Event]] = []
+        self.base: dict[str, Cursor] = {}
+        self.cursors: dict[str, Cursor] = {}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the run in the form of ``get_all_runs``."""
@@ -127,17 +132,19 @@ class Reading:
                 with contextlib.suppress(LedgerUnavailable):
                     ledger.close()
 
-    def local_run(self, run_id: str) -> LocalRun | None:
+    def local_run(self, run_id: str, since: LocalRun | None = None) -> LocalRun | None:
         """Return one run as the outbox has it, or None when it has nothing of it.
 
         Args:
             run_id: the outbox's id of the run, which is MLflow's when it existed there first.
+            since: what was returned before. If nothing was delivered since, only what is new is read and added to it,
+                and ``pending`` is that alone.
         """
         ledger: Ledger | None = None
         with contextlib.suppress(LedgerUnavailable):
             ledger = Ledger.open(self._ledger_path, read_only=True)
         try:
-            run = self._local_run(run_id, ledger)
+            run = self._local_run(run_id, ledger, since)
         finally:
             if ledger is not None:
                 with contextlib.suppress(LedgerUnavailable):
@@ -164,7 +171,7 @@ class Reading:
             return record.remote_id if record is not None else ""
         return ""
 
-    def _local_run(self, run_id: str, ledger: Ledger | None) -> LocalRun | None:
+    def _local_run(self, run_id: str, ledger: Ledger | None, since: LocalRun | None = None) -> LocalRun | None:
         record, view = None, None
         with contextlib.suppress(LedgerUnavailable):
             if ledger is not None:
@@ -177,15 +184,18 @@ class Reading:
         run = LocalRun(run_id, experiment, record, view or RunView())
         if record is not None and view is None:
             record = None  # the ledger was lost in part: read everything
-        cursors = dict(record.cursors) if record is not None else {}
+        run.base = run.cursors = dict(record.cursors) if record is not None else {}
+        if since is not None and since.base == run.base:
+            since.remote_id, since.pending = run.remote_id, []
+            run = since
         while True:
-            window = pending.window(cursors, points=100_000, items=100_000)
+            window = pending.window(run.cursors, points=100_000, items=100_000)
             for writer, event in window.events:
                 run.view.fold(event, writer)
             run.pending += window.events
+            run.cursors = window.cursors
             if not window.more:
                 return run
-            cursors = window.cursors
 
     def _sink(self) -> Sink:
         key = (self._destination.secret_uri or self._destination.uri, self._destination.artifact_root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.entities import Metric, Run, ViewType
@@ -26,10 +27,17 @@ if TYPE_CHECKING:
 
 #: Points asked for in one page of a metric's history.
 _PAGE: Final = 25_000
+#: Runs that are remembered while the server is away, because reading all of one takes long when much has piled up.
+_OFFLINE: Final = 16
 
 
 class RunReads(Experiments):
     """What readers of runs ask."""
+
+    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
+        super().__init__(store_uri, artifact_uri)
+        self._offline_lock = threading.Lock()
+        self._offline_runs: dict[str, LocalRun] = {}
 
     def get_run(self, run_id: str) -> Run:
         """Return a run.
@@ -38,6 +46,12 @@ class RunReads(Experiments):
             MlflowException: there is none of this id, or only the server would know and is away.
         """
         local_id = self.canonical(run_id)
+        if not self._can_answer(local_id):
+            found = self._offline(local_id, run_id)
+            if found is not None:
+                return found
+        else:
+            self._offline_runs.clear()
         local = self._waiting(local_id)
         theirs: Run | None = None
         away: Away | None = None
@@ -60,6 +74,33 @@ class RunReads(Experiments):
         if away is not None:
             raise self.server.needed(f"the run {run_id}", away)
         raise no_such("Run", run_id)
+
+    def _can_answer(self, local_id: str) -> bool:
+        """Return whether the server has a run and was not away when it was asked last, this time if need be."""
+        try:
+            remote = self.ids.remote(local_id)
+        except NotYet:
+            return False
+        if self.server.was_away():
+            try:
+                self.server.ask(lambda store: store.get_run(remote), quick=True)
+            except Away:
+                return False
+            except MlflowException:
+                pass  # it is there, and says no again below
+        return True
+
+    def _offline(self, local_id: str, run_id: str) -> Run | None:
+        """Return a run as the outbox has it, having read no more than what is new since the last time."""
+        with self._offline_lock:
+            local = delivery.reading(self.outbox).local_run(local_id, self._offline_runs.pop(local_id, None))
+            if local is None:
+                return None
+            local.pending = []
+            self._offline_runs[local_id] = local
+            while len(self._offline_runs) > _OFFLINE:
+                self._offline_runs.pop(next(iter(self._offline_runs)), None)
+            return reads.local_run_of(local, run_id, self._uri(local_id))
 
     def _waiting(self, local_id: str) -> LocalRun | None:
         """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""

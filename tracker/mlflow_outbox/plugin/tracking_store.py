@@ -35,6 +35,7 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
         self.server.forked()
         self.journals.forked()
         self._recent_lock = threading.Lock()
+        self._offline_lock = threading.Lock()
 
     @property
     def supports_workspaces(self) -> bool:

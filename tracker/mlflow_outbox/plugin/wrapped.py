@@ -88,6 +88,10 @@ class Server:
         """Return whether the server failed so recently that it is not asked."""
         return time.monotonic() < self._asleep_until
 
+    def was_away(self) -> bool:
+        """Return whether the server failed when it was asked last."""
+        return self._asleep_until > 0
+
     def ask(self, question: Callable[[Any], T], *, quick: bool = False) -> T:
         """Put a question to the store.
 
