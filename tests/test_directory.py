@@ -192,7 +192,9 @@ print(make_outbox(Path({str(tmp_path)!r})).identity.id)
         thread.join()
     ids += [other.communicate(timeout=60)[0].strip() for other in others]
     assert 1 == len(set(ids))
-    assert {"outbox.json", "runs", "delivered", "delivery"} == {path.name for path in make_outbox(tmp_path).path.iterdir()}
+    assert {"outbox.json", "runs", "delivered", "delivery"} == {
+        path.name for path in make_outbox(tmp_path).path.iterdir()
+    }
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])
