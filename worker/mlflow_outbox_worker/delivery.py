@@ -357,9 +357,9 @@ class Delivery:
             if record is not None:
                 record.state, record.reason, record.failed_at_ms = "parked", parked.outcome.reason, self._now_ms()
                 ledger.commit(record)
+        reason = printable(parked.outcome.reason, 300).rstrip(".")  # MLflow's own sentences end with one
         self._counters.warn_once(
             ("parked", run_id),
-            f"mlflow-outbox: run {run_id} waits for a person: {printable(parked.outcome.reason, 300)}. "
-            "Its events stay on disk",
+            f"mlflow-outbox: run {run_id} waits for a person: {reason}. Its events stay on disk",
         )
         self._schedule.again(run_id, self._settings.parked_retry, standing)
