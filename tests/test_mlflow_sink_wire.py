@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import ssl
 import time
@@ -47,6 +48,27 @@ def test_a_refused_connection_was_certainly_not_carried_out() -> None:
     """Nothing listens, so nothing was sent: no search for a ghost is needed before the next create."""
     with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
         error = fails(lambda: log_one(sink))
+    assert ("connection", False, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
+
+
+def test_a_variable_that_goes_while_the_environment_is_read_is_no_reason_to_wait_for_a_person(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests reads all variables for each request; a program may change them in another thread at any time."""
+    monkeypatch.setenv("VANISHING", "soon")
+    decoded = os.environ.decodekey  # type: ignore[attr-defined]  # what the mapping asks for the name of each variable
+
+    def vanish(key: bytes) -> str:
+        os.environ._data.pop(b"VANISHING", None)  # type: ignore[attr-defined]
+        return str(decoded(key))
+
+    with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
+        log_one_refused = fails(lambda: log_one(sink))  # all that is imported for the first request is there now
+        monkeypatch.setenv("VANISHING", "soon")
+        monkeypatch.setattr(os.environ, "decodekey", vanish)
+        error = fails(lambda: log_one(sink))
+    assert "environment" not in str(log_one_refused)
+    assert "the environment changed" in str(error)
     assert ("connection", False, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
 
 

@@ -315,6 +315,10 @@ def _failure(error: BaseException, attempt: _Attempt, what: str) -> SinkError:
         return SinkError(text, kind="timeout", sent=sent)
     if any(isinstance(cause, (requests.RequestException, urllib3.exceptions.HTTPError, OSError)) for cause in chain):
         return SinkError(text, kind="connection", sent=sent)
+    if any(isinstance(cause, KeyError) and isinstance(next(iter(cause.args), None), bytes) for cause in chain):
+        # Only the environment has such keys. requests reads all of it when it looks for proxies, and another thread
+        # took a variable away in that moment.
+        return SinkError(f"{what}: the environment changed while it was read", kind="connection", sent=sent)
     # http_request refused to make the request, for instance because a plugin for authentication is missing.
     return SinkError(text, kind="not_mlflow", sent=False)
 
