@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,12 +59,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a PostgreSQL where there is none."""
-    out = [item for item in items if item.get_closest_marker("postgresql") and postgresql.missing()]
-    if out:
-        items[:] = [item for item in items if item not in out]
-        config.stash[_NOT_RUN] = f"{len(out)} tests with PostgreSQL; they need {postgresql.missing()}"
-        config.hook.pytest_deselected(items=out)
+    """Leave out what needs a program that is not installed."""
+    lacking = {item: found for item in items if (found := _lacking(item))}
+    if lacking:
+        items[:] = [item for item in items if item not in lacking]
+        counts = Counter(lacking.values())
+        config.stash[_NOT_RUN] = "; ".join(f"{count} tests that need {what}" for what, count in counts.items())
+        config.hook.pytest_deselected(items=list(lacking))
+
+
+def _lacking(item: pytest.Item) -> str:
+    """Return which program a test needs and does not find, or ""."""
+    if item.get_closest_marker("postgresql") and postgresql.missing():
+        return postgresql.missing()
+    needed = [mark.args[0] for mark in item.iter_markers("program")]
+    return next((f"the program {name}" for name in needed if shutil.which(name) is None), "")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

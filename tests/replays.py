@@ -78,7 +78,8 @@ for attempt in range(kills + 1):
             os._exit(code)
     # The last attempt may take as long as it takes, however busy the machine is.
     gone = os.pidfd_open(child)
-    select.select([gone], [], [], pick.uniform(least, most) if attempt < kills else 3600)
+    patience = least * (most / least) ** (attempt / kills) * pick.uniform(0.7, 1.3) if attempt < kills else 3600
+    select.select([gone], [], [], patience)
     os.close(gone)
     ended, status = os.waitpid(child, os.WNOHANG)
     if ended:
@@ -95,10 +96,12 @@ def run_with_kills(
 ) -> tuple[int, int]:
     """Run a command that is killed (SIGKILL) at random moments, and then let it end; return kills and exit code.
 
+    The attempts grow longer from one to the next, so that the first is killed however fast the machine is just now.
+
     Args:
         arguments: of the command.
-        least: seconds after which an attempt is killed, at least.
-        most: and at most.
+        least: seconds after which the first attempt is killed, about.
+        most: and the last one.
         kills: how often, at most: an attempt that ends before is the last one.
         mlflow: import MLflow once, before the first attempt.
         env: more variables.

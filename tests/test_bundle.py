@@ -278,7 +278,7 @@ def test_an_export_that_is_killed_leaves_no_bundle_or_a_whole_one(tmp_path: Path
     target = tmp_path / "bundles" / "runs.tar.gz"
     target.parent.mkdir()
     killed, code = run_with_kills(
-        "export", "--all", "-o", target, "--force", "-d", root, least=0.02, most=0.25, kills=12, mlflow=False
+        "export", "--all", "-o", target, "--force", "-d", root, least=0.005, most=0.25, kills=12, mlflow=False
     )
     assert (True, 0) == (killed > 0, code)
     assert ["runs.tar.gz"] == os.listdir(target.parent)
@@ -302,7 +302,7 @@ def test_an_import_that_is_killed_leaves_nothing_half_done(tmp_path: Path, exper
         log_offline(experiment_name, NOWHERE, root, name=f"run {number}", points=4000)
     exported(root, tmp_path / "runs.tar")
     killed, code = run_with_kills(
-        "import", tmp_path / "runs.tar", "-d", tmp_path / "to", least=0.02, most=0.15, kills=12, mlflow=False
+        "import", tmp_path / "runs.tar", "-d", tmp_path / "to", least=0.005, most=0.15, kills=12, mlflow=False
     )
     assert (True, 0) == (killed > 0, code)
     assert views(root) == views(tmp_path / "to")

@@ -95,7 +95,7 @@ def test_killed_at_any_moment_it_is_finished_by_the_next(here: Here, tmp_path: P
     delivered(tmp_path, 60, files=60)
     (waiting,) = offline(tmp_path)
     outbox = OutboxDirectory.open(outbox_of(tmp_path))
-    killed, code = run_with_kills("gc", "-d", tmp_path, least=0.02, most=0.06, kills=20, mlflow=False)
+    killed, code = run_with_kills("gc", "-d", tmp_path, least=0.005, most=0.06, kills=20, mlflow=False)
     assert (True, 0) == (killed > 0, code)
     assert ([], [waiting]) == (outbox.delivered_ids(), outbox.run_ids())
     assert 13 == here("status", "-d", tmp_path, "--json").data["pending"]

@@ -16,6 +16,7 @@ import pytest
 from contents import QUICK, artifact_text, numbered, points, runs, stamped_points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker import replay
 from mlflow_outbox_worker.jobs import Job, Wish, prepare
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.mlflow_sink import open_sink
@@ -350,6 +351,32 @@ def test_a_run_is_followed_while_it_is_written_and_until_it_has_ended(
     assert "" == follower.join().cut_short
     assert "FINISHED" == the_run(uri, experiment_name).info.status
     assert segment.exists()
+
+
+def test_a_run_that_ends_between_the_last_turn_and_the_look_at_its_writer_is_sent_to_its_end(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was sent, then a point and the end are logged, and only then is seen that nobody writes any more."""
+    uri = mlflow_server.url
+    tracker = MLflowTracker(experiment_name, NOWHERE, outbox_dir=tmp_path / "outbox", worker="none")
+    run = tracker.start_run("followed")
+    run.log_metric("loss", 0.0, step=0)
+    look, ending = replay.life_of, threading.Event()
+
+    def life_of(folders: tuple[Path, ...], give_up: float) -> str:
+        if ending.is_set():
+            ending.clear()
+            run.log_metric("loss", 0.5, step=1)
+            run.end()
+        return look(folders, give_up)
+
+    monkeypatch.setattr(replay, "life_of", life_of)
+    follower = Follower(tmp_path / "outbox", uri)
+    run_id = eventually(lambda: runs(uri, experiment_name), 20)[0].info.run_id
+    eventually(lambda: numbered(1) == points(uri, run_id, "loss"), 20)
+    ending.set()
+    assert "" == follower.join().cut_short
+    assert ("FINISHED", numbered(2)) == (the_run(uri, experiment_name).info.status, points(uri, run_id, "loss"))
 
 
 def test_a_writer_that_died_ends_the_following_and_not_the_run(

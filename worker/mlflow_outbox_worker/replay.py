@@ -193,7 +193,7 @@ class Replay:
             note = f"the destination does not take events now: {reason}" if state == "away" else ""
             over = not self._wish.follow or self._nobody_writes(runs)
             show(Progress(done, max(total, done), len(settled), len(runs), note or self._said_of_lives()))
-            if over and len(settled) == len(runs):
+            if over and len(settled) == len(runs) and (not self._wish.follow or self._is_at_the_end(delivery)):
                 return "", ""
             if state == "parked":
                 return "parked", reason
@@ -248,6 +248,24 @@ class Replay:
             self._look_at_lives = now + _LIVES
             self._lives = {run_id: life_of(folders, self._give_up) for run_id, folders in runs.items()}
         return not any(life.startswith(("writing", "silent")) for life in self._lives.values())
+
+    def _is_at_the_end(self, delivery: Delivery) -> bool:
+        """Return whether runs that are settled are so to the end of their files.
+
+        A run was settled before the look that found nobody writing: what its writer did in between, the run's end
+        above all, may not have been sent. So this looks at the writers once more, and then at what they left.
+        """
+        self._look_at_lives = 0.0
+        if not self._nobody_writes(self._runs()):
+            return False
+        standings = delivery.standings()
+        rest = pending_events(self._job, self._records())
+        sent = all(
+            not left for run_id, left in rest.items() if run_id in standings and standings[run_id].state == "sent"
+        )
+        if not sent:
+            delivery.wake()
+        return sent
 
     def _said_of_lives(self) -> str:
         said = [f"run {run_id[:8]}: {life}" for run_id, life in self._lives.items() if life]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import time
 from collections.abc import Callable, Iterable
@@ -187,9 +188,9 @@ class Base:
             self._deleted.discard(run.run_id)
         return run
 
+    @abc.abstractmethod
     def get_run(self, run_id: str) -> Any:
         """Return a run; see ``RunReads``."""
-        raise NotImplementedError
 
     @staticmethod
     def _check_active(run: Any) -> None:
