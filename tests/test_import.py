@@ -32,7 +32,7 @@ logged = sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].s
 print(json.dumps({"created": created, "logged": logged, "threads": threads, "same": before == host()}))
 os._exit(0)
 """
-_HEAVY = "mlflow diskcache sqlalchemy pandas numpy requests rich typer tenacity sqlite3 asyncio mlflow_outbox_worker"
+_HEAVY = "mlflow diskcache sqlalchemy pandas numpy requests rich click tenacity sqlite3 asyncio mlflow_outbox_worker"
 
 
 @pytest.mark.parametrize(

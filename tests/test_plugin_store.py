@@ -451,7 +451,9 @@ def test_parties_that_meet_at_a_new_database_leave_it_whole(tmp_path: Path) -> N
 def flushed_in_vain(uri: str) -> bool:
     """Return whether the worker tried to deliver and counts the destination as away."""
     outbox = store(uri).outbox
-    return not outbox.flush(0.1) and outbox._worker.delivery.condition()[0] == "away"
+    left = not outbox.flush(0.1)
+    loop = outbox._worker.delivery
+    return left and loop is not None and loop.condition()[0] == "away"
 
 
 def test_a_database_that_was_taken_away_is_not_made_anew(sqlite_uri: str, tmp_path: Path) -> None:

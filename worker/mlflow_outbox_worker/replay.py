@@ -171,7 +171,7 @@ class Replay:
             kind="command",
             open_sink=self._open_sink,
         )
-        worker = ThreadWorker(delivery)
+        worker = ThreadWorker(lambda: delivery, self._counters)
         worker.start()
         why = ("", "")
         try:

@@ -2,6 +2,9 @@
 
 The thread reads, plans and records; MLflow itself lives in a child process (``sink_process``), unless the experiment
 has imported it.
+
+The loop's modules are imported by the thread, not by the call that starts it: that call is somebody's first
+``log_metric``, and they take a tenth of a second. A fork waits until they are there (``forking``).
 """
 
 from __future__ import annotations
@@ -11,28 +14,37 @@ from __future__ import annotations
 # somewhere inside of mlflow.
 import concurrent.futures.thread  # noqa: F401 - see above
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mlflow_outbox_worker.delivery import Delivery
-from mlflow_outbox_worker.sink_process import SinkProcesses
+from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox_worker.forking import importing
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
+    from mlflow_outbox_worker.delivery import Delivery
 
 
 class ThreadWorker:
     """A delivery loop in a daemon thread.
 
     Args:
-        delivery: the loop.
+        make: makes the loop; called in the thread.
+        counters: counts a loop that could not be made.
+
+    Attributes:
+        delivery: the loop; None until it is made.
     """
 
-    def __init__(self, delivery: Delivery) -> None:
-        self.delivery = delivery
-        self._thread = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
+    def __init__(self, make: Callable[[], Delivery], counters: Counters) -> None:
+        self._make = make
+        self._counters = counters
+        self.delivery: Delivery | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="mlflow-outbox-worker", daemon=True)
 
     def __repr__(self) -> str:
-        return f"<ThreadWorker {self.delivery!r}>"
+        return f"<ThreadWorker {self.delivery or 'that begins'!r}>"
 
     def start(self) -> None:
         """Start the thread.
@@ -42,17 +54,34 @@ class ThreadWorker:
         """
         self._thread.start()
 
+    def _run(self) -> None:
+        try:
+            delivery = self._make()
+        except Exception as error:  # noqa: BLE001 - whatever an import raises; counted and said, and tried again later
+            self._counters.add("worker_not_started")
+            self._counters.warn_once(
+                ("worker", type(error)),
+                f"mlflow-outbox: no worker could be started ({printable(repr(error), 300)}); events stay on disk",
+            )
+            return
+        self.delivery = delivery
+        if not self._stopping:  # read after the line above, as stop() reads that after it has set this
+            delivery.run()
+
     def is_alive(self) -> bool:
         """Return whether the loop runs."""
         return self._thread.is_alive()
 
     def wake(self) -> None:
-        """Let the loop look at the doorbell."""
-        self.delivery.wake()
+        """Let the loop look at the doorbell, which it does at its beginning anyway."""
+        if self.delivery is not None:
+            self.delivery.wake()
 
     def stop(self, timeout: float) -> None:
         """End the loop, waiting at most timeout seconds; a request that hangs is left to itself."""
-        self.delivery.stop()
+        self._stopping = True
+        if self.delivery is not None:
+            self.delivery.stop()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
@@ -63,14 +92,20 @@ def start(outbox: Outbox) -> ThreadWorker:
     Raises:
         RuntimeError: no thread can be started any more.
     """
-    delivery = Delivery(
-        outbox.directory,
-        outbox.destination,
-        outbox.settings,
-        outbox.counters,
-        kind="thread",
-        open_sink=SinkProcesses(outbox.counters),
-    )
-    worker = ThreadWorker(delivery)
+
+    def make() -> Delivery:
+        with importing():
+            from mlflow_outbox_worker.delivery import Delivery
+            from mlflow_outbox_worker.sink_process import SinkProcesses
+        return Delivery(
+            outbox.directory,
+            outbox.destination,
+            outbox.settings,
+            outbox.counters,
+            kind="thread",
+            open_sink=SinkProcesses(outbox.counters),
+        )
+
+    worker = ThreadWorker(make, outbox.counters)
     worker.start()
     return worker

@@ -41,7 +41,7 @@ class CommandWorker:
             kind="command",
             open_sink=meter.open_sink if meter is not None else None,
         )
-        self._worker = ThreadWorker(self.delivery)
+        self._worker = ThreadWorker(lambda: self.delivery, self.counters)
 
     def __repr__(self) -> str:
         return f"<CommandWorker {self.delivery!r}>"

@@ -1,0 +1,108 @@
+"""The worker thread: what the call that starts it pays, and how it begins and ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.thread import ThreadWorker
+from servers import eventually
+
+
+def said_by(program: str, folder: Path) -> list[str]:
+    """Run a program in a process of its own, with a folder as its argument; return the lines that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(folder)],
+        capture_output=True,
+        check=False,
+        timeout=120,
+        text=True,
+    )
+    assert 0 == done.returncode, done.stderr
+    return done.stdout.splitlines()
+
+
+_BEGIN = """
+    import os, sys, threading, mlflow_outbox
+    tracker = mlflow_outbox.MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=sys.argv[1], worker="thread")
+"""
+
+
+def test_the_first_call_leaves_the_imports_of_the_loop_to_the_thread(tmp_path: Path) -> None:
+    """It takes some milliseconds with or without a worker; the thread imports a hundred modules meanwhile."""
+    program = f"""{_BEGIN}
+    importers, found = set(), threading.Event()
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name in {{"diskcache", "tenacity", "sqlite3", "mlflow_outbox_worker.delivery"}}:
+                importers.add(threading.current_thread().name)
+                found.set()
+
+    sys.meta_path.insert(0, Finder())
+    tracker.start_run("r").log_metric("loss", 1.0)
+    assert found.wait(60)
+    print(sorted(importers), flush=True)
+    os._exit(0)
+    """
+    assert ["['mlflow-outbox-worker']"] == said_by(program, tmp_path)
+
+
+def test_a_fork_right_after_the_first_call_waits_until_the_loop_is_imported(tmp_path: Path) -> None:
+    """A child that inherited a half imported module would wait for ever in its own first import."""
+    program = f"""{_BEGIN}
+    tracker.start_run("r").log_metric("loss", 1.0)
+    child = os.fork()
+    if child == 0:
+        import mlflow_outbox_worker.delivery
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    os._exit(0)
+    """
+    assert ["7"] == said_by(program, tmp_path)
+
+
+def test_a_loop_that_cannot_be_made_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A broken installation, for instance: the thread ends, events stay on disk, the caretaker starts another."""
+
+    def make() -> Delivery:
+        msg = "no module named diskcache"
+        raise ImportError(msg)
+
+    counters = Counters()
+    worker = ThreadWorker(make, counters)
+    worker.start()
+    eventually(lambda: not worker.is_alive())
+    assert 1 == counters["worker_not_started"]
+    assert "no module named diskcache" in caplog.text
+    worker.wake()
+    worker.stop(1.0)
+
+
+def test_a_loop_that_is_stopped_before_it_is_made_never_runs() -> None:
+    """The end of a short program comes while the thread still imports."""
+    may_go = threading.Event()
+    ran: list[str] = []
+
+    class Loop:
+        def run(self) -> None:
+            ran.append("run")
+
+    def make() -> Delivery:
+        may_go.wait(60)
+        return cast("Delivery", Loop())
+
+    worker = ThreadWorker(make, Counters())
+    worker.start()
+    worker.stop(0.0)
+    may_go.set()
+    eventually(lambda: not worker.is_alive())
+    assert [] == ran
