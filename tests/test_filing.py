@@ -29,9 +29,9 @@ def test_a_run_resumed_for_a_moment_while_it_is_filed_stays_where_it_is(tmp_path
     journal.close()
     ledger = Ledger.open(tmp_path / "ledger")
     try:
-        assert not file_run(directory, ledger, "a" * 32, delivered)
+        assert not file_run(directory, ledger, "a" * 32, delivered, Counters())
         everything = RunReader(directory.run("a" * 32)).window({}).cursors
-        assert file_run(directory, ledger, "a" * 32, everything)
+        assert file_run(directory, ledger, "a" * 32, everything, Counters())
     finally:
         ledger.close()
     assert [] == directory.run_ids()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -201,7 +202,6 @@ def test_an_old_lease_says_nothing_about_who_delivers_now(tmp_path: Path, machin
     assert lease.acquire()
     lease._stop.set()
     assert Holder("node1", os.getpid(), "command") == machine("node2").holder()
-    eventually(lambda: lease._note is not None, 5)
     os.utime(tmp_path / "host.lease", (time.time() - 7 * 86_400,) * 2)
     assert machine("node2").holder() is None
     lease.release()
@@ -218,6 +218,66 @@ def test_a_stopped_process_does_not_keep_the_outbox(machine: Callable[..., HostL
     assert "False\n" == said
     assert second.is_sound()
     second.release()
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system with room for names and not for a word in a file; SFTP calls that an input/output error."""
+
+    def refuse(*_args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(host_lease.os, "pwrite", refuse)
+
+
+@pytest.mark.usefixtures("full")
+def test_a_full_file_system_excludes_others_as_well_as_any(machine: Callable[..., HostLease], tmp_path: Path) -> None:
+    """The lease has no words then: it is kept alive, known again and given back by its length, and nothing is left."""
+    first, second = machine("node1", beat=0.01, missed=5), machine("node2", beat=0.01, missed=20)
+    assert first.acquire()
+    assert 0 == (tmp_path / "host.lease").stat().st_blocks
+    deadline = time.monotonic() + 0.3
+    eventually(lambda: time.monotonic() > deadline or second.acquire(), 5)
+    assert first.is_sound()
+    assert not second.is_held()
+    holder = second.holder()
+    assert holder is not None
+    assert "a worker that could not write its name down" == described(holder)
+    first.release()
+    assert second.acquire()
+    second.release()
+    assert [] == [path.name for path in tmp_path.iterdir() if "host.lease" in path.name]
+
+
+@pytest.mark.usefixtures("full")
+def test_on_a_full_file_system_a_dead_holder_is_succeeded_by_one(machine: Callable[..., HostLease]) -> None:
+    """Leases without words are told apart: the dead one's file is taken away, a successor's is not."""
+    first = machine("node0")
+    assert first.acquire()
+    first._stop.set()
+    candidates = [machine(f"node{number}") for number in range(1, 6)]
+    eventually(lambda: 1 <= sum(candidate.acquire() for candidate in candidates), 10)
+    assert 1 == sum(candidate.is_sound() for candidate in candidates)
+    assert not first.is_sound()
+    for candidate in (*candidates, first):
+        candidate.release()
+
+
+def test_a_disk_that_fills_up_later_takes_no_lease_away(
+    machine: Callable[..., HostLease], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signs of life go on where even writing the same words again is refused, as copying file systems do."""
+    lease = machine("node1", beat=0.01, missed=20)
+    assert lease.acquire()
+
+    def refuse(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(host_lease.os, "pwrite", refuse)
+    deadline = time.monotonic() + 0.5
+    eventually(lambda: time.monotonic() > deadline or not lease.is_sound(), 5)
+    assert lease.is_sound()
+    lease.release()
 
 
 # -- an outbox that several machines see

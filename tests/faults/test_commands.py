@@ -83,6 +83,22 @@ _FILL = """
     sys.stdin.readline()
     print("delivered", tracker.close(60), dict(tracker.counters), flush=True)
 """
+#: Fills the directory "share" until its file system has no block left.
+_FULL = """
+    import contextlib
+    import os
+
+    for number in range(100):
+        if os.statvfs("share").f_bavail == 0:
+            break
+        with open(f"share/filler{number}", "wb", buffering=0) as filler:
+            for size in (65536, 1024, 1):
+                with contextlib.suppress(OSError):
+                    while filler.write(bytes(size)) == size:
+                        pass
+        os.sync()
+    print("full", os.statvfs("share").f_bavail)
+"""
 #: Twice what ``free_bytes`` keeps for others, so that nothing is refused before it is filled.
 _DISK = "mkdir disk; mount -t tmpfs -o size=128m,mode=0700 tmpfs disk"
 
@@ -176,4 +192,54 @@ def test_commands_with_zero_bytes_free(row: Row, sqlite_uri: str, experiment_nam
     assert first != second
     for name, number in ((experiment_name, 9000), (f"{experiment_name}-2", 10)):
         assert numbered(number) == points(sqlite_uri, the_run(sqlite_uri, name).info.run_id, "loss")
+    row.done()
+
+
+#: The command line, on a machine that takes the directory "share" for a network file system.
+_MACHINE = """
+    from pathlib import Path
+    from mlflow_outbox.spool import filesystem
+    from mlflow_outbox_worker.cli import main
+    point = os.path.realpath("share")
+    filesystem.read_mountinfo = lambda: f"1 1 0:1 / {point} rw - nfs4 filer:/ rw"
+    filesystem._known.clear()
+    code = 0
+    for words in sys.argv[1].split(";"):
+        print("code", main(words.split()), flush=True)
+"""
+
+
+@pytest.mark.needs("loop")
+@pytest.mark.fault("F19", "zero bytes free on a network file system: flush, gc")
+def test_a_network_file_system_with_zero_bytes_free(
+    row: Row, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """No room for the words of the lease, nor for a directory to file the run in; all arrives, and room is made."""
+    (run_id,) = offline(tmp_path / "box", mlflow_server.url, experiment=experiment_name, points=3000)
+    text = alone(
+        tmp_path,
+        f"""
+        truncate -s 8M image; mkfs.ext4 -q -F -m 0 image; mkdir share; mount -o loop image share
+        device=$(basename "$(findmnt -n -o SOURCE share)"); echo 0 > /sys/fs/ext4/$device/reserved_clusters
+        cp -a box share/box; rm -r share/box/*/delivery
+        {sys.executable} - <<'end'
+{textwrap.dedent(_FULL)}
+end
+        machine() {{ {sys.executable} -c 'import os, sys{textwrap.dedent(_MACHINE)}' "$1"; }}
+        machine "flush -d share/box --timeout 60;gc -d share/box --older-than 0;doctor --offline -d share/box"
+        find share/box/*/runs share/box/*/delivered -mindepth 1
+        find share/box -name '*host.lease*'
+        df --output=avail share
+        """,
+        MLFLOW_OUTBOX_FREE_BYTES="0",
+    )
+    assert "full 0\n" in text
+    assert ["0", "0"] == re.findall(r"^code (\d+)$", text, re.MULTILINE)[:2], text
+    assert "3,003 events delivered" in text
+    assert "deleted before its retention time" in text
+    assert run_id not in text.split("deleted before")[-1], text
+    assert "host.lease" not in text
+    assert not re.search(r"^ *0$", text, re.MULTILINE), text
+    remote = the_run(mlflow_server.url, experiment_name)
+    assert ("FINISHED", numbered(3000)) == (remote.info.status, points(mlflow_server.url, remote.info.run_id, "loss"))
     row.done()

@@ -171,7 +171,7 @@ def _drafts(directory: OutboxDirectory, *, repair: bool, now: float) -> Iterator
     for place in places:
         with contextlib.suppress(OSError):
             for name in os.listdir(place):
-                if not name.startswith((".draft-", ".outbox.json-")):
+                if not name.startswith((".draft-", ".outbox.json-", ".host.lease-")):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     if now - os.stat(place / name, follow_symlinks=False).st_mtime > _STALE_DRAFT:

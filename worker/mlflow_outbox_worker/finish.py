@@ -52,11 +52,11 @@ def finish(
         record.state, record.verified_at_ms = "done", now_ms()
         ledger.commit(record)
         if source.filing is not None:
-            file_run(source.filing, ledger, record.run_id, record.cursors)
+            file_run(source.filing, ledger, record.run_id, record.cursors, counters)
         return True
     if not record.ended:
         if source.filing is not None:
-            file_segments(source.filing, ledger, record.run_id, record.cursors)
+            file_segments(source.filing, ledger, record.run_id, record.cursors, counters)
         return True
     if not record.verified_at_ms:
         try:
@@ -77,7 +77,7 @@ def finish(
         record.verified_at_ms = now_ms()
     record.state = "done"
     ledger.commit(record)
-    if source.filing is None or file_run(source.filing, ledger, record.run_id, record.cursors):
+    if source.filing is None or file_run(source.filing, ledger, record.run_id, record.cursors, counters):
         counters.add("runs_verified")
     return True
 

@@ -2,10 +2,15 @@
 
 ``host.lease`` in the outbox says which machine delivers. It is made whole under another name and linked into place,
 which is atomic on every network file system that has links (exclusive creation serves those that have none). Its
-holder changes it every ``beat`` seconds. Who finds it looks at its modification time against that of a file made just
-now on the same file system, so that only the file server's clock counts: after ``missed`` beats the holder is dead,
-its file is moved away, and the content of what was moved is compared, so that of two successors only one believes
-that it was first.
+holder writes the same words into it again every ``beat`` seconds. Who finds it looks at its modification time against
+that of a file made just now on the same file system, so that only the file server's clock counts: after ``missed``
+beats the holder is dead, its file is moved away, and the content of what was moved is compared, so that of two
+successors only one believes that it was first.
+
+A full file system has room for a name, not always for words. Then the file is one hole, and known by its length, drawn
+by lot (not by its inode: over SFTP the same file gets a new one with every look): it excludes others as well as any,
+and only does not say who it is. What such a file system answers to a write is not always that it is full (over SFTP it
+is an input/output error), so any refusal counts.
 
 On one machine the lock of the local state directory decides (``Lease``), as it does for a local outbox. So a file
 that names this lock was left by a process of this machine that has died, and is replaced at once.
@@ -23,7 +28,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -37,6 +42,8 @@ from mlflow_outbox_worker.lease import Holder, Lease, holder
 BEAT: Final = 10.0
 #: Signs of life that are missed before a holder counts as dead; together a minute, more than attributes are cached for.
 MISSED: Final = 6
+#: Bytes of the longest lease without words: a hole, which takes no room, but counts where a budget is measured.
+_LENGTHS: Final = 64 * 1024
 
 
 class WorkerLease(Protocol):
@@ -74,6 +81,20 @@ class HostNote(msgspec.Struct, frozen=True):
     token: str
 
 
+class _Seen(NamedTuple):
+    """A lease file as it was found; ``note`` is None when it holds no words, or none that make sense."""
+
+    note: HostNote | None
+    length: int
+    changed: float
+
+    def is_same(self, other: _Seen | None) -> bool:
+        """Return whether two looks found the lease of the same holder."""
+        if other is None or self.note != other.note:
+            return False
+        return self.note is not None or self.length == other.length
+
+
 class HostLease:
     """The right to deliver one outbox that several machines see.
 
@@ -96,7 +117,7 @@ class HostLease:
         self._beat = beat
         self._dead_after = beat * missed
         self._local = Lease(lock, kind)
-        self._note: HostNote | None = None
+        self._mine: _Seen | None = None
         self._last_beat = 0.0
         self._stop = threading.Event()
 
@@ -129,67 +150,92 @@ class HostLease:
             self._host, os.getpid(), self._kind, boot_id(), f"{found.st_dev}:{found.st_ino}", secrets.token_hex(8)
         )
         draft = self._path.with_name(f".{self._path.name}-{note.token}")
-        with os.fdopen(create_private(draft), "wb") as file:
-            file.write(msgspec.json.encode(note))
-            file.flush()
-            os.fsync(file.fileno())
-            now = os.fstat(file.fileno()).st_mtime
+        fd = create_private(draft)
         try:
-            if not self._link(draft) and not (self._is_left_behind(note, now) and self._link(draft)):
+            mine = _written(fd, note)
+            if not self._link(draft, mine) and not (
+                self._is_left_behind(note, mine.changed) and self._link(draft, mine)
+            ):
                 return False
         finally:
+            os.close(fd)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(draft)
-        self._note, self._last_beat = note, time.monotonic()
+        self._last_beat = time.monotonic()
         self._stop = threading.Event()
-        threading.Thread(target=self._beats, args=(self._stop, note), name="mlflow-outbox-beat", daemon=True).start()
+        threading.Thread(target=self._beats, args=(self._stop,), name="mlflow-outbox-beat", daemon=True).start()
         return True
 
-    def _link(self, draft: Path) -> bool:
+    def _link(self, draft: Path, mine: _Seen) -> bool:
         try:
             os.link(draft, self._path)
         except FileExistsError:
             return False
         except OSError:  # a file system without links: exclusive creation, whose content comes a moment later
-            with contextlib.suppress(FileExistsError), os.fdopen(create_private(self._path), "wb") as file:
-                file.write(draft.read_bytes())
-                return True
-            return False
+            try:
+                fd = create_private(self._path)
+            except FileExistsError:
+                return False
+            try:
+                mine = _written(fd, mine.note)
+            finally:
+                os.close(fd)
+        self._mine = mine
         return True
 
     def _is_left_behind(self, note: HostNote, now: float) -> bool:
         """Return whether the holder was dead, and its file has been moved away by us."""
-        held, changed = _look(self._path)
-        if held is None and changed is None:
+        held = _look(self._path)
+        if held is None:
             return True  # given back meanwhile
-        here = held is not None and (held.boot_id, held.lock) == (note.boot_id, note.lock) and note.boot_id != ""
-        if not here and (changed is None or now - changed <= self._dead_after):
+        left = held.note
+        here = left is not None and (left.boot_id, left.lock) == (note.boot_id, note.lock) and note.boot_id != ""
+        if not here and now - held.changed <= self._dead_after:
             return False
         aside = self._path.with_name(f".{self._path.name}-left-{note.token}")
         try:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return True
-        moved, _ = _look(aside)
-        if moved != held:  # another successor was faster, and this is its file: give it back
+        dead = held.is_same(_look(aside))
+        if not dead:  # another successor was faster, and this is its file: give it back
             with contextlib.suppress(OSError):
                 os.link(aside, self._path)
         os.unlink(aside)
-        return moved == held
+        return dead
 
-    def _beats(self, stop: threading.Event, note: HostNote) -> None:
+    def _beats(self, stop: threading.Event) -> None:
         while not stop.wait(self._beat):
             try:
-                if _look(self._path)[0] != note:
+                if not self._beaten():
                     return
-                os.utime(self._path)
                 self._last_beat = time.monotonic()
             except OSError:
                 continue  # the file server is away; ``is_sound`` counts what was missed
 
+    def _beaten(self) -> bool:
+        """Give a sign of life; return False when the file is not this object's any more."""
+        mine = self._mine
+        fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if mine is None or not mine.is_same(_seen(fd)):
+                return False
+            try:
+                # A write has the file server's time; asked to set the time, some file systems set this machine's.
+                os.pwrite(fd, _words(mine.note), 0)
+                os.fsync(fd)
+            except OSError:
+                os.utime(fd)  # no room even to write the same again
+            else:
+                if mine.note is None:
+                    os.utime(fd)
+        finally:
+            os.close(fd)
+        return True
+
     def is_held(self) -> bool:
         """Return whether this object holds the lease."""
-        return self._note is not None and self._local.is_held()
+        return self._mine is not None and self._local.is_held()
 
     def is_sound(self) -> bool:
         """Return whether no other machine can have taken the lease."""
@@ -197,15 +243,15 @@ class HostLease:
             return False
         if time.monotonic() - self._last_beat > self._dead_after:
             return False
-        return _look(self._path)[0] == self._note
+        return self._mine is not None and self._mine.is_same(_look(self._path))
 
     def release(self) -> None:
         """Give the lease back."""
-        note, self._note = self._note, None
+        mine, self._mine = self._mine, None
         self._stop.set()
-        if note is not None and self._local.is_held():  # a forked child has let go of the lock, and owns nothing
+        if mine is not None and self._local.is_held():  # a forked child has let go of the lock, and owns nothing
             with contextlib.suppress(OSError):
-                if _look(self._path)[0] == note:
+                if mine.is_same(_look(self._path)):
                     os.unlink(self._path)
         self._local.release()
 
@@ -233,28 +279,54 @@ def worker_of(directory: OutboxDirectory) -> Holder | None:
 
 def described(found: Holder) -> str:
     """Return who holds a lease, in words."""
+    if not found.host:
+        return "a worker that could not write its name down"
     where = "this machine" if found.host == socket.gethostname() else f"the machine {printable(found.host)}"
     return f"a worker ({printable(found.kind)}, process {found.pid}) on {where}"
 
 
-def _look(path: Path) -> tuple[HostNote | None, float | None]:
+def _words(note: HostNote | None) -> bytes:
+    return b"" if note is None else msgspec.json.encode(note)
+
+
+def _written(fd: int, note: HostNote | None) -> _Seen:
+    """Write a note into a new file, or make that a hole where there is no room; return what it is then."""
+    try:
+        os.pwrite(fd, _words(note), 0)
+        os.fsync(fd)
+    except OSError:
+        note = None
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, 1 + secrets.randbelow(_LENGTHS))
+    found = os.fstat(fd)
+    return _Seen(note, found.st_size, found.st_mtime)
+
+
+def _look(path: Path) -> _Seen | None:
     """Return a lease file's content and time; opening it makes a network file system fetch both anew."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return None, None
+        return None
     try:
-        changed = os.fstat(fd).st_mtime
-        return msgspec.json.decode(os.read(fd, 4096), type=HostNote), changed
-    except (OSError, msgspec.DecodeError):
-        return None, os.fstat(fd).st_mtime
+        return _seen(fd)
     finally:
         os.close(fd)
 
 
+def _seen(fd: int) -> _Seen:
+    found = os.fstat(fd)
+    try:
+        note = msgspec.json.decode(os.pread(fd, 4096, 0), type=HostNote)
+    except (OSError, msgspec.DecodeError):
+        note = None
+    return _Seen(note, found.st_size, found.st_mtime)
+
+
 def _other(path: Path) -> Holder | None:
-    note, changed = _look(path)
+    seen = _look(path)
     # Only for a message, so this machine's clock will do; a dead holder's file is old beyond doubt.
-    if changed is None or time.time() - changed > 2 * BEAT * MISSED:
+    if seen is None or time.time() - seen.changed > 2 * BEAT * MISSED:
         return None
-    return Holder(note.host, note.pid, note.kind) if note is not None else Holder("unknown", 0, "unknown")
+    return Holder(seen.note.host, seen.note.pid, seen.note.kind) if seen.note is not None else Holder("", 0, "")

@@ -21,7 +21,7 @@ import msgspec
 
 
 class Holder(msgspec.Struct):
-    """Who holds a lease, as it wrote itself down."""
+    """Who holds a lease, as it wrote itself down; ``host`` is "" when it could not."""
 
     host: str
     pid: int
@@ -110,7 +110,7 @@ def holder(path: Path) -> Holder | None:
         try:
             return msgspec.json.decode(os.pread(fd, 4096, 0), type=Holder)
         except (OSError, msgspec.DecodeError):
-            return Holder("unknown", 0, "unknown")
+            return Holder("", 0, "")
     except OSError:
         return None
     finally:

@@ -7,6 +7,9 @@ first, unlinked second: a kill in between leaves a file too many, never a record
 
 A file is only ever deleted by its exact name and only if its segment is one that the cursor has passed. Nothing is
 deleted by age or by a directory's name alone, and nothing that is being written.
+
+A disk can be so full that there is no room to make the directory for a run that is to be filed. Then its segments,
+which are delivered, are not kept but deleted, as ``room`` would do with them a moment later.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import os
 import shutil
 from pathlib import Path
 
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
@@ -23,8 +28,17 @@ from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
 
 
-def file_segments(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: dict[str, Cursor]) -> int:
+def file_segments(
+    directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: dict[str, Cursor], counters: Counters
+) -> int:
     """Move the segments of a run that its cursors have passed to ``delivered``, while the run goes on.
+
+    Args:
+        directory: the outbox.
+        ledger: says what is delivered, and is made durable first.
+        run_id: the run.
+        cursors: how far each of its writers was delivered.
+        counters: counts what there was no room to keep.
 
     Returns:
         How many were moved; 0 too when the ledger could not be made durable first.
@@ -41,13 +55,28 @@ def file_segments(directory: OutboxDirectory, ledger: Ledger, run_id: str, curso
     if not passed or not ledger.checkpoint():
         return 0
     target = _target(directory, run_id)
+    if target is None:
+        _delete(passed, directory, counters)
+        return len(passed)
     for path in passed:
         os.rename(path, target / path.name)
     return len(passed)
 
 
-def file_run(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: dict[str, Cursor]) -> bool:
+def file_run(
+    directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: dict[str, Cursor], counters: Counters
+) -> bool:
     """Move a run that is wholly delivered to ``delivered``; return False when something new has come in meanwhile.
+
+    Args:
+        directory: the outbox.
+        ledger: says what is delivered, and is made durable first.
+        run_id: the run.
+        cursors: how far each of its writers was delivered.
+        counters: counts what there was no room to keep.
+
+    Returns:
+        False too when there is no room to file it and a person may still send its dead letters.
 
     Raises:
         OSError: a file could not be moved.
@@ -55,7 +84,6 @@ def file_run(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: d
     if not ledger.checkpoint():
         return False
     source = directory.run(run_id)
-    target = _target(directory, run_id)
     reader = RunReader(source)
     for writer, held in reader.segments().items():
         for segment in held:
@@ -68,10 +96,19 @@ def file_run(directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: d
                 return False
     if reader.bad_headers():
         return False  # a person may want to look; doctor names it
-    _move_content(source / "files", target / "files")
-    for held in reader.segments().values():
-        for segment in held:
-            os.rename(segment.path, target / segment.path.name)
+    paths = [segment.path for held in reader.segments().values() for segment in held]
+    target = _target(directory, run_id)
+    if target is None:
+        if run_id in ledger.dead_letter_counts():
+            return False
+        _delete(paths, directory, counters)
+        paths = []
+        # Copied files are never deleted here: a run that goes on just now may name one that is among them.
+        target = _target(directory, run_id) if (source / "files").is_dir() else None
+    if target is not None:
+        _move_content(source / "files", target / "files")
+        for path in paths:
+            os.rename(path, target / path.name)
     with contextlib.suppress(OSError):  # a writer began a new segment in it: it stays
         os.rmdir(source)
     return True
@@ -128,8 +165,37 @@ def reclaimable(directory: OutboxDirectory, ledger: Ledger) -> list[tuple[str, i
     return found
 
 
-def _target(directory: OutboxDirectory, run_id: str) -> Path:
+def _target(directory: OutboxDirectory, run_id: str) -> Path | None:
+    """Return the directory in which a run is filed, made if need be; None when the disk has no room for it."""
     target = directory.delivered / run_id
-    with contextlib.suppress(FileExistsError):
+    try:
         os.mkdir(target, 0o700)
+    except FileExistsError:
+        return target
+    except OSError:  # not every file system says that it is because there is no room
+        if reserve.free(directory.path) >= reserve.LOW:
+            raise
+        return None
     return target
+
+
+def _delete(paths: list[Path], directory: OutboxDirectory, counters: Counters) -> None:
+    for path in paths:
+        os.unlink(path)
+    gave_way(directory, len(paths), counters)
+
+
+def gave_way(directory: OutboxDirectory, number: int, counters: Counters) -> None:
+    """Count, and say once, that something was deleted before its retention time because there was no room for it.
+
+    Args:
+        directory: the outbox.
+        number: how many runs or segments.
+        counters: counts them.
+    """
+    counters.add("reclaimed_early", number)
+    counters.warn_once(
+        "reclaimed_early",
+        f"mlflow-outbox: the disk or the budget of {directory.path} has no room: what was delivered is deleted "
+        "before its retention time; nothing undelivered ever is",
+    )

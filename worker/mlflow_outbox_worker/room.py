@@ -25,7 +25,7 @@ from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
-from mlflow_outbox_worker.retention import reclaimable
+from mlflow_outbox_worker.retention import gave_way, reclaimable
 
 #: Seconds between two measurements of the outbox.
 _MEASURE: Final = 5.0
@@ -106,12 +106,7 @@ class Room:
         finally:
             self._lock.release()
         if number:
-            self._counters.add("reclaimed_early", number)
-            self._counters.warn_once(
-                "reclaimed_early",
-                f"mlflow-outbox: the disk or the budget of {directory.path} has no room: what was delivered is deleted "
-                "before its retention time; nothing undelivered ever is",
-            )
+            gave_way(directory, number, self._counters)
 
     def _is_futile(self, directory: OutboxDirectory) -> bool:
         """Return whether nothing could be deleted the last time and nothing has been delivered since."""
