@@ -27,24 +27,39 @@ from faults.children import Nest
 from faults.table import TIERS, Row, Table
 
 SEEDS = Path(__file__).with_name("seeds")
-#: Parts of a test that tries every point of a long list, for several processes, in the longer tiers.
+#: Parts of a test that injects hundreds of times, for several processes, in the longer tiers.
 PARTS = 6
 #: Tests that need minutes in the longer tiers, the longest first: each process begins with some of them.
 LONGEST = (
-    "test_a_kill_at_any_system_call_loses_and_doubles_nothing",
-    "test_kills_at_random_times_lose_and_double_nothing",
-    "test_every_way_to_end_keeps_every_event",
-    "test_a_fork_in_any_state_loses_and_doubles_nothing",
-    "test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others",
-    "test_a_power_cut_takes_no_more_than_the_ladder_says",
     "test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow",
+    "test_a_power_cut_takes_no_more_than_the_ladder_says",
+    "test_everything_at_once_loses_and_doubles_nothing",
     "test_a_worker_that_stands_still_keeps_its_lease_and_harms_nothing",
-    "test_a_power_cut_at_any_boundary_loses_and_doubles_nothing",
     "test_a_kill_during_the_recovery_from_a_kill_is_harmless",
-    "test_an_input_output_error_at_any_call_loses_nothing_that_was_kept",
-    "test_a_server_killed_in_the_middle_holds_everything_once",
     "test_many_processes_share_one_outbox",
+    "test_a_killed_lease_holder_is_replaced_within_two_seconds",
+    "test_a_flapping_server_gets_everything_without_a_storm",
+    "test_kills_of_a_program_and_of_its_process_for_mlflow_lose_and_double_nothing",
+    "test_a_power_cut_at_any_boundary_loses_and_doubles_nothing",
+    "test_a_fork_in_any_state_loses_and_doubles_nothing",
+    "test_a_kill_at_any_system_call_loses_and_doubles_nothing",
+    "test_statuses_that_pass_are_retried_and_never_dead_lettered",
+    "test_every_way_to_end_keeps_every_event",
+    "test_only_the_kernel_s_lock_decides_who_delivers",
+    "test_a_write_that_is_short_at_any_byte_leaves_no_torn_frame",
+    "test_a_logging_call_waits_for_nobody",
+    "test_a_wiped_server_never_makes_a_run_vanish_in_silence",
+    "test_kills_at_random_times_lose_and_double_nothing",
+    "test_no_descriptor_left_loses_nothing",
+    "test_a_batch_whose_recording_fails_is_there_once",
+    "test_a_full_disk_never_loses_what_a_call_said_it_kept",
+    "test_a_power_cut_leaves_no_event_without_its_copied_file",
+    "test_a_slow_disk_is_never_waited_for",
     "test_a_reset_at_any_byte_doubles_and_loses_nothing",
+    "test_a_server_killed_in_the_middle_holds_everything_once",
+    "test_an_input_output_error_at_any_call_loses_nothing_that_was_kept",
+    "test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others",
+    "test_an_answer_that_is_none_is_never_taken_for_success",
 )
 _TABLE = pytest.StashKey[Table]()
 _SEED = pytest.StashKey[str]()
@@ -129,12 +144,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Return tests so that each process of pytest-xdist, which gets a part of the list, begins with long ones.
-
-    The seeds that have failed before come last: each commit repeats them, too.
-    """
+    """Return tests so that each process of pytest-xdist, which gets a part of the list, begins with long ones."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    order = sorted(items, key=lambda item: ("[kept-" in item.name, ranks.get(item.name.partition("[")[0], len(ranks))))
+    order = sorted(items, key=lambda item: ranks.get(item.name.partition("[")[0], len(ranks)))
     count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     return [item for first in range(count) for item in order[first::count]]
 
@@ -202,10 +214,11 @@ def fault_seed() -> None:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest, fault_seed: str | None) -> random.Random:
-    """Random numbers from the printed seed, different for each test."""
+    """Random numbers from the printed seed, different for each test and each of its parts."""
     seed = fault_seed or request.config.stash[_SEED]
     print(f"seed: --fault-seed {seed}")  # noqa: T201 - pytest shows it with a failure
-    return random.Random(f"{seed}/{request.function.__name__}")
+    part = request.getfixturevalue("part").start if "part" in request.fixturenames else 0
+    return random.Random(f"{seed}/{request.function.__name__}" + (f"/{part}" if part else ""))
 
 
 @pytest.fixture

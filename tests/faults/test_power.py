@@ -223,9 +223,10 @@ def test_a_power_cut_at_any_boundary_loses_and_doubles_nothing(
     fired = 0
     for index in chosen:
         call, when = points[index]
-        fired += cut(f"{call}-{when}", call, when)["fired"]
+        report = cut(f"{call}-{when}", call, when)
+        assert report["fired"] or report["counts"][call] < when, f"{call} {when} came, and the power stayed"
+        fired += report["fired"]
         row.done()
-    assert fired >= 0.9 * len(chosen), f"only {fired} of {len(chosen)} cuts came before the end"
     row.measure(points=len(points), fired=fired)
 
 
@@ -308,7 +309,7 @@ def tear(path: Path, rng: random.Random) -> str:
 
 @pytest.mark.fault("F18", "unsynced writes kept in any subset and order: segments absent, cut, or with holes of zeros")
 def test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others(
-    sqlite_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+    part: slice, sqlite_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
 ) -> None:
     """Every event of a segment that is whole arrives once, none that was not logged; the next program goes on."""
     outbox = tmp_path / "outbox"
@@ -316,7 +317,7 @@ def test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others(
     folder = workload.directory_of(outbox, sqlite_uri)
     names = sorted(set(where))
     assert len(names) > 3, "too few segments"
-    for number in range(row.pick(3, 500, 20_000)):
+    for number in range(row.pick(3, 500, 20_000))[part]:
         state, experiment = tmp_path / f"state{number}", f"torn-{number}"
         shutil.copytree(folder, workload.directory_of(state, sqlite_uri), symlinks=True)
         torn = {name for name in names if rng.random() < 0.4} or {names[-1]}
@@ -326,7 +327,7 @@ def test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others(
             if path.name in torn
         }
         report = nest.start(workload.drain, sqlite_uri, str(state), experiment, 100, {}).report()
-        assert [0, 0] == [report["left"]["parked"], report["left"]["dead"]], (did, report)
+        assert [0, 0, 0] == [report["left"][k] for k in ("pending", "parked", "dead")], (did, report)
         # The torn run keeps its own experiment, and all states share the database: its runs are judged by their rows.
         fresh = set(range(100, 110))
         held(sqlite_uri, experiment).check(fresh)

@@ -19,13 +19,13 @@ from servers import MlflowServer, eventually
 
 @pytest.mark.fault("F62", "SIGKILL of the server while batches are under way, restarted on its database")
 def test_a_server_killed_in_the_middle_holds_everything_once(
-    own_mlflow_server: Callable[..., MlflowServer], row: Row, rng: random.Random, tmp_path: Path
+    part: slice, own_mlflow_server: Callable[..., MlflowServer], row: Row, rng: random.Random, tmp_path: Path
 ) -> None:
     """Batches that it may or may not have committed are there once after it is back."""
     server = own_mlflow_server()
     given = workload.settings(request_timeout=3.0, retry_max=0.2, batch_points=20)
     session = Session(server, server.url, "killed", tmp_path / "outbox", given)
-    for _ in range(row.pick(2, 100, 1000)):
+    for _ in range(row.pick(2, 100, 1000))[part]:
         session.log(rng.randint(100, 400))
         session.tracker.flush(rng.uniform(0, 0.15))
         server.kill()

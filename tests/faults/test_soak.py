@@ -65,8 +65,8 @@ def test_everything_at_once_loses_and_doubles_nothing(
             proxy.script(*(any_fault(rng) for _ in range(12)))
             # A portal's page parks a run, and a flush does not wait for a person: the program after it has none.
             fresh: set[int] = set()
-            for number_of_first in (100, 200):
-                drained = nest.start(workload.drain, proxy.url, str(outbox), experiment, number_of_first, changed)
+            for first, last in ((100, False), (200, True)):
+                drained = nest.start(workload.drain, proxy.url, str(outbox), experiment, first, changed, 60.0, last)
                 report = drained.report()
                 fresh |= set(report["acked"])
                 proxy.clear()

@@ -7,6 +7,7 @@ that the lines of several threads do not mix, a kill cannot cut one in two, and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -35,6 +36,11 @@ for _name in ("tracking._tracking_service.utils", "store.tracking.sqlalchemy_sto
     importlib.import_module(f"mlflow.{_name}")
 for _name in ("store.artifact.local_artifact_repo", "store.artifact.mlflow_artifacts_repo", "utils.rest_utils"):
     importlib.import_module(f"mlflow.{_name}")
+
+# The newest revision of MLflow's tables: every store that is opened reads it from eighty files, always the same ones.
+_tables: Any = importlib.import_module("mlflow.store.db.utils")
+_tables._get_latest_schema_revision = functools.cache(_tables._get_latest_schema_revision)
+_tables._get_latest_schema_revision()
 
 #: Limits so small that a few dozen events make segments rotate and batches part.
 TINY: Final = {"segment_bytes": 1024, "batch_points": 5}
@@ -120,9 +126,20 @@ def issued_by(acked: set[int], first: int, threads: int) -> set[int]:
 
 
 def drain(
-    fd: int, uri: str, outbox: str, experiment: str, fresh: int, changed: dict[str, Any], patience: float = 60.0
+    fd: int,
+    uri: str,
+    outbox: str,
+    experiment: str,
+    fresh: int,
+    changed: dict[str, Any],
+    patience: float = 60.0,
+    parked_too: bool = False,
 ) -> None:
-    """Be the next program: log ten fresh events, deliver everything within some seconds, and report what came of it."""
+    """Be the next program: log ten fresh events, deliver everything within some seconds, and report what came of it.
+
+    With ``parked_too`` it waits for what waits for a person, too: until its own worker has been answered, the ledger
+    says what the last one was told.
+    """
 
     def work() -> dict[str, Any]:
         tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=settings(**changed))
@@ -131,6 +148,8 @@ def drain(
         run.end()
         started = time.monotonic()
         left = tracker.flush(patience)
+        while parked_too and left.parked and time.monotonic() < started + patience:
+            left = tracker.flush(patience)
         took = time.monotonic() - started
         counters = tracker.counters
         tracker.close(5)

@@ -127,6 +127,8 @@ class WriterPass:
         """Read on in one segment; return whether the next one may be read."""
         header = segment.header
         here = self.cursor is not None and self.cursor.ordinal == header.ordinal
+        if not here:
+            self._pass_gap_before(segment)
         offset = max(self.cursor.offset, segment.body) if here and self.cursor is not None else segment.body
         # Looked at before reading: a writer that is gone now cannot have appended anything after this.
         gone = not is_last or is_gone(segment.path, header, self._settle)
@@ -162,6 +164,18 @@ class WriterPass:
                 self.live = self.live or not gone
                 return gone
             chunk, offset = self._go_on(segment, chunk, offset, stuck=cut and offset == base and not plain)
+
+    def _pass_gap_before(self, segment: SegmentFile) -> None:
+        """Count what is missing between the segments before and the number with which this one says that it begins.
+
+        Of a segment that was cut behind its header no frame will ever say so, and a flush would wait for that number.
+        """
+        ahead = (segment.header.first_seq - self._seq) & SEQUENCE_MASK
+        if 0 < ahead < 1 << 31:
+            self.missing += ahead
+            self._seq = segment.header.first_seq
+            before = self.cursor or Cursor(segment.header.ordinal, segment.body, 0)
+            self.cursor = Cursor(before.ordinal, before.offset, self._seq)
 
     def _was_moved(self, segment: SegmentFile) -> bool:
         """Return whether a segment that is gone was moved while this reader looked, and not reclaimed by a worker."""
