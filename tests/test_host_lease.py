@@ -16,6 +16,7 @@ import pytest
 from contents import QUICK, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool import filesystem
+from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import host_lease
 from mlflow_outbox_worker.host_lease import HostLease, described
@@ -283,11 +284,21 @@ def test_a_disk_that_fills_up_later_takes_no_lease_away(
 # -- an outbox that several machines see
 
 
+#: A flush on a machine that takes its directory for a network file system.
+_FLUSH = """
+import sys
+from mlflow_outbox.spool import filesystem
+from mlflow_outbox_worker.cli import main
+filesystem.read_mountinfo = lambda: f"1 1 0:1 / {sys.argv[1]} rw - nfs4 filer:/ rw"
+sys.exit(main(["flush", "-d", sys.argv[1], "--timeout", "60"]))
+"""
+
+
 @pytest.fixture
 def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory on a file system that counts as NFS."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    mounts = f"1 1 0:1 / {tmp_path} rw - nfs4 filer:/ rw"
+    mounts = f"1 1 0:1 / {tmp_path / 'share'} rw - nfs4 filer:/ rw"
     monkeypatch.setattr(filesystem, "read_mountinfo", lambda: mounts)
     monkeypatch.setattr(filesystem, "_known", {})
     place = tmp_path / "share"
@@ -325,6 +336,44 @@ def test_what_another_machine_delivers_is_left_to_it_and_it_is_named(
     finally:
         child.kill()
         child.communicate()
+
+
+def test_a_flush_beside_another_machines_worker_sees_what_that_has_filed(
+    share: Path, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ledger is on that machine: what it moved away is delivered, and of the rest only it can tell."""
+    first, second = (log_offline(experiment_name, "http://127.0.0.1:9", share, name=name) for name in ("one", "two"))
+    outbox = the_outbox(share)
+    child = other_machine(outbox / "host.lease", tmp_path / "state of node7", "node7", beat=host_lease.BEAT)
+    try:
+        assert 6 == command("flush", "-d", share, "--timeout", 0.3)
+        assert "on the machine node7 has this outbox; how far it is can only be seen there" in capsys.readouterr().err
+        assert 0 == command("status", "-d", share)
+        assert "on the machine node7 delivers; how far it is can only be seen there" in capsys.readouterr().out
+        asked = OutboxDirectory.open(outbox).hurry_asked()
+        flushing = subprocess.Popen(
+            [sys.executable, "-c", _FLUSH, str(share)], stdout=subprocess.PIPE, text=True, env=os.environ
+        )
+        eventually(lambda: OutboxDirectory.open(outbox).hurry_asked() > asked, 60)
+        for run_id in (first, second):
+            (outbox / "runs" / run_id).rename(outbox / "delivered" / run_id)
+        out, _ = flushing.communicate(timeout=60)
+        assert 0 == flushing.returncode, out
+        assert "208 events delivered" in out
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_a_share_is_asked_for_what_other_machines_have_made(share: Path, experiment_name: str) -> None:
+    """A name comes and goes in the directory of the runs, which no cache outlives."""
+    log_offline(experiment_name, "http://127.0.0.1:9", share)
+    place = the_outbox(share) / "runs"
+    for words in (("status", "-d", share, "-q"), ("replay", share, "--dry-run", "-q")):
+        os.utime(place, (0, 0))
+        assert 0 == command(*words)
+        assert place.stat().st_mtime > 0, words
+        assert 1 == len(list(place.iterdir()))
 
 
 def test_a_live_writer_on_a_share_is_never_taken_for_dead_at_once(share: Path, experiment_name: str) -> None:

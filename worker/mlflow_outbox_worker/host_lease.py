@@ -277,6 +277,11 @@ def worker_of(directory: OutboxDirectory) -> Holder | None:
     return holder(directory.lock) or (_other(directory.host_lease) if directory.network else None)
 
 
+def is_elsewhere(found: Holder) -> bool:
+    """Return whether whoever holds a lease is on another machine, so that its ledger is there too."""
+    return found.host not in {"", socket.gethostname()}
+
+
 def described(found: Holder) -> str:
     """Return who holds a lease, in words."""
     if not found.host:

@@ -170,9 +170,9 @@ def _target(directory: OutboxDirectory, run_id: str) -> Path | None:
     target = directory.delivered / run_id
     try:
         os.mkdir(target, 0o700)
-    except FileExistsError:
-        return target
-    except OSError:  # not every file system says that it is because there is no room
+    except OSError:  # for want of room too: not every file system says so, and SFTP then says that it exists
+        if target.is_dir():
+            return target
         if reserve.free(directory.path) >= reserve.LOW:
             raise
         return None

@@ -331,6 +331,8 @@ def _of_outbox(path: Path) -> Found:
     identity, outbox = _opened(path, problems)
     if identity is None:
         return Found(None, None, {}, whole=True, problems=problems)
+    if outbox is not None:
+        outbox.look_anew()
     runs: dict[str, tuple[Path, ...]] = {}
     for part in ("runs", "delivered"):
         for name in run_directories(path / part):

@@ -23,6 +23,7 @@ refused when it belongs to somebody else, when group or others may enter it, or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -37,7 +38,14 @@ from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
 from mlflow_outbox.settings import state_directory
 from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.filesystem import is_network
-from mlflow_outbox.spool.private import check_parent, check_private, make_private, read_regular, write_once
+from mlflow_outbox.spool.private import (
+    check_parent,
+    check_private,
+    create_private,
+    make_private,
+    read_regular,
+    write_once,
+)
 
 FORMAT: Final = 1
 #: Run ids: what MLflow itself accepts (mlflow/utils/validation.py), and safe as a directory name.
@@ -158,6 +166,18 @@ class OutboxDirectory:
     def delivered_ids(self) -> list[str]:
         """Return the ids of all runs that are delivered and kept for the retention time."""
         return run_directories(self.delivered)
+
+    def look_anew(self) -> None:
+        """Have a network file system show the runs that other machines have made since it was last asked.
+
+        It may show a directory as it was up to a minute ago. A name that comes and goes in it makes it ask its server;
+        where nothing can be written it is left at that.
+        """
+        if self.network:
+            path = self.runs / f".look-{os.urandom(4).hex()}"
+            with contextlib.suppress(OSError):
+                os.close(create_private(path))
+                os.unlink(path)
 
     def make_run(self, run_id: str) -> Path:
         """Make a run's directory.

@@ -202,10 +202,12 @@ class Flush:
         self._delivered_itself = self._worker.delivery.holds_lease()
         nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
         if nothing and not self._delivered_itself:
-            from mlflow_outbox_worker.host_lease import described, worker_of
+            from mlflow_outbox_worker.host_lease import described, is_elsewhere, worker_of
 
             found = worker_of(self._directory)
-            self._held_by = described(found) if found is not None else ""
+            if found is not None:
+                silence = "; how far it is can only be seen there" if is_elsewhere(found) else " and has not answered"
+                self._held_by = f"{described(found)} has this outbox{silence}"
         self._worker.ask_to_stop()
 
     def stop(self, timeout: float) -> None:
@@ -248,6 +250,10 @@ class Flush:
             ends = targets(self._directory, records)
             self._ends = ends if self._run_id is None else {self._run_id: ends.get(self._run_id, {})}
         parked_all = note is not None and note.state == "parked"
+        if (
+            self._directory.network
+        ):  # what another machine delivers is in its ledger; here it shows by what it has filed
+            self._ends = {run: ends for run, ends in self._ends.items() if self._directory.run(run).exists()}
         parts = {run: left(ends, records.get(run), parked=parked_all) for run, ends in self._ends.items()}
         parked = [run for run, part in parts.items() if part.parked]
         if note is not None and note.tried_ms >= self._began_ms:
@@ -329,7 +335,7 @@ class Flush:
         elif self.read_only and not self.is_done():
             terminal.error(outboxes.read_only(self._directory.path))
         elif self._held_by:
-            terminal.note(f"{where}{self._held_by} has this outbox and has not answered")
+            terminal.note(f"{where}{self._held_by}")
         elif seen.reason and self.left and not self._delivered_itself:  # its own warnings have said so
             terminal.note(f"{where}{seen.reason}")
 

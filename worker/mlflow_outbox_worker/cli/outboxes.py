@@ -61,7 +61,7 @@ def open_all(settings: Settings) -> list[OutboxDirectory]:
         CommandFailed: there is none.
         OutboxUnusable: one is not safe to use.
     """
-    return [OutboxDirectory.open(path) for path in find(settings)]
+    return [_opened(path) for path in find(settings)]
 
 
 def open_one(settings: Settings) -> OutboxDirectory:
@@ -77,7 +77,13 @@ def open_one(settings: Settings) -> OutboxDirectory:
         where = printable(paths[0].parent, 300)
         msg = f"there are {len(paths)} outboxes in {where} ({names}); name one with --outbox-dir"
         raise CommandFailed(msg, ExitCode.USAGE)
-    return OutboxDirectory.open(paths[0])
+    return _opened(paths[0])
+
+
+def _opened(path: Path) -> OutboxDirectory:
+    directory = OutboxDirectory.open(path)
+    directory.look_anew()
+    return directory
 
 
 def run_words(given: Mapping[str, Any]) -> list[str]:

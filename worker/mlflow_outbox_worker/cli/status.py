@@ -228,6 +228,6 @@ def sentences(one: OutboxSurvey) -> list[Cell]:
 def _who(one: OutboxSurvey) -> str:
     if one.holder is None:
         return "nobody delivers" + ("; mlflow-outbox flush does" if one.pending or one.parked else "")
-    from mlflow_outbox_worker.host_lease import described
+    from mlflow_outbox_worker.host_lease import described, is_elsewhere
 
-    return f"{described(one.holder)} delivers"
+    return f"{described(one.holder)} delivers" + ("; how far it is can only be seen there" * is_elsewhere(one.holder))
