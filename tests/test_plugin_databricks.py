@@ -1,22 +1,44 @@
-"""``outbox+databricks://profile``: what can be seen of it without a workspace."""
+"""``outbox+databricks://profile``, with an open MLflow server in the place of a workspace.
+
+A workspace has tracking calls that are MLflow's own, and these are tested for real, through the Databricks SDK. What it
+has of its own, above all the storage of ``dbfs:`` that files go to with credentials from
+``/api/2.0/mlflow/artifacts/credentials-for-write``, an MLflow server has not: experiments here keep their files in a
+directory.
+"""
 
 from __future__ import annotations
 
 import time
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import plugin_scenarios
+from contents import client
 from mlflow_outbox.plugin.registry_store import OutboxRegistry
 from mlflow_outbox.plugin.tracking_store import OutboxStore
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.faults import accept_hang
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.mlflow_sink import calls
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore
-from plugin_world import store, tracking
+from plugin_world import deliver, differences, picture, store, tracking
 from servers import MlflowServer, eventually
 
 _TOKEN = "dapi-5ecret-t0ken"
+
+
+def profile(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the profile "work" lead to a server."""
+    (tmp_path / "databrickscfg").write_text(f"[work]\nhost = {url}\ntoken = {_TOKEN}\n")
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "databrickscfg"))
+
+
+def files_with_the_token(directory: Path) -> list[Path]:
+    """Return the files below a directory that hold the token."""
+    return [path for path in directory.rglob("*") if path.is_file() and _TOKEN.encode() in path.read_bytes()]
 
 
 def test_a_profile_says_where_the_workspace_is(
@@ -25,8 +47,7 @@ def test_a_profile_says_where_the_workspace_is(
     """While it does not answer, no call waits beyond its deadline, and runs begin offline. The token stays there."""
     uri = "outbox+databricks://work"
     with FaultProxy(mlflow_server.url) as proxy:
-        (tmp_path / "databrickscfg").write_text(f"[work]\nhost = {proxy.url}\ntoken = {_TOKEN}\n")
-        monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "databrickscfg"))
+        profile(proxy.url, tmp_path, monkeypatch)
         proxy.on("", accept_hang(), times=None)
         waits = {"create_timeout": 0.5, "request_timeout": 2, "exit_timeout": 0, "worker": "none"}
         with tracking(uri, tmp_path / "outbox", **waits) as mlflow:
@@ -46,5 +67,47 @@ def test_a_profile_says_where_the_workspace_is(
             opened = held.server.opened()
             assert isinstance(opened.store, DatabricksStore)
             assert (proxy.url, _TOKEN) == (opened.store.get_host_creds().host, opened.store.get_host_creds().token)
-    kept = [path for path in (tmp_path / "outbox").rglob("*") if path.is_file()]
-    assert [] == [path for path in kept if _TOKEN.encode() in path.read_bytes()]
+    assert [] == files_with_the_token(tmp_path / "outbox")
+
+
+@pytest.mark.parametrize("name", ["fluent", "datasets", "traces"])
+def test_a_workspace_holds_what_it_holds_without_an_outbox(
+    name: str, mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Field by field; traces are files there, because a workspace takes no spans for an experiment."""
+    profile(mlflow_server.url, tmp_path, monkeypatch)
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+    pictures: list[dict[str, Any]] = []
+    for uri in ("databricks://work", "outbox+databricks://work"):
+        experiment = f"workspace-{name}-{uuid.uuid4().hex[:8]}"
+        with client(mlflow_server.url) as api:
+            api.create_experiment(experiment, artifact_location=(tmp_path / "files").as_uri())
+        with tracking(uri, tmp_path / "outbox", create_timeout=30) as mlflow:
+            plugin_scenarios.ALL[name](mlflow, experiment, plugin_scenarios.nothing)
+            deliver(uri)
+        pictures.append(picture(mlflow_server.url, experiment))
+    assert [] == differences(*pictures)
+    assert [] == files_with_the_token(tmp_path / "outbox")
+
+
+def test_what_a_workspace_refuses_is_an_answer(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDK raises it, and MLflow makes a response of it that has no stream: nobody may try to read one."""
+    from mlflow.exceptions import MlflowException
+
+    profile(mlflow_server.url, tmp_path, monkeypatch)
+    uri = "outbox+databricks://work"
+    with tracking(uri, tmp_path / "outbox", create_timeout=30) as mlflow:
+        assert mlflow.get_experiment_by_name(experiment_name) is None
+        with pytest.raises(MlflowException, match="not found"):
+            mlflow.get_run(uuid.uuid4().hex)
+        number = mlflow.create_experiment(experiment_name)
+        with mlflow.start_run(experiment_id=number) as run:
+            mlflow.log_param("p", 1)
+            deliver(uri)
+            with client(mlflow_server.url) as api:
+                api.set_tag(run.info.run_id, "seen", "yes")
+            assert "yes" == mlflow.get_run(run.info.run_id).data.tags["seen"]
+        with pytest.raises(ValueError, match="the store has no log_spans"):
+            calls.call(store(uri).server.opened().store, "log_spans", '{"location": "1", "spans": []}')

@@ -31,7 +31,8 @@ class Traces(Models):
 
     @property
     def _has_spans(self) -> bool:
-        return self.outbox.destination.scheme != "file"  # MLflow's file store keeps traces as artifacts only
+        # MLflow's file store keeps traces as files only, and so do the experiments of a Databricks workspace.
+        return self.outbox.destination.scheme not in {"file", "databricks"}
 
     def start_trace(self, trace_info: TraceInfo) -> TraceInfo:
         """Record a trace."""

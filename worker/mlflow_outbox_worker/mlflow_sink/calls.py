@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool.provisional import MODEL_ID_TAG
-from mlflow_outbox_worker.mlflow_sink.rest import ServerStore, checked
+from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, ServerStore, checked
 from mlflow_outbox_worker.sink import OPERATIONS
 
 
@@ -28,6 +28,8 @@ def call(store: Any, operation: str, arguments: str) -> str:
         _log_spans(store, **given)
         return ""
     try:
+        if operation == "log_spans" and isinstance(store, DatabricksStore):
+            raise NotImplementedError  # MLflow's store takes spans for a table of Unity Catalog, not an experiment
         answer = getattr(store, operation)(**given)
     except NotImplementedError as error:  # raised by MLflow's file store, which has no traces of this kind
         msg = f"the store has no {operation}"

@@ -279,6 +279,8 @@ def _http_request_over(perform: Callable[..., requests.Response]) -> Callable[..
 
 
 def _body(response: requests.Response, into: IO[bytes] | None) -> bytes:
+    if response.raw is None:  # http_request's own answer for what the Databricks SDK raised: there is no stream
+        return response.content or b""
     parts: list[bytes] = []
     size = 0
     try:
