@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sysconfig
@@ -87,14 +89,25 @@ def run(*words: object, **more: str) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def beyond_start_up(*words: object) -> tuple[Done, float]:
-    """Run a command; return also its seconds without those of the start of a process, which are measured beside it."""
+def waited(*words: object) -> tuple[Done, float]:
+    """Run a command; return also for how many seconds it waited, whatever for.
+
+    That leaves out the time in which its main thread computed, and that in which it could not because the processors
+    were busy with others: how fast the machine is at the moment says nothing about how a command keeps its time.
+    """
     started = time.monotonic()
-    run("flush", "--help")
-    start_up = time.monotonic() - started
-    started = time.monotonic()
-    done = run(*words)
-    return done, time.monotonic() - started - start_up
+    process = subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    ended, busy = os.pidfd_open(process.pid), 0.0
+    while not select.select([ended], [], [], 0.01)[0]:
+        with contextlib.suppress(OSError):  # it has ended just now
+            computed, kept_waiting, _ = Path(f"/proc/{process.pid}/task/{process.pid}/schedstat").read_text().split()
+            busy = max(busy, (int(computed) + int(kept_waiting)) / 1e9)
+    spent = time.monotonic() - started
+    os.close(ended)
+    out, err = process.communicate()
+    return Done(process.returncode, out, err), spent - busy
 
 
 class Here:

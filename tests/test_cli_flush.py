@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, QUICK_ENVIRONMENT, Here, beyond_start_up, offline, outbox_of, run, start
+from commands import NOBODY, QUICK_ENVIRONMENT, Here, offline, outbox_of, run, start, waited
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -80,9 +80,9 @@ def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("seconds", [0.5, 4.0])
 def test_a_hung_server_holds_up_no_flush(seconds: float, silent: str, tmp_path: Path) -> None:
-    """The time-out is kept to within a second of the command's own time, with requests that never end under way."""
+    """The time-out is kept to within a second, with requests that never end under way."""
     offline(tmp_path, silent)
-    done, spent = beyond_start_up("flush", "-d", tmp_path, "--timeout", seconds)
+    done, spent = waited("flush", "-d", tmp_path, "--timeout", seconds)
     assert 3 == done.code, done
     assert "0 events delivered, 13 left, on disk" in done.out
     assert spent < seconds + 1.0
@@ -97,7 +97,7 @@ def test_a_worker_that_is_stopped_holds_up_nobody(words: list[str], code: int, s
         eventually(lambda: worker_of(OutboxDirectory.open(outbox_of(tmp_path / "box"))), 60)
         eventually((outbox_of(tmp_path / "box") / "delivery" / "cache.db").exists, 60)
         holder.send_signal(signal.SIGSTOP)
-        done, spent = beyond_start_up(*words, tmp_path / "box", "--timeout", 1.0)
+        done, spent = waited(*words, tmp_path / "box", "--timeout", 1.0)
     finally:
         holder.kill()
         holder.communicate()

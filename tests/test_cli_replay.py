@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import Here, beyond_start_up, command, environment, offline, run
+from commands import Here, command, environment, offline, run, waited
 from contents import numbered, points, runs
 from mlflow_outbox.testing.faults import accept_hang
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
@@ -206,7 +206,7 @@ class TestTerminal:
             proxy.on("mlflow", accept_hang(), times=None)
             for number in range(boxes):
                 offline(tmp_path / "box", f"{proxy.url}/{number}")
-            done, spent = beyond_start_up("replay", tmp_path / "box", "--timeout", seconds, *more)
+            done, spent = waited("replay", tmp_path / "box", "--timeout", seconds, *more)
         assert 3 == done.code, done
         assert boxes == done.out.count("1 run left")
         assert spent < seconds + 1.0

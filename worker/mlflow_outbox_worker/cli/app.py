@@ -18,7 +18,7 @@ import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import OutboxError
-from mlflow_outbox_worker.cli import delivering, terminal
+from mlflow_outbox_worker.cli import clock, delivering, terminal
 from mlflow_outbox_worker.cli.declare import Group
 from mlflow_outbox_worker.cli.exits import EXPLAINED, CommandFailed, ExitCode, of_error
 
@@ -116,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words of the command line; None means this process's.
     """
+    if arguments is not None:
+        clock.begin()
     terminal.prepare()
     try:
         code = _run(arguments)

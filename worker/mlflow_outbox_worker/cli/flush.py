@@ -17,7 +17,7 @@ import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
-from mlflow_outbox_worker.cli import outboxes, terminal
+from mlflow_outbox_worker.cli import clock, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.delivering import CommandWorker
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
@@ -74,7 +74,7 @@ def flush(
       mlflow-outbox flush --timeout 60 || echo "not all delivered: $?"
       mlflow-outbox flush --run 3f9c --timeout 10
     """
-    started = time.monotonic()
+    started = clock.began()
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     directories = outboxes.open_all(settings)

@@ -15,7 +15,7 @@ import click
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LeaseHeld, OutboxError
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
-from mlflow_outbox_worker.cli import delivering, terminal
+from mlflow_outbox_worker.cli import clock, delivering, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import AsJson, Quiet, Verbose
@@ -82,7 +82,7 @@ def replay(
     """
     from mlflow_outbox_worker.jobs import Wish, prepare
 
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = None if timeout is None else clock.began() + timeout
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     if follow and (only_finished or again):
         msg = "--follow goes with neither --only-finished nor --again: its runs have not ended"
