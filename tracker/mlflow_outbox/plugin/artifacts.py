@@ -1,12 +1,14 @@
 """Files: copied into the outbox when they are logged, read from the server with what has not arrived in front.
 
-Two schemes lead here. ``outbox-artifacts:/<outbox>/<kind>/<id>/artifacts`` is the outbox's own, for what has no
-address at the server yet and for stores whose clients would write to the storage themselves. ``mlflow-artifacts:``
-stays as the server gave it, so that what user code writes down is right; its repository is only ours while the
-tracking URI is an outbox, and MLflow's own otherwise.
+Three kinds of URI lead here.
 
-Directories stay as they are too, because programs open what is in them. There a file is copied into the outbox, for
-replays, and in its place at once; the worker copies it again, in order.
+* ``outbox-artifacts:/<outbox>/<kind>/<id>/artifacts`` is the outbox's own, for what has no address at the server yet.
+* ``mlflow-artifacts:`` stays as the server gave it, so that what user code writes down is right; its repository is
+  only ours while the tracking URI is an outbox, and MLflow's own otherwise.
+* Everything else (``s3:``, a directory) stays as it is too. MLflow's client writes to such storage itself, so each
+  scheme is claimed when the first URI of it is shown: below the places of this outbox's runs and models the repository
+  is ours, elsewhere the one that was registered. Programs open what is in a directory: there a file is copied into
+  the outbox, for replays, and in its place at once; the worker copies it again, in order.
 """
 
 from __future__ import annotations
@@ -45,13 +47,15 @@ _PROXIED: Final = re.compile(
     r"/(?P<experiment>[^/]+)/(?:(?P<kind>models|traces)/)?(?P<id>[^/]+)/artifacts(?:/(?P<below>.*))?$"
 )
 _PREFIX: Final = "outbox+"
+#: Schemes of artifact URIs that are directories.
+LOCAL: Final = frozenset({"", "file"})
 
 
 class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is not followed by mypy
     """The files of one run, model or trace.
 
     Args:
-        artifact_uri: of the outbox's scheme, or ``mlflow-artifacts:``.
+        artifact_uri: as it was shown to readers.
         tracking_uri: the ``outbox+`` URI; None means MLflow's current one.
         registry_uri: not used.
     """
@@ -61,10 +65,9 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         from mlflow.tracking._tracking_service.utils import _get_store
 
         self._store: OutboxStore = _get_store(tracking_uri if str(tracking_uri).startswith(_PREFIX) else None)
-        directory: tuple[str, str, str] | None = self._store.local_owner(artifact_uri)
-        owner: tuple[str, str, str] = directory or _owner(artifact_uri)
+        owner: tuple[str, str, str] = self._store.owner_of(artifact_uri) or _owner(artifact_uri)
         self._kind, self._id, self._below = owner
-        self._place = LocalArtifactRepository(artifact_uri) if directory else None
+        self._place = LocalArtifactRepository(artifact_uri) if get_uri_scheme(artifact_uri) in LOCAL else None
 
     # -- writing
 
@@ -219,8 +222,8 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         )
 
 
-class _Directories:
-    """What makes the repository of a directory: ours for the runs of an outbox, MLflow's for all else."""
+class _Claimed:
+    """What makes the repositories of a scheme: ours for the runs of an outbox, the one registered for all else."""
 
     def __init__(self, theirs: Any) -> None:
         self._theirs = theirs
@@ -230,17 +233,17 @@ class _Directories:
         from mlflow.tracking._tracking_service.utils import _get_store
 
         uri = str(tracking_uri or get_tracking_uri())
-        if uri.startswith(_PREFIX) and _get_store(uri).local_owner(artifact_uri):
+        if uri.startswith(_PREFIX) and _get_store(uri).owner_of(artifact_uri):
             return StagedArtifacts(artifact_uri, uri, registry_uri)
         return self._theirs(artifact_uri, tracking_uri, registry_uri)
 
 
-def claim_local_schemes() -> None:
-    """Let MLflow ask here for the repositories of directories; an entry point cannot have the empty scheme's name."""
+def claim(scheme: str) -> None:
+    """Let MLflow ask here for the repositories of a scheme; one that it does not know it goes on not knowing."""
     schemes = _artifact_repository_registry._registry
-    for scheme in ("", "file"):
-        if not isinstance(schemes[scheme], _Directories):
-            schemes[scheme] = _Directories(schemes[scheme])
+    theirs = schemes.get(scheme)
+    if theirs is not None and not isinstance(theirs, _Claimed):
+        schemes[scheme] = _Claimed(theirs)
 
 
 def _owner(uri: str) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
@@ -16,6 +17,7 @@ from mlflow.utils.uri import get_uri_scheme
 from mlflow_outbox import delivery
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
+from mlflow_outbox.plugin.artifacts import LOCAL, claim
 from mlflow_outbox.plugin.ids import Ids, NotYet
 from mlflow_outbox.plugin.journals import Journals, OpenRun
 from mlflow_outbox.plugin.rest import Pulse
@@ -33,8 +35,6 @@ T = TypeVar("T")
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 #: Where an experiment's name is not known because the server is away; MLflow itself has an experiment 0 of this name.
 _DEFAULT_EXPERIMENT: Final = ("0", "Default")
-#: Schemes of artifact URIs that are directories.
-_LOCAL: Final = frozenset({"", "file"})
 
 
 class Base:
@@ -65,7 +65,7 @@ class Base:
         self._handed_out: set[str] = set()
         self._artifact_uris: dict[str, str] = {}
         self._model_homes: dict[str, str] = {}
-        self._local_roots: dict[str, tuple[str, str]] = {}
+        self._roots: dict[str, tuple[str, str]] = {}
         self._models_have_metrics = False
         #: Runs that were deleted when this process last heard of them.
         self._deleted: set[str] = set()
@@ -243,24 +243,24 @@ class Base:
         return f"{provisional.ARTIFACT_SCHEME}:/{slug}/{kind}/{subject}/artifacts"
 
     def shown_uri(self, kind: str, subject: str, theirs: str | None) -> str:
-        """Return the artifact URI for readers: the server's when it leads back here, else one of the outbox's.
+        """Return the artifact URI for readers: the server's when there is one, else one of the outbox's.
 
-        Directories of this machine lead back here too: see ``artifacts.claim_local_schemes``.
+        MLflow asks here for the repository of either: see ``artifacts.claim``.
         """
         if theirs and subject in theirs:
             scheme = get_uri_scheme(theirs)
-            if scheme in _LOCAL:
-                self._local_roots[theirs.rstrip("/")] = (kind, subject)
-            if scheme in _LOCAL or scheme == "mlflow-artifacts":
-                self._artifact_uris[subject] = theirs
-                return theirs
+            if scheme != "mlflow-artifacts":
+                self._roots[_path_of(theirs)] = (kind, subject)
+                claim(scheme)
+            self._artifact_uris[subject] = theirs
+            return theirs
         return self.own_uri(kind, subject)
 
-    def local_owner(self, uri: str) -> tuple[str, str, str] | None:
-        """Return kind, id and folder of a place in a directory that was shown to readers as a run's or model's."""
-        root, below = uri.rstrip("/"), ""
+    def owner_of(self, uri: str) -> tuple[str, str, str] | None:
+        """Return kind, id and folder of a place that was shown to readers as a run's or model's, or below one."""
+        root, below = _path_of(uri), ""
         while root:
-            owner = self._local_roots.get(root)
+            owner = self._roots.get(root)
             if owner is not None:
                 return (*owner, below)
             root, slash, last = root.rpartition("/")
@@ -331,6 +331,13 @@ class Base:
             return str(self.server.ask(lambda store: store.get_logged_model(remote), quick=True).artifact_location)
         root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=True).artifact_location)
         return provisional.URI_PATTERN.sub(root.rstrip("/"), uri)
+
+
+def _path_of(uri: str) -> str:
+    """Return an artifact URI without what may stand behind the path; a directory's name may have such characters."""
+    if get_uri_scheme(uri) not in LOCAL:
+        uri = urlsplit(uri)._replace(query="", fragment="").geturl()
+    return uri.rstrip("/")
 
 
 def no_such(what: str, subject: str) -> MlflowException:

@@ -9,10 +9,8 @@ _PREFIX = "outbox+"
 
 def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
     """Return the tracking store of an ``outbox+`` URI."""
-    from mlflow_outbox.plugin.artifacts import claim_local_schemes
     from mlflow_outbox.plugin.tracking_store import OutboxStore
 
-    claim_local_schemes()
     return OutboxStore(store_uri, artifact_uri)
 
 
