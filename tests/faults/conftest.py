@@ -39,7 +39,7 @@ LONGEST = (
     "test_many_processes_share_one_outbox",
     "test_a_killed_lease_holder_is_replaced_within_two_seconds",
     "test_a_flapping_server_gets_everything_without_a_storm",
-    "test_kills_of_a_program_and_of_its_process_for_mlflow_lose_and_double_nothing",
+    "test_kills_of_a_program_and_of_its_delivering_process_lose_and_double_nothing",
     "test_a_power_cut_at_any_boundary_loses_and_doubles_nothing",
     "test_a_fork_in_any_state_loses_and_doubles_nothing",
     "test_a_kill_at_any_system_call_loses_and_doubles_nothing",

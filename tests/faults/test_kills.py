@@ -86,25 +86,25 @@ def test_kills_at_random_times_lose_and_double_nothing(
     row.measure(store=store)
 
 
-def mlflow_of(program: Child) -> int:
-    """Return the process that holds MLflow for a program."""
+def deliverer_of(program: Child) -> int:
+    """Return the process that delivers for a program's worker thread."""
     for thread in Path(f"/proc/{program.pid}/task").iterdir():  # of which one has started it
         for name in (thread / "children").read_text().split():
-            if b"mlflow_outbox_worker.sink_process" in Path(f"/proc/{name}/cmdline").read_bytes():
+            if b"mlflow_outbox_worker.child" in Path(f"/proc/{name}/cmdline").read_bytes():
                 return int(name)
-    failure = "there is no process for MLflow"
+    failure = "there is no process that delivers"
     raise AssertionError(failure)
 
 
-@pytest.mark.fault("F01", "SIGKILL of the process that holds MLflow for a worker thread, then of the program")
-def test_kills_of_a_program_and_of_its_process_for_mlflow_lose_and_double_nothing(
+@pytest.mark.fault("F01", "SIGKILL of the process that delivers for a worker thread, then of the program")
+def test_kills_of_a_program_and_of_its_delivering_process_lose_and_double_nothing(
     part: slice, sqlite_uri: str, file_uri: str, nest: Nest, row: Row, rng: random.Random, tmp_path: Path
 ) -> None:
-    """Another process for MLflow goes on; after the program's end nobody is left who delivers."""
+    """Another process goes on; after the program's end nobody is left who delivers."""
     for number in range(row.pick(1, 18, 180))[part]:  # each needs three interpreters of its own, seconds each
         uri = (file_uri, sqlite_uri)[number % 2]
         experiment, outbox = f"apart-{number}", tmp_path / f"outbox{number}"
-        child = nest.start(workload.log_with_mlflow_apart, uri, str(outbox), experiment, 0)
+        child = nest.start(workload.log_with_delivery_apart, uri, str(outbox), experiment, 0)
 
         def goes_on(more: int, uri: str = uri, experiment: str = experiment) -> None:
             enough = len(held(uri, experiment).events) + more
@@ -112,7 +112,7 @@ def test_kills_of_a_program_and_of_its_process_for_mlflow_lose_and_double_nothin
 
         goes_on(1)
         child.process.join(rng.uniform(0, 0.2))
-        os.kill(mlflow_of(child), signal.SIGKILL)
+        os.kill(deliverer_of(child), signal.SIGKILL)
         goes_on(10)
         child.process.join(rng.uniform(0, 0.2))
         child.kill()

@@ -24,9 +24,9 @@ from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker import thread
 from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.lease import holder
-from mlflow_outbox_worker.sink_process import SinkProcesses
 from servers import eventually
 
 # All that is otherwise imported at the first delivery, so that a forked child has it at once.
@@ -109,9 +109,9 @@ def log_forever(
     threading.Event().wait()
 
 
-def log_with_mlflow_apart(fd: int, uri: str, outbox: str, experiment: str, first: int) -> None:
-    """Log until somebody kills the process; MLflow lives in a process of its own, as where nothing has imported it."""
-    SinkProcesses.__init__.__kwdefaults__["is_imported"] = lambda: False
+def log_with_delivery_apart(fd: int, uri: str, outbox: str, experiment: str, first: int) -> None:
+    """Log until somebody kills the process; a process of its own delivers, as where nothing has imported MLflow."""
+    thread.is_mlflow_imported = lambda: False
     log_forever(fd, uri, outbox, experiment, first, 1, "thread", {"batch_points": 5}, 0.02)
 
 

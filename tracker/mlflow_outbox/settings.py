@@ -7,6 +7,7 @@ never disagree about an option, and a test states in one line what it changes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -230,4 +231,6 @@ def credentials_from_environment() -> tuple[str | None, str | None]:
 
 def environment_for_child(**extra: str) -> dict[str, str]:
     """Return a copy of this process's environment with ``extra`` added, for a worker process."""
-    return {**os.environ, **extra}
+    while True:
+        with contextlib.suppress(KeyError, RuntimeError):  # another thread took a variable away or added one just now
+            return {**os.environ, **extra}

@@ -102,13 +102,22 @@ class HostLease:
         path: the lease file, in the outbox.
         lock: the local lock file; its directory is made.
         kind: what this worker is: "thread", "process", "command".
+        local: the lease of the lock file; None makes one.
         host: this machine's name.
         beat: seconds between two signs of life.
         missed: signs of life after which a silent holder is dead.
     """
 
     def __init__(
-        self, path: Path, lock: Path, kind: str, *, host: str | None = None, beat: float = BEAT, missed: int = MISSED
+        self,
+        path: Path,
+        lock: Path,
+        kind: str,
+        *,
+        local: Lease | None = None,
+        host: str | None = None,
+        beat: float = BEAT,
+        missed: int = MISSED,
     ) -> None:
         self._path = path
         self._lock_path = lock
@@ -116,7 +125,7 @@ class HostLease:
         self._host = socket.gethostname() if host is None else host
         self._beat = beat
         self._dead_after = beat * missed
-        self._local = Lease(lock, kind)
+        self._local = Lease(lock, kind) if local is None else local
         self._mine: _Seen | None = None
         self._last_beat = 0.0
         self._stop = threading.Event()
@@ -260,16 +269,16 @@ class HostLease:
         return holder(self._lock_path) or _other(self._path)
 
 
-def lease_of(directory: OutboxDirectory, kind: str) -> WorkerLease:
+def lease_of(directory: OutboxDirectory, kind: str, *, inherited: int = -1) -> WorkerLease:
     """Return the lease of an outbox: of the kind that its file system needs.
 
     Args:
         directory: the outbox.
         kind: what the worker is: "thread", "process", "command".
+        inherited: a descriptor of the local lock file that is locked already; -1 when there is none.
     """
-    if directory.network:
-        return HostLease(directory.host_lease, directory.lock, kind)
-    return Lease(directory.lock, kind)
+    local = Lease(directory.lock, kind, inherited=inherited)
+    return HostLease(directory.host_lease, directory.lock, kind, local=local) if directory.network else local
 
 
 def worker_of(directory: OutboxDirectory) -> Holder | None:

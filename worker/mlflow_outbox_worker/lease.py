@@ -34,11 +34,14 @@ class Lease:
     Args:
         path: the lock file.
         kind: what this worker is, for the message that others show: "thread", "process", "command".
+        inherited: a descriptor of the lock file that was locked by the process that started this one; -1 when there is
+            none.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, kind: str, *, inherited: int = -1) -> None:
         self._path = path
         self._kind = kind
+        self._inherited = inherited
         self._fd = -1
         _leases.add(self)
 
@@ -53,7 +56,9 @@ class Lease:
         """
         if self._fd >= 0:
             return True
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd, self._inherited = self._inherited, -1
+        if fd < 0:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_same(fd, self._path):
@@ -71,6 +76,10 @@ class Lease:
             os.ftruncate(fd, 0)
             os.pwrite(fd, note, 0)
         return True
+
+    def fileno(self) -> int:
+        """Return the descriptor of the locked file, for a child process that is to hold the lease; -1 without it."""
+        return self._fd
 
     def is_held(self) -> bool:
         """Return whether this object holds the lease."""

@@ -18,11 +18,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import mlflow_outbox
 import mlflow_outbox_worker
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.destination import Destination
 from mlflow_outbox.settings import Settings, environment_for_child
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.priority import stand_back
@@ -71,12 +72,6 @@ def start(outbox: Outbox) -> ProcessWorker:
     Raises:
         OSError: no process can be started.
     """
-    settings = {
-        field.name: str(value) if isinstance(value, Path) else value
-        for field in dataclasses.fields(outbox.settings)
-        if (value := getattr(outbox.settings, field.name)) is not None
-    }
-    note = {"settings": settings, "uri": outbox.destination.secret_uri}
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow_outbox_worker", str(outbox.directory.path)],
         stdin=subprocess.PIPE,
@@ -86,9 +81,47 @@ def start(outbox: Outbox) -> ProcessWorker:
     )
     pipe = process.stdin
     assert pipe is not None  # noqa: S101 - for the type checker: PIPE was asked for
-    pipe.write(json.dumps(note).encode() + b"\n")
+    pipe.write(note_of(outbox))
     pipe.flush()
     return ProcessWorker(process, pipe)
+
+
+def note_of(outbox: Outbox) -> bytes:
+    """Return what a process that delivers an outbox has to know of it, in one line, credentials included."""
+    settings = {
+        field.name: str(value) if isinstance(value, Path) else value
+        for field in dataclasses.fields(outbox.settings)
+        if (value := getattr(outbox.settings, field.name)) is not None
+    }
+    return json.dumps({"settings": settings, "uri": outbox.destination.secret_uri}).encode() + b"\n"
+
+
+class Noted(NamedTuple):
+    """What a note says."""
+
+    directory: OutboxDirectory
+    destination: Destination
+    settings: Settings
+
+
+def noted(path: Path, line: bytes) -> Noted:
+    """Return what ``note_of`` wrote down.
+
+    Args:
+        path: the outbox.
+        line: the note; empty when the starter was gone before it wrote one.
+
+    Raises:
+        OutboxUnusable: the outbox cannot be used any more.
+    """
+    note: dict[str, Any] = json.loads(line or b"{}")
+    given = note.get("settings", {})
+    for name in ("root", "ledger_dir"):
+        if given.get(name) is not None:
+            given[name] = Path(given[name])
+    directory = OutboxDirectory.open(path)
+    destination = dataclasses.replace(directory.destination, secret_uri=note.get("uri") or "")
+    return Noted(directory, destination, Settings(**given))
 
 
 def _import_roots() -> list[str]:
@@ -117,14 +150,7 @@ def serve(path: Path, source: IO[bytes]) -> int:
     from mlflow_outbox_worker.flush import Watch
 
     stand_back()
-    note: dict[str, Any] = json.loads(source.readline() or b"{}")
-    given = note.get("settings", {})
-    for name in ("root", "ledger_dir"):
-        if given.get(name) is not None:
-            given[name] = Path(given[name])
-    settings = Settings(**given)
-    directory = OutboxDirectory.open(path)
-    destination = dataclasses.replace(directory.destination, secret_uri=note.get("uri") or "")
+    directory, destination, settings = noted(path, source.readline())
     delivery = Delivery(directory, destination, settings, Counters(), kind="process")
     worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
     worker.start()

@@ -1,9 +1,8 @@
 """What delivery needs of a tracking store, and the one error it may raise.
 
-``mlflow_sink`` implements it for every store that MLflow reaches; ``sink_process`` passes it on to such a one in a
-child process. Each method is one request, made once: a sink never retries, never sleeps and never reads the wall
-clock, because ``retry`` decides about attempts and the journal about times. All methods may be called from several
-threads at once.
+``mlflow_sink`` implements it for every store that MLflow reaches. Each method is one request, made once: a sink never
+retries, never sleeps and never reads the wall clock, because ``retry`` decides about attempts and the journal about
+times. All methods may be called from several threads at once.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ class OutboxSource:
         filing: whether delivered files may be moved and reclaimed.
         chosen: only these runs; None means all.
         again: everything is sent once more.
+        lock: a descriptor of the outbox's lock file that is locked already; -1 when there is none.
     """
 
     def __init__(
@@ -112,9 +113,11 @@ class OutboxSource:
         filing: bool = True,
         chosen: Collection[str] | None = None,
         again: bool = False,
+        lock: int = -1,
     ) -> None:
         self._directory = directory
         self._chosen = chosen
+        self._lock = lock
         self.path = directory.path
         self.ledger = directory.ledger
         self.quarantine = directory.quarantine
@@ -129,7 +132,8 @@ class OutboxSource:
 
     def lease(self, kind: str) -> WorkerLease:
         """Return the outbox's lease."""
-        return lease_of(self._directory, kind)
+        lock, self._lock = self._lock, -1
+        return lease_of(self._directory, kind, inherited=lock)
 
     def run_ids(self) -> list[str]:
         """Return the ids of the runs that are not filed."""

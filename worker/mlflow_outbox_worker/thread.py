@@ -1,10 +1,9 @@
 """The worker as a thread of the experiment: a daemon, so that it can never keep a program from ending.
 
-The thread reads, plans and records; MLflow itself lives in a child process (``sink_process``), unless the experiment
-has imported it.
-
-The loop's modules are imported by the thread, not by the call that starts it: that call is somebody's first
-``log_metric``, and they take a tenth of a second. A fork waits until they are there (``forking``).
+The loop itself runs in a child process (``child``), so that it takes nothing of the experiment's interpreter, unless
+the experiment has imported MLflow. Then its modules are imported by the thread, not by the call that starts it: that
+call is somebody's first ``log_metric``, and they take a tenth of a second. A fork waits until they are there
+(``forking``).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 # exits: a script that logs and ends at once would otherwise lose its flush to "can't register atexit after shutdown"
 # somewhere inside of mlflow.
 import concurrent.futures.thread  # noqa: F401 - see above
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from mlflow_outbox_worker.forking import importing
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
-    from mlflow_outbox_worker.delivery import Delivery
+    from mlflow_outbox_worker.child import Loop
 
 
 class ThreadWorker:
@@ -36,10 +36,10 @@ class ThreadWorker:
         delivery: the loop; None until it is made.
     """
 
-    def __init__(self, make: Callable[[], Delivery], counters: Counters) -> None:
+    def __init__(self, make: Callable[[], Loop], counters: Counters) -> None:
         self._make = make
         self._counters = counters
-        self.delivery: Delivery | None = None
+        self.delivery: Loop | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mlflow-outbox-worker", daemon=True)
 
@@ -86,6 +86,11 @@ class ThreadWorker:
             self._thread.join(timeout)
 
 
+def is_mlflow_imported() -> bool:
+    """Return whether this process has mlflow already."""
+    return "mlflow" in sys.modules
+
+
 def start(outbox: Outbox) -> ThreadWorker:
     """Start delivering an outbox in a thread.
 
@@ -93,18 +98,17 @@ def start(outbox: Outbox) -> ThreadWorker:
         RuntimeError: no thread can be started any more.
     """
 
-    def make() -> Delivery:
+    def here() -> Loop:
         with importing():
             from mlflow_outbox_worker.delivery import Delivery
-            from mlflow_outbox_worker.sink_process import SinkProcesses
-        return Delivery(
-            outbox.directory,
-            outbox.destination,
-            outbox.settings,
-            outbox.counters,
-            kind="thread",
-            open_sink=SinkProcesses(outbox.counters),
-        )
+        return Delivery(outbox.directory, outbox.destination, outbox.settings, outbox.counters, kind="thread")
+
+    def make() -> Loop:
+        if is_mlflow_imported():
+            return here()
+        with importing():
+            from mlflow_outbox_worker.child import ChildDelivery
+        return ChildDelivery(outbox, here)
 
     worker = ThreadWorker(make, outbox.counters)
     worker.start()

@@ -1,0 +1,247 @@
+"""The child process that delivers for a worker thread: it keeps what a worker promises, and ends with the program."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from contents import QUICK, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.outbox import Outbox
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker import thread
+from mlflow_outbox_worker.child import ChildDelivery
+from mlflow_outbox_worker.host_lease import worker_of
+from servers import MlflowServer, eventually
+from spools import make_outbox
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def deliverer(outbox: Path) -> int:
+    """Return the process that holds the lease of the one outbox below a directory; 0 when it is this one or nobody."""
+    places = list(outbox.glob("*/outbox.json"))
+    found = worker_of(OutboxDirectory.open(places[0].parent)) if places else None
+    return found.pid if found is not None and found.pid != os.getpid() else 0
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deliver in a child, as in a program that has not imported mlflow."""
+    monkeypatch.setattr(thread, "is_mlflow_imported", lambda: False)
+
+
+@pytest.mark.usefixtures("apart")
+def test_what_is_counted_and_logged_in_the_child_is_counted_and_logged_here(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Numbers of delivered events, and the warning about a dead letter, through this program's own handlers."""
+    with MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK) as tracker:
+        run = tracker.start_run("r")
+        run.log_param("same", "1")
+        run.log_metric("loss", 0.0, step=0)
+        assert tracker.flush(60)
+        assert deliverer(tmp_path)
+        run.log_param("same", "2")
+        run.end()
+    assert (4, 1) == (tracker.counters["delivered"], tracker.counters["dead_letters"])
+    assert "it is kept as a dead letter" in caplog.text
+    assert numbered(1) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_new_token_in_the_environment_is_used(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long session renews its token in its own environment; the child must not go on with the old one."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "first")
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
+        run = tracker.start_run("r")
+
+        def last_token() -> str | None:
+            run.log_metric("loss", 0.0)
+            assert tracker.flush(60)
+            return dict(proxy.requests[-1].headers).get("Authorization")
+
+        assert "Bearer first" == last_token()
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "second")
+        eventually(lambda: last_token() == "Bearer second", 30)
+        monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+        eventually(lambda: last_token() is None, 30)
+        run.end()
+        tracker.close(30)
+
+
+@pytest.mark.usefixtures("apart")
+def test_of_several_workers_one_has_a_child_and_another_takes_over(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """The lock is handed down to the child; a second program's thread waits for it without a child of its own."""
+    first = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path, settings=QUICK)
+    first.start_run("first").end()
+    assert first.flush(60)
+    pid = deliverer(tmp_path)
+    program = """
+    for i in range(10):
+        run.log_metric("loss", i / 2, step=i)
+    run.end()
+    print(bool(tracker.flush(60)), len(children()), flush=True)
+    sys.stdin.readline()
+    run = tracker.start_run("after")
+    run.end()
+    print(bool(tracker.flush(60)), len(children()), flush=True)
+    tracker.close(10)
+    """
+    second = session(program, experiment_name, sqlite_uri, str(tmp_path))
+    assert second.stdin is not None
+    assert second.stdout is not None
+    assert b"True 0\n" == second.stdout.readline()
+    assert pid == deliverer(tmp_path)
+    first.close(10)
+    assert not is_running(pid)
+    second.stdin.write(b"go on\n")
+    second.stdin.flush()
+    assert b"True 1\n" == second.stdout.readline()
+    second.communicate(timeout=30)
+    assert {"first", "held elsewhere", "after"} == {run.info.run_name for run in runs(sqlite_uri, experiment_name)}
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    """An outbox with nothing in it."""
+    outbox = Outbox(make_outbox(tmp_path), resolve("http://127.0.0.1:9"), QUICK, "thread")
+    yield outbox
+    outbox.close(0)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [["/no/such/python"], ["/bin/cat", "/dev/null"], [sys.executable, "-c", "print('something else')"], [""]],
+    ids=["none", "silent", "another", "unknown"],
+)
+def test_where_no_child_can_be_started_this_process_delivers(
+    program: list[str], outbox: Outbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is counted, and said once; the lock is free for the other loop, which can be stopped like the child."""
+    ran, stopped = threading.Event(), threading.Event()
+
+    class Here:
+        def run(self) -> None:
+            assert worker_of(outbox.directory) is None
+            ran.set()
+            stopped.wait(60)
+
+        def wake(self) -> None:
+            pass
+
+        def stop(self) -> None:
+            stopped.set()
+
+    worker = thread.ThreadWorker(lambda: ChildDelivery(outbox, Here, program), outbox.counters)
+    worker.start()
+    assert ran.wait(60)
+    worker.stop(60)
+    assert not worker.is_alive()
+    assert 1 == outbox.counters["children_not_started"]
+    assert "delivery happens in this process instead" in caplog.text
+
+
+_SESSION = """
+import glob, os, signal, sys
+from mlflow_outbox import MLflowTracker, Settings
+
+def children():
+    return [int(pid) for file in glob.glob("/proc/self/task/*/children") for pid in open(file).read().split()]
+
+quick = Settings(batch_points=50, poll_interval=0.02, retry_initial=0.02, retry_max=0.2)
+tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], settings=quick)
+run = tracker.start_run("held elsewhere")
+"""
+
+
+def session(body: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a program that logs through a worker thread and has not imported mlflow."""
+    command = [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", _SESSION + textwrap.dedent(body)]
+    return subprocess.Popen(
+        [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_delivery_by_a_thread_imports_nothing_and_survives_the_death_of_its_child(
+    file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Killed in the middle of batches, into a store that keeps points twice: each point is there once."""
+    child = session(
+        """
+        killed = []
+        for i in range(3000):
+            run.log_metric("loss", i / 2, step=i)
+        names = {"mlflow", "sqlalchemy", "requests", "numpy", "diskcache", "tenacity"} & set(sys.modules)
+        while not killed:
+            if tracker.flush(0.05):
+                break
+            delivered = tracker.flush(0).delivered
+            if delivered > 500:
+                killed += children()
+                for pid in children():
+                    os.kill(pid, signal.SIGKILL)
+        run.end()
+        print(bool(tracker.flush(60)), len(killed) > 0, tracker.counters["children_lost"], sorted(names))
+        """,
+        experiment_name,
+        file_uri,
+        str(tmp_path / "outbox"),
+    )
+    said, complained = child.communicate(timeout=100)
+    assert "True True 1 []" == said.decode().strip(), complained.decode()
+    assert numbered(3000) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked child that lives on"])
+def test_the_child_ends_with_the_program_whatever_ends_it(
+    forked: bool, own_mlflow_server: Callable[..., MlflowServer], experiment_name: str, tmp_path: Path
+) -> None:
+    """SIGKILL of the program leaves nobody behind who goes on delivering, forked children or not."""
+    server = own_mlflow_server(start=False)
+    child = session(
+        """
+        run.log_metric("loss", 1.0)
+        never = __import__("threading").Event()
+        while not children():
+            never.wait(0.01)
+        print(*children(), flush=True)
+        if sys.argv[4] == "True" and os.fork() == 0:
+            sys.stdin.read()
+            os._exit(0)
+        print("ready", flush=True)
+        never.wait()
+        """,
+        experiment_name,
+        server.url,
+        str(tmp_path / "outbox"),
+        str(forked),
+    )
+    assert child.stdout is not None
+    pid = int(child.stdout.readline())
+    assert b"ready\n" == child.stdout.readline()
+    assert is_running(pid)
+    child.send_signal(signal.SIGKILL)
+    eventually(lambda: not is_running(pid), message="the process that delivers ends")
+    child.communicate(timeout=10)  # its standard input ends, and with it the forked child

@@ -1,0 +1,146 @@
+"""The thread's loop: holds the outbox's lock until a child has it, and begins again when the child is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+from mlflow_outbox.counters import logger, printable
+from mlflow_outbox.errors import OutboxUnusable
+from mlflow_outbox_worker.child.process import Child, NoChild
+from mlflow_outbox_worker.host_lease import described, worker_of
+from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.process import note_of
+
+if TYPE_CHECKING:
+    from mlflow_outbox.outbox import Outbox
+
+#: Seconds between two tries of a standing-by thread for the lock.
+_STAND_BY: Final = 1.0
+
+
+class Loop(Protocol):
+    """What a worker thread runs: ``Delivery``, or ``ChildDelivery`` in its place."""
+
+    def run(self) -> None:
+        """Deliver until stopped."""
+        ...
+
+    def wake(self) -> None:
+        """Look for something new now."""
+        ...
+
+    def stop(self) -> None:
+        """Leave ``run`` soon; called from another thread."""
+        ...
+
+
+class ChildDelivery:
+    """Has an outbox delivered by child processes, one at a time.
+
+    Args:
+        outbox: what to deliver.
+        otherwise: makes what delivers in this process, if no child can be started.
+        program: what to start; a parameter for tests.
+    """
+
+    def __init__(self, outbox: Outbox, otherwise: Callable[[], Loop], program: list[str] | None = None) -> None:
+        self._outbox = outbox
+        self._counters = outbox.counters
+        self._otherwise = otherwise
+        self._program = program or [sys.executable or "", "-m", "mlflow_outbox_worker.child"]
+        self._lease = Lease(outbox.directory.lock, "thread")
+        self._stopped = threading.Event()
+        self._changing = threading.Lock()
+        self._connection: socket.socket | None = None
+        self._here: Loop | None = None
+        self._started = 0
+
+    def __repr__(self) -> str:
+        return f"<ChildDelivery of {str(self._outbox.directory.path)!r}, {self._started} children so far>"
+
+    def wake(self) -> None:
+        """Do nothing: the child hears the doorbell by itself."""
+        if self._here is not None:
+            self._here.wake()
+
+    def stop(self) -> None:
+        """Let the child end after the request under way."""
+        with self._changing:
+            self._stopped.set()
+            if self._connection is not None:
+                with contextlib.suppress(OSError):
+                    self._connection.shutdown(socket.SHUT_WR)
+            if self._here is not None:
+                self._here.stop()
+
+    def run(self) -> None:
+        """See to it that a child delivers, until stopped; never raises."""
+        while not self._stopped.is_set():
+            try:
+                if self._is_free():
+                    self._deliver()
+            except NoChild as error:
+                self._counters.add("children_not_started")
+                self._counters.warn_once("child", f"mlflow-outbox: {error}; delivery happens in this process instead")
+                if not self._started:
+                    self._deliver_here()
+            except (OSError, OutboxUnusable) as error:
+                self._counters.add("worker_errors")
+                self._counters.warn_once(
+                    ("child", type(error), str(error)[:80]), f"mlflow-outbox: delivery: {printable(repr(error), 300)}"
+                )
+            finally:
+                self._lease.release()
+            self._stopped.wait(_STAND_BY)
+
+    def _is_free(self) -> bool:
+        """Take the outbox's lock; return whether nobody else delivers."""
+        directory = self._outbox.directory
+        if directory.network:
+            found = worker_of(directory)
+            if found is not None:
+                if found.host != socket.gethostname():
+                    self._counters.warn_once(
+                        ("host", found.host),
+                        f"mlflow-outbox: {described(found)} delivers {directory.path}; this one stands by",
+                    )
+                return False
+            os.makedirs(directory.lock.parent, 0o700, exist_ok=True)
+        return self._lease.acquire()
+
+    def _deliver_here(self) -> None:
+        self._lease.release()
+        with self._changing:
+            if self._stopped.is_set():
+                return
+            self._here = self._otherwise()
+        self._here.run()
+
+    def _deliver(self) -> None:
+        path, lock = self._outbox.directory.path, self._lease.fileno()
+        with contextlib.closing(Child(self._program, path, lock)) as child:
+            self._started += 1
+            self._lease.forget()  # the child has it
+            with self._changing:
+                if self._stopped.is_set():
+                    return
+                child.send(note_of(self._outbox))
+                self._connection = child.connection
+            try:
+                for message in child.messages(self._stopped):
+                    for reason, more in message.get("counts", {}).items():
+                        self._counters.add(reason, more)
+                    if "log" in message:
+                        level, text = message["log"]
+                        logger.log(level, "%s", text)
+            finally:
+                with self._changing:
+                    self._connection = None
+        if not self._stopped.is_set():
+            self._counters.add("children_lost")

@@ -1,0 +1,146 @@
+"""One child, as the program sees it: started, told what changes, heard, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from mlflow_outbox.settings import environment_for_child
+
+#: What a child says first.
+READY: Final = {"ready": "mlflow-outbox"}
+#: Seconds in which it must say so; it imports no more than this package for that.
+_GREETING: Final = 60.0
+#: Seconds between two looks at the environment.
+_LOOK: Final = 1.0
+#: Seconds for a child that was told to end.
+_FAREWELL: Final = 2.0
+
+
+class NoChild(Exception):
+    """Raised when no child can be started here."""
+
+
+class Child:
+    """One child process.
+
+    Args:
+        program: what to start.
+        directory: the outbox.
+        lock: the descriptor of the outbox's locked lock file.
+
+    Raises:
+        NoChild: it cannot be started, or is something else than this module.
+    """
+
+    def __init__(self, program: list[str], directory: Path, lock: int) -> None:
+        if not program[0] or getattr(sys, "frozen", False):
+            msg = "this program has no Python interpreter that could deliver in a process of its own"
+            raise NoChild(msg)
+        self._environment = environment_for_child()
+        self.connection, theirs = socket.socketpair()
+        _connections.add(self.connection)
+        # The same modules as here, wherever this program found them, and none of the working directory.
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [*program, str(directory), str(lock)],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    env={**self._environment, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                    pass_fds=(lock,),
+                    start_new_session=True,  # ctrl-C is for the program
+                )
+        except OSError as error:
+            self.connection.close()
+            msg = f"no process can be started for delivery ({error})"
+            raise NoChild(msg) from None
+        self._buffer = b""
+        try:
+            self.connection.settimeout(_GREETING)
+            greeting = json.loads(self._line())
+        except (OSError, ValueError):
+            greeting = None
+        if greeting != READY:
+            self.close()
+            msg = f"{program[0]} does not run as the process that delivers"
+            raise NoChild(msg)
+        self.connection.settimeout(_LOOK)
+        self.send(json.dumps(sys.path).encode() + b"\n")
+
+    def send(self, line: bytes) -> None:
+        """Tell the child something; one that is gone is noticed by ``messages``."""
+        with contextlib.suppress(OSError):
+            self.connection.sendall(line)
+
+    def messages(self, stopped: threading.Event) -> Iterator[dict[str, Any]]:
+        """Return what the child says until it is gone, and tell it what changes in the environment meanwhile.
+
+        Args:
+            stopped: set when the child was told to end; it is given up a while later.
+        """
+        patience = 0
+        next_look = time.monotonic()
+        while patience < _FAREWELL / _LOOK:
+            if time.monotonic() >= next_look:
+                self._pass_on_environment()
+                next_look = time.monotonic() + _LOOK
+            try:
+                line = self._line()
+            except TimeoutError:
+                patience += stopped.is_set()
+                continue
+            except OSError:
+                return
+            if not line:
+                return
+            yield json.loads(line)
+
+    def _line(self) -> bytes:
+        while b"\n" not in self._buffer:
+            more = self.connection.recv(65536)
+            if not more:
+                return b""
+            self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _pass_on_environment(self) -> None:
+        now, before = environment_for_child(), self._environment
+        if now != before:
+            changed: dict[str, str | None] = {name: None for name in before if name not in now}
+            changed.update({name: value for name, value in now.items() if before.get(name) != value})
+            self._environment = now
+            self.send(json.dumps({"environment": changed}).encode() + b"\n")
+
+    def close(self) -> None:
+        """Let the child end, with whatever it is doing; wait for it a moment."""
+        self.connection.close()
+        try:
+            self._process.wait(_FAREWELL)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+#: Sockets of this process. A forked child that kept one would keep the process at its other end alive.
+_connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for connection in list(_connections):
+        connection.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,121 @@
+"""What runs in the child: the delivery loop, and the reports of what it counts and logs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from mlflow_outbox.counters import Counters, logger, printable
+from mlflow_outbox.errors import OutboxUnusable
+from mlflow_outbox_worker.child.process import READY
+from mlflow_outbox_worker.process import noted
+
+#: Seconds for a request that is under way when the program is gone.
+_FAREWELL: Final = 1.0
+#: Seconds between two messages with counts.
+_PACE: Final = 0.05
+
+
+class _Reporter(logging.Handler):
+    """Tells the program what is counted and logged here."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self.counters = _Counted()
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._told: dict[str, int] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass on what was logged."""
+        self.tell({"log": [record.levelno, record.getMessage()]})
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message; whoever is gone hears nothing."""
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def tell_counts(self) -> None:
+        """Send what was counted since the last time."""
+        now = self.counters.snapshot()
+        more = {reason: number - self._told.get(reason, 0) for reason, number in now.items()}
+        self._told = now
+        if any(more.values()):
+            self.tell({"counts": {reason: number for reason, number in more.items() if number}})
+
+    def go_on(self) -> None:
+        """Send counts as they come, until the process ends."""
+        while True:
+            self.counters.news.wait()
+            time.sleep(_PACE)
+            self.counters.news.clear()
+            self.tell_counts()
+
+
+class _Counted(Counters):
+    """Counters that say when there is something new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.news = threading.Event()
+
+    def add(self, reason: str, number: int = 1) -> None:
+        super().add(reason, number)
+        self.news.set()
+
+
+def serve(path: Path, lock: int, connection: socket.socket) -> None:
+    """Be the child: deliver until the program is gone or says so.
+
+    Args:
+        path: the outbox.
+        lock: the descriptor of the outbox's locked lock file.
+        connection: the way to the program.
+    """
+    os.set_inheritable(lock, False)  # noqa: FBT003 - its only argument
+    reporter = _Reporter(connection)
+    reporter.tell(READY)
+    lines = connection.makefile("rb")
+    modules, note = lines.readline(), lines.readline()
+    if not note:
+        return
+    sys.path[:] = json.loads(modules)
+    logger.addHandler(reporter)
+    logger.propagate = False
+    # Here and not above: they are found on the program's path, like mlflow, and the program needs none of them.
+    from mlflow_outbox_worker.delivery import Delivery
+    from mlflow_outbox_worker.sources import OutboxSource
+
+    try:
+        directory, destination, settings = noted(path, note)
+    except OutboxUnusable as error:
+        reporter.counters.add("worker_errors")
+        reporter.tell_counts()
+        logger.warning("mlflow-outbox: delivery: %s", printable(str(error), 300))
+        return
+    delivery = Delivery(OutboxSource(directory, lock=lock), destination, settings, reporter.counters, kind="thread")
+    worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
+    worker.start()
+    threading.Thread(target=reporter.go_on, name="mlflow-outbox-counts", daemon=True).start()
+    with contextlib.suppress(OSError, ValueError):  # the program was killed
+        for line in lines:
+            _take_over(json.loads(line)["environment"])
+    delivery.stop()
+    worker.join(_FAREWELL)
+    reporter.tell_counts()
+
+
+def _take_over(environment: dict[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
