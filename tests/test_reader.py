@@ -99,6 +99,21 @@ def test_a_damaged_last_frame_does_not_make_a_flush_wait_for_ever(tmp_path: Path
         assert {head.writer: 4} == RunReader(tmp_path).next_numbers(), f"bit {bit}"
 
 
+@pytest.mark.parametrize("cut", [0, 10])
+def test_a_gap_that_only_a_header_tells_is_counted_once_and_not_waited_for(tmp_path: Path, cut: int) -> None:
+    """F18: a power cut took segment 1 and all of segment 2 but its header, or one of its two copies."""
+    first, last = header(), header(ordinal=2, first_seq=32)
+    write_segment(tmp_path, first, packed(map(metric, range(10)), first))
+    path = write_segment(tmp_path, last, [])
+    os.truncate(path, path.stat().st_size - cut)
+    os.utime(path, (1, 1))
+    window = RunReader(tmp_path).window({})
+    assert (22, 10) == (window.missing, len(window.events))
+    assert RunReader(tmp_path).next_numbers() == {first.writer: window.cursors[first.writer].seq}
+    again = RunReader(tmp_path).window(window.cursors)
+    assert (0, [], window.cursors) == (again.missing, again.events, again.cursors)
+
+
 def test_a_run_begins_with_its_start_however_many_tags_it_has(tmp_path: Path) -> None:
     """The first event may be larger than one read."""
     head = header()

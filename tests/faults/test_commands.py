@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,41 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from commands import console_script, environment, offline
+from commands import environment, offline
 from contents import numbered, points, the_run
+from faults.alone import alone
+from faults.children import Nest
 from faults.table import Row
 from mlflow_outbox.testing.faults import status
 from mlflow_outbox.testing.proxy import FaultProxy
 from servers import MlflowServer
 
-#: Mounts what a script needs in a namespace of its own; "outbox" is the command.
-_ALONE = (
-    'set -eu; mount --make-rprivate /; cd "$1"; outbox() { code=0; mlflow-outbox "$@" || code=$?; echo "code $code"; }'
-)
-
-
-def alone(folder: Path, script: str, **more: str) -> str:
-    """Run a shell script in a mount namespace of its own; return what it wrote."""
-    path = f"{console_script().parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f"{_ALONE}\n{script}", "sh", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment(PATH=path, XDG_STATE_HOME=str(folder / "state"), **more),
-    )
-    assert 0 == done.returncode, done.stdout
-    return done.stdout
+#: Mounts what a program needs in a namespace of its own.
+_ALONE = 'set -eu; mount --make-rprivate /; cd "$1"'
 
 
 @pytest.mark.needs("mounts")
 @pytest.mark.fault("F22", "replay from a file system that is mounted read-only")
-def test_a_replay_from_read_only_media(row: Row, sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
+def test_a_replay_from_read_only_media(
+    nest: Nest, row: Row, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
     """Everything arrives, the second time nothing is sent; a flush, which would have to write, says why it cannot."""
     offline(tmp_path / "box", experiment=experiment_name)
     text = alone(
+        nest,
         tmp_path,
         f"""
         mkdir media; mount --bind box media; mount -o remount,ro,bind media
@@ -106,11 +92,12 @@ _DISK = "mkdir disk; mount -t tmpfs -o size=128m,mode=0700 tmpfs disk"
 @pytest.mark.needs("mounts")
 @pytest.mark.fault("F19", "zero bytes free, nothing delivered yet: flush")
 def test_a_flush_with_zero_bytes_free(
-    row: Row, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    nest: Nest, row: Row, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """It makes its ledger, delivers, acknowledges and deletes; without that ledger nothing arrives twice either."""
     fill = f"{sys.executable} -c 'import os{textwrap.dedent(_FILL)}' {experiment_name} {mlflow_server.url} none"
     text = alone(
+        nest,
         tmp_path,
         f"""
         {_DISK}
@@ -165,11 +152,14 @@ def test_a_worker_with_zero_bytes_free(
 
 @pytest.mark.needs("mounts")
 @pytest.mark.fault("F19", "zero bytes free on a disk too small for a reserve: status, flush, gc")
-def test_commands_with_zero_bytes_free(row: Row, sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
+def test_commands_with_zero_bytes_free(
+    nest: Nest, row: Row, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
     """Looking works; what was delivered before gives way to the ledger, and the rest arrives."""
     (first,) = offline(tmp_path / "first", sqlite_uri, experiment=experiment_name, points=9000)
     (second,) = offline(tmp_path / "second", sqlite_uri, experiment=f"{experiment_name}-2")
     text = alone(
+        nest,
         tmp_path,
         """
         rm first/*/delivery/reserve
@@ -212,11 +202,12 @@ _MACHINE = """
 @pytest.mark.needs("loop")
 @pytest.mark.fault("F19", "zero bytes free on a network file system: flush, gc")
 def test_a_network_file_system_with_zero_bytes_free(
-    row: Row, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    nest: Nest, row: Row, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """No room for the words of the lease, nor for a directory to file the run in; all arrives, and room is made."""
     (run_id,) = offline(tmp_path / "box", mlflow_server.url, experiment=experiment_name, points=3000)
     text = alone(
+        nest,
         tmp_path,
         f"""
         truncate -s 8M image; mkfs.ext4 -q -F -m 0 image; mkdir share; mount -o loop image share

@@ -127,11 +127,11 @@ class WriterPass:
         """Read on in one segment; return whether the next one may be read."""
         header = segment.header
         here = self.cursor is not None and self.cursor.ordinal == header.ordinal
-        if not here:
-            self._pass_gap_before(segment)
         offset = max(self.cursor.offset, segment.body) if here and self.cursor is not None else segment.body
         # Looked at before reading: a writer that is gone now cannot have appended anything after this.
         gone = not is_last or is_gone(segment.path, header, self._settle)
+        if gone and not here:
+            self._pass_gap_before(segment)
         chunk = CHUNK
         while True:
             try:
@@ -168,7 +168,8 @@ class WriterPass:
     def _pass_gap_before(self, segment: SegmentFile) -> None:
         """Count what is missing between the segments before and the number with which this one says that it begins.
 
-        Of a segment that was cut behind its header no frame will ever say so, and a flush would wait for that number.
+        Where a power cut left nothing behind the header no frame will ever say so, and a flush would wait for that
+        number. A writer that lives will say so itself.
         """
         ahead = (segment.header.first_seq - self._seq) & SEQUENCE_MASK
         if 0 < ahead < 1 << 31:
