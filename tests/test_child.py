@@ -20,7 +20,7 @@ from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import thread
-from mlflow_outbox_worker.child import ChildDelivery
+from mlflow_outbox_worker.child import ChildDelivery, Loop
 from mlflow_outbox_worker.host_lease import worker_of
 from servers import MlflowServer, eventually
 from spools import make_outbox
@@ -161,6 +161,22 @@ def test_where_no_child_can_be_started_this_process_delivers(
     assert not worker.is_alive()
     assert 1 == outbox.counters["children_not_started"]
     assert "delivery happens in this process instead" in caplog.text
+
+
+def test_a_mistake_in_the_thread_does_not_end_it(outbox: Outbox, caplog: pytest.LogCaptureFixture) -> None:
+    """It is counted and said, and the thread goes on until it is told to stop."""
+
+    def otherwise() -> Loop:
+        msg = "nothing else can deliver either"
+        raise RuntimeError(msg)
+
+    worker = thread.ThreadWorker(lambda: ChildDelivery(outbox, otherwise, ["/no/such/python"]), outbox.counters)
+    worker.start()
+    eventually(lambda: outbox.counters["worker_crashes"] > 1, 30)
+    assert worker.is_alive()
+    worker.stop(60)
+    assert not worker.is_alive()
+    assert "nothing else can deliver either" in caplog.text
 
 
 _SESSION = """

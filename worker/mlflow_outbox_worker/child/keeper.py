@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from mlflow_outbox.counters import logger, printable
-from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox_worker.child.process import Child, NoChild
 from mlflow_outbox_worker.host_lease import described, worker_of
 from mlflow_outbox_worker.lease import Lease
@@ -85,19 +84,19 @@ class ChildDelivery:
             try:
                 if self._is_free():
                     self._deliver()
-            except NoChild as error:
-                self._counters.add("children_not_started")
-                self._counters.warn_once("child", f"mlflow-outbox: {error}; delivery happens in this process instead")
-                if not self._started:
-                    self._deliver_here()
-            except (OSError, OutboxUnusable) as error:
-                self._counters.add("worker_errors")
-                self._counters.warn_once(
-                    ("child", type(error), str(error)[:80]), f"mlflow-outbox: delivery: {printable(repr(error), 300)}"
-                )
+            except OSError as error:
+                self._trouble("worker_errors", error)
+            except Exception as error:  # noqa: BLE001 - the worker must outlive all mistakes; counted and said
+                self._trouble("worker_crashes", error)
             finally:
                 self._lease.release()
             self._stopped.wait(_STAND_BY)
+
+    def _trouble(self, reason: str, error: Exception) -> None:
+        self._counters.add(reason)
+        self._counters.warn_once(
+            (reason, type(error), str(error)[:80]), f"mlflow-outbox: delivery: {printable(repr(error), 300)}"
+        )
 
     def _is_free(self) -> bool:
         """Take the outbox's lock; return whether nobody else delivers."""
@@ -114,6 +113,16 @@ class ChildDelivery:
             os.makedirs(directory.lock.parent, 0o700, exist_ok=True)
         return self._lease.acquire()
 
+    def _deliver(self) -> None:
+        try:
+            self._deliver_by_child()
+        except NoChild as error:
+            self._counters.add("children_not_started")
+            then = "this is tried again" if self._started else "delivery happens in this process instead"
+            self._counters.warn_once(("child", then), f"mlflow-outbox: {error}; {then}")
+            if not self._started:
+                self._deliver_here()
+
     def _deliver_here(self) -> None:
         self._lease.release()
         with self._changing:
@@ -122,7 +131,7 @@ class ChildDelivery:
             self._here = self._otherwise()
         self._here.run()
 
-    def _deliver(self) -> None:
+    def _deliver_by_child(self) -> None:
         path, lock = self._outbox.directory.path, self._lease.fileno()
         with contextlib.closing(Child(self._program, path, lock)) as child:
             self._started += 1

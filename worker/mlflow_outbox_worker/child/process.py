@@ -51,7 +51,8 @@ class Child:
         self.connection, theirs = socket.socketpair()
         _connections.add(self.connection)
         # The same modules as here, wherever this program found them, and none of the working directory.
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        entries = [os.fsdecode(entry) for entry in sys.path]
+        path = os.pathsep.join(map(os.path.abspath, entries))
         try:
             with theirs:
                 self._process = subprocess.Popen(
@@ -77,7 +78,7 @@ class Child:
             msg = f"{program[0]} does not run as the process that delivers"
             raise NoChild(msg)
         self.connection.settimeout(_LOOK)
-        self.send(json.dumps(sys.path).encode() + b"\n")
+        self.send(json.dumps(entries).encode() + b"\n")
 
     def send(self, line: bytes) -> None:
         """Tell the child something; one that is gone is noticed by ``messages``."""
