@@ -119,6 +119,13 @@ MUTANTS: Final = [
         "tests/test_recovery.py::test_a_removed_frame_is_counted_as_missing",
     ),
     Mutant(
+        "ignore a gap that only a header tells",
+        "tracker/mlflow_outbox/spool/window.py",
+        "        if gone and not here:\n            self._pass_gap_before(segment)\n",
+        "",
+        "tests/test_reader.py::test_a_gap_that_only_a_header_tells_is_counted_once_and_not_waited_for",
+    ),
+    Mutant(
         "pickle in the ledger",
         "worker/mlflow_outbox_worker/disk.py",
         "        if type(mode) is int and mode == RAW and",

@@ -71,7 +71,7 @@ def test_kills_at_random_times_lose_and_double_nothing(
             outbox, acked, issued = tmp_path / f"outbox{kill}", set(), set()
         experiment = f"kills-{kill // 50}"
         first = kill * 100_000
-        child = nest.start(workload.log_forever, uri, str(outbox), experiment, first, 4, "thread", workload.TINY)
+        child = nest.start(workload.log_forever, uri, str(outbox), experiment, first, 4, "thread", workload.TINY, 0.005)
         pause = rng.uniform(0, 0.3)
         child.wait_for_lines()
         child.process.join(pause)
