@@ -136,6 +136,12 @@ def empty_database(request: pytest.FixtureRequest) -> Callable[[Path], Path]:
     return request.config.stash[_NURSERY].empty_database
 
 
+@pytest.fixture(scope="session")
+def postgresql_template(request: pytest.FixtureRequest) -> Path:
+    """The directory of a PostgreSQL that was stopped, with MLflow's tables and nothing in them."""
+    return request.config.stash[_NURSERY].postgresql()
+
+
 @pytest.fixture
 def sqlite_uri(empty_database: Callable[[Path], Path], tmp_path: Path) -> str:
     """The tracking URI of an SQLite database with MLflow's tables and nothing in them."""

@@ -8,6 +8,7 @@ Requests arrive on a Unix socket, one JSON object on one line per connection, an
 
     {"do": "warm"}                            import, create the template and start the shared server
     {"do": "template"}                        -> {"path"}: a database with MLflow's tables and nothing in them
+    {"do": "postgresql"}                      -> {"path"}: a stopped PostgreSQL with MLflow's tables and nothing in them
     {"do": "shared"}                          -> {"pid", "port", "directory"}: the server all tests share
     {"do": "serve", "directory", "port"}      -> {"pid", "port"}: a server on ``directory``; port 0 picks one
     {"do": "signal", "pid", "signal"}         -> {"alive"}: to the server's whole process group
@@ -30,6 +31,8 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +47,7 @@ class Nursery:
         self._listener = listener
         self._directory = directory
         self._template = directory / "template.db"
+        self._postgresql: Path | None = None
         self._servers: set[int] = set()
         self._ports: set[int] = set()
         self._shared: dict[str, Any] | None = None
@@ -59,7 +63,8 @@ class Nursery:
             finally:
                 for pid in list(self._servers):
                     self.end(pid, signal.SIGKILL, 0)
-                shutil.rmtree(self._directory, ignore_errors=True)
+                for directory in filter(None, (self._directory, self._postgresql)):
+                    shutil.rmtree(directory, ignore_errors=True)
 
     def _answer(self) -> None:
         connection, _ = self._listener.accept()
@@ -89,6 +94,22 @@ class Nursery:
                 _migrate(self._template)
             os.waitpid(pid, 0)
         return {"path": str(self._template)}
+
+    def postgresql(self) -> dict[str, Any]:
+        """Create the PostgreSQL template once; beside the nursery's directory, which its user may not enter."""
+        if self._postgresql is None:
+            _import_mlflow()
+            directory = Path(tempfile.mkdtemp(prefix="mlflow-outbox-postgresql-"))
+            pid = os.fork()
+            if pid == 0:
+                _become("postgresql", self._directory)
+                _make_postgresql(directory)
+            if os.waitpid(pid, 0)[1]:
+                shutil.rmtree(directory, ignore_errors=True)
+                message = f"no PostgreSQL:\n{(self._directory / 'postgresql.log').read_text()}"
+                raise RuntimeError(message)
+            self._postgresql = directory
+        return {"path": str(self._postgresql)}
 
     def shared(self) -> dict[str, Any]:
         """Start the shared server once."""
@@ -197,6 +218,20 @@ def _migrate(path: Path) -> NoReturn:
         unfinished.rename(path)
     finally:
         os._exit(0)
+
+
+def _make_postgresql(directory: Path) -> NoReturn:
+    code = 1
+    try:
+        import postgresql
+
+        postgresql.make_template(directory)
+        code = 0
+    except BaseException:
+        traceback.print_exc()  # to the log
+        raise
+    finally:
+        os._exit(code)
 
 
 def _serve(listener: socket.socket, directory: Path) -> NoReturn:

@@ -112,6 +112,10 @@ class NurseryClient:
         server.wait_until_ready()
         return server
 
+    def postgresql(self) -> Path:
+        """Return the directory of a PostgreSQL with MLflow's tables and nothing in them, to start copies of."""
+        return Path(self.ask("postgresql")["path"])
+
     def empty_database(self, path: Path) -> Path:
         """Create an SQLite database with MLflow's tables, and nothing in them, at ``path``."""
         shutil.copyfile(self.ask("template")["path"], path)

@@ -20,10 +20,9 @@ pytestmark = pytest.mark.postgresql
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[PostgreSQL]:
+def postgresql(postgresql_template: Path) -> Iterator[PostgreSQL]:
     """A server for all tests; one that takes it down brings it back."""
-    with running() as server:
-        open_sink(server.uri).close()  # makes MLflow's tables
+    with running(postgresql_template) as server:
         yield server
 
 
@@ -50,20 +49,21 @@ def shape(server: PostgreSQL, experiment: str) -> dict[str, Any]:
     return shown
 
 
-@pytest.mark.parametrize("mode", ["up", "away from the start", "killed in the middle"])
+@pytest.mark.parametrize("name", ["fluent", "datasets", "model", "traces"])
 def test_unchanged_code_leaves_the_same_behind_with_an_outbox(
-    mode: str, postgresql: PostgreSQL, experiment_name: str, tmp_path: Path
+    name: str, postgresql: PostgreSQL, experiment_name: str, tmp_path: Path
 ) -> None:
     """Field by field, as without an outbox; a killed server breaks the connections that worker and plugin hold."""
-    names = ("fluent", "datasets", "model", "traces")
-    for name in names:
-        plain, through = f"{experiment_name}-{name}-plain", f"{experiment_name}-{name}"
-        with tracking(postgresql.uri, tmp_path / "unused") as mlflow:
-            plugin_scenarios.ALL[name](mlflow, plain, plugin_scenarios.nothing)
-            mlflow.flush_async_logging()
-            mlflow.flush_trace_async_logging()
-        uri = f"outbox+{postgresql.uri}"
-        with tracking(uri, tmp_path / "outbox", create_timeout=1) as mlflow:
+    plain = f"{experiment_name}-plain"
+    with tracking(postgresql.uri, tmp_path / "unused") as mlflow:
+        plugin_scenarios.ALL[name](mlflow, plain, plugin_scenarios.nothing)
+        mlflow.flush_async_logging()
+        mlflow.flush_trace_async_logging()
+    expected = shape(postgresql, plain)
+    uri = f"outbox+{postgresql.uri}"
+    for mode in ("up", "away from the start", "killed in the middle"):
+        through = f"{experiment_name}-{mode}"
+        with tracking(uri, tmp_path / mode, create_timeout=1) as mlflow:
             if mode == "away from the start":
                 postgresql.kill()
             halfway = postgresql.kill if "killed" in mode else plugin_scenarios.nothing
@@ -74,4 +74,4 @@ def test_unchanged_code_leaves_the_same_behind_with_an_outbox(
             deliver(uri)
             server = store(uri).server
             eventually(lambda server=server: not server.is_away(), 60, "the pause after the outage is over")
-        assert [] == differences(shape(postgresql, plain), shape(postgresql, through)), name
+        assert [] == differences(expected, shape(postgresql, through)), mode
