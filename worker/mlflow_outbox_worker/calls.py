@@ -48,7 +48,15 @@ _DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logg
 
 
 class Waits(Exception):
-    """Raised when a request names something whose own creation has not been delivered yet; try again soon."""
+    """Raised when a request names something whose own creation has not been delivered yet; try again soon.
+
+    Attributes:
+        on: the run or room that has to be delivered first; "" when that is not known.
+    """
+
+    def __init__(self, what: str, on: str) -> None:
+        super().__init__(f"waits for {what}")
+        self.on = on
 
 
 class Calls:
@@ -146,10 +154,11 @@ class Calls:
             self._since.pop(local, None)
             return remote
         waited = time.monotonic() - self._since.setdefault(local, time.monotonic())
-        if waited > _PATIENCE and not any(folder.is_dir() for folder in self._source.folders(local)):
+        home = provisional.room_of(local) if local.isdigit() else local
+        explained = any(folder.is_dir() for folder in self._source.folders(home))
+        if waited > _PATIENCE and not explained:
             return local
-        msg = f"waits for {local}"
-        raise Waits(msg)
+        raise Waits(local, home if explained else "")
 
     def _looked_up(self, local: str) -> str:
         if local.isdigit():

@@ -38,10 +38,11 @@ from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.lookout import Lookout
 from mlflow_outbox_worker.outcome import classify
+from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.retention import reclaim
 from mlflow_outbox_worker.room import Room
-from mlflow_outbox_worker.schedule import Schedule, Standing
+from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import OutboxSource, Source
 
@@ -309,8 +310,8 @@ class Delivery:
             if complete:
                 self._schedule.sent(run_id, stamp)
                 self._room.look(ledger, measure=True)
-        except Waits:  # for another run's turn; nothing is wrong with the destination
-            self._schedule.again(run_id, self._settings.poll_interval)
+        except Waits as waits:  # for another run's turn; nothing is wrong with the destination
+            self._waits(run_id, waits, ledger)
         except Later as later:
             self._counters.add("retried")
             self._schedule.failed(run_id, later.error, later.outcome.reason)
@@ -344,6 +345,19 @@ class Delivery:
                     tails[segment.path] = offset
         self._schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
 
+    def _waits(self, run_id: str, waits: Waits, ledger: Ledger) -> None:
+        """Give a run another turn, soon unless what it waits for cannot be delivered: then it stands as that does."""
+        other = self._schedule.standing(waits.on)
+        if other.state == "parked":
+            standing = Standing("parked", f"it waits for {waits.on}, which is parked: {other.reason}")
+            self._park_run(ledger, run_id, standing.reason)
+        elif other.state == "broken" and other.failures >= TRIES:
+            standing = Standing("broken", f"it waits for {waits.on}, which cannot be read: {other.reason}", TRIES)
+        else:
+            self._schedule.again(run_id, self._settings.poll_interval)
+            return
+        self._schedule.again(run_id, self._settings.retry_max, standing, after=waits.on)
+
     def _parked(self, run_id: str, parked: Parked) -> None:
         self._counters.add("parked")
         standing = Standing("parked", parked.outcome.reason)
@@ -351,15 +365,16 @@ class Delivery:
             self._gate.park(self._ledger, parked.outcome.reason)
             self._schedule.again(run_id, 0.0, standing)
             return
-        ledger = self._ledger
-        if ledger is not None:
-            record = ledger.record(run_id)
-            if record is not None:
-                record.state, record.reason, record.failed_at_ms = "parked", parked.outcome.reason, self._now_ms()
-                ledger.commit(record)
-        reason = printable(parked.outcome.reason, 300).rstrip(".")  # MLflow's own sentences end with one
+        if self._ledger is not None:
+            self._park_run(self._ledger, run_id, parked.outcome.reason)
+        self._schedule.again(run_id, self._settings.parked_retry, standing)
+
+    def _park_run(self, ledger: Ledger, run_id: str, reason: str) -> None:
+        record = ledger.record(run_id) or RunRecord(run_id)
+        record.state, record.reason, record.failed_at_ms = "parked", reason, self._now_ms()
+        ledger.commit(record)
+        reason = printable(reason, 300).rstrip(".")  # MLflow's own sentences end with one
         self._counters.warn_once(
             ("parked", run_id),
             f"mlflow-outbox: run {run_id} waits for a person: {reason}. Its events stay on disk",
         )
-        self._schedule.again(run_id, self._settings.parked_retry, standing)

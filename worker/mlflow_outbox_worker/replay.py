@@ -31,14 +31,13 @@ from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.jobs import Job, Runs, Wish, known_records, pending_events
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requeue import requeue
+from mlflow_outbox_worker.schedule import TRIES
 from mlflow_outbox_worker.thread import ThreadWorker
 
 #: Seconds between two looks at how far it is.
 _LOOK: Final = 0.1
 #: Seconds between two looks at whether writers live.
 _LIVES: Final = 1.0
-#: Attempts at a run whose files cannot be read before it is skipped.
-_TRIES: Final = 3
 #: Seconds that the end waits for the delivery to finish in order, and for requests under way when time is up.
 _FINISH: Final = 2.0
 _PARTING: Final = 0.5
@@ -225,7 +224,7 @@ class Replay:
                     present = set(self._job.source.run_ids())
                 if run_id not in present:
                     result.add(run_id)  # filed
-            elif standing.state in {"sent", "parked"} or (standing.state == "broken" and standing.failures >= _TRIES):
+            elif standing.state in {"sent", "parked"} or (standing.state == "broken" and standing.failures >= TRIES):
                 result.add(run_id)
         return result
 

@@ -22,6 +22,8 @@ from mlflow_outbox_worker.sink import SinkError
 
 #: Seconds between two looks whether the writer of an open but silent segment still lives.
 _LIFE_CHECK: Final = 2.0
+#: Turns in a row at a run whose files cannot be read before it is given up for now.
+TRIES: Final = 3
 
 Stamp = tuple[int, ...]
 
@@ -83,6 +85,8 @@ class Schedule:
         #: because ten thousand others wait.
         self._busy: set[str] = set()
         self._watched: set[str] = set()
+        #: Runs whose turn comes at once when that of another, by which they are found here, went well.
+        self._after: dict[str, set[str]] = {}
 
     def __len__(self) -> int:
         """Return how many runs are ready, due or not."""
@@ -94,6 +98,7 @@ class Schedule:
             self._slots, self._ready = {}, collections.deque()
             self._busy.clear()
             self._watched.clear()
+            self._after.clear()
 
     def mark(self, run_id: str) -> None:
         """Take notice that something of a run may have to be sent."""
@@ -189,6 +194,9 @@ class Schedule:
             slot.standing = Standing()
             slot.pending = slot.pending or more
             self._watch(run_id, slot)
+            for name in self._after.pop(run_id, ()):
+                if name in self._slots:
+                    self._slots[name].due, self._slots[name].standing = 0.0, Standing()
 
     def sent(self, run_id: str, stamp: Stamp) -> None:
         """Note that everything of a run was sent that was on disk when its directories had this stamp."""
@@ -203,20 +211,23 @@ class Schedule:
         else:
             self._watched.discard(run_id)
 
-    def again(self, run_id: str, seconds: float, failed: Standing | None = None) -> None:
+    def again(self, run_id: str, seconds: float, failed: Standing | None = None, *, after: str = "") -> None:
         """Give a run its next turn after a pause.
 
         Args:
             run_id: the run.
             seconds: the pause.
             failed: why it is needed; None when nothing failed.
+            after: a run after whose next good turn it comes at once.
         """
         with self.changed:
             slot = self._slots.get(run_id)
             if slot is not None:
                 slot.due, slot.pending = self._clock() + seconds, True
                 if failed is not None:
-                    slot.standing = failed._replace(failures=slot.standing.failures + 1)
+                    slot.standing = failed._replace(failures=max(failed.failures, slot.standing.failures + 1))
+                if after:
+                    self._after.setdefault(after, set()).add(run_id)
 
     def failed(self, run_id: str, error: SinkError, reason: str) -> None:
         """Give a run its next turn after the back-off that its failures ask for."""
@@ -239,6 +250,12 @@ class Schedule:
         """Return whether no run is busy, ready or pending."""
         with self.changed:
             return not self._ready and not self._busy and not any(slot.pending for slot in self._slots.values())
+
+    def standing(self, run_id: str) -> Standing:
+        """Return how one run stands; one that is not known waits."""
+        with self.changed:
+            slot = self._slots.get(run_id)
+            return slot.standing if slot is not None else Standing()
 
     def standings(self) -> dict[str, Standing]:
         """Return how every known run stands."""

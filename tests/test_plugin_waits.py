@@ -1,0 +1,95 @@
+"""Runs that name another one, which cannot be delivered: they come after it, and no wait for them is without end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import client, runs
+from mlflow_outbox.testing.proxy import FaultProxy
+from plugin_world import store, tracking
+from replays import command, the_outbox
+from servers import MlflowServer, eventually
+
+_PARENT = "mlflow.parentRunId"
+
+
+@pytest.fixture
+def deleted(mlflow_server: MlflowServer, experiment_name: str) -> str:
+    """The name of an experiment that somebody deleted at the server."""
+    name = f"{experiment_name}-deleted"
+    with client(mlflow_server.url) as api:
+        api.delete_experiment(api.create_experiment(name))
+    return name
+
+
+def restore(url: str, name: str) -> None:
+    """Restore an experiment."""
+    with client(url) as api:
+        api.restore_experiment(api.get_experiment_by_name(name).experiment_id)
+
+
+def log_family(mlflow: Any, parents: str, children: str) -> tuple[str, str]:
+    """Log a run, a child of it in another experiment and a child of that, and return the ids of the first two."""
+    with mlflow.start_run(experiment_id=mlflow.create_experiment(parents), run_name="parent") as parent:
+        mlflow.log_metric("m", 1.0)
+    number = mlflow.create_experiment(children)
+    with mlflow.start_run(experiment_id=number, run_name="child", tags={_PARENT: parent.info.run_id}) as child:
+        mlflow.log_metric("m", 2.0)
+    with mlflow.start_run(experiment_id=number, run_name="grandchild", tags={_PARENT: child.info.run_id}):
+        mlflow.log_metric("m", 3.0)
+    return parent.info.run_id, child.info.run_id
+
+
+def parents_of(url: str, experiment: str) -> dict[str, str]:
+    """Return the names of runs, each with the name of its parent."""
+    with client(url) as api:
+        return {
+            str(run.info.run_name): str(api.get_run(run.data.tags[_PARENT]).info.run_name)
+            for run in runs(url, experiment)
+        }
+
+
+def test_a_replay_names_the_children_of_a_run_that_is_skipped(
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    deleted: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It ends, says who waits for whom, and sends them all once the parent can be sent."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with tracking("outbox+http://127.0.0.1:9", tmp_path / "outbox", worker="none", exit_timeout=0) as mlflow:
+        parent, child = log_family(mlflow, deleted, experiment_name)
+        args = ("replay", the_outbox(tmp_path / "outbox"), "--to", mlflow_server.url)
+        assert 4 == command(*args)
+        said = capsys.readouterr().err
+        assert f"run {parent} was skipped" in said
+        assert f"run {child} was skipped: it waits for {parent}, which is parked" in said
+        assert f"was skipped: it waits for {child}, which is parked" in said
+        assert [] == runs(mlflow_server.url, experiment_name)
+        restore(mlflow_server.url, deleted)
+        assert 0 == command(*args)
+    assert {"child": "parent", "grandchild": "child"} == parents_of(mlflow_server.url, experiment_name)
+
+
+def test_a_flush_counts_the_children_of_a_parked_run_as_parked(
+    mlflow_server: MlflowServer, experiment_name: str, deleted: str, tmp_path: Path
+) -> None:
+    """It returns although it was given no time limit, and the children go on when the parent does."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        proxy.down()
+        with tracking(uri, tmp_path / "outbox", parked_retry=0.2) as mlflow:
+            log_family(mlflow, deleted, experiment_name)
+            proxy.up()
+            left = store(uri).outbox.flush(None)
+            assert not left
+            assert 0 == left.pending
+            assert [] == runs(mlflow_server.url, experiment_name)
+            restore(mlflow_server.url, deleted)
+            eventually(lambda: store(uri).outbox.flush(1), 30, "the family is delivered")
+    assert {"child": "parent", "grandchild": "child"} == parents_of(mlflow_server.url, experiment_name)
