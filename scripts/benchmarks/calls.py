@@ -23,6 +23,8 @@ SHAPES = ("one metric", "10 metrics", "100 metrics", "one param", "one tag", "8 
 #: While a worker delivers, calls come as an experiment makes them: after some work. Seconds. "write spaced" shows what
 #: the machine alone does to such calls.
 _PAUSE = 0.0002
+#: Seconds that a tracker may take for its end.
+_END = 10.0
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -36,10 +38,16 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         if calls is not None:
             with contextlib.suppress(ValueError):  # threads in which every call failed: the tracker cannot do it
                 result[shape] = quantiles(_timed(shape, calls, request["calls"], request["seconds"], spaced))
-    if not name.startswith("mlflow"):  # whose queue can take minutes to empty
-        with contextlib.suppress(Exception):  # what a peer says at its end is not measured here
-            tracker.finish()
+    # Not measured here; but a queue can take minutes to empty, so an end that takes long is left to itself.
+    end = threading.Thread(target=_finish, args=(tracker,), daemon=True)
+    end.start()
+    end.join(_END)
     return result
+
+
+def _finish(tracker: Any) -> None:
+    with contextlib.suppress(Exception):  # what a peer says at its end is not measured here
+        tracker.finish()
 
 
 def _calls(tracker: Any, shape: str) -> Any:
