@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import plugin_scenarios
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, differences, picture, store, tracking
 from replays import command, the_outbox
-from servers import MlflowServer
+from servers import MlflowServer, eventually
 
 #: What differs most in what it leaves behind: nested runs, deleted ones, tables; files; datasets; models; traces.
 _SCENARIOS = ("fluent", "client", "datasets", "model", "traces")
@@ -93,6 +94,46 @@ def test_a_database_that_was_lost_is_filled_again(
         assert 0 == command("replay", the_outbox(tmp_path / "outbox"), "--again")
         for name, before in expected.items():
             assert [] == differences(before, picture(sqlite_uri, name)), state
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_a_run_that_was_sent_again_goes_on_under_the_id_that_its_program_knows(
+    same_process: bool,
+    own_mlflow_server: Callable[..., MlflowServer],
+    experiment_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wiped server gave it another one: reads, writes and files of run and model take the first one as before."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    server = own_mlflow_server()
+    uri = f"outbox+{server.url}"
+    with contextlib.ExitStack() as program:
+        mlflow = program.enter_context(tracking(uri, tmp_path / "outbox", worker="none"))
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_metric("m", 1.0)
+            mlflow.log_text("hello", "a.txt")
+            model = mlflow.initialize_logged_model(name="m", source_run_id=run.info.run_id)
+        assert 0 == command("replay", the_outbox(tmp_path / "outbox"))
+        server.wipe()
+        server.start()
+        assert 0 == command("replay", the_outbox(tmp_path / "outbox"), "--again")
+        if not same_process:
+            program.close()
+            program.enter_context(tracking(uri, tmp_path / "outbox", worker="none"))
+        eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+        assert {"m": 1.0} == mlflow.get_run(run.info.run_id).data.metrics
+        assert [1.0] == [point.value for point in mlflow.MlflowClient().get_metric_history(run.info.run_id, "m")]
+        assert "hello" == mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/a.txt")
+        assert model.model_id == mlflow.get_logged_model(model.model_id).model_id
+        with mlflow.start_run(run_id=run.info.run_id):
+            mlflow.log_metric("m", 2.0, step=1)
+        mlflow.set_logged_model_tags(model.model_id, {"late": "yes"})
+        assert 0 == command("replay", the_outbox(tmp_path / "outbox"))
+    found = picture(server.url, experiment_name)
+    assert [[[0, "1.0"], [1, "2.0"]]] == [one["metrics"]["m"] for one in found["runs"]]
+    assert [{"late": "yes"}] == [one["tags"] for one in found["models"]]
 
 
 def forget_engines() -> None:

@@ -30,6 +30,7 @@ from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import copies
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.requeue import MOVED
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
@@ -73,6 +74,8 @@ class Calls:
         self._sink = sink
         self._ledger = ledger
         self._copies = copies.Copies(source) if copies.copying(source) else None
+        #: Runs were sent once more, so that an id which MLflow gave may have become another one.
+        self._moved = self._copies is None and bool(ledger.meta(MOVED))
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         self._since: dict[str, float] = {}
@@ -92,7 +95,7 @@ class Calls:
             SinkError: MLflow had to be asked and could not be.
             LedgerUnavailable: the ledger could not be read.
         """
-        pattern = provisional.PATTERN
+        pattern = copies.PATTERN if self._moved else provisional.PATTERN
         if self._copies is not None:
             pattern = copies.PATTERN
             text = copies.TRACES.sub(lambda found: self._location("experiment", self.experiment(found[1], of)), text)
@@ -147,7 +150,7 @@ class Calls:
             LedgerUnavailable: the ledger could not be read.
         """
         if not provisional.is_provisional(local) and (self._copies is None or not self._copies.has(local)):
-            return local
+            return (self._looked_up(local) if self._moved else "") or local
         remote = self._known.get(local) or self._looked_up(local)
         if remote:
             self._known[local] = remote

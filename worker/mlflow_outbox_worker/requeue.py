@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection
+from typing import Final
 
 from mlflow_outbox.errors import LeaseHeld
 from mlflow_outbox.settings import Settings
@@ -19,6 +20,9 @@ from mlflow_outbox_worker.copies import Copies
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.sources import Source
+
+#: The worker's note that ids which MLflow gave may have become others.
+MOVED: Final = "moved"
 
 
 def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[str], settings: Settings) -> None:
@@ -50,6 +54,7 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
                 if filed is not None:
                     _bring_back(filed, run_id)
             _forget_ids(source, ledger, run_ids)
+            ledger.set_meta(MOVED, b"yes")
     finally:
         lease.release()
 

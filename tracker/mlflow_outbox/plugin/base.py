@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: MLflow's code for what is not there.
+_UNKNOWN: Final = "RESOURCE_DOES_NOT_EXIST"
+
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 #: Where an experiment's name is not known because the server is away; MLflow itself has an experiment 0 of this name.
 _DEFAULT_EXPERIMENT: Final = ("0", "Default")
@@ -135,6 +138,28 @@ class Base:
         except Away:
             return None
 
+    def ask_about(self, subject: str, question: Callable[[Any, str], T], *, quick: bool = True) -> T:
+        """Return the server's answer about a run or model, whose id there may have changed: it may be sent once more.
+
+        Args:
+            subject: its id here.
+            question: gets the store and the id there, returns the answer.
+            quick: as for ``Server.ask``.
+
+        Raises:
+            NotYet: it has no id there yet.
+            Away: the server cannot be asked now.
+            MlflowException: the server said no.
+        """
+        remote = self.ids.remote(subject)
+        try:
+            return self.server.ask(lambda store: question(store, remote), quick=quick)
+        except MlflowException as error:
+            if error.error_code != _UNKNOWN or not self.ids.has_moved(subject):
+                raise
+        remote = self.ids.remote(subject)
+        return self.server.ask(lambda store: question(store, remote), quick=quick)
+
     # -- runs
 
     def canonical(self, run_id: str) -> str:
@@ -166,8 +191,8 @@ class Base:
             if provisional.is_provisional(local) and not delivery.reading(self.outbox).remote_id(local):
                 raise no_such("Run", run_id)
             try:
-                theirs = self.ask(lambda store: store.get_run(self.ids.remote(local)))
-            except NotYet:
+                theirs = self.ask_about(local, lambda store, remote: store.get_run(remote))
+            except (Away, NotYet):
                 theirs = None
             if theirs is not None:
                 if theirs.info.lifecycle_stage != "active":
@@ -300,8 +325,9 @@ class Base:
                 ):
                     return name
             raise no_such("Logged model", model_id)
-        theirs = self.ask(lambda store: store.get_logged_model(model_id))
-        if theirs is None:
+        try:
+            theirs = self.ask_about(model_id, lambda store, remote: store.get_logged_model(remote))
+        except Away:
             return provisional.COMMON_ROOM
         return (
             self.ids.local(theirs.source_run_id) if theirs.source_run_id else provisional.room_of(theirs.experiment_id)
@@ -322,13 +348,14 @@ class Base:
             Away: the server is, or does not know the owner yet.
         """
         try:
+            if kind == "run":
+                return str(self.ask_about(subject, lambda store, remote: store.get_run(remote)).info.artifact_uri)
+            if kind == "model":
+                found = self.ask_about(subject, lambda store, remote: store.get_logged_model(remote))
+                return str(found.artifact_location)
             remote = self.ids.remote(subject)
         except NotYet:
             raise Away(f"{subject} has not been delivered yet", sent=False) from None
-        if kind == "run":
-            return str(self.server.ask(lambda store: store.get_run(remote), quick=True).info.artifact_uri)
-        if kind == "model":
-            return str(self.server.ask(lambda store: store.get_logged_model(remote), quick=True).artifact_location)
         root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=True).artifact_location)
         return provisional.URI_PATTERN.sub(root.rstrip("/"), uri)
 

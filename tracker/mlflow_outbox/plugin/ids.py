@@ -36,12 +36,23 @@ class Ids:
             NotYet: it has none yet.
         """
         if not provisional.is_provisional(given):
-            return given
+            return self._remote.get(given, given)
         found = self._remote.get(given) or self._ask(given)
         if not found:
             raise NotYet(given)
         self._remote[given] = found
         return found
+
+    def has_moved(self, given: str) -> bool:
+        """Return whether the id that MLflow gave to a run or model has become another one: it was sent once more.
+
+        Only to be asked when MLflow does not know an id, because that takes a look at the worker's notes.
+        """
+        before = self._remote.pop(given, given)
+        found = self._ask(given)
+        if found:
+            self._remote[given] = found
+        return bool(found) and found != before
 
     def _ask(self, given: str) -> str:
         reading = delivery.reading(self._outbox)

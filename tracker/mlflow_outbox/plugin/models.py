@@ -105,8 +105,7 @@ class Models(Runs):
         theirs: LoggedModel | None = None
         options = {"allow_deleted": True} if allow_deleted else {}
         try:
-            remote = self.ids.remote(model_id)
-            theirs = self.server.ask(lambda store: store.get_logged_model(remote, **options), quick=True)
+            theirs = self.ask_about(model_id, lambda store, remote: store.get_logged_model(remote, **options))
         except NotYet:
             pass
         except Away as away:

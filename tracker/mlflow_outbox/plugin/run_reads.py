@@ -56,8 +56,7 @@ class RunReads(Experiments):
         theirs: Run | None = None
         away: Away | None = None
         try:
-            remote = self.ids.remote(local_id)
-            theirs = self.server.ask(lambda store: store.get_run(remote), quick=True)
+            theirs = self.ask_about(local_id, lambda store, remote: store.get_run(remote))
         except NotYet:
             pass
         except Away as error:
@@ -125,11 +124,12 @@ class RunReads(Experiments):
         local = self._waiting(local_id)
         pending = reads.points(local.pending, metric_key) if local is not None else []
         try:
-            remote = self.ids.remote(local_id)
-            found = self.server.ask(
-                lambda store: store.get_metric_history(
+            found = self.ask_about(
+                local_id,
+                lambda store, remote: store.get_metric_history(
                     remote, metric_key, max_results=max_results, page_token=page_token
-                )
+                ),
+                quick=False,
             )
         except (Away, NotYet) as away:
             if (local or self.local_run(local_id)) is None:
