@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import pytest
 
-from commands import Here, command, console_script, environment, offline, run
+from commands import Here, command, console_script, environment, offline, outbox_of, run
 from mlflow_outbox_worker.cli import app, exits, terminal
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.cli.terminal import size, span
@@ -374,3 +374,36 @@ def test_nobody_is_asked_where_nobody_can_answer(monkeypatch: pytest.MonkeyPatch
     """A script that did not say --yes has not said yes."""
     assert not terminal.confirm("Really?", assume_yes=False)
     assert terminal.confirm("Really?", assume_yes=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["flsh"], 2, "No such command 'flsh'. Did you mean 'flush'?"),
+        (["flush", "--timeout", "soon"], 2, "'soon' is not a number of at least 0."),
+        (["worker", "--metrics-port", "99999"], 2, "'99999' is not a whole number from 0 to 65535."),
+        (["replay", "nowhere"], 2, "there is nothing at nowhere; give an outbox, a run's directory or a bundle"),
+        (["replay", "box", "--to", "localhost:5000"], 1, "a server's address begins with http:// or https://"),
+        (["export", "--all", "-d", "box", "-o", "no/where/runs.tar"], 2, "no/where to write runs.tar in"),
+        (["flush", "-d", "box", "--timeout", "0"], 3, "http://127.0.0.1:9 has not answered yet"),
+        (["replay", "box", "--timeout", "0"], 3, "http://127.0.0.1:9 has not answered yet"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_remedy(
+    words: list[str], code: int, said: str, here: Here, tmp_path: Path
+) -> None:
+    """In words of the person who typed it."""
+    offline(tmp_path / "box")
+    done = here(*words)
+    assert (code, True) == (done.code, said in " ".join(done.err.split())), done
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to somebody else")
+def test_an_outbox_of_somebody_else_can_be_replayed(here: Here, tmp_path: Path) -> None:
+    """It is refused by what would have to write to it, with the command that only reads."""
+    offline(tmp_path)
+    path = outbox_of(tmp_path)
+    os.chown(path, 12345, -1)
+    done = here("flush", "-d", tmp_path)
+    assert 1 == done.code
+    assert f"mlflow-outbox replay {path}" in done.err

@@ -96,6 +96,8 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
         f"the tracking URI has the scheme {printable(scheme)!r}; "
         "use http(s)://, sqlite:///, postgresql://, file:, a directory, or databricks"
     )
+    if rest[:1].isdigit():  # a host and its port
+        msg += "; a server's address begins with http:// or https://"
     raise DestinationError(msg)
 
 

@@ -203,7 +203,8 @@ def _parse(variable: str, text: str, kind: Any) -> Any:
         if kind is float:
             return float(text)
     except ValueError:
-        msg = f"the environment variable {variable}={text!r} is not a valid {kind.__name__}"
+        wanted = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+        msg = f"the environment variable {variable}={text!r} must be {wanted}"
         raise InvalidSettings(msg) from None
     return Path(text) if kind == (Path | None) else text
 

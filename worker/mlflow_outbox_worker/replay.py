@@ -27,8 +27,9 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.writer import is_closed, writer_state
 from mlflow_outbox_worker.delivery import Delivery, OpenSink
-from mlflow_outbox_worker.host_lease import described
+from mlflow_outbox_worker.host_lease import described, worker_of
 from mlflow_outbox_worker.jobs import Job, Runs, Wish, known_records, pending_events
+from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requeue import requeue
 from mlflow_outbox_worker.schedule import TRIES
@@ -161,6 +162,8 @@ class Replay:
         if len(done) == len(job.runs) and not self._wish.follow:
             return JobResult(self._results({}), "before")
         if deadline is not None and time.monotonic() >= deadline:
+            if job.own is not None:
+                self._respect(worker_of(job.own))
             return JobResult(self._results({}), "time")
         delivery = Delivery(
             job.source,
@@ -199,9 +202,11 @@ class Replay:
             if self._stopped.is_set():
                 return "interrupted", ""
             now = time.monotonic()
-            if deadline is not None and now >= deadline:
+            is_over = deadline is not None and now >= deadline
+            # Once before the end too, however late a busy machine has let this begin.
+            self._check_lease(delivery, _LOOK if is_over else now - started)
+            if is_over:
                 return "time", reason
-            self._check_lease(delivery, now - started)
             self._stopped.wait(_LOOK if deadline is None else max(0.0, min(_LOOK, deadline - now)))
 
     def _runs(self) -> Runs:
@@ -232,12 +237,17 @@ class Replay:
         if delivery.holds_lease() or waited < _LOOK:
             return
         found = delivery.lease_holder()
-        if found is not None and not delivery.holds_lease():
-            msg = f"{described(found)} delivers {self._job.source.path}; it sends these runs, or end it first"
-            raise LeaseHeld(msg)
+        if not delivery.holds_lease():
+            self._respect(found)
         if waited > _LEASE:
             msg = f"no ledger could be opened in {self._job.source.ledger}; see the warnings above"
             raise LedgerUnavailable(msg)
+
+    def _respect(self, found: Holder | None) -> None:
+        """Leave the source to the worker that delivers from it, if there is one."""
+        if found is not None:
+            msg = f"{described(found)} delivers {self._job.source.path}; it sends these runs, or end it first"
+            raise LeaseHeld(msg)
 
     # -- following
 

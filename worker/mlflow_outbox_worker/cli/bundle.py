@@ -55,6 +55,9 @@ def export(
     if bool(runs) == everything:
         msg = "name the runs, or give --all"
         raise CommandFailed(msg, ExitCode.USAGE)
+    if not output.absolute().parent.is_dir():
+        msg = f"there is no directory {printable(output.absolute().parent, 300)} to write {printable(output.name)} in"
+        raise CommandFailed(msg, ExitCode.USAGE)
     settings = outboxes.settings_for(outbox_dir)
     destination, chosen = _everything(settings) if everything else _chosen(runs or [], settings)
     if not chosen:

@@ -111,6 +111,20 @@ class Group(click.Group):
         """Return the names in order."""
         return list(self.commands)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command, or say which one may have been meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            for near in get_close_matches(args[0], self.commands, n=1):
+                msg = f"{error.message} Did you mean '{near}'?"
+                raise click.UsageError(msg, ctx) from None
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - the same
         """Write the commands with whole sentences, where click cuts them off."""
         with formatter.section("Commands"):
@@ -193,11 +207,37 @@ def _completing(words: Words | None) -> Callable[[click.Context, click.Parameter
     return complete
 
 
+class _Whole(click.IntRange):
+    """A whole number, and what to say of anything else."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is not a whole number{_bounds(self.min, self.max)}.", param, ctx)
+
+
+class _Number(click.FloatRange):
+    """A number, and what to say of anything else."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is not a number{_bounds(self.min, self.max)}.", param, ctx)
+
+
+def _bounds(least: float | None, most: float | None) -> str:
+    if most is not None:
+        return f" from {least or 0:g} to {most:g}"
+    return "" if least is None else f" of at least {least:g}"
+
+
 def _type(kind: Any, least: float | None, most: float | None) -> Any:
     if kind is int:
-        return click.IntRange(None if least is None else int(least), None if most is None else int(most))
+        return _Whole(None if least is None else int(least), None if most is None else int(most))
     if kind is float:
-        return click.FloatRange(least, most)
+        return _Number(least, most)
     if kind is Path:
         return click.Path(path_type=Path)
     return click.STRING

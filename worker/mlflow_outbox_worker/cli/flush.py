@@ -336,6 +336,8 @@ class Flush:
             terminal.error(outboxes.read_only(self._directory.path))
         elif self._held_by:
             terminal.note(f"{where}{self._held_by}")
+        elif seen.pending and not (seen.reason or self._tried or self._done):
+            terminal.note(f"{where}{self._directory.destination.uri} has not answered yet")
         elif seen.reason and self.left and not self._delivered_itself:  # its own warnings have said so
             terminal.note(f"{where}{seen.reason}")
 

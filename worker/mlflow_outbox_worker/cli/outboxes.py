@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, with_credentials
-from mlflow_outbox.errors import OutboxError
+from mlflow_outbox.errors import OutboxError, OutboxUnusable
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
@@ -81,7 +81,14 @@ def open_one(settings: Settings) -> OutboxDirectory:
 
 
 def _opened(path: Path) -> OutboxDirectory:
-    directory = OutboxDirectory.open(path)
+    try:
+        directory = OutboxDirectory.open(path)
+    except OutboxUnusable as error:
+        if path.stat().st_uid == os.geteuid():
+            raise
+        shown = printable(path, 300)
+        msg = f"{error}, or send its runs, which only reads them: mlflow-outbox replay {shown}"
+        raise OutboxUnusable(msg) from None
     directory.look_anew()
     return directory
 

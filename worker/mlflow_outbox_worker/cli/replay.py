@@ -112,7 +112,7 @@ def _unpacked(paths: list[Path], deadline: float | None) -> Iterator[list[Path]]
         places: list[Path] = []
         for path in paths:
             if not path.exists():
-                msg = f"there is no {printable(path, 300)}"
+                msg = f"there is nothing at {printable(path, 300)}; give an outbox, a run's directory or a bundle"
                 raise CommandFailed(msg, ExitCode.USAGE)
             if path.is_file():
                 from mlflow_outbox_worker.unpacking import unpacked
@@ -214,6 +214,8 @@ def _summary(job: Job, result: JobResult) -> ExitCode:
         terminal.error(f"{job.destination.uri} waits for a person: {result.reason}")
         return ExitCode.PARKED
     if waiting:
+        if not sent and not result.reason:
+            terminal.note(f"{job.destination.uri} has not answered yet")
         terminal.note("the same command goes on where this one stopped")
         return ExitCode.LEFT
     if skipped:

@@ -26,6 +26,8 @@ MESSAGE_CHARS = 400
 __all__ = ["Refused", "clean", "quiet", "translate", "translated"]
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+#: Which of urllib3's objects said something; the address is said beside it anyway.
+_SPEAKER = re.compile(r"\b_?HTTPS?(?:Connection|Pool|ConnectionPool)\(host='[^']*', port=\d+\): ")
 _SPACE = re.compile(r"\s+")
 
 
@@ -39,7 +41,7 @@ class Refused(MlflowException):  # type: ignore[misc]  # mlflow is not followed 
 
 def clean(text: object) -> str:
     """Return a foreign message on one line, cut to size, without the credentials of URLs in it."""
-    line = _USERINFO.sub("", _SPACE.sub(" ", str(text)).strip())
+    line = _SPEAKER.sub("", _USERINFO.sub("", _SPACE.sub(" ", str(text)).strip()))
     return line if len(line) <= MESSAGE_CHARS else f"{line[:MESSAGE_CHARS]}..."
 
 
