@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from contents import client
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # a dependency of pytest there
@@ -21,6 +23,8 @@ _ROOT = Path(__file__).parent.parent
 #: Ids, addresses and times differ from run to run; what they stand for does not.
 _HEX = re.compile(r"(?:m-|tr-)?[0-9a-f]{32}|[0-9a-z]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _OWN_TAGS = ("mlflow_outbox.",)
+#: A server that refuses connections: nothing listens on the discard port.
+NOWHERE = "outbox+http://127.0.0.1:9"
 
 
 def entry_points() -> dict[str, dict[str, str]]:
@@ -96,6 +100,15 @@ def deliver(uri: str, timeout: float = 60.0) -> None:
     result = store(uri).outbox.flush(timeout)
     assert result, (result, store(uri).outbox.counters.snapshot())
     assert 0 == result.dead, result
+
+
+def the_runs(uri: str, experiment: str) -> list[Any]:
+    """Return all runs of an experiment, deleted ones too."""
+    from mlflow.entities import ViewType
+
+    with client(uri) as api:
+        found = api.get_experiment_by_name(experiment)
+        return list(api.search_runs([found.experiment_id], run_view_type=ViewType.ALL)) if found else []
 
 
 def picture(uri: str, experiment: str) -> dict[str, Any]:

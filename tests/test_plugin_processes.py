@@ -1,0 +1,145 @@
+"""The plugin in children of a program, and in programs that are killed or end in the middle of a run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from plugin_world import deliver, picture, store, the_runs, tracking
+from servers import MlflowServer
+
+
+def _log_in_child(run_id: str, number: int) -> None:
+    import mlflow
+
+    mlflow.MlflowClient().log_metric(run_id, f"child-{number}", float(number))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_log_to_the_run(
+    method: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Each writes its own segments; nothing of a child that ends at once is lost."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_metric("parent", 1.0)
+            if method == "fork":
+                children = [
+                    multiprocessing.get_context("fork").Process(target=_log_in_child, args=(run.info.run_id, i))
+                    for i in range(2)
+                ]
+                for child in children:
+                    child.start()
+                for child in children:
+                    child.join(30)
+                assert [0, 0] == [child.exitcode for child in children]
+            else:
+                program(tmp_path, f"_log({run.info.run_id!r}, 0)\n_log({run.info.run_id!r}, 1)").wait(60)
+        deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert {"parent": 1.0, "child-0": 0.0, "child-1": 1.0} == found.data.metrics
+
+
+def _begin_in_child(experiment: str) -> None:
+    import mlflow
+
+    mlflow.set_experiment(experiment)
+    with mlflow.start_run():
+        mlflow.log_metric("m", 1.0)
+
+
+def test_a_child_forked_while_other_threads_hold_the_locks_goes_on(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """A lock that is held at a fork stays held in the child for ever, unless it is renewed."""
+    from mlflow_outbox_worker.mlflow_sink import stores
+
+    uri = f"outbox+{sqlite_uri}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.create_experiment(experiment_name)
+        held = store(uri)
+        with held.server._lock, held.journals._lock, held._recent_lock, stores._building:
+            child = multiprocessing.get_context("fork").Process(target=_begin_in_child, args=(experiment_name,))
+            child.start()
+            child.join(30)
+        code = child.exitcode
+        if code is None:
+            child.kill()
+        assert 0 == code
+
+
+def program(directory: Path, text: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a Python program that logs through the plugin, registered as its entry points would."""
+    source = """
+        import sys
+        sys.path[:0] = {paths!r}
+        from plugin_world import register
+        register()
+        import mlflow
+        def _log(run_id, number):
+            mlflow.MlflowClient().log_metric(run_id, f"child-{{number}}", float(number))
+    """
+    here = [str(Path(__file__).parent), *[path for path in sys.path if path.endswith(("tracker", "worker"))]]
+    code = textwrap.dedent(source).format(paths=here) + text
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MLFLOW_OUTBOX_DIR": str(directory), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_killed_program_has_lost_nothing(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
+    """SIGKILL right after the calls; another process delivers what the first one had logged."""
+    uri = f"outbox+{mlflow_server.url}"
+    text = textwrap.dedent(f"""
+        mlflow.set_experiment({experiment_name!r})
+        mlflow.start_run(run_name="killed")
+        for step in range(300):
+            mlflow.log_metric("m", step / 2, step=step)
+        mlflow.log_text("hello", "a.txt")
+        print("logged", flush=True)
+        sys.stdin.read()
+    """)
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=uri, MLFLOW_OUTBOX_WORKER="none")
+    assert child.stdout is not None
+    assert any("logged" in line for line in child.stdout)
+    child.send_signal(signal.SIGKILL)
+    child.wait(10)
+    with tracking(uri, tmp_path):
+        deliver(uri)
+    (found,) = picture(mlflow_server.url, experiment_name)["runs"]
+    assert 300 == len(found["metrics"]["m"])
+    assert [["a.txt", 5]] == found["files"]
+
+
+def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow ends an active run and sends its last traces at the exit; both are delivered before that."""
+    text = textwrap.dedent(f"""
+        mlflow.set_experiment({experiment_name!r})
+        mlflow.start_run(run_name="left open")
+        mlflow.log_metric("m", 1.0)
+        @mlflow.trace
+        def traced(x):
+            return x
+        traced(1)
+    """)
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}")
+    output, _ = child.communicate(timeout=60)
+    assert 0 == child.returncode, output
+    shown = picture(mlflow_server.url, experiment_name)
+    assert [("left open", "FINISHED")] == [(run["name"], run["status"]) for run in shown["runs"]], output
+    assert 1 == len(shown["traces"]), output
