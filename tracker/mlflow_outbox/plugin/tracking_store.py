@@ -63,8 +63,7 @@ def _at_exit() -> None:
     """Bring what MLflow would only say later at the exit into the journals, before the outbox's last delivery.
 
     Handlers run in reverse order of their registration: MLflow's end of an active run was registered before the
-        outbox, and would come
-    after its last delivery.
+    outbox, and would come after its last delivery.
     """
     if not _stores:
         return
