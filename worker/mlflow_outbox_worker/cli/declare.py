@@ -216,6 +216,9 @@ class _Whole(click.IntRange):
         except click.BadParameter:
             self.fail(f"{value!r} is not a whole number{_bounds(self.min, self.max)}.", param, ctx)
 
+    def _describe_range(self) -> str:
+        return ""  # the sentence about the option says it, and so does the error
+
 
 class _Number(click.FloatRange):
     """A number, and what to say of anything else."""
@@ -225,6 +228,9 @@ class _Number(click.FloatRange):
             return super().convert(value, param, ctx)
         except click.BadParameter:
             self.fail(f"{value!r} is not a number{_bounds(self.min, self.max)}.", param, ctx)
+
+    def _describe_range(self) -> str:
+        return ""
 
 
 def _bounds(least: float | None, most: float | None) -> str:
