@@ -333,24 +333,27 @@ class Follower:
 def test_a_run_is_followed_while_it_is_written_and_until_it_has_ended(
     own: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """Points arrive while the writer is idle in between; its files are never moved; the end ends the following."""
+    """Points arrive while the writer is idle in between; its files are never touched; the end ends the following."""
     uri = mlflow_server.url
     tracker = MLflowTracker(experiment_name, uri if own else NOWHERE, outbox_dir=tmp_path / "outbox", worker="none")
     run = tracker.start_run("followed")
     run.log_metric("loss", 0.0, step=0)
     follower = Follower(tmp_path / "outbox", None if own else uri)
-    segment = next(the_outbox(tmp_path / "outbox").glob("runs/*/*.log"))
+    written = the_outbox(tmp_path / "outbox") / "runs"
     for step in range(1, 4):
         run.log_metric("loss", step / 2, step=step)
+        before = contents_of(written)
         run_id = eventually(lambda: runs(uri, experiment_name), 20)[0].info.run_id
         eventually(lambda s=step, r=run_id: numbered(s + 1) == points(uri, r, "loss"), 20)  # type: ignore[misc]
+        assert before == contents_of(written)
     assert not follower.is_over()
     assert any("writing" in note for note in follower.notes)
     assert "RUNNING" == runs(uri, experiment_name)[0].info.status
     run.end()
+    before = contents_of(written)
     assert "" == follower.join().cut_short
     assert "FINISHED" == the_run(uri, experiment_name).info.status
-    assert segment.exists()
+    assert before == contents_of(written)
 
 
 def test_a_run_that_ends_between_the_last_turn_and_the_look_at_its_writer_is_sent_to_its_end(
