@@ -59,7 +59,7 @@ def test_a_profile_says_where_the_workspace_is(
             with mlflow.start_run(run_name="offline") as run:
                 mlflow.log_metric("m", 1.0)
                 assert {"m": 1.0} == mlflow.get_run(run.info.run_id).data.metrics
-            assert time.monotonic() - begin < 5.0
+            assert time.monotonic() - begin < 60.0, "the SDK alone waits for five minutes at the first call"
             assert provisional.is_provisional(run.info.run_id)
             proxy.clear()
             eventually(lambda: held.server._aside.acquire(blocking=False), 60, "the question that hung is over")

