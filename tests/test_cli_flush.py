@@ -71,7 +71,7 @@ def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None
     """Exit code 3, the number that is left, the reason, and everything still on disk."""
     open_sink(NOBODY).close()  # imports mlflow, which may take longer than the time-out below
     offline(tmp_path)
-    done = here("flush", "-d", tmp_path, "--timeout", 2)
+    done = here("flush", "-d", tmp_path, "--timeout", 4)
     assert 3 == done.code
     assert "0 events delivered, 13 left, on disk" in done.out
     assert "refused" in done.err
