@@ -96,7 +96,7 @@ def test_who_has_to_wait_learns_the_other_machines_name(machine: Callable[..., H
     """The message names machine, process and kind."""
     first, second = machine("node1"), machine("node2")
     assert first.acquire()
-    holder = second.holder()
+    holder = second.other()
     assert holder is not None
     assert f"a worker (command, process {os.getpid()}) on the machine node1" == described(holder)
     first.release()
@@ -219,9 +219,9 @@ def test_an_old_lease_says_nothing_about_who_delivers_now(tmp_path: Path, machin
     lease = machine("node1")
     assert lease.acquire()
     lease._stop.set()
-    assert Holder("node1", os.getpid(), "command") == machine("node2").holder()
+    assert Holder("node1", os.getpid(), "command") == machine("node2").other()
     os.utime(tmp_path / "host.lease", (time.time() - 7 * 86_400,) * 2)
-    assert machine("node2").holder() is None
+    assert machine("node2").other() is None
     lease.release()
 
 
@@ -259,7 +259,7 @@ def test_a_full_file_system_excludes_others_as_well_as_any(machine: Callable[...
     assert not second.acquire()
     assert first.is_sound()
     assert not second.is_held()
-    holder = second.holder()
+    holder = second.other()
     assert holder is not None
     assert "a worker that could not write its name down" == described(holder)
     first.release()

@@ -7,10 +7,12 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from mlflow_outbox_worker import lease as lease_module
 from mlflow_outbox_worker.lease import Lease, holder
 from servers import eventually
 
@@ -33,11 +35,37 @@ def test_the_holder_is_named_while_it_holds(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "lock", "process")
     assert holder(tmp_path / "lock") is None
     lease.acquire()
-    found = lease.holder()
+    found = holder(tmp_path / "lock")
     assert found is not None
     assert (os.getpid(), "process") == (found.pid, found.kind)
     lease.release()
-    assert lease.holder() is None
+    assert holder(tmp_path / "lock") is None
+
+
+def test_a_lease_that_is_just_being_taken_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread asks between the lock and the note of who has it; for a second lease it is somebody else's."""
+    locked, may_go = threading.Event(), threading.Event()
+    is_same = lease_module._is_same
+
+    def slow(fd: int, path: Path) -> bool:
+        locked.set()
+        may_go.wait(60)
+        return is_same(fd, path)
+
+    monkeypatch.setattr(lease_module, "_is_same", slow)
+    lease = Lease(tmp_path / "lock", "thread")
+    answers: list[object] = []
+    taking = threading.Thread(target=lease.acquire)
+    asking = threading.Thread(target=lambda: answers.append(lease.other()))
+    taking.start()
+    assert locked.wait(60)
+    asking.start()
+    assert Lease(tmp_path / "lock", "command").other() is not None
+    may_go.set()
+    taking.join(60)
+    asking.join(60)
+    assert [None] == answers
+    assert lease.is_held()
 
 
 def test_a_note_that_cannot_be_read_hides_no_holder(tmp_path: Path) -> None:
@@ -45,7 +73,7 @@ def test_a_note_that_cannot_be_read_hides_no_holder(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "lock", "thread")
     lease.acquire()
     (tmp_path / "lock").write_bytes(b"\xff junk")
-    found = lease.holder()
+    found = holder(tmp_path / "lock")
     assert found is not None
     assert "" == found.host  # it could not be read
 
@@ -56,6 +84,7 @@ def test_the_kernel_releases_the_lease_of_a_killed_holder(tmp_path: Path) -> Non
 import sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
+from mlflow_outbox_worker import lease as lease_module
 from mlflow_outbox_worker.lease import Lease
 lease = Lease(Path({str(tmp_path / "lock")!r}), "process")
 print(lease.acquire(), flush=True)

@@ -136,9 +136,9 @@ class Delivery:
         """Return how the destination stands ("ok", "away", "parked"; "" before the first attempt), and why."""
         return self._gate.notes.state, self._gate.notes.reason
 
-    def lease_holder(self) -> Holder | None:
-        """Return who holds the lease, this worker included; None when nobody does."""
-        return self._lease.holder()
+    def other_worker(self) -> Holder | None:
+        """Return who else delivers; None when nobody does, or this worker."""
+        return self._lease.other()
 
     # -- the loop
 
@@ -166,7 +166,7 @@ class Delivery:
 
     def _say_who_delivers(self) -> None:
         """Say once that another machine delivers; that another process here does needs no words."""
-        found = self._lease.holder() if self._source.remote else None
+        found = self._lease.other() if self._source.remote else None
         if found is not None and found.host != socket.gethostname():
             self._counters.warn_once(
                 ("host", found.host),

@@ -65,8 +65,8 @@ class WorkerLease(Protocol):
         """Give it back."""
         ...
 
-    def holder(self) -> Holder | None:
-        """Return who holds it; None when nobody does."""
+    def other(self) -> Holder | None:
+        """Return who else holds it; None when nobody does, or this object, which may just be taking it."""
         ...
 
 
@@ -264,9 +264,12 @@ class HostLease:
                     os.unlink(self._path)
         self._local.release()
 
-    def holder(self) -> Holder | None:
-        """Return who holds the lease, here or on another machine; None when nobody does."""
-        return holder(self._lock_path) or _other(self._path)
+    def other(self) -> Holder | None:
+        """Return who else holds the lease, here or on another machine; None when nobody does, or this object."""
+        if self.is_held():
+            return None
+        # While this object takes it, which it does with the local lock first, its own file is not another's.
+        return self._local.other() or (None if self._local.is_held() else _other(self._path))
 
 
 def lease_of(directory: OutboxDirectory, kind: str, *, inherited: int = -1) -> WorkerLease:

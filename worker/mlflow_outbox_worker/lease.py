@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import threading
 import weakref
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Lease:
         self._kind = kind
         self._inherited = inherited
         self._fd = -1
+        self._acquiring = threading.Lock()
         _leases.add(self)
 
     def __repr__(self) -> str:
@@ -54,8 +56,10 @@ class Lease:
         Raises:
             OSError: the lock file cannot be made or locked for another reason.
         """
-        if self._fd >= 0:
-            return True
+        with self._acquiring:
+            return self._fd >= 0 or self._take()
+
+    def _take(self) -> bool:
         fd, self._inherited = self._inherited, -1
         if fd < 0:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -102,9 +106,15 @@ class Lease:
         if fd >= 0:
             os.close(fd)
 
-    def holder(self) -> Holder | None:
-        """Return who holds the lease, as far as it is known; None when nobody does."""
-        return holder(self._path)
+    def other(self) -> Holder | None:
+        """Return who else holds the lease; None when nobody does, or this object, which may just be taking it."""
+        with self._acquiring:
+            return None if self._fd >= 0 else holder(self._path)
+
+    def forked(self) -> None:
+        """Let go in a forked child, where another thread's lock would be held for ever."""
+        self._acquiring = threading.Lock()
+        self.forget()
 
 
 def holder(path: Path) -> Holder | None:
@@ -142,7 +152,7 @@ _leases: weakref.WeakSet[Lease] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     """Let go in the child: a lock belongs to the open file, so an inherited descriptor would outlive the parent."""
     for lease in list(_leases):
-        lease.forget()
+        lease.forked()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -236,9 +236,7 @@ class Replay:
     def _check_lease(self, delivery: Delivery, waited: float) -> None:
         if delivery.holds_lease() or waited < _LOOK:
             return
-        found = delivery.lease_holder()
-        if not delivery.holds_lease():
-            self._respect(found)
+        self._respect(delivery.other_worker())
         if waited > _LEASE:
             msg = f"no ledger could be opened in {self._job.source.ledger}; see the warnings above"
             raise LedgerUnavailable(msg)

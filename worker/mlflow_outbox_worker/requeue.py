@@ -41,7 +41,7 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
     """
     lease = source.lease("command")
     if not lease.acquire():
-        found = lease.holder()
+        found = lease.other()
         msg = f"{described(found) if found is not None else 'another worker'} delivers {source.path}; end it first"
         raise LeaseHeld(msg)
     try:

@@ -202,9 +202,9 @@ class Flush:
         self._delivered_itself = self._worker.delivery.holds_lease()
         nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
         if nothing and not self._delivered_itself:
-            from mlflow_outbox_worker.host_lease import described, is_elsewhere, worker_of
+            from mlflow_outbox_worker.host_lease import described, is_elsewhere
 
-            found = worker_of(self._directory)
+            found = self._worker.delivery.other_worker()
             if found is not None:
                 silence = "; how far it is can only be seen there" if is_elsewhere(found) else " and has not answered"
                 self._held_by = f"{described(found)} has this outbox{silence}"

@@ -252,13 +252,13 @@ class Service:
                 log(f"metrics cannot be written to {printable(file, 300)}: {error}")
 
     def _say_changes(self) -> None:
-        from mlflow_outbox_worker.host_lease import described, worker_of
+        from mlflow_outbox_worker.host_lease import described
 
         for path, one in self._workers.items():
             if one.delivery.holds_lease():
                 state = "delivering"
             else:
-                other = worker_of(one.directory)
+                other = one.delivery.other_worker()
                 state = f"standing by, {described(other)} delivers" if other is not None else self._states.get(path, "")
             if state and self._states.get(path) != state:
                 self._states[path] = state
