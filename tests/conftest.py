@@ -59,7 +59,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a program that is not installed."""
+    """Leave out what needs a program that is not installed, or rights that are not given."""
     lacking = {item: found for item in items if (found := _lacking(item))}
     if lacking:
         items[:] = [item for item in items if item not in lacking]
@@ -69,7 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _lacking(item: pytest.Item) -> str:
-    """Return which program a test needs and does not find, or ""."""
+    """Return what a test needs and does not find, or ""."""
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        return "the rights of root"
     if item.get_closest_marker("postgresql") and postgresql.missing():
         return postgresql.missing()
     needed = [mark.args[0] for mark in item.iter_markers("program")]

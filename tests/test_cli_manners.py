@@ -398,7 +398,7 @@ def test_what_is_wrong_is_said_with_the_remedy(
     assert (code, True) == (done.code, said in " ".join(done.err.split())), done
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to somebody else")
+@pytest.mark.root
 def test_an_outbox_of_somebody_else_can_be_replayed(here: Here, tmp_path: Path) -> None:
     """It is refused by what would have to write to it, with the command that only reads."""
     offline(tmp_path)

@@ -2,8 +2,8 @@
 
 A destination is what identifies an outbox, so two spellings of one place must give one destination: relative paths
 are made absolute against the current directory, user names, passwords and secret query arguments are taken off. What
-was taken off stays in memory for a worker thread, and reaches a worker process through its environment; it is never
-written, logged or shown.
+was taken off stays in memory, and reaches a process that delivers through a pipe or a socket; it is never written,
+logged or shown.
 
 The default follows MLflow: ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory. Since MLflow 3.13 that
 directory holds a SQLite store (``mlruns/mlflow.db``, artifacts beside it) unless it already holds a file store's

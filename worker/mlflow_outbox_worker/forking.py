@@ -2,9 +2,10 @@
 
 A module that one thread is importing while another forks stays locked in the child for ever: whoever imports it there
 waits for a thread that the child does not have (CPython renews its global import lock at a fork, not those of single
-modules). The worker thread imports mlflow with hundreds of modules, pandas and SQLAlchemy among them, for seconds, and
-just then a training program is likely to fork its data loaders. So a fork waits until that is over, ``PATIENCE``
-seconds at most; it happens once in the life of a process.
+modules). Where delivery happens in a thread of the program and not in a child process, that thread imports the loop, and
+may import mlflow with hundreds of modules, pandas and SQLAlchemy among them, for seconds; and just then a training
+program is likely to fork its data loaders. So a fork waits until that is over, ``PATIENCE`` seconds at most; it happens
+once in the life of a process.
 
 SQLite has locks of its own for the whole process, for its memory and its files. One that another thread holds at the
 fork is never released in the child, which waits for it in its first use of any database. (Seen with eight threads
