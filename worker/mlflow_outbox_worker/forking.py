@@ -2,7 +2,7 @@
 
 A module that one thread is importing while another forks stays locked in the child for ever: whoever imports it there
 waits for a thread that the child does not have (CPython renews its global import lock at a fork, not those of single
-modules). Where delivery happens in a thread of the program and not in a child process, that thread imports the loop, and
+modules). Where delivery happens in a thread of the program, not in a child process, that thread imports the loop, and
 may import mlflow with hundreds of modules, pandas and SQLAlchemy among them, for seconds; and just then a training
 program is likely to fork its data loaders. So a fork waits until that is over, ``PATIENCE`` seconds at most; it happens
 once in the life of a process.
