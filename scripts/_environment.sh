@@ -3,8 +3,9 @@
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
-# Variables that make a virtual environment's Python import other code than the environment's own.
-unset PYTHONPATH PYTHONHOME
+# Variables that make a virtual environment's Python import other code than the environment's own, or compile it anew in
+# each of the hundreds of processes that the tests start.
+unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 fail() {
     printf '%s\n' "$@" >&2

@@ -54,7 +54,9 @@ def pytest_configure_node(node: Any) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the import of MLflow while the tests that need no server run."""
-    if any(_SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())) for item in session.items):
+    if not session.config.option.collectonly and any(
+        _SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())) for item in session.items
+    ):
         session.config.stash[_NURSERY].warm()
 
 

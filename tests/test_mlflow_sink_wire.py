@@ -155,7 +155,7 @@ def test_a_busy_server_says_how_long_and_is_asked_once(
         (says(400, '{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad"}'), "dead_letter"),
         (says(400, '{"error_code": "A_CODE_OF_THE_FUTURE", "message": "bad"}'), "dead_letter"),
         (says(422, '{"detail": "bad"}'), "dead_letter"),
-        (says(200, gzip.compress(b" " * 100_000_000), Content_Encoding="gzip"), "parked"),
+        (says(200, gzip.compress(b" " * 100_000_000, 1), Content_Encoding="gzip"), "parked"),
         (says(200, b"not gzip", Content_Encoding="gzip"), "parked"),
     ],
 )
