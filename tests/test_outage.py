@@ -157,6 +157,23 @@ def test_a_refused_login_parks_everything_until_a_person_has_acted(
     check_session(mlflow_server.url, experiment_name, 2)
 
 
+def test_what_was_parked_for_an_earlier_program_is_tried_before_a_flush_calls_it_parked(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The login works again, but answers slowly: a flush waits for the answer and does not repeat an old one."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lambda method, path: True, faults.status(401), times=None)
+        with MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK) as tracker:
+            log_session(tracker, 0, 1)
+            assert tracker.flush(20).parked > 150
+            tracker.close(0)
+        proxy.clear()
+        proxy.on(lambda method, path: True, faults.delay(3), times=1)
+        with MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK) as tracker:
+            assert tracker.flush(60)
+    check_session(mlflow_server.url, experiment_name, 1)
+
+
 @pytest.mark.compatibility
 @pytest.mark.parametrize(
     "lost", ["runs/create", "runs/log-batch", "runs/update", "mlflow-artifacts", "experiments/create"]

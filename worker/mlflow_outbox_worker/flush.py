@@ -1,8 +1,10 @@
 """Flush: have an outbox delivered now, by whichever worker holds it, and say what is left.
 
 A flush does not deliver itself. It asks the worker to hurry, which cuts back-offs short, and watches the ledger until
-the cursors have passed where the journals ended when it was called. So it works the same from the experiment, from
-another process, and while the experiment goes on logging; and a server that hangs cannot hold it up beyond its time.
+the cursors have passed where the journals ended when it was called. What waits for a person is tried again first: that
+it was refused before, perhaps to an earlier program, says nothing of now. So it works the same from the experiment,
+from another process, and while the experiment goes on logging; and a server that hangs cannot hold it up beyond its
+time.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.outbox import FlushResult
-from mlflow_outbox_worker.backlog import Targets, targets, total
+from mlflow_outbox_worker.backlog import Targets, left, targets, total
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.notes import destination_note
+from mlflow_outbox_worker.notes import destination_note, last_tried_ms
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +35,8 @@ _LOOK_MOST: Final = 0.1
 _HURRY: Final = 1.0
 #: Seconds without any worker after which waiting is pointless.
 _NO_WORKER: Final = 5.0
+#: Seconds after which what waited for a person before still does, although no worker has been answered since.
+_STILL_PARKED: Final = 30.0
 
 
 def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
@@ -53,6 +57,7 @@ class Watch:
         self._directory = directory
         self._path: Path = settings.ledger_dir or directory.ledger
         self._last = FlushResult()
+        self._tried_ms = 0  # since when all that is parked has been tried
 
     def until_delivered(self, timeout: float | None, *, hurry: bool = True) -> FlushResult:
         """Wait until everything that is on disk now has been delivered, or time is up.
@@ -61,6 +66,7 @@ class Watch:
             timeout: seconds; None waits without limit, as long as there is a worker.
             hurry: cut the worker's back-offs short.
         """
+        began_ms = time.time_ns() // 1_000_000
         started = time.monotonic()
         deadline = None if timeout is None else started + timeout
         ends: Targets | None = None
@@ -68,7 +74,8 @@ class Watch:
         while True:
             now = time.monotonic()
             result, ends = self.measure(ends)
-            if result or (result.pending == 0 and result.parked and now - started > _HURRY):
+            sure = self._tried_ms >= began_ms or now - started > _STILL_PARKED
+            if result or (result.pending == 0 and result.parked and sure):
                 return result
             if deadline is not None and now >= deadline:
                 return result
@@ -95,14 +102,23 @@ class Watch:
             return self._unknown(ends)
         try:
             records: dict[str, RunRecord] = {record.run_id: record for record in ledger.records()}
-            parked = destination_note(ledger).state == "parked"
+            note = destination_note(ledger)
         except LedgerUnavailable:
             return self._unknown(ends)
         finally:
             with contextlib.suppress(LedgerUnavailable):
                 ledger.close()
         known = targets(self._directory, records) if ends is None else ends
+        parked = note.state == "parked"
         self._last = total(known, records.values(), parked=parked)
+        self._tried_ms = min(
+            (
+                last_tried_ms(note, records.get(run))
+                for run, run_ends in known.items()
+                if left(run_ends, records.get(run), parked=parked).parked
+            ),
+            default=0,
+        )
         return self._last, known
 
     def _unknown(self, ends: Targets | None) -> tuple[FlushResult, Targets]:

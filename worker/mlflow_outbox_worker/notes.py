@@ -15,6 +15,7 @@ from mlflow_outbox.errors import LedgerUnavailable
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.ledger import Ledger
+    from mlflow_outbox_worker.records import RunRecord
 
 #: Seconds between two notes of the pace.
 _PACE_EVERY: Final = 3.0
@@ -112,6 +113,21 @@ class Notes:
         if events > 0:
             with contextlib.suppress(LedgerUnavailable):  # as above
                 ledger.set_meta(_PACE, msgspec.msgpack.encode(Pace(events, seconds, now_ms)))
+
+
+def last_tried_ms(note: DestinationNote, record: RunRecord | None) -> int:
+    """Return when what of a run waits for a person was last tried, as far as was noted.
+
+    Args:
+        note: how the destination stands.
+        record: what the ledger holds of the run.
+
+    Returns:
+        wall-clock time in ms; 0 when it has not been tried, or does not wait for a person.
+    """
+    if note.state == "parked":
+        return note.tried_ms
+    return record.failed_at_ms if record is not None and record.state == "parked" else 0
 
 
 def destination_note(ledger: Ledger) -> DestinationNote:

@@ -232,7 +232,7 @@ class Flush:
     def look(self) -> None:
         """Find out how far it is."""
         from mlflow_outbox_worker.backlog import left, targets
-        from mlflow_outbox_worker.notes import destination_note
+        from mlflow_outbox_worker.notes import destination_note, last_tried_ms
 
         try:
             with outboxes.ledger_of(self._directory, self._settings) as ledger:
@@ -258,10 +258,7 @@ class Flush:
         parked = [run for run, part in parts.items() if part.parked]
         if note is not None and note.tried_ms >= self._began_ms:
             self._tried = True
-        sure = note is not None and all(
-            note.tried_ms >= self._began_ms if parked_all else _tried_since(records.get(run), self._began_ms)
-            for run in parked
-        )
+        sure = note is not None and all(last_tried_ms(note, records.get(run)) >= self._began_ms for run in parked)
         pending = sum(part.pending for part in parts.values())
         self._seen = _Look(
             pending=pending,
@@ -340,10 +337,6 @@ class Flush:
             terminal.note(f"{where}{self._directory.destination.uri} has not answered yet")
         elif seen.reason and self.left and not self._delivered_itself:  # its own warnings have said so
             terminal.note(f"{where}{seen.reason}")
-
-
-def _tried_since(record: RunRecord | None, began_ms: int) -> bool:
-    return record is not None and record.state == "parked" and record.failed_at_ms >= began_ms
 
 
 def _reason(records: dict[str, RunRecord], parked: list[str], of_destination: str) -> str:
