@@ -15,13 +15,15 @@ from typing import Any
 from benchmarks import children
 from benchmarks.numbers import median, quantiles
 from benchmarks.plan import Plan
+from benchmarks.posting import posting
 from benchmarks.trackers import open_tracker
 
 #: Calls that are made before any is counted: files, threads and connections are opened by the first ones.
 _WARM_UP = 5
 SHAPES = ("one metric", "10 metrics", "100 metrics", "one param", "one tag", "8 threads")
 #: While a worker delivers, calls come as an experiment makes them: after some work. Seconds. "write spaced" shows what
-#: the machine alone does to such calls.
+#: the machine alone does to such calls, and "write posting" what it does to them while its cores are busy: there,
+#: another process posts points to the tracking server (``posting``), as a worker does.
 _PAUSE = 0.0002
 #: Seconds that a tracker may take for its end.
 _END = 10.0
@@ -31,13 +33,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Measure one tracker in this process."""
     tracker = open_tracker(request["tracker"], Path(request["directory"]), request["uris"])
     name = request["tracker"]
-    spaced = name == "write spaced" or (name.startswith("outbox") and " none" not in name)
+    spaced = name in {"write spaced", "write posting"} or (name.startswith("outbox") and " none" not in name)
     result = {}
-    for shape in request["shapes"]:
-        calls = _calls(tracker, shape)
-        if calls is not None:
-            with contextlib.suppress(ValueError):  # threads in which every call failed: the tracker cannot do it
-                result[shape] = quantiles(_timed(shape, calls, request["calls"], request["seconds"], spaced))
+    with posting(request["uris"]["http"]) if name == "write posting" else contextlib.nullcontext():
+        for shape in request["shapes"]:
+            calls = _calls(tracker, shape)
+            if calls is not None:
+                with contextlib.suppress(ValueError):  # threads in which every call failed: the tracker cannot do it
+                    result[shape] = quantiles(_timed(shape, calls, request["calls"], request["seconds"], spaced))
     # Not measured here; but a queue can take minutes to empty, so an end that takes long is left to itself.
     end = threading.Thread(target=_finish, args=(tracker,), daemon=True)
     end.start()
@@ -106,7 +109,8 @@ def measure(plan: Plan) -> dict[str, Any]:
     Returns:
         By tracker, by shape: quantiles in us, or ``{"error": sentence}``.
     """
-    subjects = ["write", "write spaced", "diskcache", "outbox os none", "outbox interval none", "outbox always none"]
+    subjects = ["write", "write spaced", "write posting", "diskcache"]
+    subjects += ["outbox os none", "outbox interval none", "outbox always none"]
     subjects += ["outbox interval process http", "outbox interval thread http"]
     subjects += [f"mlflow {manner} {store}" for manner in ("sync", "async") for store in ("http", "sqlite")]
     rounds: dict[str, list[dict[str, Any]]] = {}

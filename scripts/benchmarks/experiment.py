@@ -6,8 +6,7 @@ much longer its loop alone takes, how much more processor time the process uses 
 that is busy with other things, the tracking server among them), and the longest of its steps.
 
 How much of that is the machine's and not the outbox's, one more row tells: an experiment that logs nothing, beside a
-process that posts points to the same server with MLflow's own client, batch after batch, as a worker would. It and the
-server use the same cores.
+process that posts points to the same server (``posting``).
 
 A subject that delivers to a server must have delivered everything by the time the clock stops, except a worker
 process, which exists so that the experiment need not wait for it.
@@ -16,9 +15,6 @@ process, which exists so that the experiment need not wait for it.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from typing import Any
 from benchmarks import children
 from benchmarks.numbers import median
 from benchmarks.plan import Plan
+from benchmarks.posting import posting
 from benchmarks.trackers import open_tracker
 
 #: Seconds of one step without tracking.
@@ -37,48 +34,26 @@ ALONGSIDE = "without tracking, another process posting"
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """Run the loop with one tracker, or without when its name is ""."""
     name, work, steps = request["tracker"], range(request["work"]), request["steps"]
-    metric = finish = poster = None
-    if name == ALONGSIDE:
-        poster = subprocess.Popen(
-            [sys.executable, "-c", "from benchmarks.experiment import post; post()", request["uris"]["http"]],
-            stdout=subprocess.PIPE,
-        )
-        assert poster.stdout is not None  # noqa: S101 - for the type checker: PIPE was asked for
-        poster.stdout.readline()
-    elif name:
+    metric = finish = None
+    if name and name != ALONGSIDE:
         tracker = open_tracker(name, Path(request["directory"]), request["uris"])
         metric, finish = tracker.metric, tracker.finish
     clock, longest = time.perf_counter_ns, 0
-    begin = before = clock()
-    for step in range(steps):
-        total = 0
-        for number in work:
-            total += number
-        if metric is not None:
-            metric("loss", 0.5, step)
-        now = clock()
-        longest, before = max(longest, now - before), now
-    loop = (clock() - begin) / 1e9
-    if poster is not None:
-        poster.kill()
-        poster.wait()
+    with posting(request["uris"]["http"]) if name == ALONGSIDE else contextlib.nullcontext():
+        begin = before = clock()
+        for step in range(steps):
+            total = 0
+            for number in work:
+                total += number
+            if metric is not None:
+                metric("loss", 0.5, step)
+            now = clock()
+            longest, before = max(longest, now - before), now
+        loop = (clock() - begin) / 1e9
     if finish is not None and " process " not in name:
         with contextlib.suppress(Exception):  # what a peer says at its end is not measured here
             finish()
     return {"loop_s": loop, "cpu_s": time.process_time(), "longest_step_ms": longest / 1e6}
-
-
-def post() -> None:
-    """Post batches of points to the server whose URI is the first argument, and say when the first one is there."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-    client = MlflowClient(sys.argv[1])
-    run_id = client.create_run(client.create_experiment(f"posted-{time.time_ns()}")).info.run_id
-    for start in itertools.count(step=1000):
-        client.log_batch(run_id, [Metric("loss", 0.5, 1, step) for step in range(start, start + 1000)])
-        if not start:
-            print("posting", flush=True)
 
 
 def measure(plan: Plan) -> dict[str, Any]:

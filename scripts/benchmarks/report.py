@@ -61,12 +61,13 @@ def called(subject: str) -> str:
         return f"outbox, sync={sync}" + ("" if worker == "none" else f", {worker} delivering")
     if parts[0] == "mlflow":
         return f"MLflow {parts[1]}, {parts[2]}"
-    return PEERS.get(
-        subject,
-        {"write": "bare os.write", "write spaced": "bare os.write, spaced", "diskcache": "diskcache push"}.get(
-            subject, subject
-        ),
-    )
+    controls = {
+        "write": "bare os.write",
+        "write spaced": "bare os.write, spaced",
+        "write posting": "bare os.write, spaced, another process posting",
+        "diskcache": "diskcache push",
+    }
+    return controls.get(subject, PEERS.get(subject, subject))
 
 
 def _number(value: Any) -> str:

@@ -40,8 +40,8 @@ def open_tracker(name: str, directory: Path, uris: Mapping[str, str]) -> Tracker
     """Open a tracker by its name.
 
     Args:
-        name: a peer's, or "write", "write spaced", "diskcache", "mlflow <sync|async> <http|sqlite>",
-            "outbox <sync level> <worker> [destination]".
+        name: a peer's, or "write", "write spaced", "write posting", "diskcache",
+            "mlflow <sync|async> <http|sqlite>", "outbox <sync level> <worker> [destination]".
         directory: an empty directory for what it writes.
         uris: MLflow tracking URIs by "http", "sqlite".
     """
