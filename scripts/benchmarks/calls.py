@@ -25,6 +25,9 @@ SHAPES = ("one metric", "10 metrics", "100 metrics", "one param", "one tag", "8 
 #: the machine alone does to such calls, and "write posting" what it does to them while its cores are busy: there,
 #: another process posts points to the tracking server (``posting``), as a worker does.
 _PAUSE = 0.0002
+#: So many times longer such loops may take: calls that come rarely, and the background's rounds, twice a second, that
+#: one in a thousand of them meets.
+_LONGER = 4
 #: Seconds that a tracker may take for its end.
 _END = 10.0
 
@@ -34,13 +37,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     tracker = open_tracker(request["tracker"], Path(request["directory"]), request["uris"])
     name = request["tracker"]
     spaced = name in {"write spaced", "write posting"} or (name.startswith("outbox") and " none" not in name)
+    seconds = request["seconds"] * (_LONGER if spaced else 1)
     result = {}
     with posting(request["uris"]["http"]) if name == "write posting" else contextlib.nullcontext():
         for shape in request["shapes"]:
             calls = _calls(tracker, shape)
             if calls is not None:
                 with contextlib.suppress(ValueError):  # threads in which every call failed: the tracker cannot do it
-                    result[shape] = quantiles(_timed(shape, calls, request["calls"], request["seconds"], spaced))
+                    result[shape] = quantiles(_timed(shape, calls, request["calls"], seconds, spaced))
     # Not measured here; but a queue can take minutes to empty, so an end that takes long is left to itself.
     end = threading.Thread(target=_finish, args=(tracker,), daemon=True)
     end.start()
