@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,27 @@ class TestDamagedFile:
             assert len(reports) == (directory / "cache.db.corrupt-1").exists()
             assert_works(ledger)
             ledger.close()
+
+    def test_an_index_older_than_its_table_is_damage(self, directory: Path) -> None:
+        """A checkpoint was cut off in the middle and the log lost: each page is whole, but rows are not found."""
+        ledger = Ledger.open(directory)
+        ledger.commit(record("a", 1))
+        assert ledger.checkpoint()
+        path = directory / "cache.db"
+        before = path.read_bytes()
+        for number in range(3):
+            ledger.commit(record(f"later{number}", 1))
+        assert ledger.checkpoint()
+        ledger.close()
+        with closing(sqlite3.connect(path)) as connection:
+            [(root,)] = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'Cache_key_raw'").fetchall()
+            [(size,)] = connection.execute("PRAGMA page_size").fetchall()
+        torn = bytearray(path.read_bytes())
+        torn[(root - 1) * size : root * size] = before[(root - 1) * size : root * size]
+        path.write_bytes(torn)
+        with closing(sqlite3.connect(path)) as connection:
+            assert [("ok",)] == connection.execute("PRAGMA quick_check").fetchall()
+        assert_set_aside(directory).close()
 
     def test_damage_in_use_is_reported_and_repaired_by_opening_again(self, directory: Path) -> None:
         """The caller gets LedgerCorrupt, not a crash: with a memory map this would be SIGBUS."""
