@@ -19,12 +19,17 @@ def posting(uri: str) -> Iterator[None]:
 
     Args:
         uri: the tracking URI.
+
+    Raises:
+        RuntimeError: the server took nothing.
     """
     command = [sys.executable, "-c", "from benchmarks.posting import post; post()", uri]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as poster:
         try:
             assert poster.stdout is not None  # noqa: S101 - for the type checker: PIPE was asked for
-            poster.stdout.readline()
+            if not poster.stdout.readline():
+                msg = f"nothing could be posted to {uri}: the process that posts has ended"
+                raise RuntimeError(msg)
             yield
         finally:
             poster.kill()
