@@ -154,6 +154,13 @@ MUTANTS: Final = [
         "        store = file_store.FileStore(root, artifact_root or root)",
         "tests/faults/test_kills.py::test_a_param_that_a_killed_worker_left_empty_is_written_again",
     ),
+    Mutant(
+        "believe an index that does not fit its rows",
+        "worker/mlflow_outbox_worker/dbconnection.py",
+        "PRAGMA integrity_check(1)",
+        "PRAGMA quick_check(1)",
+        "tests/test_ledger_faults.py::TestDamagedFile::test_an_index_older_than_its_table_is_damage",
+    ),
 ]
 
 
