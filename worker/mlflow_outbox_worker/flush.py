@@ -57,7 +57,7 @@ class Watch:
         self._directory = directory
         self._path: Path = settings.ledger_dir or directory.ledger
         self._last = FlushResult()
-        self._tried_ms = 0  # since when all that is parked has been tried
+        self._tried_ms = 0  # when what is parked was tried, the run that was tried longest ago
 
     def until_delivered(self, timeout: float | None, *, hurry: bool = True) -> FlushResult:
         """Wait until everything that is on disk now has been delivered, or time is up.
@@ -111,14 +111,12 @@ class Watch:
         known = targets(self._directory, records) if ends is None else ends
         parked = note.state == "parked"
         self._last = total(known, records.values(), parked=parked)
-        self._tried_ms = min(
-            (
+        if self._last.parked:
+            self._tried_ms = min(
                 last_tried_ms(note, records.get(run))
                 for run, run_ends in known.items()
                 if left(run_ends, records.get(run), parked=parked).parked
-            ),
-            default=0,
-        )
+            )
         return self._last, known
 
     def _unknown(self, ends: Targets | None) -> tuple[FlushResult, Targets]:
