@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sqlite3
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,11 @@ class Held:
         assert not self.wrong, f"I2: wrong content: {self.wrong[:5]}"
         doubled = sorted(number for number, count in self.events.items() if count > 1)
         assert not doubled, f"I4: {len(doubled)} events are there twice: {doubled[:20]}"
-        twins = [run for run, count in [*self.runs.items(), *self.names.items()] if count > 1]
-        assert not twins, f"I4: runs were created twice: {twins}"
+        assert not self.twins(), f"I4: runs were created twice: {self.twins()}"
+
+    def twins(self) -> list[str]:
+        """Return the runs that are there more than once."""
+        return [run for run, count in [*self.runs.items(), *self.names.items()] if count > 1]
 
     def _take(self, number: int, content: str, kind: str) -> None:
         expected = str(number / 2) if kind == "metric" else f"value {number}"
@@ -93,6 +98,23 @@ def held(uri: str, experiment: str) -> Held:
     if uri.startswith("file:"):
         return _in_files(Path(unquote(urlsplit(uri).path)), experiment)
     return _in_database(Path(uri.removeprefix("sqlite:///")), experiment)
+
+
+def at_rest(uri: str, experiment: str, within: float) -> Held:
+    """Return what a store holds of an experiment once no run is there twice, or after some seconds in any case.
+
+    A create that was carried out after its time-out, and after the search for it, leaves an empty run, which the outbox
+    deletes when the server has had as long again.
+
+    Args:
+        uri: of an SQLite database or a file store.
+        experiment: its name.
+        within: seconds.
+    """
+    deadline = time.monotonic() + within
+    while (found := held(uri, experiment)).twins() and time.monotonic() < deadline:
+        threading.Event().wait(0.1)
+    return found
 
 
 def _in_database(path: Path, experiment: str) -> Held:

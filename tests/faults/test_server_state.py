@@ -12,7 +12,7 @@ from contents import client, runs
 from faults import workload
 from faults.oracle import held
 from faults.table import Row
-from faults.test_network import HURRIED, Session
+from faults.test_network import PATIENT, Session
 from mlflow_outbox import MLflowTracker
 from servers import MlflowServer, eventually
 
@@ -43,7 +43,7 @@ def test_a_wiped_server_never_makes_a_run_vanish_in_silence(
     """The run that the server no longer knows waits for a person; nothing is discarded, and new runs go on."""
     for number in range(row.pick(1, 20, 100)):
         server = own_mlflow_server()
-        tracker = MLflowTracker("wiped", server.url, outbox_dir=tmp_path / f"outbox{number}", settings=HURRIED)
+        tracker = MLflowTracker("wiped", server.url, outbox_dir=tmp_path / f"outbox{number}", settings=PATIENT)
         old = tracker.start_run("old")
         before = [n for n in range(20) if workload.log_event(old, n)]
         assert tracker.flush(30)
@@ -73,7 +73,7 @@ def test_a_deleted_run_waits_and_holds_up_no_other(
     for number in range(row.pick(1, 20, 100)):
         experiment = f"{experiment_name}-{number}"
         tracker = MLflowTracker(
-            experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=HURRIED
+            experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=PATIENT
         )
         gone, ended, other = (tracker.start_run(name) for name in ("gone", "ended", "other"))
         acked = {n for n in range(30) if workload.log_event((gone, ended, other)[n % 3], n)}
@@ -103,7 +103,7 @@ def test_a_conflicting_param_is_the_only_dead_letter(
     for number in range(row.pick(1, 20, 100)):
         experiment = f"{experiment_name}-{number}"
         tracker = MLflowTracker(
-            experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=HURRIED
+            experiment, mlflow_server.url, outbox_dir=tmp_path / f"outbox{number}", settings=PATIENT
         )
         run = tracker.start_run("conflict")
         assert workload.log_event(run, 0)
@@ -128,7 +128,7 @@ def test_what_is_over_mlflow_s_limits_is_split_or_refused_at_once(
     mlflow_server: MlflowServer, experiment_name: str, row: Row, tmp_path: Path
 ) -> None:
     """The large calls arrive whole in several requests; a key that cannot be is refused, and delivery goes on."""
-    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path / "outbox", settings=HURRIED)
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path / "outbox", settings=PATIENT)
     run = tracker.start_run("limits")
     assert run.log_params({f"param{n}": n for n in range(101)})
     assert run.log_metrics({f"metric{n}": float(n) for n in range(1001)}, step=1)

@@ -11,7 +11,7 @@ Exactly once in effect
   is still there at the next attempt, the window is compared with the run's history and only what is missing is sent.
   For such a store two identical points (key, value, time, step) are one, as they are for the others.
 * A create whose answer was lost may still be carried out after the search that did not find it. So such a run is
-  searched once more when it is complete, and an empty twin is deleted.
+  searched once more some time later and when it is complete, and an empty twin is deleted (``twins``).
 
 How one request is made, and what becomes of one that is refused, stands in ``requests``.
 """
@@ -90,6 +90,7 @@ class Courier:
         self._ledger = ledger
         self._settings = settings
         self._counters = counters
+        self._now_ms = now_ms
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
         #: Runs of which the ledger's cursors are known not to be behind what the store has: SQLite can lose the end of
@@ -242,11 +243,16 @@ class Courier:
                 self._experiments[name] = ask("create_experiment", lambda: self._sink.experiment_id(name))
             record.experiment_id = self._experiments[name]
         twins = ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))
+        attempted = started is not None and started.attempted
+        record.creates = record.creates or int(attempted)
         if twins:
             record.remote_id, record.adopted = twins[0], True
+            if record.creates == len(twins) == 1:
+                record.creating = False  # the only one there can be was found
         else:
-            unknown = record.creating or (started is not None and started.attempted)
+            unknown = record.creating or attempted
             record.creating = True
+            record.creates += 1
             self._ledger.commit(record)
             first = started.tags if started is not None else {}
             tags = ask(
@@ -266,6 +272,8 @@ class Courier:
                 ),
             )
             record.creating = unknown
+        if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
+            record.settles_ms = self._now_ms() + int(self._settings.request_timeout * 1000)
 
     # -- stores that do not deduplicate
 

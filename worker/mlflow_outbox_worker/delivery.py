@@ -45,6 +45,7 @@ from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import OutboxSource, Source
+from mlflow_outbox_worker.twins import settle
 
 #: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
 _STAND_BY: Final = 1.0
@@ -127,6 +128,10 @@ class Delivery:
     def is_idle(self) -> bool:
         """Return whether everything that is on disk was delivered, as far as the last look told."""
         return self._lease.is_held() and self._schedule.is_quiet()
+
+    def is_settling(self) -> bool:
+        """Return whether a run of which everything was sent may still get a twin."""
+        return self._lease.is_held() and self._schedule.is_settling()
 
     def standings(self) -> dict[str, Standing]:
         """Return how every run stands that the loop has taken notice of."""
@@ -301,14 +306,21 @@ class Delivery:
         try:
             stamp = self._lookout.stamp(run_id)
             turn = courier.turn(run_id)
-            complete = turn.progress == "live" or (
-                turn.progress == "idle"
-                and finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+            settles_in = 0.0
+            if turn.progress != "more":
+                settles_in = settle(sink, ledger, turn.record, self._counters, now_ms=self._now_ms)
+            complete = (
+                turn.progress == "live"
+                or settles_in > 0
+                or (
+                    turn.progress == "idle"
+                    and finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+                )
             )
             # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
             self._turned(run_id, turn)
             if complete:
-                self._schedule.sent(run_id, stamp)
+                self._schedule.sent(run_id, stamp, settles_in=settles_in)
                 self._room.look(ledger, measure=True)
         except Waits as waits:  # for another run's turn; nothing is wrong with the destination
             self._waits(run_id, waits, ledger)

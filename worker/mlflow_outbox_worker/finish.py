@@ -1,4 +1,4 @@
-"""The end of a run's delivery: reading back, looking for twins, filing.
+"""The end of a run's delivery: reading back, looking for twins a last time, filing.
 
 Nothing is marked delivered because it was sent: MLflow is asked. What it lacks is sent again once, from the
 beginning, which harms nothing; what it still lacks then needs a person, and the run is parked with the differences
@@ -21,6 +21,7 @@ from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.retention import file_run, file_segments
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
+from mlflow_outbox_worker.twins import delete_twins
 from mlflow_outbox_worker.verification import differences, summary
 
 
@@ -61,7 +62,7 @@ def finish(
     if not record.verified_at_ms:
         try:
             if record.creating:
-                _delete_twins(sink, record, counters)
+                delete_twins(sink, record, counters)
             letters = [*ledger.dead_letters(record.run_id), *ledger.settled_letters(record.run_id)]
             found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=turn.reader)
         except SinkError as error:
@@ -98,14 +99,3 @@ def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, reco
         ledger.drop_dead_letter(letter.id)  # MLflow will refuse the same event again
     ledger.commit(record, view=RunView())
     source.ring(record.run_id)
-
-
-def _delete_twins(sink: Sink, record: RunRecord, counters: Counters) -> None:
-    """Delete empty runs of creates whose answers were lost and which were carried out after the search for them."""
-    for run_id in sink.find_runs(record.experiment_id, record.run_id):
-        if run_id == record.remote_id:
-            continue
-        twin = sink.get_run(run_id)
-        if twin.lifecycle == "active" and not twin.metrics and not twin.params:
-            sink.delete_run(run_id)
-            counters.add("twins_deleted")

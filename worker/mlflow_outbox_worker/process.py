@@ -156,7 +156,10 @@ def serve(path: Path, source: IO[bytes]) -> int:
     worker.start()
     while source.read(4096):
         pass
+    last = time.monotonic() + settings.linger
     result = Watch(directory, settings).until_delivered(settings.linger)
+    while delivery.is_settling() and time.monotonic() < last:
+        time.sleep(0.1)
     delivery.stop()
     worker.join(1.0)
     return 0 if result else 1

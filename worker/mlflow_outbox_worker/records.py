@@ -22,8 +22,9 @@ class RunRecord(msgspec.Struct):
         run_id: the run's id in this outbox.
         experiment: name of its experiment.
         remote_id: its id in MLflow; "" until the run has been created or found there.
-        creating: a create was tried whose fate may be unknown: search before the next one, and look for twins at the
-            end.
+        creating: a create was tried whose fate may be unknown: search before the next one, and look for twins.
+        creates: how many creates were tried, the program's own included.
+        settles_ms: wall-clock time at which twins are looked for; 0 when none can come, or that was done.
         cursors: how far each writer (by writer id) was delivered.
         uncertain: where the window began (cursors) whose requests may have been carried out in part; None when all
             before the cursors is known to have been answered. Only kept for stores that do not deduplicate.
@@ -55,6 +56,8 @@ class RunRecord(msgspec.Struct):
     verified_at_ms: int = 0
     mismatch: str = ""
     adopted: bool = False
+    creates: int = 0
+    settles_ms: int = 0
 
 
 class DeadLetter(msgspec.Struct):

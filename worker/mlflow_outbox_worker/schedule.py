@@ -3,7 +3,7 @@
 A run is *pending* when something of it may have to be sent, *busy* while a lane has it, and *due* at a time when its
 last turn failed. Ready runs wait in one queue, so that each gets its turn before any gets its next. A run whose
 segments may still grow is watched by their sizes (its *tails*), and, where other machines write, by its directories'
-times (its *stamp*).
+times (its *stamp*). One that *settles* gets another turn at a time, although there is nothing to send.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Standing(NamedTuple):
 class _Slot:
     """One run."""
 
-    __slots__ = ("busy", "due", "live", "next_life_check", "pending", "retry", "stamp", "standing", "tails")
+    __slots__ = ("busy", "due", "live", "next_life_check", "pending", "retry", "settles", "stamp", "standing", "tails")
 
     def __init__(self) -> None:
         self.pending = True
@@ -61,6 +61,8 @@ class _Slot:
         self.next_life_check = 0.0
         #: When its directories last changed; only known where other machines write.
         self.stamp: Stamp = ()
+        #: When it wants a turn although nothing is to be sent; 0 for never.
+        self.settles = 0.0
         self.standing = Standing()
 
 
@@ -123,7 +125,9 @@ class Schedule:
                 self._watched.discard(run_id)
 
     def grown(self, stamp_of: Callable[[str], Stamp]) -> list[str]:
-        """Return the runs at rest of which a segment has grown or lost its writer, or a directory has changed.
+        """Return the runs at rest that want a turn.
+
+        A segment of theirs has grown or lost its writer, a directory has changed, or they are to settle now.
 
         Args:
             stamp_of: returns when a run's directories last changed; () where a doorbell tells.
@@ -135,7 +139,7 @@ class Schedule:
         for run_id, slot in watched:
             if slot.busy or slot.pending:
                 continue
-            grown = any(_size(path) != offset for path, offset in slot.tails.items())
+            grown = 0.0 < slot.settles <= now or any(_size(path) != offset for path, offset in slot.tails.items())
             if not grown and now >= slot.next_life_check:
                 slot.next_life_check = now + _LIFE_CHECK
                 grown = slot.live and any(not is_being_written(path) for path in slot.tails)
@@ -198,15 +202,22 @@ class Schedule:
                 if name in self._slots:
                     self._slots[name].due, self._slots[name].standing = 0.0, Standing()
 
-    def sent(self, run_id: str, stamp: Stamp) -> None:
-        """Note that everything of a run was sent that was on disk when its directories had this stamp."""
+    def sent(self, run_id: str, stamp: Stamp, *, settles_in: float = 0.0) -> None:
+        """Note that everything of a run was sent that was on disk when its directories had this stamp.
+
+        Args:
+            run_id: the run.
+            stamp: of its directories.
+            settles_in: seconds after which it gets another turn in any case; 0 for none.
+        """
         with self.changed:
             slot = self._slots[run_id]
             slot.stamp, slot.standing = stamp, Standing("sent")
+            slot.settles = self._clock() + settles_in if settles_in else 0.0
             self._watch(run_id, slot)
 
     def _watch(self, run_id: str, slot: _Slot) -> None:
-        if slot.tails or slot.stamp:
+        if slot.tails or slot.stamp or slot.settles:
             self._watched.add(run_id)
         else:
             self._watched.discard(run_id)
@@ -247,9 +258,15 @@ class Schedule:
         return len(self._busy)
 
     def is_quiet(self) -> bool:
-        """Return whether no run is busy, ready or pending."""
+        """Return whether no run is busy, ready, pending or settling."""
         with self.changed:
-            return not self._ready and not self._busy and not any(slot.pending for slot in self._slots.values())
+            waits = any(slot.pending or slot.settles for slot in self._slots.values())
+            return not self._ready and not self._busy and not waits
+
+    def is_settling(self) -> bool:
+        """Return whether a run of which everything was sent wants another turn."""
+        with self.changed:
+            return any(slot.settles for slot in self._slots.values())
 
     def standing(self, run_id: str) -> Standing:
         """Return how one run stands; one that is not known waits."""

@@ -1,0 +1,58 @@
+"""Second runs that a create left whose answer was lost: looked for until none can come any more, and deleted.
+
+MLflow has no idempotent create. A run is searched for by its tag before it is created, always; but a create that ran
+into its time-out may wait inside a busy server, for a lock of its database for instance, be overtaken by that search
+and by the next create, and be carried out after both. What it leaves is an empty run of the same name.
+
+So a run of which a create's fate is unknown *settles* first: it is searched for once more when the server has had as
+long again as it had for the answer, also while the run is still being written, and it is neither read back nor filed
+before. At its end it is searched for a last time. An embedded store carries nothing out later, and a search that finds
+exactly the one create that is missing leaves no doubt: then nothing is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.requests import ask
+from mlflow_outbox_worker.sink import Sink
+
+
+def settle(sink: Sink, ledger: Ledger, record: RunRecord, counters: Counters, *, now_ms: Callable[[], int]) -> float:
+    """Look for a run's twins if it is time to.
+
+    Returns:
+        seconds after which it is to be called again; 0 when the run has settled.
+
+    Raises:
+        Later: MLflow could not be asked now.
+        Parked: it refuses to be asked.
+        LedgerUnavailable: the ledger could not be written.
+    """
+    if not record.settles_ms:
+        return 0.0
+    left_ms = record.settles_ms - now_ms()
+    if left_ms > 0:
+        return left_ms / 1000
+    ask("verify", lambda: delete_twins(sink, record, counters))
+    record.settles_ms = 0
+    ledger.commit(record)
+    return 0.0
+
+
+def delete_twins(sink: Sink, record: RunRecord, counters: Counters) -> None:
+    """Delete the empty runs beside a run that are of the same run of the outbox.
+
+    Raises:
+        SinkError: MLflow could not be asked.
+    """
+    for run_id in sink.find_runs(record.experiment_id, record.run_id):
+        if run_id == record.remote_id:
+            continue
+        twin = sink.get_run(run_id)
+        if twin.lifecycle == "active" and not twin.metrics and not twin.params:
+            sink.delete_run(run_id)
+            counters.add("twins_deleted")
