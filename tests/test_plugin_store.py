@@ -12,7 +12,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.testing.faults import accept_hang, forward_then_drop_response
+from mlflow_outbox.testing.faults import accept_hang, delay, forward_then_drop_response
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import NOWHERE, deliver, picture, store, the_runs, tracking
 from servers import MlflowServer, eventually
@@ -85,6 +85,57 @@ def test_a_create_whose_answer_was_lost_leaves_one_run_and_one_model(
             deliver(uri)
     assert 1 == len(the_runs(mlflow_server.url, experiment_name))
     assert ["m"] == [model["name"] for model in picture(mlflow_server.url, experiment_name)["models"]]
+
+
+def test_a_create_that_takes_longer_than_it_is_waited_for_leaves_one_run(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The worker makes the run at once, the server makes another later, and that one is gone while the run goes on."""
+
+    def active() -> list[dict[str, float]]:
+        held = the_runs(mlflow_server.url, experiment_name)
+        return [run.data.metrics for run in held if run.info.lifecycle_stage == "active"]
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.5, request_timeout=4) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            proxy.on("runs/create", delay(2), times=1)
+            with mlflow.start_run() as run:
+                assert provisional.is_provisional(run.info.run_id)
+                mlflow.log_metric("m", 2.0)
+                eventually(
+                    lambda: 2 == len([r for r in proxy.requests if "runs/create" in r.path and r.backend_status == 200])
+                )
+                eventually(lambda: [{"m": 2.0}] == active())
+
+
+def test_a_model_whose_create_takes_longer_than_it_is_waited_for_is_there_once(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The worker makes it at once, the server makes another later, and that one is gone when the run has ended."""
+
+    def is_create(method: str, path: str) -> bool:
+        return method == "POST" and path.endswith("/logged-models")
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.5, request_timeout=4) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run() as run:
+                proxy.on(is_create, delay(2), times=1)
+                model = mlflow.initialize_logged_model(name="m", source_run_id=run.info.run_id)
+                assert provisional.is_provisional(model.model_id)
+                eventually(
+                    lambda: (
+                        2 == len([r for r in proxy.requests if is_create(r.method, r.path) and r.backend_status == 200])
+                    )
+                )
+                mlflow.set_logged_model_tags(model.model_id, {"stage": "last"})
+            deliver(uri)
+            eventually(lambda: 1 == len(picture(mlflow_server.url, experiment_name)["models"]))
+            (held,) = picture(mlflow_server.url, experiment_name)["models"]
+            assert "last" == held["tags"]["stage"]
 
 
 # -- waits

@@ -88,6 +88,9 @@ class Settings:
     create_timeout: float = 2.0
     #: Seconds that any other read through such a URI may wait for one answer before the local one is given.
     read_timeout: float = 10.0
+    #: Seconds that a write through such a URI waits for its delivery, for those who look for it at the server a moment
+    #: later; 0 never waits. After a wait in vain, none is made for a while.
+    write_timeout: float = 0.0
     #: Seconds for which such a URI is not used after which the process ends its threads and connections for it, if
     #: everything was delivered; the next call starts them again.
     idle_timeout: float = 30.0
@@ -183,6 +186,7 @@ _LEAST: dict[str, float] = {
     "linger": 0,
     "create_timeout": 0,
     "read_timeout": 0.001,
+    "write_timeout": 0,
     "idle_timeout": 0,
 }
 

@@ -274,13 +274,12 @@ class Calls:
         local = wanted.pop("model_id", "")
         if (request.known and self._copies is None) or self._ledger.meta(f"model/{local}"):
             return
-        labels = [tag["v"] for tag in wanted.get("tags") or ()]
-        mark = next((tag["value"] for tag in labels if tag["key"] == provisional.MODEL_ID_TAG), local)
+        mark = mark_of(wanted, local)
         body = self.rewritten(msgspec.json.encode(wanted).decode(), of=of, but=mark)
 
         def create() -> str:
             experiment = _text(body.encode(), "experiment_id")
-            return self._sink.find_model(experiment, mark) or self._sink.call(request.operation, body)
+            return min(self._sink.find_models(experiment, mark), default="") or self._sink.call(request.operation, body)
 
         remote = self._asked(request, refuse, create)
         if remote:
@@ -293,6 +292,17 @@ class Calls:
         except SinkError as error:
             refuse(request, error)
             return ""
+
+
+def mark_of(wanted: dict[str, Any], local: str) -> str:
+    """Return what the tag of a logged model says by which it is found.
+
+    Args:
+        wanted: the arguments of its creation, as logged.
+        local: its id here, which the tag says as a rule.
+    """
+    labels = (tag["v"] for tag in wanted.get("tags") or ())
+    return next((str(tag["value"]) for tag in labels if tag["key"] == provisional.MODEL_ID_TAG), local)
 
 
 def _text(arguments: bytes, name: str) -> str:

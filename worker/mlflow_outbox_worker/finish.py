@@ -21,7 +21,7 @@ from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.retention import file_run, file_segments
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
-from mlflow_outbox_worker.twins import delete_twins
+from mlflow_outbox_worker.twins import delete_models, delete_twins
 from mlflow_outbox_worker.verification import differences, summary
 
 
@@ -63,6 +63,7 @@ def finish(
         try:
             if record.creating:
                 delete_twins(sink, record, counters)
+            delete_models(sink, ledger, record, turn.view, counters)
             letters = [*ledger.dead_letters(record.run_id), *ledger.settled_letters(record.run_id)]
             found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=turn.reader)
         except SinkError as error:

@@ -148,8 +148,8 @@ class Sink(Protocol):
         """Call a method of MLflow's tracking store with arguments in JSON; return the id of what it created, or ""."""
         ...
 
-    def find_model(self, experiment_id: str, local_id: str) -> str:
-        """Return the id of the logged model whose ``mlflow_outbox.model_id`` tag is local_id, or ""."""
+    def find_models(self, experiment_id: str, local_id: str) -> dict[str, str]:
+        """Return the statuses, by id, of the logged models whose ``mlflow_outbox.model_id`` tag is local_id."""
         ...
 
     def artifact_location(self, kind: str, subject: str) -> str:

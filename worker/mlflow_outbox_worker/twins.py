@@ -1,4 +1,4 @@
-"""Second runs that a create left whose answer was lost: looked for until none can come any more, and deleted.
+"""Second runs and models that a create left whose answer was lost: looked for until none can come, and deleted.
 
 MLflow has no idempotent create. A run is searched for by its tag before it is created, always; but a create that ran
 into its time-out may wait inside a busy server, for a lock of its database for instance, be overtaken by that search
@@ -8,13 +8,22 @@ So a run of which a create's fate is unknown *settles* first: it is searched for
 long again as it had for the answer, also while the run is still being written, and it is neither read back nor filed
 before. At its end it is searched for a last time. An embedded store carries nothing out later, and a search that finds
 exactly the one create that is missing leaves no doubt: then nothing is waited for.
+
+A logged model that the program asked the server for, for as long as it may wait, can come twice in the same way: here
+under the id that the worker made it with, and as a model of the same tag that stays pending. It is looked for at the
+end of its run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import msgspec
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.views import RunView
+from mlflow_outbox_worker.calls import mark_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import ask
@@ -56,3 +65,24 @@ def delete_twins(sink: Sink, record: RunRecord, counters: Counters) -> None:
         if twin.lifecycle == "active" and not twin.metrics and not twin.params:
             sink.delete_run(run_id)
             counters.add("twins_deleted")
+
+
+def delete_models(sink: Sink, ledger: Ledger, record: RunRecord, view: RunView, counters: Counters) -> None:
+    """Delete the pending models beside those of a run that the worker has made, which are of the same model here.
+
+    Raises:
+        SinkError: MLflow could not be asked.
+        LedgerUnavailable: the ledger could not be read.
+    """
+    for kept in view.requests:
+        if kept.operation != "create_logged_model" or kept.known:
+            continue
+        wanted: dict[str, Any] = msgspec.json.decode(kept.arguments)
+        local = str(wanted.get("model_id") or "")
+        remote = (ledger.meta(f"model/{local}") or b"").decode()
+        if not remote:
+            continue  # it was refused
+        for model_id, status in sink.find_models(record.experiment_id, mark_of(wanted, local)).items():
+            if model_id != remote and status == "PENDING":
+                sink.call("delete_logged_model", msgspec.json.encode({"model_id": model_id}).decode())
+                counters.add("twins_deleted")

@@ -9,6 +9,7 @@ mlflow.
   to it.
 * ``ids`` knows what a provisional id has become.
 * ``journals`` holds the journals that this process writes.
+* ``arrivals`` waits for the delivery of writes where that is asked for.
 * ``links`` says where a run can be looked at.
 * ``rest`` ends what a store that is not used costs.
 * ``models`` and ``traces`` are the parts of the store that their names say.

@@ -79,6 +79,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         """
         verify_artifact_path(artifact_path)
         self._stage(local_file, artifact_path or "")
+        self._store.arrivals.wait()
 
     def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
         """Copy all files of a directory into the outbox.
@@ -96,6 +97,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             target = posixpath.normpath(posixpath.join(artifact_path or "", below))
             for name in sorted(names):
                 self._stage(os.path.join(folder, name), "" if target == "." else target)
+        self._store.arrivals.wait()
 
     def _stage(self, file: str, folder: str) -> None:
         try:
@@ -128,7 +130,8 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             path = os.path.join(private, filename)
             if artifact is not None and hasattr(artifact, "save"):
                 artifact.save(path)
-            self.log_artifact(path, artifact_path)
+            verify_artifact_path(artifact_path)
+            self._stage(path, artifact_path or "")
         return RunOperations([])
 
     # -- reading

@@ -17,6 +17,7 @@ from mlflow.utils.uri import get_uri_scheme
 from mlflow_outbox import delivery
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
+from mlflow_outbox.plugin.arrivals import Arrivals
 from mlflow_outbox.plugin.artifacts import LOCAL, claim
 from mlflow_outbox.plugin.ids import Ids, NotYet
 from mlflow_outbox.plugin.journals import Journals, OpenRun
@@ -60,6 +61,7 @@ class Base:
         directory = OutboxDirectory.create(root, destination, now_ms=time.time_ns() // 1_000_000)
         self.outbox: Outbox = shared(directory, destination, settings, settings.worker)
         self.server = Server(self.outbox)
+        self.arrivals = Arrivals(self.outbox, self.server)
         self.ids = Ids(self.outbox)
         self._experiment_names: dict[str, str] = dict([_DEFAULT_EXPERIMENT])
         self.pulse = Pulse(self)

@@ -264,7 +264,7 @@ class Runs(RunReads):
 
     def log_batch_async(self, run_id: str, metrics: Any, params: Any, tags: Any) -> RunOperations:
         """Log at once; the returned operations are complete."""
-        self.log_batch(run_id, metrics, params, tags)
+        Runs.log_batch(self, run_id, metrics, params, tags)
         return RunOperations([])
 
     def log_metric_async(self, run_id: str, metric: Any) -> RunOperations:

@@ -1,9 +1,10 @@
 """The store that MLflow is given for an ``outbox+`` tracking URI: see the package's docstring for what is where.
 
 Manners: what MLflow refuses at the call (a bad key, a changed param, an unknown run) is refused at the call here too.
-Beyond that no write ever waits for the server or fails because of it. Three calls ask it first, for at most
-``create_timeout`` seconds, because their answers are seen by people: the creation of experiments, runs and logged
-models. A call that only the server can answer fails at once, and says so, while the server is away.
+Beyond that no write ever fails because of the server, nor waits for it unless ``write_timeout`` asks for that (see
+``arrivals``). Three calls ask it first, for at most ``create_timeout`` seconds, because their answers are seen by
+people: the creation of experiments, runs and logged models. A call that only the server can answer fails at once, and
+says so, while the server is away.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 from mlflow.store.tracking.abstract_store import AbstractStore
 
 from mlflow_outbox.plugin import rest
+from mlflow_outbox.plugin.arrivals import awaiting
 from mlflow_outbox.plugin.traces import Traces
 from mlflow_outbox.plugin.wrapped import delegating
 
 
+@awaiting
 @delegating(AbstractStore)
 class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not followed by mypy
     """MLflow's tracking store through an outbox."""

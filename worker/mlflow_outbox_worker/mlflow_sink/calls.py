@@ -37,14 +37,12 @@ def call(store: Any, operation: str, arguments: str) -> str:
     return str(answer.model_id) if operation == "create_logged_model" else ""
 
 
-def find_model(store: Any, experiment_id: str, local_id: str) -> str:
-    """Return the id of the logged model that carries the outbox's id for it, or ""."""
+def find_models(store: Any, experiment_id: str, local_id: str) -> dict[str, str]:
+    """Return the statuses, by id, of the logged models that carry the outbox's id for one."""
     if not re.fullmatch(r"[\w.-]+", local_id):
-        return ""
-    found = store.search_logged_models(
-        [experiment_id], filter_string=f"tags.`{MODEL_ID_TAG}` = '{local_id}'", max_results=2
-    )
-    return min((str(model.model_id) for model in found), default="")
+        return {}
+    found = store.search_logged_models([experiment_id], filter_string=f"tags.`{MODEL_ID_TAG}` = '{local_id}'")
+    return {str(model.model_id): str(model.status) for model in found}
 
 
 def artifact_location(store: Any, kind: str, subject: str) -> str:

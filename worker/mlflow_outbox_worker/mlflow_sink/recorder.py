@@ -169,9 +169,9 @@ class Recorder:
         return calls.call(self._store, operation, arguments)
 
     @_translated
-    def find_model(self, experiment_id: str, local_id: str) -> str:
-        """Return the id of the logged model whose ``mlflow_outbox.model_id`` tag is local_id, or ""."""
-        return calls.find_model(self._store, experiment_id, local_id)
+    def find_models(self, experiment_id: str, local_id: str) -> dict[str, str]:
+        """Return the statuses, by id, of the logged models whose ``mlflow_outbox.model_id`` tag is local_id."""
+        return calls.find_models(self._store, experiment_id, local_id)
 
     @_translated
     def artifact_location(self, kind: str, subject: str) -> str:
