@@ -49,6 +49,13 @@ MUTANTS: Final = [
         "tests/faults/test_network.py::test_an_answer_lost_at_any_request_doubles_nothing",
     ),
     Mutant(
+        "do not look for a late create's run",
+        "worker/mlflow_outbox_worker/twins.py",
+        "    if not record.settles_ms:\n",
+        "    if True:\n",
+        "tests/test_outage.py::test_a_create_that_is_carried_out_after_the_next_one_leaves_no_second_run",
+    ),
+    Mutant(
         "unlink before sending",
         COURIER,
         "        dead: list[DeadLetter] = []\n        if window.events:\n",
