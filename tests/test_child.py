@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
-from mlflow_outbox_worker import thread
+from mlflow_outbox_worker import handover, thread
 from mlflow_outbox_worker.child import ChildDelivery, Loop
 from mlflow_outbox_worker.host_lease import worker_of
 from servers import MlflowServer, eventually
@@ -261,3 +263,55 @@ def test_the_child_ends_with_the_program_whatever_ends_it(
     child.send_signal(signal.SIGKILL)
     eventually(lambda: not is_running(pid), message="the process that delivers ends")
     child.communicate(timeout=10)  # its standard input ends, and with it the forked child
+
+
+def test_a_program_with_mlflow_hands_over_to_a_child_when_there_is_much_to_deliver(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then its own thread delivers; nothing is lost or doubled on the way, and it is counted."""
+    monkeypatch.setattr(thread, "is_mlflow_imported", lambda: True)
+    monkeypatch.setattr(handover, "WINDOW", 0.2)
+    with MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK) as tracker:
+        run = tracker.start_run("r")
+        monkeypatch.setattr(handover, "BUSY", 1e9)
+        for step in range(1000):
+            run.log_metric("loss", step / 2, step=step)
+        assert tracker.flush(60)
+        assert 0 == deliverer(tmp_path)
+        monkeypatch.setattr(handover, "BUSY", 10.0)
+        steps = itertools.count(1000)
+
+        def is_handed_over() -> bool:
+            for _ in range(100):
+                step = next(steps)
+                run.log_metric("loss", step / 2, step=step)
+            return deliverer(tmp_path) > 0
+
+        eventually(is_handed_over, 60)
+        for _ in range(1000):
+            step = next(steps)
+            run.log_metric("loss", step / 2, step=step)
+        run.end()
+        assert tracker.flush(60)
+        assert 1 == tracker.counters["deliveries_handed_over"]
+    held = the_run(mlflow_server.url, experiment_name)
+    assert numbered(next(steps)) == points(mlflow_server.url, held.info.run_id, "loss")
+
+
+def test_load_is_high_when_much_was_delivered_over_a_whole_window() -> None:
+    """A burst that is over before the window does not count, nor what was delivered before it."""
+    counters, now = Counters(), [100.0]
+    counters.add("delivered", 1_000_000)
+    load = handover.Load(counters, lambda: now[0])
+    counters.add("delivered", 4_999)
+    now[0] += 9.9
+    assert not load.is_high()
+    now[0] += 0.1
+    assert not load.is_high()
+    counters.add("delivered", 5_000)
+    now[0] += 9.9
+    assert not load.is_high()
+    now[0] += 0.1
+    assert load.is_high()
+    now[0] += 10.0
+    assert not load.is_high()

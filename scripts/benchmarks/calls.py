@@ -36,7 +36,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Measure one tracker in this process."""
     tracker = open_tracker(request["tracker"], Path(request["directory"]), request["uris"])
     name = request["tracker"]
-    spaced = name in {"write spaced", "write posting"} or (name.startswith("outbox") and " none" not in name)
+    spaced = name in {"write spaced", "write posting"} or (
+        name.startswith(("outbox", "plugin")) and " none" not in name
+    )
     seconds = request["seconds"] * (_LONGER if spaced else 1)
     result = {}
     with posting(request["uris"]["http"]) if name == "write posting" else contextlib.nullcontext():
@@ -115,7 +117,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     """
     subjects = ["write", "write spaced", "write posting", "diskcache"]
     subjects += ["outbox os none", "outbox interval none", "outbox always none"]
-    subjects += ["outbox interval process http", "outbox interval thread http"]
+    subjects += ["outbox interval process http", "outbox interval thread http", "plugin process", "plugin thread"]
     subjects += [f"mlflow {manner} {store}" for manner in ("sync", "async") for store in ("http", "sqlite")]
     rounds: dict[str, list[dict[str, Any]]] = {}
     for _ in range(plan.rounds):

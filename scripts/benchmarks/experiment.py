@@ -50,7 +50,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             now = clock()
             longest, before = max(longest, now - before), now
         loop = (clock() - begin) / 1e9
-    if finish is not None and " process " not in name:
+    if finish is not None and "process" not in name.split():
         with contextlib.suppress(Exception):  # what a peer says at its end is not measured here
             finish()
     return {"loop_s": loop, "cpu_s": time.process_time(), "longest_step_ms": longest / 1e6}
@@ -60,8 +60,8 @@ def measure(plan: Plan) -> dict[str, Any]:
     """Run the loop with every tracker in turn, round after round, each beside one without tracking."""
     work = _calibrated()
     steps = int(plan.loop_seconds / STEP)
-    subjects = ["", ALONGSIDE, "outbox interval process http", "outbox interval thread http", "mlflow async http"]
-    subjects += ["mlflow sync http", *plan.peers]
+    subjects = ["", ALONGSIDE, "outbox interval process http", "outbox interval thread http"]
+    subjects += ["plugin process", "plugin thread", "mlflow async http", "mlflow sync http", *plan.peers]
     rounds: dict[str, list[dict[str, Any]]] = {}
     for _ in range(max(1, plan.rounds - 1)):
         bare: dict[str, Any] = {}

@@ -61,6 +61,8 @@ def called(subject: str) -> str:
         return f"outbox, sync={sync}" + ("" if worker == "none" else f", {worker} delivering")
     if parts[0] == "mlflow":
         return f"MLflow {parts[1]}, {parts[2]}"
+    if parts[0] == "plugin":
+        return f"MLflow, outbox+http, {parts[1]} delivering"
     controls = {
         "write": "bare os.write",
         "write spaced": "bare os.write, spaced",

@@ -41,7 +41,8 @@ def open_tracker(name: str, directory: Path, uris: Mapping[str, str]) -> Tracker
 
     Args:
         name: a peer's, or "write", "write spaced", "write posting", "diskcache",
-            "mlflow <sync|async> <http|sqlite>", "outbox <sync level> <worker> [destination]".
+            "mlflow <sync|async> <http|sqlite>", "plugin <worker>" for MLflow through ``outbox+http``,
+            "outbox <sync level> <worker> [destination]".
         directory: an empty directory for what it writes.
         uris: MLflow tracking URIs by "http", "sqlite".
     """
@@ -101,6 +102,22 @@ def _outbox(
             raise RuntimeError("the outbox was not delivered within two minutes")
 
     return Tracker(run.log_metric, run.log_metrics, run.log_param, run.set_tag, finish)
+
+
+def _plugin(directory: Path, uris: Mapping[str, str], worker: str) -> Tracker:
+    os.environ["MLFLOW_OUTBOX_DIR"] = str(directory / "outbox")
+    os.environ["MLFLOW_OUTBOX_WORKER"] = worker
+    uri = f"outbox+{uris['http']}"
+    tracker = _mlflow(directory, {"outbox": uri}, "sync", "outbox")
+
+    def finish() -> None:
+        from mlflow.tracking._tracking_service.utils import _get_store
+
+        tracker.finish()
+        if not _get_store(uri).outbox.flush(120):
+            raise RuntimeError("the outbox was not delivered within two minutes")
+
+    return tracker._replace(finish=finish)
 
 
 def _mlflow(_directory: Path, uris: Mapping[str, str], manner: str, store: str) -> Tracker:
@@ -275,6 +292,7 @@ _OPENERS: dict[str, Callable[..., Tracker]] = {
     "diskcache": _diskcache,
     "outbox": _outbox,
     "mlflow": _mlflow,
+    "plugin": _plugin,
     "wandb": _wandb,
     "trackio": _trackio,
     "swanlab": _swanlab,

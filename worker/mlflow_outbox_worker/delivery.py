@@ -67,6 +67,7 @@ class Delivery:
         open_sink: makes the sink; a parameter for tests and for other destinations.
         now_ms: wall-clock milliseconds since the epoch.
         clock: seconds of a clock that never goes back.
+        leave: asked once a second by a loop that delivers whether to give up, for another one to go on.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Delivery:
         open_sink: OpenSink | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         clock: Callable[[], float] = time.monotonic,
+        leave: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source: Source = OutboxSource(directory) if isinstance(directory, OutboxDirectory) else directory
         self._destination = destination
@@ -88,6 +90,7 @@ class Delivery:
         self._open_sink = open_sink
         self._now_ms = now_ms
         self._clock = clock
+        self._leave = leave
         self._lease = self._source.lease(kind)
         self._room = Room(self._source.filing, settings, counters)
         self._stop = threading.Event()
@@ -204,6 +207,9 @@ class Delivery:
             if now >= next_check:
                 if not self._lease.is_sound():
                     self._counters.add("leases_lost")
+                    return
+                if self._leave():
+                    self._stop.set()
                     return
                 self._source.check_unchanged()
                 self._gate.notes.pace(self._ledger, self._counters["delivered"], now, self._now_ms())

@@ -1,9 +1,9 @@
 """The worker as a thread of the experiment: a daemon, so that it can never keep a program from ending.
 
 The loop itself runs in a child process (``child``), so that it takes nothing of the experiment's interpreter, unless
-the experiment has imported MLflow. Then its modules are imported by the thread, not by the call that starts it: that
-call is somebody's first ``log_metric``, and they take a tenth of a second. A fork waits until they are there
-(``forking``).
+the experiment has imported MLflow: then only once there is much to deliver (``handover``). Until then its modules are
+imported by the thread, not by the call that starts it: that call is somebody's first ``log_metric``, and they take a
+tenth of a second. A fork waits until they are there (``forking``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox_worker.forking import importing
+from mlflow_outbox_worker.handover import Handover, Load
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -98,17 +99,22 @@ def start(outbox: Outbox) -> ThreadWorker:
         RuntimeError: no thread can be started any more.
     """
 
-    def here() -> Loop:
+    def here(leave: Callable[[], bool] = lambda: False) -> Loop:
         with importing():
             from mlflow_outbox_worker.delivery import Delivery
-        return Delivery(outbox.directory, outbox.destination, outbox.settings, outbox.counters, kind="thread")
+        return Delivery(
+            outbox.directory, outbox.destination, outbox.settings, outbox.counters, kind="thread", leave=leave
+        )
 
-    def make() -> Loop:
-        if is_mlflow_imported():
-            return here()
+    def elsewhere() -> Loop:
         with importing():
             from mlflow_outbox_worker.child import ChildDelivery
         return ChildDelivery(outbox, here)
+
+    def make() -> Loop:
+        if is_mlflow_imported():
+            return Handover(here(Load(outbox.counters).is_high), elsewhere, outbox.counters)
+        return elsewhere()
 
     worker = ThreadWorker(make, outbox.counters)
     worker.start()

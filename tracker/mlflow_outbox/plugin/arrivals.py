@@ -66,22 +66,25 @@ class Arrivals:
     Args:
         outbox: the outbox.
         server: the server's store, which may be known to be away.
+
+    Attributes:
+        wanted: the setting asks for it, and somebody delivers.
     """
 
     def __init__(self, outbox: Outbox, server: Server) -> None:
         self._outbox = outbox
         self._server = server
+        self.wanted = outbox.settings.write_timeout > 0 and outbox.worker_kind != "none"
         self._pause = _PAUSE_FIRST
         self._in_vain_until = 0.0
 
     def wait(self) -> None:
         """Wait until everything that was written is delivered, if the setting asks for it and there is hope."""
-        seconds = self._outbox.settings.write_timeout
-        if seconds <= 0 or self._outbox.worker_kind == "none":
+        if not self.wanted:
             return
         if self._server.is_away() or time.monotonic() < self._in_vain_until:
             self._outbox.counters.add("writes_not_awaited")
-        elif self._outbox.flush(seconds):
+        elif self._outbox.flush(self._outbox.settings.write_timeout):
             self._pause, self._in_vain_until = _PAUSE_FIRST, 0.0
         else:
             self._outbox.counters.add("writes_not_awaited")
@@ -103,6 +106,8 @@ _depth = threading.local()
 def _awaited(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.arrivals.wanted:
+            return method(self, *args, **kwargs)
         outer = getattr(_depth, "calls", 0)
         _depth.calls = outer + 1
         try:

@@ -19,8 +19,9 @@ What holds:
 * The child has the program's ``sys.path``, and its environment as it is at present, a second late: a token that is
   renewed in ``os.environ`` is used.
 * What the child counts is added to the program's counters; what it logs goes through the program's logging.
-* Where mlflow is imported already, its price is paid, and delivery happens in the thread (``thread``). So it does where
-  no child can be started: a frozen program, an interpreter that does not say where it lies, a limit on processes.
+* Where mlflow is imported already, its price is paid, and delivery happens in the thread until there is much of it
+  (``handover``). So it does for good where no child can be started: a frozen program, an interpreter that does not say
+  where it lies, a limit on processes.
 
 Over the socket go lines of JSON: first the child's greeting, and ``process.note_of`` with the outbox; then
 ``{"environment": {name: value or null}}`` that way, and ``{"counts": {reason: more}}`` and ``{"log": [level, text]}``
