@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from contents import client
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.notes import destination_note
 from plugin_world import NOWHERE, deliver, entry_points, register, store, the_runs, tracking
 from servers import MlflowServer, eventually
 
@@ -134,8 +137,8 @@ def flushed_in_vain(uri: str) -> bool:
     """Return whether the worker tried to deliver and counts the destination as away."""
     outbox = store(uri).outbox
     left = not outbox.flush(0.1)
-    loop = outbox._worker.delivery
-    return left and loop is not None and loop.condition()[0] == "away"
+    with contextlib.closing(Ledger.open(outbox.directory.ledger, read_only=True)) as ledger:
+        return left and destination_note(ledger).state == "away"
 
 
 def test_a_database_that_was_taken_away_is_not_made_anew(sqlite_uri: str, tmp_path: Path) -> None:
