@@ -41,6 +41,7 @@ from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
+from mlflow_outbox_worker.twins import settling
 
 #: Windows of one run in a row before other runs get their turn.
 _TURN: Final = 16
@@ -273,7 +274,7 @@ class Courier:
             )
             record.creating = unknown
         if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
-            record.settles_ms = self._now_ms() + int(self._settings.request_timeout * 1000)
+            record.settles_ms = self._now_ms() + settling(self._settings.request_timeout)
 
     # -- stores that do not deduplicate
 

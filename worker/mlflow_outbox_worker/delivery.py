@@ -314,7 +314,7 @@ class Delivery:
             turn = courier.turn(run_id)
             settles_in = 0.0
             if turn.progress != "more":
-                settles_in = settle(sink, ledger, turn.record, self._counters, now_ms=self._now_ms)
+                settles_in = settle(sink, ledger, turn.record, self._settings, self._counters, now_ms=self._now_ms)
             complete = (
                 turn.progress == "live"
                 or settles_in > 0

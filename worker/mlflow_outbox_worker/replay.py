@@ -194,8 +194,11 @@ class Replay:
             state, reason = delivery.condition()
             note = f"the destination does not take events now: {reason}" if state == "away" else ""
             over = not self._wish.follow or self._nobody_writes(runs)
+            is_late = deadline is not None and time.monotonic() >= deadline
             show(Progress(done, max(total, done), len(settled), len(runs), note or self._said_of_lives()))
-            if over and len(settled) == len(runs) and (not self._wish.follow or self._is_at_the_end(delivery)):
+            sent = over and len(settled) == len(runs) and (not self._wish.follow or self._is_at_the_end(delivery))
+            # What was created in doubt is read back a little later: worth waiting for, but it is sent already.
+            if sent and (is_late or self._stopped.is_set() or not delivery.is_settling()):
                 return "", ""
             if state == "parked":
                 return "parked", reason

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.settings import Settings
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.calls import mark_of
 from mlflow_outbox_worker.ledger import Ledger
@@ -30,7 +31,24 @@ from mlflow_outbox_worker.requests import ask
 from mlflow_outbox_worker.sink import Sink
 
 
-def settle(sink: Sink, ledger: Ledger, record: RunRecord, counters: Counters, *, now_ms: Callable[[], int]) -> float:
+def settling(request_timeout: float) -> int:
+    """Return for how long a run settles, in milliseconds.
+
+    Args:
+        request_timeout: seconds that the server had for the answer of a create.
+    """
+    return int(request_timeout * 1000)
+
+
+def settle(
+    sink: Sink,
+    ledger: Ledger,
+    record: RunRecord,
+    settings: Settings,
+    counters: Counters,
+    *,
+    now_ms: Callable[[], int],
+) -> float:
     """Look for a run's twins if it is time to.
 
     Returns:
@@ -44,7 +62,7 @@ def settle(sink: Sink, ledger: Ledger, record: RunRecord, counters: Counters, *,
     if not record.settles_ms:
         return 0.0
     left_ms = record.settles_ms - now_ms()
-    if left_ms > 0:
+    if 0 < left_ms <= settling(settings.request_timeout):  # more, and somebody has set the clock back
         return left_ms / 1000
     ask("verify", lambda: delete_twins(sink, record, counters))
     record.settles_ms = 0
