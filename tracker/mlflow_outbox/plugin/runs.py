@@ -189,13 +189,10 @@ class Runs(RunReads):
 
     def _log_points(self, run: OpenRun, metrics: Sequence[Metric]) -> None:
         linked = [m for m in metrics if getattr(m, "model_id", None) or getattr(m, "dataset_name", None)]
-        if len(metrics) == 1 and not linked:  # what a training loop does all the time
-            (metric,) = metrics
-            run.append(MetricEvent(metric.key, float(metric.value), metric.timestamp, metric.step))
-            return
+        apart = {id(metric) for metric in linked}
         groups: dict[tuple[int, int], dict[str, float]] = {}
         for metric in metrics:
-            if any(metric is other for other in linked):
+            if id(metric) in apart:
                 continue
             group = groups.setdefault((metric.timestamp, metric.step), {})
             if metric.key in group:
@@ -215,7 +212,11 @@ class Runs(RunReads):
     def log_metric(self, run_id: str, metric: Metric) -> None:
         """Log one metric point; see ``log_batch``."""
         _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
-        self._log_points(self.active(run_id), [metric])
+        run = self.active(run_id)
+        if getattr(metric, "model_id", None) or getattr(metric, "dataset_name", None):
+            self._log_points(run, [metric])
+        else:  # what a training loop does all the time
+            run.append(MetricEvent(metric.key, float(metric.value), metric.timestamp, metric.step))
 
     def log_param(self, run_id: str, param: Any) -> Any:
         """Log one param; see ``log_batch``."""
