@@ -209,14 +209,13 @@ def test_delivery_by_a_thread_imports_nothing_and_survives_the_death_of_its_chil
     child = session(
         """
         killed = []
-        for i in range(3000):
+        for i in range(20_000):
             run.log_metric("loss", i / 2, step=i)
         names = {"mlflow", "sqlalchemy", "requests", "numpy", "diskcache", "tenacity"} & set(sys.modules)
         while not killed:
-            if tracker.flush(0.05):
-                break
-            delivered = tracker.flush(0).delivered
-            if delivered > 500:
+            left = tracker.flush(0)
+            assert left.pending, "all was delivered before the child could be killed"
+            if left.delivered > 500:
                 killed += children()
                 for pid in children():
                     os.kill(pid, signal.SIGKILL)
@@ -229,7 +228,7 @@ def test_delivery_by_a_thread_imports_nothing_and_survives_the_death_of_its_chil
     )
     said, complained = child.communicate(timeout=100)
     assert "True True 1 []" == said.decode().strip(), complained.decode()
-    assert numbered(3000) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")
+    assert numbered(20_000) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")
 
 
 @pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked child that lives on"])
