@@ -113,7 +113,10 @@ def test_a_create_that_takes_longer_than_it_is_waited_for_leaves_one_run(
 def test_a_model_whose_create_takes_longer_than_it_is_waited_for_is_there_once(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """The worker makes it at once, the server makes another later, and that one is gone when the run has ended."""
+    """The worker makes it at once, the server makes another later, and that one is gone when the run has ended.
+
+    One that says the same of itself and is of another run, from somebody who replays the same files, is left alone.
+    """
 
     def is_create(method: str, path: str) -> bool:
         return method == "POST" and path.endswith("/logged-models")
@@ -132,10 +135,14 @@ def test_a_model_whose_create_takes_longer_than_it_is_waited_for_is_there_once(
                     )
                 )
                 mlflow.set_logged_model_tags(model.model_id, {"stage": "last"})
+                with client(mlflow_server.url) as api:
+                    number = api.get_experiment_by_name(experiment_name).experiment_id
+                    other, mark = api.create_run(number).info.run_id, {provisional.MODEL_ID_TAG: model.model_id}
+                    api.create_logged_model(number, name="theirs", source_run_id=other, tags=mark)
             deliver(uri)
-            eventually(lambda: 1 == len(picture(mlflow_server.url, experiment_name)["models"]))
-            (held,) = picture(mlflow_server.url, experiment_name)["models"]
-            assert "last" == held["tags"]["stage"]
+            eventually(lambda: 2 == len(picture(mlflow_server.url, experiment_name)["models"]))
+            ours, theirs = picture(mlflow_server.url, experiment_name)["models"]
+            assert ("m", "last", "theirs") == (ours["name"], ours["tags"]["stage"], theirs["name"])
 
 
 # -- waits

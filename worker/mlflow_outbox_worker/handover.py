@@ -2,10 +2,10 @@
 
 Such a program has paid for MLflow already, so that delivery in its own thread begins at once and takes no memory of its
 own: right for most, which log some points a second. But each event costs the program's interpreter some 30 us there (a
-loop of 0.2 ms steps with a metric in each took 1.47 times as long, 1.2 times with a child), in pieces of milliseconds
-that its other threads wait for. So a program that has ``BUSY`` events delivered a second, over ``WINDOW`` seconds,
-which is more than a percent of its interpreter, gets a child process (``child``): 170 MB, and a second of one processor
-for its start, behind the program's own threads.
+loop of 0.2 ms steps with a metric in each took 1.47 times as long, 1.2 times with a worker process), in pieces of
+milliseconds that its other threads wait for. So a program that has ``BUSY`` events delivered a second, over ``WINDOW``
+seconds, which is more than a percent of its interpreter, gets a child process (``child``): 170 MB, and a second of one
+processor for its start, behind the program's own threads.
 """
 
 from __future__ import annotations

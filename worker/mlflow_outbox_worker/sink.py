@@ -91,6 +91,13 @@ class RemoteRun:
     metrics: Mapping[str, MetricPoint]
 
 
+class RemoteModel(NamedTuple):
+    """What MLflow holds of a logged model: its status, and the run that it is of ("" for none)."""
+
+    status: str
+    source_run_id: str
+
+
 class Sink(Protocol):
     """One tracking store. Every method raises SinkError and nothing else."""
 
@@ -148,8 +155,8 @@ class Sink(Protocol):
         """Call a method of MLflow's tracking store with arguments in JSON; return the id of what it created, or ""."""
         ...
 
-    def find_models(self, experiment_id: str, local_id: str) -> dict[str, str]:
-        """Return the statuses, by id, of the logged models whose ``mlflow_outbox.model_id`` tag is local_id."""
+    def find_models(self, experiment_id: str, local_id: str) -> dict[str, RemoteModel]:
+        """Return by their ids the logged models whose ``mlflow_outbox.model_id`` tag is local_id."""
         ...
 
     def artifact_location(self, kind: str, subject: str) -> str:

@@ -100,7 +100,8 @@ def delete_models(sink: Sink, ledger: Ledger, record: RunRecord, view: RunView, 
         remote = (ledger.meta(f"model/{local}") or b"").decode()
         if not remote:
             continue  # it was refused
-        for model_id, status in sink.find_models(record.experiment_id, mark_of(wanted, local)).items():
-            if model_id != remote and status == "PENDING":
+        for model_id, model in sink.find_models(record.experiment_id, mark_of(wanted, local)).items():
+            # One of another run is somebody else's, who replays the same files.
+            if model_id != remote and model == ("PENDING", record.remote_id):
                 sink.call("delete_logged_model", msgspec.json.encode({"model_id": model_id}).decode())
                 counters.add("twins_deleted")

@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool.provisional import MODEL_ID_TAG
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, ServerStore, checked
-from mlflow_outbox_worker.sink import OPERATIONS
+from mlflow_outbox_worker.sink import OPERATIONS, RemoteModel
 
 
 def call(store: Any, operation: str, arguments: str) -> str:
@@ -37,12 +37,12 @@ def call(store: Any, operation: str, arguments: str) -> str:
     return str(answer.model_id) if operation == "create_logged_model" else ""
 
 
-def find_models(store: Any, experiment_id: str, local_id: str) -> dict[str, str]:
-    """Return the statuses, by id, of the logged models that carry the outbox's id for one."""
+def find_models(store: Any, experiment_id: str, local_id: str) -> dict[str, RemoteModel]:
+    """Return by their ids the logged models that carry the outbox's id for one."""
     if not re.fullmatch(r"[\w.-]+", local_id):
         return {}
     found = store.search_logged_models([experiment_id], filter_string=f"tags.`{MODEL_ID_TAG}` = '{local_id}'")
-    return {str(model.model_id): str(model.status) for model in found}
+    return {str(model.model_id): RemoteModel(str(model.status), model.source_run_id or "") for model in found}
 
 
 def artifact_location(store: Any, kind: str, subject: str) -> str:

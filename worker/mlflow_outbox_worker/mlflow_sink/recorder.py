@@ -21,7 +21,7 @@ from mlflow_outbox_worker.mlflow_sink import calls
 from mlflow_outbox_worker.mlflow_sink.boundary import translate, translated
 from mlflow_outbox_worker.mlflow_sink.rest import ServerStore
 from mlflow_outbox_worker.mlflow_sink.stores import OpenStore
-from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteRun, SinkError
+from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteModel, RemoteRun, SinkError
 
 #: Runs in one page of a search; their params can make a run megabytes large.
 RUNS_PER_PAGE = 200
@@ -169,8 +169,8 @@ class Recorder:
         return calls.call(self._store, operation, arguments)
 
     @_translated
-    def find_models(self, experiment_id: str, local_id: str) -> dict[str, str]:
-        """Return the statuses, by id, of the logged models whose ``mlflow_outbox.model_id`` tag is local_id."""
+    def find_models(self, experiment_id: str, local_id: str) -> dict[str, RemoteModel]:
+        """Return by their ids the logged models whose ``mlflow_outbox.model_id`` tag is local_id."""
         return calls.find_models(self._store, experiment_id, local_id)
 
     @_translated
