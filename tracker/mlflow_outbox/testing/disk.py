@@ -8,6 +8,7 @@ Everything that no script forbids goes to the real disk, so a reader finds what 
     disk.fail("write", short=5)                           # the next write takes five bytes of what it is given
     disk.fail("datasync", when=lambda call: call.fd == 7)
     with disk.held("datasync") as entered: ...            # an fsync that takes as long as the block
+    disk.cut_power(folder)                                # its files lose what was not synced
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class FailingDisk(SystemDisk):
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self._durable: dict[tuple[int, int], int] = {}
         self._faults: list[_Fault] = []
         self._lock = threading.RLock()  # a signal handler may log while its own thread is in here
 
@@ -126,6 +128,16 @@ class FailingDisk(SystemDisk):
                 self._faults = [other for other in self._faults if other is not fault]
             go_on.set()
 
+    def cut_power(self, folder: Path) -> None:
+        """Cut each file of a directory to what it held when it was last synced; names are kept.
+
+        Args:
+            folder: where the files are.
+        """
+        for path in folder.iterdir():
+            found = path.stat()
+            os.truncate(path, self._durable.get((found.st_dev, found.st_ino), 0))
+
     def _add(self, fault: _Fault) -> None:
         if fault.operation not in get_args(Operation):
             msg = f"there is no operation {fault.operation!r}; use one of {', '.join(get_args(Operation))}"
@@ -168,8 +180,10 @@ class FailingDisk(SystemDisk):
 
     def datasync(self, fd: int) -> None:  # type: ignore[override] # the journal only has descriptors
         """Make a file's data durable."""
+        found = os.fstat(fd)  # before: what is written meanwhile may not be taken along
         self._meet("datasync", fd)
         SystemDisk.datasync(fd)
+        self._durable[found.st_dev, found.st_ino] = found.st_size
 
     def truncate(self, fd: int, length: int) -> None:
         """Cut a file to a length in bytes."""
