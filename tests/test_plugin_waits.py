@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from contents import client, runs
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import store, tracking
 from replays import command, the_outbox
@@ -93,3 +94,66 @@ def test_a_flush_counts_the_children_of_a_parked_run_as_parked(
             restore(mlflow_server.url, deleted)
             eventually(lambda: store(uri).outbox.flush(1), 30, "the family is delivered")
     assert {"child": "parent", "grandchild": "child"} == parents_of(mlflow_server.url, experiment_name)
+
+
+def log_model_and_user(mlflow: Any, makers: str, users: str) -> tuple[str, str]:
+    """Make a model in a run of one experiment and name it in one of another; return the ids of the two runs."""
+    number = mlflow.create_experiment(makers)
+    with mlflow.start_run(experiment_id=number, run_name="maker") as maker:
+        model = mlflow.initialize_logged_model(name="net", source_run_id=maker.info.run_id)
+    with mlflow.start_run(experiment_id=mlflow.create_experiment(users), run_name="user") as user:
+        mlflow.set_tag("made", f"by {model.model_id}")
+        mlflow.log_metric("m", 1.0)
+    return maker.info.run_id, user.info.run_id
+
+
+def model_named(url: str, experiment: str) -> str:
+    """Return the name of the model that the tag of an experiment's only run names."""
+    (user,) = runs(url, experiment)
+    with client(url) as api:
+        return str(api.get_logged_model(user.data.tags["made"].removeprefix("by ")).name)
+
+
+def test_a_run_that_names_the_model_of_a_parked_run_waits_and_says_for_which(
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    deleted: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """For as long as that takes: the model's id is known only when its run is delivered."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("mlflow_outbox_worker.calls._PATIENCE", 2.0)
+    with tracking("outbox+http://127.0.0.1:9", tmp_path / "outbox", worker="none", exit_timeout=0) as mlflow:
+        maker, user = log_model_and_user(mlflow, deleted, experiment_name)
+        args = ("replay", the_outbox(tmp_path / "outbox"), "--to", mlflow_server.url)
+        assert 4 == command(*args)
+        assert f"run {user} was skipped: it waits for {maker}, which is parked" in capsys.readouterr().err
+        restore(mlflow_server.url, deleted)
+        assert 0 == command(*args)
+    assert "net" == model_named(mlflow_server.url, experiment_name)
+
+
+def test_a_model_of_a_parked_run_is_waited_for_longer_than_one_that_nobody_makes(
+    mlflow_server: MlflowServer, experiment_name: str, deleted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id that no journal explains is sent as it is after a while, and holds nothing up."""
+    monkeypatch.setattr("mlflow_outbox_worker.calls._PATIENCE", 2.0)
+    nobodys = provisional.new_model_id()
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        proxy.down()
+        with tracking(uri, tmp_path / "outbox", parked_retry=0.2) as mlflow:
+            log_model_and_user(mlflow, deleted, experiment_name)
+            with mlflow.start_run(experiment_id=mlflow.create_experiment(f"{experiment_name}-other")):
+                mlflow.set_tag("made", nobodys)
+            proxy.up()
+            left = store(uri).outbox.flush(None)
+            assert not left
+            assert 0 == left.pending
+            (other,) = runs(mlflow_server.url, f"{experiment_name}-other")
+            assert nobodys == other.data.tags["made"]
+            restore(mlflow_server.url, deleted)
+            eventually(lambda: store(uri).outbox.flush(1), 30, "both are delivered")
+    assert "net" == model_named(mlflow_server.url, experiment_name)

@@ -30,12 +30,15 @@ from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import copies
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.origins import Origins
 from mlflow_outbox_worker.requeue import MOVED
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
 #: Seconds after which an id that no journal seems to explain is sent as it is, for MLflow to judge.
 _PATIENCE: Final = 600.0
+#: Seconds after which it is looked for who has yet to make a model.
+_SEARCH: Final = 1.0
 #: Bytes; a larger file of this name is none that MLflow wrote.
 _MLMODEL_BYTES: Final = 16 * 1024 * 1024
 _ROW_EXISTS: Final = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|already been logged", re.IGNORECASE)
@@ -76,6 +79,7 @@ class Calls:
         self._copies = copies.Copies(source) if copies.copying(source) else None
         #: Runs were sent once more, so that an id which MLflow gave may have become another one.
         self._moved = self._copies is None and bool(ledger.meta(MOVED))
+        self._origins = Origins(source, ledger)
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         self._since: dict[str, float] = {}
@@ -158,7 +162,9 @@ class Calls:
             return remote
         waited = time.monotonic() - self._since.setdefault(local, time.monotonic())
         home = provisional.room_of(local) if local.isdigit() else local
-        explained = any(folder.is_dir() for folder in self._source.folders(home))
+        if local.startswith("m-") and waited > _SEARCH:
+            home = self._origins.of(local)
+        explained = bool(home) and any(folder.is_dir() for folder in self._source.folders(home))
         if waited > _PATIENCE and not explained:
             return local
         raise Waits(local, home if explained else "")

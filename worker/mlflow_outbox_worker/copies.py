@@ -54,18 +54,12 @@ class Copies:
     @functools.cached_property
     def models(self) -> frozenset[str]:
         """The ids of all models that the runs made."""
-        found = set()
-        for run_id in self._source.run_ids():
-            reader = RunReader(*self._source.folders(run_id))
-            window = reader.window({}, points=100_000, items=100_000)
-            while True:
-                for _, event in window.events:
-                    if isinstance(event, Request) and event.operation == "create_logged_model":
-                        found.add(str(msgspec.json.decode(event.arguments).get("model_id")))
-                if not window.more:
-                    break
-                window = reader.window(window.cursors, points=100_000, items=100_000)
-        return frozenset(found)
+        return frozenset(
+            str(msgspec.json.decode(request.arguments).get("model_id"))
+            for run_id in self._source.run_ids()
+            for request in RunReader(*self._source.folders(run_id)).each(Request, {})
+            if request.operation == "create_logged_model"
+        )
 
     def experiment(self, experiment_id: str, run_id: str) -> str:
         """Return the name of the experiment that has an id at the place for which a run was logged; "" if unknown.

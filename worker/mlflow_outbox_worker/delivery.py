@@ -365,7 +365,7 @@ class Delivery:
 
     def _waits(self, run_id: str, waits: Waits, ledger: Ledger) -> None:
         """Give a run another turn, soon unless what it waits for cannot be delivered: then it stands as that does."""
-        other = self._schedule.standing(waits.on)
+        other = self._schedule.standing(waits.on) if waits.on != run_id else Standing()
         if other.state == "parked":
             standing = Standing("parked", f"it waits for {waits.on}, which is parked: {other.reason}")
             self._park_run(ledger, run_id, standing.reason)

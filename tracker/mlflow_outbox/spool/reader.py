@@ -8,7 +8,7 @@ writer are read in the order of their first number (see ``window``).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -102,6 +102,14 @@ class RunReader:
             if budget.spent:
                 break
         return Window(events, after, broken, missing, budget.spent, live or budget.spent)
+
+    def each(self, kind: type[E], cursors: Mapping[str, Cursor]) -> Iterator[E]:
+        """Yield all events of a kind behind the cursors, of a writer in their order; see ``window``."""
+        more = True
+        while more:
+            window = self.window(cursors, points=100_000, items=100_000)
+            yield from (event for _, event in window.events if isinstance(event, kind))
+            cursors, more = window.cursors, window.more
 
     def next_numbers(self, cursors: Mapping[str, Cursor] | None = None) -> dict[str, int]:
         """Return, for every writer, the number that its next event will have; nothing is decoded.
