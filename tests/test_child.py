@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -23,6 +25,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import handover, thread
 from mlflow_outbox_worker.child import ChildDelivery, Loop
+from mlflow_outbox_worker.child.server import Reporter
 from mlflow_outbox_worker.host_lease import worker_of
 from servers import MlflowServer, eventually
 from spools import make_outbox
@@ -65,6 +68,31 @@ def test_what_is_counted_and_logged_in_the_child_is_counted_and_logged_here(
     assert (4, 1) == (tracker.counters["delivered"], tracker.counters["dead_letters"])
     assert "it is kept as a dead letter" in caplog.text
     assert numbered(1) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
+
+
+def test_counts_are_told_soon_at_first_and_then_twice_a_second() -> None:
+    """Each message wakes a thread of the program up, which costs a logging call that waits for it 0.1 ms."""
+    ours, theirs = socket.socketpair()
+    now, slept = [100.0], list[float]()
+    reporter = Reporter(theirs)
+
+    def clock() -> float:
+        reporter.counters.add("delivered", 10)  # there is always something new
+        return now[0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(round(seconds, 3))
+        now[0] += seconds
+        if len(slept) == 4:
+            raise InterruptedError
+
+    with ours, theirs:
+        with pytest.raises(InterruptedError):
+            reporter.go_on(clock, sleep)
+        messages = ours.recv(65536).splitlines()
+    assert [0.05, 0.5, 0.5, 0.5] == slept
+    assert 3 == len(messages)
+    assert all(json.loads(line)["counts"]["delivered"] >= 10 for line in messages)
 
 
 @pytest.mark.usefixtures("apart")

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,16 +21,18 @@ from mlflow_outbox_worker.process import noted
 
 #: Seconds for a request that is under way when the program is gone.
 _FAREWELL: Final = 1.0
-#: Seconds between two messages with counts.
-_PACE: Final = 0.05
+#: Seconds from the first count after a while to the message with it, and between two such messages: each takes the
+#: program's interpreter away from somebody's logging call.
+_SOON: Final = 0.05
+_PACE: Final = 0.5
 
 
-class _Reporter(logging.Handler):
+class Reporter(logging.Handler):
     """Tells the program what is counted and logged here."""
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
-        self.counters = _Counted()
+        self.counters = Counted()
         self._connection = connection
         self._sending = threading.Lock()
         self._told: dict[str, int] = {}
@@ -51,16 +54,23 @@ class _Reporter(logging.Handler):
         if any(more.values()):
             self.tell({"counts": {reason: number for reason, number in more.items() if number}})
 
-    def go_on(self) -> None:
-        """Send counts as they come, until the process ends."""
+    def go_on(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Send counts as they come, until the process ends.
+
+        Args:
+            clock: seconds of a clock that never goes back.
+            sleep: waits for so many seconds.
+        """
+        told_at = clock() - _PACE
         while True:
             self.counters.news.wait()
-            time.sleep(_PACE)
+            sleep(max(_SOON, told_at + _PACE - clock()))
             self.counters.news.clear()
             self.tell_counts()
+            told_at = clock()
 
 
-class _Counted(Counters):
+class Counted(Counters):
     """Counters that say when there is something new."""
 
     def __init__(self) -> None:
@@ -68,6 +78,7 @@ class _Counted(Counters):
         self.news = threading.Event()
 
     def add(self, reason: str, number: int = 1) -> None:
+        """Count, and say so."""
         super().add(reason, number)
         self.news.set()
 
@@ -81,7 +92,7 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
         connection: the way to the program.
     """
     os.set_inheritable(lock, False)  # noqa: FBT003 - its only argument
-    reporter = _Reporter(connection)
+    reporter = Reporter(connection)
     reporter.tell(READY)
     lines = connection.makefile("rb")
     modules, note = lines.readline(), lines.readline()
