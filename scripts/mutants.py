@@ -105,13 +105,6 @@ MUTANTS: Final = [
         "tests/test_journal.py::test_an_event_whose_copied_file_came_too_late_for_a_sync_is_not_made_durable_by_it",
     ),
     Mutant(
-        "a round without the lock takes an event along whose copied file waits",
-        "tracker/mlflow_outbox/spool/sync_round.py",
-        "            not self._copies\n            and self._sequence.only_appends",
-        "            self._sequence.only_appends",
-        "tests/test_sync_round.py::test_a_copied_file_is_durable_before_a_quiet_round_syncs_its_event",
-    ),
-    Mutant(
         "no cut-back after a short write",
         "tracker/mlflow_outbox/spool/segment.py",
         "            if tail:\n                self._disk.truncate(self.fd, self.offset)\n",

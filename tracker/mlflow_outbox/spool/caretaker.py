@@ -70,7 +70,7 @@ class Caretaker:
     def _rounds(self, stop: threading.Event) -> None:
         idle = 0
         while not stop.wait(self._interval):
-            self._round(quiet=True)
+            self.round()
             idle = 0 if self._watched else idle + 1
             if idle >= _IDLE_ROUNDS and self._retires(stop):
                 return
@@ -88,13 +88,10 @@ class Caretaker:
 
     def round(self) -> None:
         """Sync all watched journals once, and let go of those that are closed and clean."""
-        self._round(quiet=False)
-
-    def _round(self, *, quiet: bool) -> None:
         self._each_round()
         for key, journal in list(self._watched.items()):
             try:
-                journal.sync_quietly() if quiet else journal.sync()
+                journal.sync()
             except Exception as error:  # noqa: BLE001 - one journal's trouble must not end the syncing of the others
                 self._counters.add("caretaker_errors")
                 self._counters.warn_once(("caretaker", type(error)), f"mlflow-outbox: syncing failed: {error!r}")

@@ -254,14 +254,6 @@ class Journal:
         if self._nested is not None:
             self._nested.sync()
 
-    def sync_quietly(self) -> None:
-        """As ``sync``, in most cases without the lock that logging calls need; see ``sync_round``."""
-        quiet = not self._closed and self._round.run_quietly(self._alone, self._settings.memory_bytes // 4)
-        if not quiet:
-            self.sync()
-        elif self._nested is not None:
-            self._nested.sync_quietly()
-
     def _prepare(self) -> None:
         """Write what waits, and leave what is complete, removed or broken."""
         sequence = self._sequence

@@ -97,13 +97,6 @@ class EventSequence:
         """Whether nothing is left to write, sync or close."""
         return self.live.fd < 0 and not self.retired and not self.ring and not self.unsynced_names
 
-    @property
-    def only_appends(self) -> bool:
-        """Whether there is nothing to do for the live segment but to append to it and to sync it."""
-        live = self.live
-        troubled = self.suspect or self.ring or live.tainted or live.limit == 0 or self._refuse() is not None
-        return live.fd >= 0 and not (troubled or self.retired or self.unannounced or self.unsynced_names)
-
     # -- writing
 
     def write(self, payload: bytes) -> bool:

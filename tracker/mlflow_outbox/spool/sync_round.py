@@ -6,17 +6,6 @@ seconds; and last, alone again, it notes what has become of it. Names come last:
 A durable event must not name a copied file that is not durable. So copies come first in a round; and since a sync
 takes along what was written while it waited, an event whose copy came too late for a round goes to another segment
 than the one that the round syncs.
-
-Most rounds of the background find a segment that is appended to, and nothing else. Being alone with the events would
-make a logging call wait: the interpreter gives the background its turn mostly while a call is in its write, with the
-lock held, so that the two would then hand the lock and the interpreter to each other several times. Such a round is
-quiet: it only reads, syncs, and leaves the books as they are, which at worst means that events are written again that
-need not be. A whole round follows before ``_UNNOTED`` bytes or ``_QUIET`` rounds are not in the books, and as soon as
-nothing more is appended.
-
-What makes that safe: it changes nothing of the sequence. While a background looks after a writer, its descriptors are
-closed by rounds alone, and rounds exclude each other. It says which segment it syncs before it looks whether a copied
-file waits, and ``add_copy`` notes the file before it looks which segment is synced: one of the two sees the other.
 """
 
 from __future__ import annotations
@@ -24,17 +13,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from mlflow_outbox.spool.segment import Segment
 from mlflow_outbox.spool.sequence import EventSequence
 from mlflow_outbox.spool.snapshot import SnapshotStore
 
 T = TypeVar("T")
-
-#: Quiet rounds in a row, and bytes that they may leave out of the books: payloads are held in memory for so long.
-_QUIET: Final = 9
-_UNNOTED: Final = 1024 * 1024
 
 
 class Alone(Protocol):
@@ -72,8 +57,6 @@ class SyncRound:
         self._running = False
         self._syncing: Segment | None = None
         self._copies: list[tuple[SnapshotStore, str]] = []
-        self._quiet = 0
-        self._quiet_end = (self._sequence.live, 0)
 
     @property
     def is_clean(self) -> bool:
@@ -101,41 +84,6 @@ class SyncRound:
                 self._sync(alone, prepare)
             finally:
                 self._running, self._syncing = False, None
-
-    def run_quietly(self, alone: Alone, unnoted: int) -> bool:
-        """Make durable what was appended, without being alone with it; return False where a whole round is needed.
-
-        Args:
-            alone: gets the events for a moment, if the disk fails.
-            unnoted: bytes that may be durable without being noted as such.
-        """
-        with self._lock:
-            if self._running or self._quiet >= _QUIET:
-                self._quiet = 0
-                return False
-            self._running = True
-            try:
-                self._syncing = live = self._sequence.live  # first this, then another look: see the module
-                end = (live, live.offset)
-                if not self._may_be_quiet(end, min(unnoted, _UNNOTED)):
-                    self._quiet = 0
-                    return False
-                self._quiet, self._quiet_end = self._quiet + 1, end
-                if not self._sequence.syncer.data(live.fd):
-                    alone(lambda: self._sequence.sync_failed(live))
-                return True
-            finally:
-                self._running, self._syncing = False, None
-
-    def _may_be_quiet(self, end: tuple[Segment, int], unnoted: int) -> bool:
-        live, offset = end
-        return (
-            not self._copies
-            and self._sequence.only_appends
-            and offset - live.synced <= unnoted
-            and end != self._quiet_end
-            and not live.is_removed
-        )
 
     def _sync(self, alone: Alone, prepare: Callable[[], None]) -> None:
         def note() -> _Dirt:
