@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool.caretaker import Caretaker
+from mlflow_outbox.spool.caretaker import Caretaker, Pace
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
 from servers import eventually
@@ -48,6 +48,16 @@ def test_the_background_starts_with_the_first_event_and_ends_when_idle(
         eventually(lambda: before == set(sync_threads()), message="the thread ends")
     assert all(writer.is_idle for writer in writers)
     assert disk.count("create") == disk.count("close")
+
+
+def test_rounds_come_as_often_as_asked_for_whatever_they_take() -> None:
+    """What a power cut may take is the interval, not the interval and a round; a slow disk still gets a pause."""
+    pace, begins, now = Pace(0.5, 100.0), [], 100.0
+    for seconds in (0.0, 0.2, 0.1, 3.0, 0.0, 0.0):
+        now += pace.pause(now)
+        begins.append(round(now - 100, 3))
+        now += seconds
+    assert [0.5, 1.0, 1.5, 2.0, 5.25, 5.75] == begins
 
 
 def test_the_background_works_in_a_forked_child(tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import guard
+from mlflow_outbox.spool import extent, guard
 from mlflow_outbox.spool.guard import DiskGuard, used_bytes
+from servers import eventually
 from spools import RUN, make_journal, make_outbox, metric
 
 
@@ -50,11 +56,114 @@ def test_a_directory_that_is_gone_is_left_to_the_write_to_report(tmp_path: Path)
 def test_the_size_is_not_measured_at_each_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Walking an outbox costs something; free space is asked for every time."""
     calls = []
-    monkeypatch.setattr(guard, "used_bytes", lambda directory: calls.append(1) or 0)
+    monkeypatch.setattr(extent, "sizes", lambda path: iter([calls.append(1) or 0]))
     looker = DiskGuard(make_outbox(tmp_path / "outbox"), Settings())
     for _ in range(5):
         looker.look()
     assert 1 == len(calls)
+
+
+class Disk:
+    """A disk and a clock that do what a test says, in place of ``os.statvfs``, ``extent.sizes`` and the clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
+        self.now, self.free, self.used, self.walks = 1000.0, 10**9, 0, list[float]()
+        self._seconds = seconds
+        monkeypatch.setattr(extent, "sizes", self._sizes)
+        monkeypatch.setattr(extent, "measured_apart", lambda _: None)
+        monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=self.free, f_frsize=1, f_blocks=1))
+
+    def _sizes(self, _: Path) -> Iterator[int]:
+        self.walks.append(self.now)
+        for part in (self.used, 0):
+            self.now += self._seconds / 2
+            yield part
+
+    def look(self, looker: DiskGuard, *, seconds: float) -> list[float]:
+        """Look twice a second for so long; return how long after its begin the outbox was walked."""
+        begin, before = self.now, len(self.walks)
+        while self.now < begin + seconds:
+            looker.look()
+            if looker._thread is not None:
+                looker._thread.join(10)
+            self.now += 0.5
+        return [at - begin for at in self.walks[before:]]
+
+
+def test_an_outbox_that_takes_long_to_measure_is_measured_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundredth of the time goes there; every ten seconds where that is less."""
+    for seconds, expected in ((0.0, [0, 10, 20]), (0.125, [0, 12.625, 25.25]), (0.5, [0])):
+        disk = Disk(monkeypatch, seconds=seconds)
+        looker = DiskGuard(make_outbox(tmp_path / str(seconds)), Settings(), lambda disk=disk: disk.now)
+        assert expected == disk.look(looker, seconds=29)
+
+
+def test_an_outbox_that_may_be_near_its_cap_is_measured_more_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When half of what it may still take is gone from the disk; and while it refuses, so that it soon takes again."""
+    disk = Disk(monkeypatch, seconds=2.0)
+    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000), lambda: disk.now)
+    assert [0] == disk.look(looker, seconds=100)
+    disk.free -= 4_999
+    assert [] == disk.look(looker, seconds=50)
+    disk.free, disk.used = disk.free - 1, 10_000
+    assert 0 == disk.look(looker, seconds=3)[0]
+    assert "outbox_bytes" in str(looker.reason())
+    assert 1 == len(disk.look(looker, seconds=22)), "refusing, and looked at again after twenty seconds"
+    disk.used = 0
+    disk.look(looker, seconds=22)
+    assert looker.reason() is None
+
+
+def test_a_look_does_not_wait_for_a_measurement_that_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round of syncing that it belongs to would wait as well; the verdict comes when it is there."""
+    go_on = threading.Event()
+    monkeypatch.setattr(extent, "measured_apart", lambda _: 10_000 if go_on.wait(60) else 0)
+    monkeypatch.setattr(guard, "_QUICK", 0.0)
+    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000))
+    for _ in range(3):
+        looker.look()
+        assert looker.reason() is None
+    assert 1 == sum(thread.name == "mlflow-outbox-size" for thread in threading.enumerate())
+    go_on.set()
+
+    def refuses() -> bool:
+        looker.look()
+        return "outbox_bytes" in str(looker.reason())
+
+    eventually(refuses)
+
+
+def test_a_large_outbox_is_measured_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts what this one would, and where none can be started this one does."""
+    outbox = make_outbox(tmp_path / "outbox")
+    make_journal(outbox).append(metric(0))
+    (outbox.path / "ledger").mkdir(exist_ok=True)
+    (outbox.path / "ledger" / "reserve").write_bytes(b"x" * 1000)
+    expected = used_bytes(outbox)
+    assert 0 < expected < 1000
+    assert expected == extent.measured_apart(outbox.path)
+    monkeypatch.setattr(guard, "_QUICK", 0.0)
+    for interpreter in (sys.executable, "/nowhere/python", ""):
+        monkeypatch.setattr(sys, "executable", interpreter)
+        looker = DiskGuard(outbox, Settings(outbox_bytes=expected))
+        looker.look()
+        eventually(lambda looker=looker: looker.look() or looker.reason() is not None)
+
+
+def test_an_outbox_with_many_runs_is_not_listed_here(tmp_path: Path) -> None:
+    """Listing them alone would hold up the round of syncing."""
+    outbox = make_outbox(tmp_path / "outbox")
+    assert not extent.is_large(outbox.runs)
+    assert not extent.is_large(tmp_path / "nowhere")
+    for number in range(1000):
+        (outbox.runs / f"{number:032x}").mkdir()
+    assert extent.is_large(outbox.runs)
 
 
 def test_the_used_bytes_are_those_of_all_files(tmp_path: Path) -> None:

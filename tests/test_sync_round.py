@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlflow_outbox.counters import Counters
@@ -23,6 +23,7 @@ def append(writer: Journal, first: int, end: int) -> None:
 STEP = st.sampled_from(["append", "append", "sync", "sync", "sync fails", "write fails", "close", "cut"])
 
 
+@settings(deadline=None)  # a disk may take its time
 @given(st.lists(STEP, max_size=60))
 def test_no_order_of_rounds_failures_and_power_cuts_takes_what_was_synced(steps: list[str]) -> None:
     """After a round that succeeded, a power cut takes nothing that was appended before it.

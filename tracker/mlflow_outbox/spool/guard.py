@@ -3,21 +3,32 @@
 Looked at in the background, never by a logging call; a call only reads the last verdict. What is undelivered is never
 deleted to make room: at the cap the newest events are refused and counted, and logging goes on by itself as soon as
 delivery has made room (``mlflow_outbox_worker.room``).
+
+Free space is one question. The size of the outbox is one for each of its files (``extent``). A walk that is not done at
+once goes on in another process, while a thread waits for it: neither the round of syncing that asked for it nor the
+program's threads do. Walks take a hundredth of the time; a tenth while something depends on them: events are refused,
+or so much of the disk's free space is gone that the outbox may be near its cap.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import reserve
+from mlflow_outbox.spool import extent
 from mlflow_outbox.spool.directory import OutboxDirectory
 
-#: Seconds between two measurements of the outbox's size, which walks its directories; free space is looked at every
-#: time.
+#: Seconds between two measurements of the outbox's size, at least, while nothing is refused.
 _MEASURE_EVERY: Final = 10.0
+#: Times as long as a measurement took until the next one; the first when its result is waited for.
+_URGENT, _USUAL = 10.0, 100.0
+#: Seconds; what takes no longer is done here and now, and at each look while events are refused.
+_QUICK: Final = 0.05
 
 
 class DiskGuard:
@@ -26,14 +37,21 @@ class DiskGuard:
     Args:
         directory: the outbox.
         settings: ``outbox_bytes`` and ``free_bytes``.
+        clock: seconds of a clock that never goes back.
     """
 
-    def __init__(self, directory: OutboxDirectory, settings: Settings) -> None:
+    def __init__(
+        self, directory: OutboxDirectory, settings: Settings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._directory = directory
         self._settings = settings
+        self._clock = clock
         self._reason: str | None = None
-        self._measured_at = -_MEASURE_EVERY
+        self._thread: threading.Thread | None = None
+        self._measured_at = float("-inf")
+        self._took = 0.0
         self._used = 0
+        self._free_then = 0
 
     def reason(self) -> str | None:
         """Return why new events are refused, or None when they are not."""
@@ -41,39 +59,64 @@ class DiskGuard:
 
     def look(self) -> None:
         """Measure, and decide anew."""
-        self._reason = self._free_space() or self._budget()
-
-    def _free_space(self) -> str | None:
         try:
             found = os.statvfs(self._directory.path)
         except OSError:
-            return None  # the write itself will say what is wrong
-        free = found.f_bavail * found.f_frsize
-        if free >= self._settings.free_bytes or found.f_blocks == 0:
+            free = None  # the write itself will say what is wrong
+        else:
+            free = found.f_bavail * found.f_frsize if found.f_blocks else None
+        self._reason = self._free_space(free) or self._budget(free)
+
+    def _free_space(self, free: int | None) -> str | None:
+        if free is None or free >= self._settings.free_bytes:
             return None
         kept = self._settings.free_bytes
         return f"{free:,} bytes are free on the disk of {self._directory.path}, the setting free_bytes keeps {kept:,}"
 
-    def _budget(self) -> str | None:
-        now = time.monotonic()
-        if self._reason is not None or now - self._measured_at >= _MEASURE_EVERY:
-            self._measured_at = now
-            self._used = used_bytes(self._directory)
+    def _budget(self, free: int | None) -> str | None:
+        is_measuring = self._thread is not None and self._thread.is_alive()  # in a forked child it is not
+        if not is_measuring and self._clock() - self._measured_at >= self._pause(free):
+            self._measure(free or 0)
         if self._used < self._settings.outbox_bytes:
             return None
         allowed = self._settings.outbox_bytes
         return f"{self._directory.path} holds {self._used:,} bytes, the setting outbox_bytes allows {allowed:,}"
 
+    def _measure(self, free: int) -> None:
+        directory, begin, used = self._directory, self._clock(), 0
+        rest = extent.sizes(directory.path)
+        if not (extent.is_large(directory.runs) or extent.is_large(directory.delivered)):
+            for size in rest:
+                used += size
+                if self._clock() - begin >= _QUICK:
+                    break
+            else:
+                self._note(used, free, begin)
+                return
+
+        def go_on() -> None:
+            found = extent.measured_apart(directory.path)
+            self._note(used + sum(rest) if found is None else found, free, begin)
+
+        self._thread = threading.Thread(target=go_on, name="mlflow-outbox-size", daemon=True)
+        with contextlib.suppress(
+            RuntimeError
+        ):  # no threads left, or the interpreter exits: tried again at the next look
+            self._thread.start()
+
+    def _note(self, used: int, free: int, begin: float) -> None:
+        now = self._clock()
+        self._used, self._free_then, self._measured_at, self._took = used, free, now, now - begin
+
+    def _pause(self, free: int | None) -> float:
+        """Return the seconds from one measurement to the next."""
+        if self._reason is not None:
+            return _URGENT * self._took if self._took > _QUICK else 0.0
+        room = self._settings.outbox_bytes - self._used
+        is_near = free is None or self._free_then - free >= room // 2
+        return max(_MEASURE_EVERY, (_URGENT if is_near else _USUAL) * self._took)
+
 
 def used_bytes(directory: OutboxDirectory) -> int:
     """Return the bytes of all files of an outbox, its reserve aside."""
-    total = 0
-    for folder, _, files in os.walk(directory.path):
-        for name in files:
-            if name == reserve.NAME:
-                continue
-            try:
-                total += os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
-            except OSError:
-                continue
-    return total
+    return sum(extent.sizes(directory.path))

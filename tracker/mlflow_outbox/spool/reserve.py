@@ -16,7 +16,9 @@ import stat
 from pathlib import Path
 from typing import Final
 
-NAME: Final = "reserve"
+from mlflow_outbox.spool.extent import RESERVE
+
+NAME: Final = RESERVE
 #: Bytes: a new ledger (0.1 MB), its log until it is cut (see LOW), a directory for each of a hundred runs.
 SIZE: Final = 1024 * 1024
 #: Bytes free below which it is given back; the commit of a run with a thousand keys takes less.
