@@ -126,10 +126,12 @@ def test_a_look_does_not_wait_for_a_measurement_that_takes_long(
     monkeypatch.setattr(extent, "measured_apart", lambda _: 10_000 if go_on.wait(60) else 0)
     monkeypatch.setattr(guard, "_QUICK", 0.0)
     looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000))
+    measuring = set()
     for _ in range(3):
         looker.look()
         assert looker.reason() is None
-    assert 1 == sum(thread.name == "mlflow-outbox-size" for thread in threading.enumerate())
+        measuring.add(looker._thread)
+    assert 1 == len(measuring)
     go_on.set()
 
     def refuses() -> bool:
@@ -156,7 +158,7 @@ def test_a_large_outbox_is_measured_by_another_process(tmp_path: Path, monkeypat
         eventually(lambda looker=looker: looker.look() or looker.reason() is not None)
 
 
-def test_an_outbox_with_many_runs_is_not_listed_here(tmp_path: Path) -> None:
+def test_an_outbox_with_many_runs_is_not_listed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Listing them alone would hold up the round of syncing."""
     outbox = make_outbox(tmp_path / "outbox")
     assert not extent.is_large(outbox.runs)
@@ -164,6 +166,9 @@ def test_an_outbox_with_many_runs_is_not_listed_here(tmp_path: Path) -> None:
     for number in range(1000):
         (outbox.runs / f"{number:032x}").mkdir()
     assert extent.is_large(outbox.runs)
+    expected = sum(extent.sizes(outbox.path))
+    monkeypatch.setattr(extent, "sizes", lambda _: pytest.fail("listed here"))
+    assert expected == used_bytes(outbox)
 
 
 def test_the_used_bytes_are_those_of_all_files(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.retention import gave_way, reclaimable
 
-#: Seconds between two measurements of the outbox.
+#: Seconds between two measurements of the outbox, at least, and how many times as long as one takes.
 _MEASURE: Final = 5.0
+_RARELY: Final = 100.0
 #: Seconds between two looks at what may go while nothing may.
 _AGAIN: Final = 30.0
 
@@ -47,7 +48,7 @@ class Room:
         self._settings = settings
         self._counters = counters
         self._lock = threading.Lock()
-        self._measured = -_MEASURE
+        self._measure_at = float("-inf")
         #: The delivered runs when all that could go was gone, and until when that is believed.
         self._futile: tuple[list[str], float] = ([], 0.0)
 
@@ -119,12 +120,13 @@ class Room:
         lacking = least - reserve.free(directory.path)
         if lacking > 0:
             return lacking + least // 10
-        now = time.monotonic()
-        if not measure or now < self._measured + _MEASURE or not directory.delivered_ids():
+        begin = time.monotonic()
+        if not measure or begin < self._measure_at or not directory.delivered_ids():
             return 0
-        self._measured = now
         most = self._settings.outbox_bytes
         used = used_bytes(directory)
+        end = time.monotonic()
+        self._measure_at = end + max(_MEASURE, _RARELY * (end - begin))
         return used - most + most // 10 if used >= most else 0
 
 

@@ -19,6 +19,8 @@ RESERVE: Final = "reserve"
 #: Runs that are walked in a few milliseconds, and bytes that the name of one takes in a directory.
 _MANY: Final = 200
 _NAME: Final = 80
+#: Seconds for the other process; what calls itself Python may be something else.
+_LONGEST: Final = 600.0
 
 
 def sizes(path: str | os.PathLike[str]) -> Iterator[int]:
@@ -62,6 +64,7 @@ def measured_apart(path: str | os.PathLike[str]) -> int | None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # ctrl-C is for the program
             check=True,
+            timeout=_LONGEST,
         )
         return int(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -85,7 +85,7 @@ class DiskGuard:
     def _measure(self, free: int) -> None:
         directory, begin, used = self._directory, self._clock(), 0
         rest = extent.sizes(directory.path)
-        if not (extent.is_large(directory.runs) or extent.is_large(directory.delivered)):
+        if not _is_large(directory):
             for size in rest:
                 used += size
                 if self._clock() - begin >= _QUICK:
@@ -99,9 +99,8 @@ class DiskGuard:
             self._note(used + sum(rest) if found is None else found, free, begin)
 
         self._thread = threading.Thread(target=go_on, name="mlflow-outbox-size", daemon=True)
-        with contextlib.suppress(
-            RuntimeError
-        ):  # no threads left, or the interpreter exits: tried again at the next look
+        # No threads left, or the interpreter exits: tried again at the next look.
+        with contextlib.suppress(RuntimeError):
             self._thread.start()
 
     def _note(self, used: int, free: int, begin: float) -> None:
@@ -118,5 +117,10 @@ class DiskGuard:
 
 
 def used_bytes(directory: OutboxDirectory) -> int:
-    """Return the bytes of all files of an outbox, its reserve aside."""
-    return sum(extent.sizes(directory.path))
+    """Return the bytes of all files of an outbox, its reserve aside; a large one is measured by another process."""
+    found = extent.measured_apart(directory.path) if _is_large(directory) else None
+    return sum(extent.sizes(directory.path)) if found is None else found
+
+
+def _is_large(directory: OutboxDirectory) -> bool:
+    return extent.is_large(directory.runs) or extent.is_large(directory.delivered)
