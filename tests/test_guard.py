@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import extent, guard
 from mlflow_outbox.spool.guard import DiskGuard, used_bytes
@@ -21,7 +22,7 @@ from spools import RUN, make_journal, make_outbox, metric
 def test_an_outbox_at_its_cap_refuses_and_takes_again(tmp_path: Path) -> None:
     """The old is never dropped; what delivery frees is used at once."""
     outbox = make_outbox(tmp_path / "outbox")
-    guard = DiskGuard(outbox, Settings(outbox_bytes=20_000))
+    guard = DiskGuard(outbox, Settings(outbox_bytes=20_000), Counters())
     writer = make_journal(outbox, refuse=guard.reason)
     assert guard.reason() is None
     filler = outbox.runs / "filler"
@@ -37,7 +38,7 @@ def test_an_outbox_at_its_cap_refuses_and_takes_again(tmp_path: Path) -> None:
 
 def test_a_disk_with_little_room_refuses(tmp_path: Path) -> None:
     """Others need room too."""
-    guard = DiskGuard(make_outbox(tmp_path / "outbox"), Settings(free_bytes=10**17))
+    guard = DiskGuard(make_outbox(tmp_path / "outbox"), Settings(free_bytes=10**17), Counters())
     guard.look()
     assert "free_bytes" in str(guard.reason())
 
@@ -47,7 +48,7 @@ def test_a_directory_that_is_gone_is_left_to_the_write_to_report(tmp_path: Path)
     import shutil
 
     outbox = make_outbox(tmp_path / "outbox")
-    guard = DiskGuard(outbox, Settings())
+    guard = DiskGuard(outbox, Settings(), Counters())
     shutil.rmtree(outbox.path)
     guard.look()
     assert guard.reason() is None
@@ -57,7 +58,7 @@ def test_the_size_is_not_measured_at_each_look(tmp_path: Path, monkeypatch: pyte
     """Walking an outbox costs something; free space is asked for every time."""
     calls = []
     monkeypatch.setattr(extent, "sizes", lambda path: iter([calls.append(1) or 0]))
-    looker = DiskGuard(make_outbox(tmp_path / "outbox"), Settings())
+    looker = DiskGuard(make_outbox(tmp_path / "outbox"), Settings(), Counters())
     for _ in range(5):
         looker.look()
     assert 1 == len(calls)
@@ -96,7 +97,7 @@ def test_an_outbox_that_takes_long_to_measure_is_measured_rarely(
     """A hundredth of the time goes there; every ten seconds where that is less."""
     for seconds, expected in ((0.0, [0, 10, 20]), (0.125, [0, 12.625, 25.25]), (0.5, [0])):
         disk = Disk(monkeypatch, seconds=seconds)
-        looker = DiskGuard(make_outbox(tmp_path / str(seconds)), Settings(), lambda disk=disk: disk.now)
+        looker = DiskGuard(make_outbox(tmp_path / str(seconds)), Settings(), Counters(), lambda disk=disk: disk.now)
         assert expected == disk.look(looker, seconds=29)
 
 
@@ -105,7 +106,7 @@ def test_an_outbox_that_may_be_near_its_cap_is_measured_more_often(
 ) -> None:
     """When half of what it may still take is gone from the disk; and while it refuses, so that it soon takes again."""
     disk = Disk(monkeypatch, seconds=2.0)
-    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000), lambda: disk.now)
+    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000), Counters(), lambda: disk.now)
     assert [0] == disk.look(looker, seconds=100)
     disk.free -= 4_999
     assert [] == disk.look(looker, seconds=50)
@@ -125,7 +126,7 @@ def test_a_look_does_not_wait_for_a_measurement_that_takes_long(
     go_on = threading.Event()
     monkeypatch.setattr(extent, "measured_apart", lambda _: 10_000 if go_on.wait(60) else 0)
     monkeypatch.setattr(guard, "_QUICK", 0.0)
-    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000))
+    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000), Counters())
     measuring = set()
     for _ in range(3):
         looker.look()
@@ -151,11 +152,40 @@ def test_a_large_outbox_is_measured_by_another_process(tmp_path: Path, monkeypat
     assert 0 < expected < 1000
     assert expected == extent.measured_apart(outbox.path)
     monkeypatch.setattr(guard, "_QUICK", 0.0)
-    for interpreter in (sys.executable, "/nowhere/python", ""):
+    for interpreter, here in ((sys.executable, 0), ("/nowhere/python", 1), ("", 1)):
         monkeypatch.setattr(sys, "executable", interpreter)
-        looker = DiskGuard(outbox, Settings(outbox_bytes=expected))
+        counters = Counters()
+        looker = DiskGuard(outbox, Settings(outbox_bytes=expected), counters)
         looker.look()
-        eventually(lambda looker=looker: looker.look() or looker.reason() is not None)
+        assert looker._thread is not None
+        looker._thread.join(30)
+        assert here == counters["size_measured_here"]
+        looker.look()
+        assert "outbox_bytes" in str(looker.reason())
+
+
+def test_a_size_that_no_thread_can_measure_is_counted_and_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is refused for a size that is not known."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(guard, "_QUICK", 0.0)
+    counters = Counters()
+    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10), counters)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        looker.look()
+        looker.look()
+    assert 2 == counters["size_not_measured"]
+    assert looker.reason() is None
+    looker.look()
+    assert looker._thread is not None
+    looker._thread.join(30)
+    looker.look()
+    assert "outbox_bytes" in str(looker.reason())
 
 
 def test_an_outbox_with_many_runs_is_not_listed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,12 @@ def deleted(mlflow_server: MlflowServer, experiment_name: str) -> str:
     return name
 
 
+@pytest.fixture
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of the test's own for what a replay remembers."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
 def restore(url: str, name: str) -> None:
     """Restore an experiment."""
     with client(url) as api:
@@ -53,16 +59,11 @@ def parents_of(url: str, experiment: str) -> dict[str, str]:
         }
 
 
+@pytest.mark.usefixtures("own_state")
 def test_a_replay_names_the_children_of_a_run_that_is_skipped(
-    mlflow_server: MlflowServer,
-    experiment_name: str,
-    deleted: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    mlflow_server: MlflowServer, experiment_name: str, deleted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It ends, says who waits for whom, and sends them all once the parent can be sent."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with tracking("outbox+http://127.0.0.1:9", tmp_path / "outbox", worker="none", exit_timeout=0) as mlflow:
         parent, child = log_family(mlflow, deleted, experiment_name)
         args = ("replay", the_outbox(tmp_path / "outbox"), "--to", mlflow_server.url)
@@ -114,6 +115,7 @@ def model_named(url: str, experiment: str) -> str:
         return str(api.get_logged_model(user.data.tags["made"].removeprefix("by ")).name)
 
 
+@pytest.mark.usefixtures("own_state")
 def test_a_run_that_names_the_model_of_a_parked_run_waits_and_says_for_which(
     mlflow_server: MlflowServer,
     experiment_name: str,
@@ -123,7 +125,6 @@ def test_a_run_that_names_the_model_of_a_parked_run_waits_and_says_for_which(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """For as long as that takes: the model's id is known only when its run is delivered."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr("mlflow_outbox_worker.calls._PATIENCE", 2.0)
     with tracking("outbox+http://127.0.0.1:9", tmp_path / "outbox", worker="none", exit_timeout=0) as mlflow:
         maker, user = log_model_and_user(mlflow, deleted, experiment_name)

@@ -74,7 +74,7 @@ class Outbox:
         self.settings = settings
         self.worker_kind = worker
         self.counters = Counters()
-        self.guard = DiskGuard(directory, settings)
+        self.guard = DiskGuard(directory, settings, self.counters)
         self._tally = Tally(directory.path, self.counters)
         self._caretaker = Caretaker(settings.sync_interval, self.counters, each_round=self._look)
         self._pid = os.getpid()

@@ -42,7 +42,7 @@ class Pace:
         self._due = now
 
     def pause(self, now: float) -> float:
-        """Return the seconds until the next round, with which it is taken for done.
+        """Return the seconds until the next round; to be called once for each round.
 
         Args:
             now: seconds of the same clock.

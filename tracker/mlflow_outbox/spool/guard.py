@@ -5,28 +5,29 @@ deleted to make room: at the cap the newest events are refused and counted, and 
 delivery has made room (``mlflow_outbox_worker.room``).
 
 Free space is one question. The size of the outbox is one for each of its files (``extent``). A walk that is not done at
-once goes on in another process, while a thread waits for it: neither the round of syncing that asked for it nor the
+once is made by another process, while a thread waits for it: neither the round of syncing that asked for it nor the
 program's threads do. Walks take a hundredth of the time; a tenth while something depends on them: events are refused,
 or so much of the disk's free space is gone that the outbox may be near its cap.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import extent
 from mlflow_outbox.spool.directory import OutboxDirectory
 
 #: Seconds between two measurements of the outbox's size, at least, while nothing is refused.
 _MEASURE_EVERY: Final = 10.0
-#: Times as long as a measurement took until the next one; the first when its result is waited for.
-_URGENT, _USUAL = 10.0, 100.0
+#: Times as long as a measurement took until the next one: while its result is waited for, and else.
+_URGENT: Final = 10.0
+_USUAL: Final = 100.0
 #: Seconds; what takes no longer is done here and now, and at each look while events are refused.
 _QUICK: Final = 0.05
 
@@ -37,14 +38,20 @@ class DiskGuard:
     Args:
         directory: the outbox.
         settings: ``outbox_bytes`` and ``free_bytes``.
+        counters: where a size that had to be measured here, or could not be, is counted.
         clock: seconds of a clock that never goes back.
     """
 
     def __init__(
-        self, directory: OutboxDirectory, settings: Settings, clock: Callable[[], float] = time.monotonic
+        self,
+        directory: OutboxDirectory,
+        settings: Settings,
+        counters: Counters,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
         self._settings = settings
+        self._counters = counters
         self._clock = clock
         self._reason: str | None = None
         self._thread: threading.Thread | None = None
@@ -96,12 +103,16 @@ class DiskGuard:
 
         def go_on() -> None:
             found = extent.measured_apart(directory.path)
-            self._note(used + sum(rest) if found is None else found, free, begin)
+            if found is None:
+                self._counters.add("size_measured_here")
+                found = used + sum(rest)
+            self._note(found, free, begin)
 
         self._thread = threading.Thread(target=go_on, name="mlflow-outbox-size", daemon=True)
-        # No threads left, or the interpreter exits: tried again at the next look.
-        with contextlib.suppress(RuntimeError):
+        try:
             self._thread.start()
+        except RuntimeError:  # no threads left, or the interpreter exits: tried again at the next look
+            self._counters.add("size_not_measured")
 
     def _note(self, used: int, free: int, begin: float) -> None:
         now = self._clock()
