@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,6 +164,44 @@ def test_a_large_outbox_is_measured_by_another_process(tmp_path: Path, monkeypat
         assert here == counters["size_measured_here"]
         looker.look()
         assert "outbox_bytes" in str(looker.reason())
+
+
+def test_a_measurement_does_not_wait_for_a_child_that_is_forked_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F05: the child has a copy of all descriptors, and may live for days."""
+    monkeypatch.setattr(extent, "_LONGEST", 60.0)
+    (tmp_path / "file").write_bytes(b"x" * 100)
+    forking = tmp_path / "forking"
+    forking.write_text(f"""#!{sys.executable}
+import os, sys
+child = os.fork()
+if child == 0:
+    os.execvp("sleep", ["sleep", "60"])
+open({str(tmp_path / "child")!r}, "w").write(f"{{child:10}}")
+os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
+""")
+    forking.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(forking))
+    begin = time.monotonic()
+    size = extent.measured_apart(tmp_path)
+    spent = time.monotonic() - begin
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    assert 110 + forking.stat().st_size == size
+    assert spent < 30
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo 1; exit 1", "echo text", "exec sleep 600"])
+def test_a_process_that_does_not_measure_is_passed(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What calls itself Python may be something else."""
+    monkeypatch.setattr(extent, "_LONGEST", 0.5)
+    other = tmp_path / "python"
+    other.write_text(f"#!/bin/sh\n{script}\n")
+    other.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(other))
+    assert extent.measured_apart(tmp_path) is None
 
 
 def test_a_size_that_no_thread_can_measure_is_counted_and_asked_for_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,19 +16,24 @@ from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, store, tracking
 from servers import MlflowServer, eventually
 
+#: The threads that there were when the test began.
+_earlier: set[threading.Thread] = set()
+
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Look at the stores often, and end with the thread that does so ended."""
+    """Look at the stores often; begin and end with the thread that does so ended."""
     monkeypatch.setattr(rest, "_LOOK", 0.02)
     monkeypatch.setattr(rest, "_watched", set())
+    eventually(lambda: rest._thread is None, message="the stores of earlier tests of this process are let go")
+    monkeypatch.setattr(sys.modules[__name__], "_earlier", set(threading.enumerate()))
     yield
     eventually(lambda: rest._thread is None, message="nobody is left to be put to rest")
 
 
 def threads(*names: str) -> list[str]:
-    """Return this package's threads whose names begin with one of those given."""
-    return [one.name for one in threading.enumerate() if one.name.startswith(names)]
+    """Return this package's threads whose names begin with one of those given, earlier tests' aside."""
+    return [one.name for one in threading.enumerate() if one.name.startswith(names) and one not in _earlier]
 
 
 def open_files(below: Path) -> list[str]:

@@ -278,13 +278,15 @@ def test_a_run_without_an_outbox_swallows_everything() -> None:
 
 def test_a_run_leaves_its_host_as_it_was(kit: Kit) -> None:
     """Nothing in the current directory, environment, umask, logging, signal handlers or threads is touched."""
+    threads = set(threading.enumerate())  # those of other tests of this process may end meanwhile
 
     def state() -> Any:
         umask = os.umask(0o22)
         os.umask(umask)
         root = logging.getLogger()
         handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-        return dict(os.environ), umask, root.level, root.handlers[:], handlers, threading.active_count(), os.getcwd()
+        started = set(threading.enumerate()) - threads
+        return dict(os.environ), umask, root.level, root.handlers[:], handlers, started, os.getcwd()
 
     before = state()
     kit.run.begin("n", "u", {}, None, resumed=False)

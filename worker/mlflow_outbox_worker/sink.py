@@ -8,7 +8,7 @@ times. All methods may be called from several threads at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -143,8 +143,17 @@ class Sink(Protocol):
         """Set a run's status and its end time."""
         ...
 
-    def upload(self, run_id: str, file: Path, artifact_path: str) -> None:
-        """Store the content of file as artifact_path (file name included), replacing what was there."""
+    def upload(
+        self, run_id: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Store the content of file as artifact_path (file name included), replacing what was there.
+
+        Args:
+            run_id: MLflow's id of the run.
+            file: the content.
+            artifact_path: relative POSIX path.
+            is_replaced: asked where something else can be seen in the place: whether that was logged later, and stays.
+        """
         ...
 
     def create_experiment(self, name: str, artifact_location: str | None, tags: Mapping[str, str]) -> str:
@@ -163,7 +172,9 @@ class Sink(Protocol):
         """Return MLflow's artifact URI of a "run", a "model" or an "experiment"."""
         ...
 
-    def upload_for(self, kind: str, owner: str, file: Path, artifact_path: str) -> None:
+    def upload_for(
+        self, kind: str, owner: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+    ) -> None:
         """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
         ...
 

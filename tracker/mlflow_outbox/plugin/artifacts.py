@@ -8,7 +8,7 @@ Three kinds of URI lead here.
 * Everything else (``s3:``, a directory) stays as it is too. MLflow's client writes to such storage itself, so each
   scheme is claimed when the first URI of it is shown: below the places of this outbox's runs and models the repository
   is ours, elsewhere the one that was registered. Programs open what is in a directory: there a file is copied into
-  the outbox, for replays, and in its place at once; the worker copies it again, in order.
+  the outbox, for replays, and in its place at once; the worker makes sure of it (``placing``).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Artifact, FileFor
+from mlflow_outbox.spool.placing import placing
 from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path
 
 if TYPE_CHECKING:
@@ -88,13 +89,13 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             MlflowException: the path is none that MLflow takes, or a file cannot be copied.
         """
         verify_artifact_path(artifact_path)
-        if self._place is not None:
-            with contextlib.suppress(OSError, MlflowException):  # empty directories too, which the worker does not make
-                self._place.log_artifacts(local_dir, artifact_path)
         for folder, folders, names in os.walk(local_dir):
             folders.sort()
             below = Path(os.path.relpath(folder, local_dir)).as_posix()
             target = posixpath.normpath(posixpath.join(artifact_path or "", below))
+            if self._place is not None:
+                with contextlib.suppress(OSError):  # empty ones too, which the worker does not make
+                    os.makedirs(os.path.join(self._place.artifact_dir, target), exist_ok=True)
             for name in sorted(names):
                 self._stage(os.path.join(folder, name), "" if target == "." else target)
         self._store.arrivals.wait()
@@ -111,13 +112,18 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 run.journal.sync_later(copies, kept.sha256)
         except (ArtifactRefused, InvalidEvent, OSError) as error:
             raise MlflowException.invalid_parameter_value(f"the file {file!r} cannot be logged: {error}") from error
-        if self._kind == "run":
-            run.append(Artifact(path, kept.sha256, kept.size, now_ms()))
+        if self._place is None or run.journal.directory.network:
+            hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         else:
-            run.append(FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms()))
-        if self._place is not None:
-            with contextlib.suppress(OSError, MlflowException):  # the worker will do it, or say why it cannot
-                self._place.log_artifact(file, folder or None)
+            hold = placing(copies.path / kept.sha256)
+        with hold:
+            if self._kind == "run":
+                run.append(Artifact(path, kept.sha256, kept.size, now_ms()))
+            else:
+                run.append(FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms()))
+            if self._place is not None:
+                with contextlib.suppress(OSError, MlflowException):  # the worker will do it, or say why it cannot
+                    self._place.log_artifact(file, folder or None)
 
     def _owner_name(self) -> str:
         return f"model:{self._id}" if self._kind == "model" else f"uri:{_root(self.artifact_uri, self._below)}"

@@ -21,6 +21,8 @@ _MANY: Final = 200
 _NAME: Final = 80
 #: Seconds for the other process; what calls itself Python may be something else.
 _LONGEST: Final = 600.0
+#: Bytes of its answer, at most: one number.
+_ANSWER: Final = 64
 
 
 def sizes(path: str | os.PathLike[str]) -> Iterator[int]:
@@ -57,18 +59,25 @@ def measured_apart(path: str | os.PathLike[str]) -> int | None:
     if not sys.executable or getattr(sys, "frozen", False):
         return None
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, os.fspath(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # ctrl-C is for the program
-            check=True,
-            timeout=_LONGEST,
         )
-        return int(done.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except OSError:
         return None
+    with process.stdout as answer:  # type: ignore[union-attr]  # it is a pipe
+        try:
+            # Not to the end of the pipe, which a child that the program forks meanwhile holds open too.
+            return int(os.read(answer.fileno(), _ANSWER)) if process.wait(_LONGEST) == 0 else None
+        except (OSError, ValueError):
+            return None
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -50,8 +50,17 @@ class Artifacts:
         self._host = host
         self._store = store
 
-    def upload(self, artifact_uri: str, file: Path, artifact_path: str) -> None:
-        """Store a file under a run's artifact URI."""
+    def upload(
+        self, artifact_uri: str, file: Path, artifact_path: str, is_replaced: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Store a file under a run's artifact URI.
+
+        Args:
+            artifact_uri: of the run, model or trace.
+            file: the content.
+            artifact_path: relative POSIX path below the URI.
+            is_replaced: asked where the place is a file here that has another content: whether that is a later one.
+        """
         folder, name = posixpath.split(_checked_path(artifact_path))
         _readable(file)
         scheme = urlsplit(artifact_uri).scheme
@@ -66,6 +75,8 @@ class Artifacts:
                 place = Path(repository.artifact_dir, folder, name)
             with _named(file, name) as alias:
                 if place is None or not _same(place, file):
+                    if place is not None and place.is_file() and is_replaced():
+                        return
                     repository.log_artifact(str(alias), folder or None)
                 if place is not None and _mode(place) == _mode(file):
                     # Our copy is private (0600) and the repository keeps modes; others read artifacts as a rule.

@@ -146,9 +146,11 @@ class Recorder:
         self._store.update_run_info(run_id, RunStatus.from_string(status), end_time_ms, None)
 
     @_translated
-    def upload(self, run_id: str, file: Path, artifact_path: str) -> None:
+    def upload(
+        self, run_id: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+    ) -> None:
         """Store the content of file as artifact_path (file name included), replacing what was there."""
-        self._opened.artifacts.upload(self._artifact_uri(run_id), file, artifact_path)
+        self._opened.artifacts.upload(self._artifact_uri(run_id), file, artifact_path, is_replaced)
 
     @_translated
     def create_experiment(self, name: str, artifact_location: str | None, tags: Mapping[str, str]) -> str:
@@ -179,10 +181,12 @@ class Recorder:
         return self._artifact_uri(subject) if kind == "run" else calls.artifact_location(self._store, kind, subject)
 
     @_translated
-    def upload_for(self, kind: str, owner: str, file: Path, artifact_path: str) -> None:
+    def upload_for(
+        self, kind: str, owner: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+    ) -> None:
         """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
         uri = owner if kind == "uri" else calls.artifact_location(self._store, kind, owner)
-        self._opened.artifacts.upload(uri, file, artifact_path)
+        self._opened.artifacts.upload(uri, file, artifact_path, is_replaced)
 
     @_translated
     def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:
