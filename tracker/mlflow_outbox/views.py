@@ -48,11 +48,12 @@ class Latest(msgspec.Struct, array_like=True):
 
 
 class File(msgspec.Struct, array_like=True):
-    """An artifact: digest, size in bytes, time in ms."""
+    """An artifact: digest, size in bytes, time in ms, and the directory in which the call has put it itself."""
 
     sha256: str
     size: int
     time_ms: int
+    placed: str = ""
 
 
 class Kept(msgspec.Struct, array_like=True):
@@ -102,13 +103,14 @@ class RunView(msgspec.Struct):
             for key, text in event.values.items():
                 self.set_tag(key, text, event.time_ms, writer)
         elif isinstance(event, Artifact):
-            self.artifacts[event.path] = File(event.sha256, event.size, event.time_ms)
+            self.artifacts[event.path] = File(event.sha256, event.size, event.time_ms, event.placed)
         elif isinstance(event, RunStarted):
             self._started(event, writer)
         elif isinstance(event, Request):
             self._requested(event, writer)
         elif isinstance(event, FileFor):
-            self.files.setdefault(event.owner, {})[event.path] = File(event.sha256, event.size, event.time_ms)
+            files = self.files.setdefault(event.owner, {})
+            files[event.path] = File(event.sha256, event.size, event.time_ms, event.placed)
         elif isinstance(event, RunEnded) and wins(self.status, event.time_ms, writer):
             self.status = Register(event.status, event.time_ms, writer)
             self.end_time_ms = event.time_ms if event.status not in {"RUNNING", "SCHEDULED"} else None

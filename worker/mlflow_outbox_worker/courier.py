@@ -98,7 +98,7 @@ class Courier:
         #: its log without a word, and then a window that was delivered is read again with nothing to mark it.
         self._certain: set[str] = set()
         self._calls = Calls(source, sink, ledger)
-        self._requests = Requests(source, sink, self._calls, counters, now_ms=now_ms)
+        self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
 
     def turn(self, run_id: str) -> Turn:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
-from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
+from mlflow_outbox.spool import placement
 from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnded, encode
-from mlflow_outbox.spool.placing import is_placed
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
 from mlflow_outbox_worker.calls import Calls
@@ -24,9 +24,6 @@ from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
 T = TypeVar("T")
-
-#: Seconds that a file is waited for which a call is just putting in its place.
-_PATIENCE: Final = 30.0
 
 
 class Later(Exception):
@@ -74,17 +71,13 @@ class Requests:
         source: where the runs' files are.
         sink: the tracking store.
         calls: rewrites ids, and makes the requests that belong to no run.
-        counters: what happened, by reason.
         now_ms: wall-clock milliseconds since the epoch.
     """
 
-    def __init__(
-        self, source: Source, sink: Sink, calls: Calls, counters: Counters, *, now_ms: Callable[[], int]
-    ) -> None:
+    def __init__(self, source: Source, sink: Sink, calls: Calls, *, now_ms: Callable[[], int]) -> None:
         self._source = source
         self._sink = sink
         self._calls = calls
-        self._counters = counters
         self._now_ms = now_ms
 
     def make(self, record: RunRecord, step: Step, dead: list[DeadLetter]) -> None:
@@ -138,9 +131,10 @@ class Requests:
         if file.stat().st_size != artifact.size:
             dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} has not the size it had"))
             return
-        self._wait_for_place(file)
         try:
-            self._sink.upload(record.remote_id, file, path, is_replaced=lambda: self._is_replaced(record, artifact))
+            self._sink.upload(
+                record.remote_id, file, path, is_replaced=lambda place: self._is_replaced(record, artifact, place)
+            )
         except SinkError as error:
             outcome = self._answered(error, "upload")
             if outcome.kind != "already_applied":
@@ -165,7 +159,6 @@ class Requests:
         if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
             dead.append(self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox"))
             return
-        self._wait_for_place(copy)
         try:
             path = checked_artifact_path(file.path)
             with self._calls.content(copy, path, of=record.run_id) as content:
@@ -174,7 +167,8 @@ class Requests:
                     self._calls.rewritten(owner, of=record.run_id),
                     content,
                     path,
-                    is_replaced=lambda: self._is_replaced(record, file),
+                    # With other ids in it than the call knew, it is not what the call has put there.
+                    is_replaced=lambda place: self._is_replaced(record, file, place, rewritten=content != copy),
                 )
         except InvalidEvent as error:
             dead.append(self._own_letter(record, file, str(error)))
@@ -183,12 +177,13 @@ class Requests:
             if outcome.kind != "already_applied":
                 dead.append(self._letter(record, file, error, outcome))
 
-    def _wait_for_place(self, copy: Path) -> None:
-        if not self._source.remote and not is_placed(copy, patience=_PATIENCE):
-            self._counters.add("files_not_awaited")  # a stopped program: an older content may be seen for a moment
-
-    def _is_replaced(self, record: RunRecord, file: Artifact | FileFor) -> bool:
-        """Return whether the journal has a later content of a file that is being delivered."""
+    def _is_replaced(
+        self, record: RunRecord, file: Artifact | FileFor, place: Path, *, rewritten: bool = False
+    ) -> bool:
+        """Return whether what is in a file's place came there later: by the program's hand, or the journal has it."""
+        trusted = not rewritten and not self._source.again
+        if trusted and file.placed and file.placed == placement.identity(place.parent):
+            return True
         is_later = False
         for event in RunReader(*self._source.folders(record.run_id)).each(type(file), record.cursors):
             if event == file:

@@ -144,7 +144,7 @@ class Sink(Protocol):
         ...
 
     def upload(
-        self, run_id: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+        self, run_id: str, file: Path, artifact_path: str, *, is_replaced: Callable[[Path], bool] = lambda _: False
     ) -> None:
         """Store the content of file as artifact_path (file name included), replacing what was there.
 
@@ -152,7 +152,7 @@ class Sink(Protocol):
             run_id: MLflow's id of the run.
             file: the content.
             artifact_path: relative POSIX path.
-            is_replaced: asked where something else can be seen in the place: whether that was logged later, and stays.
+            is_replaced: asked where something else is seen in the place, with its path: whether that stays.
         """
         ...
 
@@ -173,7 +173,13 @@ class Sink(Protocol):
         ...
 
     def upload_for(
-        self, kind: str, owner: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+        self,
+        kind: str,
+        owner: str,
+        file: Path,
+        artifact_path: str,
+        *,
+        is_replaced: Callable[[Path], bool] = lambda _: False,
     ) -> None:
         """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
         ...

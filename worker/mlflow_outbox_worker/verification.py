@@ -2,7 +2,8 @@
 
 "latest" compares what one request tells (status, params, tags, the latest point of each metric) and lists the
 artifacts with their sizes; "full" compares every point of every metric too. What others did to the run in the
-meantime is no difference: a later point, another value of a tag, further params. What MLflow changes by rule is none
+meantime is no difference: a later point, another value of a tag, further params, what a program has added to a file in
+its place (``placement``). What MLflow changes by rule is none
 either: it cuts long values, and its SQL stores hold infinities as the largest finite number (facts, 2a).
 """
 
@@ -22,6 +23,7 @@ import msgspec
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.settings import VerifyLevel
+from mlflow_outbox.spool import placement
 from mlflow_outbox.spool.events import (
     MAX_PARAM_CHARS,
     Artifact,
@@ -199,7 +201,7 @@ def _of_artifacts(sink: Sink, remote_id: str, view: RunView, excused: set[tuple[
             yield f"the artifact {printable(path)!r} is missing"
             continue
         size = folders[folder][held]
-        if size is not None and size != file.size:
+        if size is not None and size != file.size and not placement.is_recent(file.placed):
             yield f"the artifact {printable(path)!r} has {size} bytes, not {file.size}"
 
 

@@ -8,7 +8,7 @@ Three kinds of URI lead here.
 * Everything else (``s3:``, a directory) stays as it is too. MLflow's client writes to such storage itself, so each
   scheme is claimed when the first URI of it is shown: below the places of this outbox's runs and models the repository
   is ours, elsewhere the one that was registered. Programs open what is in a directory: there a file is copied into
-  the outbox, for replays, and in its place at once; the worker makes sure of it (``placing``).
+  the outbox, for replays, and in its place at once; the worker makes sure of it (``placement``).
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from mlflow.utils.uri import get_uri_scheme
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
 from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.wrapped import Away
-from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool import placement, provisional
 from mlflow_outbox.spool.events import Artifact, FileFor
-from mlflow_outbox.spool.placing import placing
 from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path
 
 if TYPE_CHECKING:
@@ -112,18 +111,22 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 run.journal.sync_later(copies, kept.sha256)
         except (ArtifactRefused, InvalidEvent, OSError) as error:
             raise MlflowException.invalid_parameter_value(f"the file {file!r} cannot be logged: {error}") from error
-        if self._place is None or run.journal.directory.network:
-            hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        placed = self._put_in_place(file, folder)  # first: an event that says so is true whenever the program dies
+        if self._kind == "run":
+            run.append(Artifact(path, kept.sha256, kept.size, now_ms(), placed))
         else:
-            hold = placing(copies.path / kept.sha256)
-        with hold:
-            if self._kind == "run":
-                run.append(Artifact(path, kept.sha256, kept.size, now_ms()))
-            else:
-                run.append(FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms()))
-            if self._place is not None:
-                with contextlib.suppress(OSError, MlflowException):  # the worker will do it, or say why it cannot
-                    self._place.log_artifact(file, folder or None)
+            run.append(FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms(), placed))
+
+    def _put_in_place(self, file: str, folder: str) -> str:
+        """Copy a file to a directory where others open it; return which one, "" when the worker is to do it."""
+        if self._place is None:
+            return ""
+        try:
+            self._place.log_artifact(file, folder or None)
+            return placement.identity(os.path.join(self._place.artifact_dir, folder))
+        except (OSError, MlflowException):
+            self._store.outbox.counters.add("files_not_placed")  # the worker will do it, or say why it cannot
+            return ""
 
     def _owner_name(self) -> str:
         return f"model:{self._id}" if self._kind == "model" else f"uri:{_root(self.artifact_uri, self._below)}"
@@ -164,12 +167,17 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 continue
             head, _, below = rest.partition("/")
             shown = posixpath.join(folder, head)
+            if self._place is not None and shown in found:
+                continue  # as it is in its place, where the program may have gone on writing to it
             found[shown] = FileInfo(shown, is_dir=bool(below), file_size=None if below else file.size)
         cut = len(self._below) + 1 if self._below else 0
         infos = [FileInfo(info.path[cut:], info.is_dir, info.file_size) for info in found.values()]
         return sorted(infos, key=lambda info: info.path)
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
+        if self._place is not None and os.path.isfile(os.path.join(self._place.artifact_dir, remote_file_path)):
+            self._place._download_file(remote_file_path, local_path)
+            return
         path = posixpath.join(self._below, remote_file_path)
         local, pending = self._local()
         if path in pending and self._copied(pending[path], local_path):

@@ -90,12 +90,14 @@ class Artifact(msgspec.Struct, array_like=True, tag=6, frozen=True):
         path: where MLflow shows it: a relative POSIX path, the file name included.
         sha256: hex digest of the content, which is also the copy's name under ``files/``.
         size: bytes.
+        placed: the directory in which the call has put the file itself (``placement``); "" when it has not.
     """
 
     path: str
     sha256: str
     size: int
     time_ms: int
+    placed: str = ""
 
 
 class RunEnded(msgspec.Struct, array_like=True, tag=7, frozen=True, gc=False):
@@ -138,6 +140,7 @@ class FileFor(msgspec.Struct, array_like=True, tag=10, frozen=True):
         path: relative POSIX path below the owner's artifacts, the file name included.
         sha256: hex digest of the content, which is also the copy's name under ``files/``.
         size: bytes.
+        placed: as in ``Artifact``.
     """
 
     owner: str
@@ -145,6 +148,7 @@ class FileFor(msgspec.Struct, array_like=True, tag=10, frozen=True):
     sha256: str
     size: int
     time_ms: int
+    placed: str = ""
 
 
 Event = Union[RunStarted, Metric, Metrics, Params, Tags, Artifact, RunEnded, SegmentClosed, Request, FileFor]  # noqa: UP007 - msgspec needs the runtime object on 3.10

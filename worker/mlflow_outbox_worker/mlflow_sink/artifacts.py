@@ -51,7 +51,7 @@ class Artifacts:
         self._store = store
 
     def upload(
-        self, artifact_uri: str, file: Path, artifact_path: str, is_replaced: Callable[[], bool] = lambda: False
+        self, artifact_uri: str, file: Path, artifact_path: str, is_replaced: Callable[[Path], bool] = lambda _: False
     ) -> None:
         """Store a file under a run's artifact URI.
 
@@ -59,7 +59,7 @@ class Artifacts:
             artifact_uri: of the run, model or trace.
             file: the content.
             artifact_path: relative POSIX path below the URI.
-            is_replaced: asked where the place is a file here that has another content: whether that is a later one.
+            is_replaced: asked where a file here has another content, with its path: whether that is a later one.
         """
         folder, name = posixpath.split(_checked_path(artifact_path))
         _readable(file)
@@ -75,7 +75,7 @@ class Artifacts:
                 place = Path(repository.artifact_dir, folder, name)
             with _named(file, name) as alias:
                 if place is None or not _same(place, file):
-                    if place is not None and place.is_file() and is_replaced():
+                    if place is not None and place.is_file() and is_replaced(place):
                         return
                     repository.log_artifact(str(alias), folder or None)
                 if place is not None and _mode(place) == _mode(file):

@@ -147,7 +147,7 @@ class Recorder:
 
     @_translated
     def upload(
-        self, run_id: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+        self, run_id: str, file: Path, artifact_path: str, *, is_replaced: Callable[[Path], bool] = lambda _: False
     ) -> None:
         """Store the content of file as artifact_path (file name included), replacing what was there."""
         self._opened.artifacts.upload(self._artifact_uri(run_id), file, artifact_path, is_replaced)
@@ -182,7 +182,13 @@ class Recorder:
 
     @_translated
     def upload_for(
-        self, kind: str, owner: str, file: Path, artifact_path: str, *, is_replaced: Callable[[], bool] = lambda: False
+        self,
+        kind: str,
+        owner: str,
+        file: Path,
+        artifact_path: str,
+        *,
+        is_replaced: Callable[[Path], bool] = lambda _: False,
     ) -> None:
         """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
         uri = owner if kind == "uri" else calls.artifact_location(self._store, kind, owner)
