@@ -1,4 +1,4 @@
-"""Files that a call puts in a directory itself: what the program makes of them stays, what a power cut does does not."""
+"""Files that a call puts in a directory itself: what programs make of them there stays, and what power cuts do not."""
 
 from __future__ import annotations
 
