@@ -133,6 +133,13 @@ MUTANTS: Final = [
         "tests/test_reader.py::test_a_gap_that_only_a_header_tells_is_counted_once_and_not_waited_for",
     ),
     Mutant(
+        "wait for the number of a header that is all that is left of a writer",
+        "tracker/mlflow_outbox/spool/window.py",
+        "        elif self.cursor is not None or self._seq == 0:\n            return\n",
+        "        else:\n            return\n",
+        "tests/test_reader.py::test_wherever_a_cut_comes_nothing_is_waited_for_that_will_not_come",
+    ),
+    Mutant(
         "pickle in the ledger",
         "worker/mlflow_outbox_worker/disk.py",
         "        if type(mode) is int and mode == RAW and",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -112,6 +113,31 @@ def test_a_gap_that_only_a_header_tells_is_counted_once_and_not_waited_for(tmp_p
     assert RunReader(tmp_path).next_numbers() == {first.writer: window.cursors[first.writer].seq}
     again = RunReader(tmp_path).window(window.cursors)
     assert (0, [], window.cursors) == (again.missing, again.events, again.cursors)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_wherever_a_cut_comes_nothing_is_waited_for_that_will_not_come(zeros: bool, tmp_path: Path) -> None:
+    """F18: any of four segments absent, and another one cut, or full of zeros, from any byte of its events on."""
+    heads = [header(ordinal=number, first_seq=number * 3) for number in range(3)]
+    absences = [set(absent) for count in range(3) for absent in itertools.combinations(range(3), count)]
+    for absent, damaged in itertools.product(absences, range(3)):
+        if damaged in absent:
+            continue
+        folder = tmp_path / f"{absent}-{damaged}"
+        for head in heads:
+            if head.ordinal not in absent:
+                events = map(metric, range(head.first_seq, head.first_seq + 3))
+                frames = [*packed(events, head), closing(head.first_seq + 3, head, rotated=True)]
+                os.utime(write_segment(folder, head, frames), (1, 1))
+        path = folder / f"{heads[damaged].writer}-{damaged:06d}.log"
+        whole = path.read_bytes()
+        body = len(frame.pack_header(heads[damaged]))
+        for size in (*range(0, body, 25), *range(body, len(whole))):
+            path.write_bytes(whole[:size] + bytes(len(whole) - size if zeros else 0))
+            os.utime(path, (1, 1))
+            cursors = Everything(folder).cursors
+            for name, end in RunReader(folder).next_numbers().items():
+                assert end == cursors.get(name, Cursor()).seq, (absent, damaged, size)
 
 
 def test_a_run_begins_with_its_start_however_many_tags_it_has(tmp_path: Path) -> None:

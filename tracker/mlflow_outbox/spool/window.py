@@ -175,8 +175,11 @@ class WriterPass:
         if 0 < ahead < 1 << 31:
             self.missing += ahead
             self._seq = segment.header.first_seq
-            before = self.cursor or Cursor(segment.header.ordinal, segment.body, 0)
-            self.cursor = Cursor(before.ordinal, before.offset, self._seq)
+        elif self.cursor is not None or self._seq == 0:
+            return
+        # Also where it is the first that is left of this writer, and nothing else: its number was reached too.
+        before = self.cursor or Cursor(segment.header.ordinal, segment.body, 0)
+        self.cursor = Cursor(before.ordinal, before.offset, self._seq)
 
     def _was_moved(self, segment: SegmentFile) -> bool:
         """Return whether a segment that is gone was moved while this reader looked, and not reclaimed by a worker."""
