@@ -15,6 +15,7 @@ from mlflow_outbox.spool import placement
 from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
 from plugin_world import deliver, store, tracking
 from replays import command
+from servers import eventually
 
 Script = Callable[[Any, Path], None]
 
@@ -133,6 +134,21 @@ def test_a_program_may_go_on_writing_to_what_it_has_logged(
     assert "another" == (places[0] / "sub" / "replaced.txt").read_text()
     with client(sqlite_uri) as api:
         assert ["FINISHED"] == [run.info.status for run in api.search_runs(["0"])]
+
+
+def test_what_a_program_has_added_is_no_difference_when_the_run_is_read_back(sqlite_uri: str, tmp_path: Path) -> None:
+    """The run is verified at once, and nothing of it is sent again."""
+    uri = f"outbox+{sqlite_uri}"
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        with mlflow.start_run() as run:
+            mlflow.log_text("one", "a.txt")
+            place = Path(run.info.artifact_uri.removeprefix("file://"), "a.txt")
+            place.write_text("one and more")
+        deliver(uri)
+        counters = store(uri).outbox.counters
+        eventually(lambda: counters["runs_verified"], message="the run is read back")
+        assert 0 == counters["verification_differences"]
+    assert "one and more" == place.read_text()
 
 
 def test_what_a_power_cut_took_from_its_place_is_there_again(
