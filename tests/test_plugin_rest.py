@@ -25,7 +25,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Look at the stores often; begin and end with the thread that does so ended."""
     monkeypatch.setattr(rest, "_LOOK", 0.02)
     monkeypatch.setattr(rest, "_watched", set())
-    eventually(lambda: rest._thread is None, message="the stores of earlier tests of this process are let go")
+    eventually(lambda: rest._thread is None, 60, "the stores of earlier tests of this process are let go")
     monkeypatch.setattr(sys.modules[__name__], "_earlier", set(threading.enumerate()))
     yield
     eventually(lambda: rest._thread is None, message="nobody is left to be put to rest")
