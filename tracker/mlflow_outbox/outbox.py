@@ -122,12 +122,17 @@ class Outbox:
                     )
 
     def _look(self) -> None:
-        """Look at the disk budget, and replace a worker that has died, in the background."""
+        """Look at the disk budget, and see to it that somebody delivers while somebody logs, in the background.
+
+        A worker may have died, or could not be started, or ended with another tracker of this outbox.
+        """
         self.guard.look()
         self._tally.note()
         worker = self._worker
         if worker is not None and not worker.is_alive():
             self.counters.add("workers_replaced")
+            self._wake()
+        elif worker is None and self.worker_kind != "none" and self._caretaker.is_watching:
             self._wake()
 
     def sync(self) -> None:
@@ -161,11 +166,11 @@ class Outbox:
             journal.close()
         if delivers and not delivery.flush(self, timeout):
             return False
+        self._caretaker.stop()  # before the worker, or a round of it would miss that
         with self._lock:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop(timeout=1.0)
-        self._caretaker.stop()
         if delivers and not delivery.flush(self, 0):  # logged meanwhile, and told to a worker that was on its way out
             self._wake()
             return False
@@ -174,6 +179,8 @@ class Outbox:
     def close(self, timeout: float) -> FlushResult:
         """Close the journals, deliver within a time, and stop this process's worker.
 
+        Another tracker that logs to this outbox meanwhile or afterwards gets a worker again.
+
         Args:
             timeout: seconds for delivery.
         """
@@ -181,11 +188,11 @@ class Outbox:
             journal.close()
         self._tally.note()
         result = self.flush(timeout)
+        self._caretaker.stop()  # before the worker, or a round of it would miss that
         with self._lock:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop(timeout=1.0)
-        self._caretaker.stop()
         for journal in list(self._journals):
             journal.release()
         return result
@@ -196,7 +203,7 @@ class Outbox:
         for journal in journals:
             journal.close()
         self._tally.note()
-        self._caretaker.stop()
+        self._caretaker.stop(for_good=True)
         if self._pid == os.getpid() and any(journal.events for journal in journals):
             if self.worker_kind == "none":
                 _say_what_is_left(self, sum(journal.events for journal in journals if self._is_left(journal)), 0)

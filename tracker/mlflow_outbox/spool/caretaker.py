@@ -111,9 +111,17 @@ class Caretaker:
             self._thread = threading.current_thread()
             return False
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether there is a journal that is open, or not clean yet."""
+        return any(not journal.is_idle for journal in list(self._watched.values()))
+
     def round(self) -> None:
         """Sync all watched journals once, and let go of those that are closed and clean."""
         self._each_round()
+        self._sync()
+
+    def _sync(self) -> None:
         for key, journal in list(self._watched.items()):
             try:
                 journal.sync()
@@ -125,12 +133,18 @@ class Caretaker:
                 if not journal.is_idle:  # an append slipped in between
                     self._watched[key] = journal
 
-    def stop(self) -> None:
-        """Do a last round and end the thread; a journal that is used again starts a new one."""
+    def stop(self, *, for_good: bool = False) -> None:
+        """Sync once more and end the thread; a journal that is used, now or again, gets a new one.
+
+        Args:
+            for_good: the interpreter exits, and nothing is begun any more.
+        """
         with self._lock:
             self._stop.set()
             self._stop, self._thread = threading.Event(), None
-        self.round()
+        self._sync()
+        if self._watched and not for_good:  # somebody else's, who goes on logging to this outbox
+            self._start()
 
 
 #: All caretakers of this process, so that a forked child can begin anew.

@@ -1,0 +1,88 @@
+"""One process's end of an outbox, which several trackers may share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import QUICK
+from mlflow_outbox import FlushResult, MLflowTracker, delivery
+from mlflow_outbox.outbox import Outbox
+from mlflow_outbox_worker.flush import Watch
+from servers import eventually
+
+
+def left(outbox: Outbox) -> FlushResult:
+    """Return what an outbox's ledger says, without waking anybody."""
+    return Watch(outbox.directory, outbox.settings).measure()[0]
+
+
+def test_closing_one_tracker_leaves_another_of_its_outbox_the_worker(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one logs while the first is closed: what it goes on to log is delivered, though its segment is open."""
+    first, second = (MLflowTracker(name, sqlite_uri, outbox_dir=tmp_path, settings=QUICK) for name in ("a", "b"))
+    outbox = second._outbox
+    assert outbox is not None
+    assert outbox is first._outbox
+    first.start_run("a").log_metric("loss", 0.5, step=0)
+    run = second.start_run("b")
+    flush = delivery.flush
+
+    def meanwhile(of: Outbox, timeout: float | None) -> FlushResult:
+        run.log_metric("loss", 0.5, step=1)
+        return flush(of, timeout)
+
+    monkeypatch.setattr(delivery, "flush", meanwhile)
+    assert first.close(60)
+    monkeypatch.undo()
+    run.log_metric("loss", 0.5, step=2)
+    eventually(lambda: left(outbox).pending == 0, 60, "the second tracker's events")
+    assert second.close(60)
+
+
+def test_closing_one_tracker_leaves_another_of_its_outbox_the_syncing(tmp_path: Path) -> None:
+    """What the other one logs afterwards survives a power cut after the interval, though nobody began a segment."""
+    first, second = (
+        MLflowTracker(name, "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none", settings=QUICK) for name in "ab"
+    )
+    run = second.start_run("b")
+    journal: Any = run._journal
+    outbox = first._outbox
+    assert outbox is not None
+    stop = outbox._caretaker.stop
+
+    def meanwhile(**how: bool) -> None:
+        run.log_metric("loss", 0.5, step=1)
+        stop(**how)
+
+    outbox._caretaker.stop = meanwhile  # type: ignore[method-assign]
+    first.close(0)
+    outbox._caretaker.stop = stop  # type: ignore[method-assign]
+    run.log_metric("loss", 0.5, step=2)
+    live = journal._sequence.live
+    eventually(lambda: live.offset == live.synced, message="the second tracker's event was synced")
+    second.close(0)
+
+
+def test_a_worker_that_could_not_be_started_is_started_later(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No thread was left at the first event; the background tries again, though no segment begins."""
+    tracker = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, settings=QUICK)
+
+    def fails(_: Outbox) -> delivery.Worker:
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(delivery, "start", fails)
+    run = tracker.start_run("r")
+    run.log_metric("loss", 0.5, step=0)
+    assert 1 <= tracker.counters["worker_not_started"]
+    monkeypatch.undo()
+    outbox = tracker._outbox
+    assert outbox is not None
+    eventually(lambda: left(outbox).pending == 0, 60, "the event")
+    tracker.close(60)
