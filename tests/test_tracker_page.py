@@ -12,6 +12,7 @@ import pytest
 
 from contents import QUICK, artifact_text, artifacts, client, runs
 from mlflow_outbox import MLflowTracker, Settings, create_tracker
+from mlflow_outbox.errors import InvalidSettings
 from servers import MlflowServer
 
 
@@ -218,6 +219,14 @@ def test_disabled_only_when_nothing_can_be_kept(tmp_path: Path, caplog: pytest.L
     assert [] == tracker.get_all_runs()
     assert tracker.flush()
     assert MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, settings=Settings(disabled=True)).disabled
+
+
+@pytest.mark.parametrize("name", ["", " ", "d" * 501, "\ud800", None])
+def test_a_name_that_no_experiment_can_have_is_refused_at_once(name: Any, tmp_path: Path) -> None:
+    """And not when it is delivered: by then everything that was logged would have to wait for a person."""
+    with pytest.raises(InvalidSettings, match="the experiment name"):
+        MLflowTracker(name, "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.compatibility

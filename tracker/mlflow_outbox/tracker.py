@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 _SUMMARY: Final = "final_summary"
+#: Characters of an experiment's name; MLflow's MAX_EXPERIMENT_NAME_LENGTH.
+_MAX_NAME: Final = 500
 
 
 class MLflowTracker:
@@ -75,6 +77,12 @@ class MLflowTracker:
         except UnicodeEncodeError:
             msg = f"the experiment name {experiment_name!r} is not valid Unicode"
             raise InvalidSettings(msg) from None
+        if len(experiment_name) > _MAX_NAME:
+            msg = (
+                f"the experiment name {shown(experiment_name)} has {len(experiment_name)} characters, "
+                f"MLflow takes at most {_MAX_NAME}; shorten it"
+            )
+            raise InvalidSettings(msg)
         self.experiment_name = str.__str__(experiment_name)
         self._settings = Settings.from_environment() if settings is None else settings
         self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
