@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +239,42 @@ def test_a_member_of_another_kind_than_a_file_refuses_the_bundle(kind: bytes, bu
     with pytest.raises(BundleRefused):
         import_bundle(changed, directory)
     assert not any(directory.runs.iterdir())
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_a_small_file_cannot_fill_the_memory_by_its_headers(kind: bytes, tmp_path: Path) -> None:
+    """What stands in place of a header is read whole before anything is known of the bundle: a long one is refused."""
+    size = 64 * 1024 * 1024
+    bomb = tmp_path / "bomb.tar.gz"
+    head = tarfile.TarInfo("x")
+    head.type, head.size = kind, size
+    with gzip.open(bomb, "wb", compresslevel=1) as file:
+        file.write(head.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(size >> 20):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleRefused):
+            import_bundle(bomb, outbox(tmp_path / "to"))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20
+
+
+def test_a_list_of_holes_refuses_the_bundle(tmp_path: Path) -> None:
+    """It could be as long as it says, in either of the forms that tar has for it."""
+    directory = outbox(tmp_path / "to")
+    for attributes in ({}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}):
+        holes = tmp_path / "holes.tar"
+        with tarfile.open(holes, "w", format=tarfile.PAX_FORMAT) as archive:
+            info = tarfile.TarInfo("manifest.json")
+            info.pax_headers = attributes
+            if not attributes:
+                info.type = tarfile.GNUTYPE_SPARSE
+            archive.addfile(info)
+        with pytest.raises(BundleRefused, match="holes"):
+            import_bundle(holes, directory)
 
 
 def test_a_bundle_of_a_newer_format_says_to_upgrade(bundle: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Final, Literal, NoReturn
+from typing import IO, TYPE_CHECKING, Final, Literal, NoReturn
 
 import msgspec
 
@@ -32,10 +32,18 @@ from mlflow_outbox.errors import DestinationError, OutboxError
 from mlflow_outbox.spool.directory import is_run_id
 from mlflow_outbox.spool.snapshot import is_digest
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 #: Bytes; a manifest of a hundred thousand files is far below.
 _MANIFEST_BYTES: Final = 256 * 1024 * 1024
+#: Members that stand for the header of the next one: long names, attributes. No export's has more than some 300 bytes.
+_EXTENDED: Final = frozenset(
+    {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+)
+_EXTENDED_BYTES: Final = 64 * 1024
 _CHUNK: Final = 1024 * 1024
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,150}\.log", re.ASCII)
 
@@ -96,7 +104,7 @@ def archive_of(path: Path) -> Iterator[tarfile.TarFile]:
         file.seek(0)
         try:
             mode: Literal["r|gz", "r|"] = "r|gz" if magic == b"\x1f\x8b" else "r|"
-            with tarfile.open(fileobj=file, mode=mode) as archive:
+            with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header) as archive:
                 yield archive
         except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError) as error:
             refuse(path, f"is damaged, cut off, or no bundle ({printable(error, 100)})")
@@ -104,6 +112,28 @@ def archive_of(path: Path) -> Iterator[tarfile.TarFile]:
             if error.errno is not None:
                 raise
             refuse(path, f"is damaged or cut off ({printable(error, 100)})")  # gzip's own errors have no number
+
+
+class _Header(tarfile.TarInfo):
+    """The header of a member. What stands in place of one, and tarfile reads whole before anybody sees it, is small."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return what 512 bytes say.
+
+        Raises:
+            tarfile.ReadError: a name or attribute longer than any export's follows, or a list of holes.
+        """
+        found = super().frombuf(buf, encoding, errors)
+        if found.type == tarfile.GNUTYPE_SPARSE or (found.type in _EXTENDED and found.size > _EXTENDED_BYTES):
+            msg = f"a header of {found.size} bytes, or of a file with holes"
+            raise tarfile.ReadError(msg)
+        return found
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        """Refuse the other form of a file with holes, whose list is as long as it says."""
+        msg = "a file with holes"
+        raise tarfile.ReadError(msg)
 
 
 def manifest_of(archive: tarfile.TarFile, path: Path) -> Manifest:
