@@ -134,6 +134,8 @@ def test_a_path_that_no_system_call_takes_is_refused_like_any_other(path: str) -
         make_outbox(Path(path))
     with pytest.raises(OutboxUnusable):
         OutboxDirectory.open(Path(path))
+    with pytest.raises(OutboxUnusable):
+        find_outboxes(Path(path))
 
 
 def test_a_place_where_no_directory_can_be_made_is_refused(tmp_path: Path) -> None:

@@ -302,8 +302,12 @@ def _absolute(path: Path) -> Path:
 
 
 def find_outboxes(root: Path) -> list[Path]:
-    """Return the outboxes at or directly under a directory, sorted by name."""
-    root = Path(os.path.abspath(root.expanduser()))
+    """Return the outboxes at or directly under a directory, sorted by name.
+
+    Raises:
+        OutboxUnusable: the path can be no directory's.
+    """
+    root = _absolute(root)
     if os.path.lexists(root / _IDENTITY):
         return [root]
     try:
