@@ -50,6 +50,18 @@ def test_an_offline_outbox_is_described(here: Here, tmp_path: Path) -> None:
     assert "nobody delivers; mlflow-outbox flush does" in done.out
 
 
+def test_a_segment_that_cannot_be_read_is_named(here: Here, tmp_path: Path) -> None:
+    """Both copies of its header are gone: nothing in it can be delivered, so a person has to know of it."""
+    first, _ = offline(tmp_path, runs=2, points=10)
+    (segment,) = (outbox_of(tmp_path) / "runs" / first).glob("*.log")
+    with segment.open("r+b") as file:
+        file.write(bytes(600))
+    assert 1 == here("status", "-d", tmp_path, "--json").data["outboxes"][0]["unreadable_segments"]
+    done = here("status", "-d", tmp_path)
+    assert "1 segment cannot be read, so that its events are not delivered; see: mlflow-outbox doctor" in done.out
+    assert "13 events wait" in done.out
+
+
 def test_exit_code_only_on_request(here: Here, tmp_path: Path) -> None:
     """A look is no failure; with --exit-code a monitor learns that something is left, and -q keeps it quiet."""
     offline(tmp_path)

@@ -45,6 +45,7 @@ class RunSurvey:
         pending, parked: events that wait for the destination, or for a person.
         waiting_bytes: bytes of segments that they take.
         oldest_ms: wall-clock time of the oldest of them in ms; 0 when nothing waits.
+        unreadable: segments whose beginning is damaged or of a newer version, so that nothing in them is delivered.
     """
 
     run_id: str
@@ -55,6 +56,7 @@ class RunSurvey:
     dead: int
     waiting_bytes: int
     oldest_ms: int
+    unreadable: int = 0
 
     @property
     def waiting(self) -> int:
@@ -112,6 +114,11 @@ class OutboxSurvey:
     def dead(self) -> int:
         """Dead letters."""
         return sum(run.dead for run in self.runs)
+
+    @property
+    def unreadable(self) -> int:
+        """Segments that cannot be read at all."""
+        return sum(run.unreadable for run in self.runs)
 
     @property
     def waiting_bytes(self) -> int:
@@ -206,7 +213,9 @@ def _run(directory: OutboxDirectory, run_id: str, record: RunRecord | None, dead
             waiting_bytes += sum(max(0, _size(segment.path) - max(offset, segment.body)) for segment, offset in rest)
             first = next(filter(None, (_time_of(segment, max(offset, segment.body)) for segment, offset in rest)), 0)
             oldest = min(oldest or first, first or oldest)
-    return RunSurvey(run_id, experiment, record, some.pending, some.parked, dead, waiting_bytes, oldest)
+    return RunSurvey(
+        run_id, experiment, record, some.pending, some.parked, dead, waiting_bytes, oldest, len(reader.bad_headers())
+    )
 
 
 def _time_of(segment: SegmentFile, offset: int) -> int:

@@ -98,6 +98,7 @@ def _outbox_as_data(one: OutboxSurvey) -> dict[str, Any]:
         "dead": one.dead,
         "delivered": one.delivered,
         "refused": dict(one.refused),
+        "unreadable_segments": one.unreadable,
         "bytes": one.waiting_bytes,
         "oldest_seconds": round(one.oldest_seconds, 3),
         "events_per_second": round(one.rate, 1),
@@ -219,6 +220,9 @@ def sentences(one: OutboxSurvey) -> list[Cell]:
     if one.refused:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(one.refused.items()))
         lines.append(Styled(f"programs refused events, which are nowhere: {printable(reasons, 300)}", "red"))
+    if one.unreadable:
+        cannot = f"{terminal.count(one.unreadable, 'segment')} cannot be read, so that its events are not delivered"
+        lines.append(Styled(f"{cannot}; see: mlflow-outbox doctor", "red"))
     if one.unread:
         lines.append(Styled(f"what was delivered cannot be told now: {one.unread}", "red"))
     lines.append(_who(one))
