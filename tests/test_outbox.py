@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contents import QUICK
+from contents import QUICK, the_run
 from mlflow_outbox import FlushResult, MLflowTracker, delivery
 from mlflow_outbox.outbox import Outbox
 from mlflow_outbox_worker.flush import Watch
@@ -86,3 +90,53 @@ def test_a_worker_that_could_not_be_started_is_started_later(
     assert outbox is not None
     eventually(lambda: left(outbox).pending == 0, 60, "the event")
     tracker.close(60)
+
+
+def test_a_ledger_directory_that_is_not_safe_costs_no_event_and_raises_nothing(
+    sqlite_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker says what is wrong and how to mend it; once it is mended, everything arrives."""
+    place = tmp_path / "ledger"
+    place.mkdir()
+    place.chmod(0o755)
+    settings = dataclasses.replace(QUICK, ledger_dir=place)
+    with MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=settings) as tracker:
+        with tracker.start_run("r") as run:
+            run.log_metric("loss", 0.5, step=0)
+        with tracker.start_run(run_id=run.run_id) as again:
+            assert again.log_metric("loss", 0.25, step=1)
+        assert "r" == tracker.get_all_runs()[0]["run_name"]
+        eventually(lambda: "chmod 700" in caplog.text, message="the remedy")
+        assert not tracker.flush(0.1)
+        place.chmod(0o700)
+        assert tracker.flush(60)
+    assert 0.25 == the_run(sqlite_uri, "e").data.metrics["loss"]
+
+
+def test_trouble_of_one_outbox_at_the_exit_is_said_and_does_not_touch_the_others(tmp_path: Path) -> None:
+    """Whatever it is: the program ends as it would, and the others say what they have to say."""
+    program = """
+        import sys
+        from mlflow_outbox import MLflowTracker, Settings
+
+        for name in ("first", "second"):
+            tracker = MLflowTracker(
+                "e", "http://127.0.0.1:9", outbox_dir=f"{sys.argv[1]}/{name}", settings=Settings(exit_timeout=0.1)
+            )
+            tracker.start_run("r").log_metric("loss", 0.5, step=0)
+            if name == "first":
+                def broken(deadline):
+                    raise LookupError("no such thing")
+                tracker._outbox.at_exit = broken
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        capture_output=True,
+        check=False,
+        timeout=120,
+        text=True,
+    )
+    assert 0 == done.returncode
+    assert "Traceback" not in done.stderr
+    assert "at the exit: LookupError('no such thing')" in done.stderr
+    assert "events wait in" in done.stderr

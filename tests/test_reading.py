@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from contents import QUICK, the_run
 from mlflow_outbox import MLflowTracker, TrackingUnavailable
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker import reading
 from servers import MlflowServer
 
 
@@ -131,3 +135,32 @@ def test_a_run_of_mlflow_is_gone_on_with_by_its_id(
         assert tracker.flush(60)
     assert {(1, 1.0): 1} == points(uri, foreign, "loss")
     assert {(1, 1.0): 1, (2, 2.0): 1} == points(uri, remote, "loss")
+
+
+def test_a_fork_while_another_thread_opens_the_store_does_not_hang_the_child(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a store for the first answer takes seconds, and a training program forks its data loaders meanwhile."""
+    tracker = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    with tracker.start_run("r") as run:
+        run.log_metric("loss", 0.5, step=0)
+    opening, may_go = threading.Event(), threading.Event()
+    open_sink = reading.open_sink
+
+    def slowly(*given: Any, **options: Any) -> Any:
+        opening.set()
+        assert may_go.wait(60)
+        return open_sink(*given, **options)
+
+    monkeypatch.setattr(reading, "open_sink", slowly)
+    asking = threading.Thread(target=tracker.get_all_runs)
+    asking.start()
+    assert opening.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        reading.open_sink = open_sink  # type: ignore[attr-defined, unused-ignore]
+        os._exit(7 if tracker.get_best_run("loss") is not None else 1)
+    may_go.set()
+    asking.join()
+    assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

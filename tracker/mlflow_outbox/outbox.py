@@ -11,14 +11,13 @@ disk, and its parent's worker, or the next one, delivers it.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import os
 import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mlflow_outbox import delivery
 from mlflow_outbox.counters import Counters, logger
@@ -249,7 +248,7 @@ def _quoted(path: Path) -> str:
 #: All outboxes of this process that are in use.
 _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
 _shared: weakref.WeakValueDictionary[tuple[str, WorkerKind, Settings, str], Outbox] = weakref.WeakValueDictionary()
-_shared_lock: Final = threading.RLock()
+_shared_lock = threading.RLock()
 #: Journals outlive the tracker that a script dropped; so do their outboxes, until the exit.
 _kept: list[Outbox] = []
 
@@ -271,11 +270,18 @@ def _at_exit() -> None:
         return
     deadline = time.monotonic() + max(outbox.settings.exit_timeout for outbox in outboxes)
     for outbox in outboxes:
-        with contextlib.suppress(KeyboardInterrupt):  # ctrl-C at exit means: do not wait
+        try:
             outbox.at_exit(deadline)
+        except KeyboardInterrupt:  # ctrl-C at exit means: do not wait
+            pass
+        except Exception as error:  # noqa: BLE001 - one outbox's trouble is not the others'; counted and said
+            outbox.counters.add("exit_errors")
+            outbox.counters.warn_once("exit", f"mlflow-outbox: {outbox.directory.path}, at the exit: {error!r}")
 
 
 def _after_fork_in_child() -> None:
+    global _shared_lock  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
+    _shared_lock = threading.RLock()
     for outbox in list(_outboxes):
         outbox.forked()
 

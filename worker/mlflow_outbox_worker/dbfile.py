@@ -51,7 +51,7 @@ def look(directory: Path) -> dict[str, FileState]:
     if status.st_uid != os.geteuid():
         refuse(directory, f"belongs to user {status.st_uid}")
     if status.st_mode & 0o077:
-        refuse(directory, f"has mode {status.st_mode & 0o777:04o} instead of 0700")
+        refuse(directory, f"has mode {status.st_mode & 0o777:04o} instead of 0700 (chmod 700 makes it so)")
     found = {}
     for suffix in _SUFFIXES:
         path = directory / (NAME + suffix)

@@ -13,7 +13,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
-from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.outbox import FlushResult
 from mlflow_outbox_worker.backlog import Targets, left, targets, total
 from mlflow_outbox_worker.host_lease import worker_of
@@ -98,12 +98,12 @@ class Watch:
         """Return the counts up to given ends of the journals, or up to their present ends, and those ends."""
         try:
             ledger = Ledger.open(self._path, read_only=True)
-        except LedgerUnavailable:
+        except (LedgerUnavailable, OutboxUnusable):
             return self._unknown(ends)
         try:
             records: dict[str, RunRecord] = {record.run_id: record for record in ledger.records()}
             note = destination_note(ledger)
-        except LedgerUnavailable:
+        except (LedgerUnavailable, OutboxUnusable):
             return self._unknown(ends)
         finally:
             with contextlib.suppress(LedgerUnavailable):
@@ -120,7 +120,10 @@ class Watch:
         return self._last, known
 
     def _unknown(self, ends: Targets | None) -> tuple[FlushResult, Targets]:
-        """Answer when the ledger cannot be read just now: as if nothing had been delivered since the last look."""
+        """Answer when the ledger cannot be read: as if nothing had been delivered since the last look.
+
+        It is locked, or its directory is not safe to use: then the worker says so, which needs it too.
+        """
         known = targets(self._directory, {}) if ends is None else ends
         if self._last.pending or self._last.parked:
             return self._last, known

@@ -7,11 +7,12 @@ from.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from mlflow_outbox.errors import LedgerUnavailable, TrackingUnavailable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Event, RunStarted
 from mlflow_outbox.spool.reader import RunReader
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a reader waits for MLflow before it answers from the disk.
 _DEADLINE: Final = 10.0
+#: What a ledger raises that is locked, or that is not safe to use: answers come from the journals alone then.
+_UNREADABLE: Final = (LedgerUnavailable, OutboxUnusable)
 
 
 class LocalRun:
@@ -68,10 +71,8 @@ class Reading:
 
     def local_id(self, remote_id: str) -> str | None:
         """Return the outbox's id of a run of MLflow, or None."""
-        with contextlib.suppress(LedgerUnavailable):
-            ledger = Ledger.open(self._ledger_path, read_only=True)
-            with contextlib.closing(ledger):
-                return ledger.local_id(remote_id)
+        with self._ledger() as ledger:
+            return ledger.local_id(remote_id) if ledger is not None else None
         return None
 
     def experiment_id(self, name: str) -> str:
@@ -119,18 +120,12 @@ class Reading:
         Args:
             experiment: only those of this experiment; None means all.
         """
-        ledger: Ledger | None = None
-        with contextlib.suppress(LedgerUnavailable):
-            ledger = Ledger.open(self._ledger_path, read_only=True)
-        try:
+        with self._ledger() as ledger:
             on_disk = dict.fromkeys([*self._directory.run_ids(), *self._directory.delivered_ids()])
             ids = [run_id for run_id in on_disk if not provisional.is_room(run_id)]
             found = (self._local_run(run_id, ledger) for run_id in ids)
             return [run for run in found if run is not None and experiment in {None, run.experiment}]
-        finally:
-            if ledger is not None:
-                with contextlib.suppress(LedgerUnavailable):
-                    ledger.close()
+        return []
 
     def local_run(self, run_id: str, since: LocalRun | None = None) -> LocalRun | None:
         """Return one run as the outbox has it, or None when it has nothing of it.
@@ -140,40 +135,42 @@ class Reading:
             since: what was returned before. If nothing was delivered since, only what is new is read and added to it,
                 and ``pending`` is that alone.
         """
+        run = None
+        with self._ledger() as ledger:
+            run = self._local_run(run_id, ledger, since)
+        known = (self._directory.runs / run_id).is_dir() or (self._directory.delivered / run_id).is_dir()
+        return run if run is not None and (known or run.remote_id) else None
+
+    @contextlib.contextmanager
+    def _ledger(self) -> Iterator[Ledger | None]:
+        """Yield the ledger, or None where it cannot be read; a block in which it no longer can ends there."""
         ledger: Ledger | None = None
-        with contextlib.suppress(LedgerUnavailable):
+        with contextlib.suppress(*_UNREADABLE):
             ledger = Ledger.open(self._ledger_path, read_only=True)
         try:
-            run = self._local_run(run_id, ledger, since)
+            with contextlib.suppress(*_UNREADABLE):
+                yield ledger
         finally:
             if ledger is not None:
                 with contextlib.suppress(LedgerUnavailable):
                     ledger.close()
-        known = (self._directory.runs / run_id).is_dir() or (self._directory.delivered / run_id).is_dir()
-        return run if run is not None and (known or run.remote_id) else None
 
     def meta(self, name: str) -> str:
         """Return a text that the worker noted in the ledger, or ""."""
-        with (
-            contextlib.suppress(LedgerUnavailable),
-            contextlib.closing(Ledger.open(self._ledger_path, read_only=True)) as ledger,
-        ):
-            return (ledger.meta(name) or b"").decode()
+        with self._ledger() as ledger:
+            return (ledger.meta(name) or b"").decode() if ledger is not None else ""
         return ""
 
     def remote_id(self, run_id: str) -> str:
         """Return MLflow's id of a run of this outbox, or "" while it has none."""
-        with (
-            contextlib.suppress(LedgerUnavailable),
-            contextlib.closing(Ledger.open(self._ledger_path, read_only=True)) as ledger,
-        ):
-            record = ledger.record(run_id)
+        with self._ledger() as ledger:
+            record = ledger.record(run_id) if ledger is not None else None
             return record.remote_id if record is not None else ""
         return ""
 
     def _local_run(self, run_id: str, ledger: Ledger | None, since: LocalRun | None = None) -> LocalRun | None:
         record, view = None, None
-        with contextlib.suppress(LedgerUnavailable):
+        with contextlib.suppress(*_UNREADABLE):
             if ledger is not None:
                 record, view = ledger.record(run_id), ledger.view(run_id)
         pending = RunReader(self._directory.run(run_id))
@@ -211,7 +208,15 @@ class Reading:
 
 #: Opening an embedded store costs a second, and an experiment asks more than once.
 _sinks: dict[tuple[str, str], Sink] = {}
-_sinks_lock: Final = threading.Lock()
+_sinks_lock = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _sinks_lock  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
+    _sinks_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _merged(remote: Iterable[RemoteRun], local: list[LocalRun]) -> list[dict[str, Any]]:
