@@ -114,7 +114,7 @@ def _draining(console: Console, found: dict[str, Any]) -> None:
     )
     table = Table(*names, title="Draining")
     for name, row in found.items():
-        if name == "counted":
+        if name in {"counted", "again"}:
             continue
         hand, ours = row["by hand"], row["outbox"]
         if "error" in hand or "error" in ours:
@@ -125,6 +125,8 @@ def _draining(console: Console, found: dict[str, Any]) -> None:
         table.add_row(name, f"{row['points']:,}", *rates, _cell(row, "kept") if "kept" in row else "", cpu)
     console.print(table)
     console.print({"20,000 points in 10 runs": found.get("counted")})
+    columns = {"first, s": "first_seconds", "again, s": "seconds", "ratio": "ratio"}
+    _plain(console, "Batches that have arrived already, sent once more", found.get("again", {}), columns)
 
 
 def plot(results: dict[str, Any], directory: Path) -> None:
@@ -147,6 +149,16 @@ def plot(results: dict[str, Any], directory: Path) -> None:
     if "starting" in results:
         rows = {s: row for s, row in results["starting"].items() if "ready_ms" in row}
         _bars(rows, ("first_call_ms",), "Milliseconds from import to the first call done", directory / "starting.png")
+    if "draining" in results:
+        _draining_bars(results["draining"], directory / "draining.png")
+    if "arrival" in results:
+        rows = {s: row for s, row in results["arrival"].items() if "median_s" in row}
+        _bars(
+            rows,
+            ("median_s", "p99_s"),
+            "Seconds from the call to the server (dark median, light p99)",
+            directory / "arrival.png",
+        )
     if "growth" in results:
         _growth(results["growth"], results.get("backlog", {}), directory / "growth.png")
 
@@ -166,6 +178,23 @@ def _bars(rows: dict[str, Any], names: tuple[str, ...], title: str, path: Path, 
     axes.set_xscale("log")
     axes.set_xlim(left=least)
     axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draining_bars(found: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    rows = {name: row for name, row in found.items() if "points_per_s" in row.get("outbox", {})}
+    if not rows:
+        return
+    figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
+    for place, row in enumerate(reversed(rows.values())):
+        axes.barh(place + 0.2, row["outbox"]["points_per_s"], 0.4, color=_OURS, label="" if place else "outbox")
+        axes.barh(place - 0.2, row["by hand"]["points_per_s"], 0.4, color=_OTHERS, label="" if place else "by hand")
+    axes.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
+    axes.set_title("Draining a backlog: points per second, beside hand-written batches of 1,000", fontsize=10)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
