@@ -54,6 +54,23 @@ def test_a_conflicting_param_alone_is_a_dead_letter(
     tracker.close()
 
 
+def test_one_event_that_yields_many_letters_is_one_event(sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
+    """50 refused params of one call are 50 letters and one dead event; a refused part leaves its event delivered."""
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK)
+    run = tracker.start_run()
+    run.log_params({f"p{n}": n for n in range(50)})
+    assert tracker.flush(60)
+    assert 2 == tracker.counters["delivered"]
+    run.log_params({f"p{n}": n + 1 for n in range(50)})
+    run.log_params({"p0": 2, "q": 1})
+    assert tracker.flush(60)
+    run.end()
+    result = tracker.close(60)
+    counters = tracker.counters
+    assert (4, 51, 0) == (result.delivered, result.dead, result.pending)
+    assert (4, 1, 51) == (counters["delivered"], counters["dead_events"], counters["dead_letters"])
+
+
 def test_two_values_of_a_param_in_one_window(sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
     """The first value stays, the second becomes a dead letter, in one delivery too."""
     tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK)

@@ -224,35 +224,37 @@ class Calls:
 
     # -- requests
 
-    def make(self, request: Request, refuse: Callable[[Request, SinkError], None], *, of: str) -> None:
-        """Make one request.
+    def make(self, request: Request, refuse: Callable[[Request, SinkError], bool], *, of: str) -> bool:
+        """Make one request; return False when MLflow refused all of it.
 
         Args:
             request: as logged.
             of: the run that it was logged to.
-            refuse: told what MLflow refuses: the request, or the part of it that is refused.
+            refuse: told what MLflow refuses, the request or a part of it; returns False when it has it already.
 
         Raises:
             Waits: something that it names is not there yet.
             LedgerUnavailable: the ledger could not be used.
         """
         if request.operation in _OF_EXPERIMENTS and self._source.experiment(""):
-            return  # all goes into one experiment, which is not the one that it was about
+            return True  # all goes into one experiment, which is not the one that it was about
         if request.operation == "create_logged_model":
-            self._create_model(request, refuse, of)
-        elif request.operation == "create_experiment":
-            self._create_experiment(request, refuse, of)
-        elif not request.known:
-            body = self.rewritten(self._placed(request, of).decode(), of=of)
-            for part in _parts(request.operation, body):
-                self._call(request, part, refuse)
+            return self._create_model(request, refuse, of)
+        if request.operation == "create_experiment":
+            return self._create_experiment(request, refuse, of)
+        if request.known:
+            return True
+        parts = _parts(request.operation, self.rewritten(self._placed(request, of).decode(), of=of))
+        made = [self._call(request, part, refuse) for part in parts]
+        return any(made) or not made
 
-    def _call(self, request: Request, body: str, refuse: Callable[[Request, SinkError], None]) -> None:
+    def _call(self, request: Request, body: str, refuse: Callable[[Request, SinkError], bool]) -> bool:
         try:
             self._sink.call(request.operation, body)
         except SinkError as error:
             if not _is_applied(request.operation, error):
-                refuse(msgspec.structs.replace(request, arguments=body.encode()), error)
+                return not refuse(msgspec.structs.replace(request, arguments=body.encode()), error)
+        return True
 
     def _placed(self, request: Request, of: str) -> bytes:
         if self._copies is None:
@@ -262,9 +264,9 @@ class Calls:
             self._copies.placed(request.operation, given, lambda experiment: self.experiment(experiment, of))
         )
 
-    def _create_experiment(self, request: Request, refuse: Callable[[Request, SinkError], None], of: str) -> None:
+    def _create_experiment(self, request: Request, refuse: Callable[[Request, SinkError], bool], of: str) -> bool:
         if request.known and self._copies is None:
-            return
+            return True
         local = _text(request.arguments, "experiment_id")
         remote = self._asked(request, refuse, lambda: self.experiment(local, of))
         if remote and self._copies is not None:  # who came first made it by its name, without tags
@@ -274,12 +276,13 @@ class Calls:
                 body = msgspec.json.encode({"experiment_id": remote, "tag": tag})
                 part = msgspec.structs.replace(request, operation="set_experiment_tag")
                 self._call(part, body.decode(), refuse)
+        return bool(remote)
 
-    def _create_model(self, request: Request, refuse: Callable[[Request, SinkError], None], of: str) -> None:
+    def _create_model(self, request: Request, refuse: Callable[[Request, SinkError], bool], of: str) -> bool:
         wanted: dict[str, Any] = msgspec.json.decode(self._placed(request, of))
         local = wanted.pop("model_id", "")
         if (request.known and self._copies is None) or self._ledger.meta(f"model/{local}"):
-            return
+            return True
         mark = mark_of(wanted, local)
         body = self.rewritten(msgspec.json.encode(wanted).decode(), of=of, but=mark)
 
@@ -290,9 +293,10 @@ class Calls:
         remote = self._asked(request, refuse, create)
         if remote:
             self._ledger.set_meta(f"model/{local}", remote.encode())
+        return bool(remote)
 
     @staticmethod
-    def _asked(request: Request, refuse: Callable[[Request, SinkError], None], ask: Callable[[], str]) -> str:
+    def _asked(request: Request, refuse: Callable[[Request, SinkError], bool], ask: Callable[[], str]) -> str:
         try:
             return ask()
         except SinkError as error:

@@ -38,6 +38,7 @@ from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.planner import Batch, Step, plan
 from mlflow_outbox_worker.quarantine import Quarantine
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.refused import Refused
 from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
@@ -125,14 +126,14 @@ class Courier:
         return Turn("more", record, view, reader)
 
     def _deliver(self, record: RunRecord, view: RunView, reader: RunReader, window: Window) -> None:
-        dead: list[DeadLetter] = []
+        refused = Refused()
         if window.events:
             self._ensure_remote(record, view, reader)
             steps, ended = plan(window.events, view, batch_points=self._settings.batch_points)
             if not self._sink.deduplicates_metrics:
                 steps = self._reconciled(record, steps)
             for step in steps:
-                self._requests.make(record, step, dead)
+                self._requests.make(record, step, refused)
             for writer, event in window.events:
                 view.fold(event, writer)
             if ended is not None:
@@ -141,23 +142,27 @@ class Courier:
             self._quarantine.keep(broken)
         record.cursors = window.cursors
         record.uncertain = None
-        record.delivered += max(0, len(window.events) - len(dead))
-        record.dead += len(dead)
+        dead = refused.dead(window.events)
+        record.delivered += len(window.events) - dead
+        record.refused += dead
+        record.dead += len(refused.letters)
         record.quarantined += len(window.broken)
         record.missing += window.missing
         record.state, record.reason = "active", ""
         record.verified_at_ms = 0
-        self._ledger.commit(record, view=view, dead=dead)
-        self._count(window, dead)
+        self._ledger.commit(record, view=view, dead=refused.letters)
+        self._count(window, refused.letters, dead)
 
-    def _count(self, window: Window, dead: list[DeadLetter]) -> None:
-        self._counters.add("delivered", len(window.events) - len(dead))
+    def _count(self, window: Window, letters: list[DeadLetter], dead: int) -> None:
+        self._counters.add("delivered", len(window.events) - dead)
         if dead:
-            self._counters.add("dead_letters", len(dead))
+            self._counters.add("dead_events", dead)
+        if letters:
+            self._counters.add("dead_letters", len(letters))
             self._counters.warn_once(
-                ("dead", dead[0].run_id, dead[0].reason),
-                f"mlflow-outbox: MLflow refused an event of run {dead[0].run_id} for good, "
-                f"it is kept as a dead letter: {printable(dead[0].reason, 300)}",
+                ("dead", letters[0].run_id, letters[0].reason),
+                f"mlflow-outbox: MLflow refused an event of run {letters[0].run_id} for good, "
+                f"it is kept as a dead letter: {printable(letters[0].reason, 300)}",
             )
         if window.missing:
             self._counters.add("missing", window.missing)

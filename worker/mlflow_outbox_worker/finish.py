@@ -95,7 +95,7 @@ def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, reco
         raise Parked(Outcome("parked", reason), SinkError(reason, kind="answer"))
     record.cursors = {}
     record.adopted = True  # everything may be there already: a store that does not deduplicate is asked what it has
-    record.delivered = record.dead = record.quarantined = record.missing = 0
+    record.delivered = record.refused = record.dead = record.quarantined = record.missing = 0
     for letter in list(ledger.dead_letters(record.run_id)):
         ledger.drop_dead_letter(letter.id)  # MLflow will refuse the same event again
     ledger.commit(record, view=RunView())

@@ -299,7 +299,7 @@ _COUNTERS: Final = (
     ("delivered_events", "Events that have arrived.", "delivered"),
     ("retries", "Turns of a run that failed and will be repeated.", "retried"),
     ("parkings", "Times that a run or the destination was parked.", "parked"),
-    ("dead_lettered_events", "Events that the destination refused for good.", "dead_letters"),
+    ("dead_lettered_events", "Events all of which the destination refused for good.", "dead_events"),
     ("quarantined_ranges", "Ranges of journals that held no intact events.", "quarantined"),
     ("missing_events", "Events that must have existed and are not there.", "missing"),
 )

@@ -30,7 +30,9 @@ class RunRecord(msgspec.Struct):
             before the cursors is known to have been answered. Only kept for stores that do not deduplicate.
         adopted: the run was found in MLflow when it was first looked for, so that any of its events may be there
             already.
-        delivered, dead, quarantined, missing: counts of events.
+        delivered, refused: counts of events, of which each is the one or the other (``refused.Refused`` says which).
+        dead: count of dead letters, of which one event can yield many.
+        quarantined, missing: counts of ranges that held no intact events, and of events that are not there.
         reason: why the run is parked, or the last error.
         failed_at_ms: wall-clock time of that error.
         ended: the last status seen is a final one.
@@ -58,6 +60,7 @@ class RunRecord(msgspec.Struct):
     adopted: bool = False
     creates: int = 0
     settles_ms: int = 0
+    refused: int = 0
 
 
 class DeadLetter(msgspec.Struct):

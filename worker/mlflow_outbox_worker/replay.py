@@ -190,7 +190,7 @@ class Replay:
         while True:
             runs = self._runs()
             settled = self._settled(delivery, runs)
-            done = self._counters["delivered"] + self._counters["dead_letters"]
+            done = self._counters["delivered"] + self._counters["dead_events"]
             state, reason = delivery.condition()
             note = f"the destination does not take events now: {reason}" if state == "away" else ""
             over = not self._wish.follow or self._nobody_writes(runs)

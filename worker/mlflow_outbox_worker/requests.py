@@ -20,6 +20,7 @@ from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.refused import Refused
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
@@ -80,30 +81,30 @@ class Requests:
         self._calls = calls
         self._now_ms = now_ms
 
-    def make(self, record: RunRecord, step: Step, dead: list[DeadLetter]) -> None:
+    def make(self, record: RunRecord, step: Step, refused: Refused) -> None:
         """Make one step of a plan.
 
         Args:
             record: the run, which is in MLflow by now.
             step: what to do.
-            dead: gets a letter for each event that MLflow refuses for good.
+            refused: gets a letter for each thing that MLflow refuses for good.
 
         Raises:
             Later: try again after a pause.
             Parked: a person is needed.
         """
         if isinstance(step, Batch):
-            self._send(record, step, dead)
+            self._send(record, step, refused)
         elif isinstance(step, Upload):
-            self._upload(record, step, dead)
+            self._upload(record, step, refused)
         elif isinstance(step, Call):
-            self._call(record, step.request, dead)
+            self._call(record, step.request, refused)
         elif isinstance(step, UploadFor):
-            self._upload_for(record, step.file, dead)
+            self._upload_for(record, step.file, refused)
         else:
-            self._set_status(record, step, dead)
+            self._set_status(record, step, refused)
 
-    def _send(self, record: RunRecord, batch: Batch, dead: list[DeadLetter]) -> None:
+    def _send(self, record: RunRecord, batch: Batch, refused: Refused) -> None:
         try:
             tags = {key: self._calls.rewritten(value, of=record.run_id) for key, value in batch.tags.items()}
             self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
@@ -113,23 +114,28 @@ class Requests:
                 return
             if len(batch) > 1:
                 for half in batch.halves():
-                    self._send(record, half, dead)
+                    self._send(record, half, refused)
                 return
-            dead.append(self._letter(record, batch.event(), error, outcome))
+            event = batch.event()
+            refused.add(event, self._letter(record, event, error, outcome))
 
-    def _upload(self, record: RunRecord, step: Upload, dead: list[DeadLetter]) -> None:
+    def _upload(self, record: RunRecord, step: Upload, refused: Refused) -> None:
         artifact = step.artifact
         try:
             path = checked_artifact_path(artifact.path)
         except InvalidEvent as error:
-            dead.append(self._own_letter(record, artifact, str(error)))
+            refused.add(artifact, self._own_letter(record, artifact, str(error)))
             return
         file = RunReader(*self._source.everywhere(record.run_id)).file(artifact.sha256)
         if not is_digest(artifact.sha256) or file.is_symlink() or not file.is_file():
-            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox"))
+            refused.add(
+                artifact, self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox")
+            )
             return
         if file.stat().st_size != artifact.size:
-            dead.append(self._own_letter(record, artifact, f"the copy of {printable(path)!r} has not the size it had"))
+            refused.add(
+                artifact, self._own_letter(record, artifact, f"the copy of {printable(path)!r} has not the size it had")
+            )
             return
         try:
             self._sink.upload(
@@ -138,26 +144,34 @@ class Requests:
         except SinkError as error:
             outcome = self._answered(error, "upload")
             if outcome.kind != "already_applied":
-                dead.append(self._letter(record, artifact, error, outcome))
+                refused.add(artifact, self._letter(record, artifact, error, outcome))
 
-    def _call(self, record: RunRecord, request: Request, dead: list[DeadLetter]) -> None:
-        def refuse(part: Request, error: SinkError) -> None:
+    def _call(self, record: RunRecord, request: Request, refused: Refused) -> None:
+        def refuse(part: Request, error: SinkError) -> bool:
             outcome = self._answered(error, request.operation)
-            if outcome.kind != "already_applied":
-                dead.append(self._letter(record, part, error, outcome))
+            if outcome.kind == "already_applied":
+                return False
+            refused.add(part, self._letter(record, part, error, outcome))
+            return True
 
+        before = len(refused.letters)
         try:
-            self._calls.make(request, refuse, of=record.run_id)
+            if self._calls.make(request, refuse, of=record.run_id):
+                return
         except (ValueError, TypeError) as error:  # the arguments are no JSON of ours: a newer or damaged journal
-            dead.append(self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
+            refused.add(request, self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
         except SinkError as error:  # an id in it had to be asked for
             refuse(request, error)
+        if len(refused.letters) > before:
+            refused.add_request(request)
 
-    def _upload_for(self, record: RunRecord, file: FileFor, dead: list[DeadLetter]) -> None:
+    def _upload_for(self, record: RunRecord, file: FileFor, refused: Refused) -> None:
         kind, _, owner = file.owner.partition(":")
         copy = RunReader(*self._source.everywhere(record.run_id)).file(file.sha256)
         if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
-            dead.append(self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox"))
+            refused.add(
+                file, self._own_letter(record, file, f"the copy of {printable(file.path)!r} is not in the outbox")
+            )
             return
         try:
             path = checked_artifact_path(file.path)
@@ -171,11 +185,11 @@ class Requests:
                     is_replaced=lambda place: self._is_replaced(record, file, place, rewritten=content != copy),
                 )
         except InvalidEvent as error:
-            dead.append(self._own_letter(record, file, str(error)))
+            refused.add(file, self._own_letter(record, file, str(error)))
         except SinkError as error:
             outcome = self._answered(error, "upload")
             if outcome.kind != "already_applied":
-                dead.append(self._letter(record, file, error, outcome))
+                refused.add(file, self._letter(record, file, error, outcome))
 
     def _is_replaced(
         self, record: RunRecord, file: Artifact | FileFor, place: Path, *, rewritten: bool = False
@@ -192,13 +206,14 @@ class Requests:
                 return True
         return False
 
-    def _set_status(self, record: RunRecord, step: SetStatus, dead: list[DeadLetter]) -> None:
+    def _set_status(self, record: RunRecord, step: SetStatus, refused: Refused) -> None:
         try:
             self._sink.update_run(record.remote_id, status=step.status, end_time_ms=step.end_time_ms)
         except SinkError as error:
             outcome = self._answered(error, "update_run")
             if outcome.kind != "already_applied":
-                dead.append(self._letter(record, RunEnded(step.status, step.time_ms), error, outcome))
+                event = RunEnded(step.status, step.time_ms)
+                refused.add(event, self._letter(record, event, error, outcome))
 
     def _answered(self, error: SinkError, operation: str) -> Outcome:
         """Return the outcome of a failed request that is about the events in it; raise the others."""

@@ -143,6 +143,8 @@ class _Look(NamedTuple):
     parked: int = 0
     unread_back: int = 0
     dead: int = 0
+    #: Events all of which MLflow refused, ever; letters are counted apart.
+    refused: int = 0
     reason: str = ""
     #: All that is parked was tried since the flush began.
     parked_for_sure: bool = False
@@ -171,7 +173,7 @@ class Flush:
         self._delivered_itself = False
         self._worker: CommandWorker | None = None
         self._trouble = ""
-        self._dead_before: int | None = None
+        self._refused_before: int | None = None
         #: Nothing can be noted there, so nothing can be delivered from there.
         self.read_only = outboxes.read_only(directory.path) != ""
         self.total = 0
@@ -265,12 +267,13 @@ class Flush:
             parked=sum(part.parked for part in parts.values()),
             unread_back=0 if pending or parked else self._unread_back(records),
             dead=letters.get(self._run_id, 0) if self._run_id is not None else sum(letters.values()),
+            refused=sum(records[run].refused for run in self._ends if run in records),
             reason=_reason(records, parked, note.reason if note is not None and note.state != "ok" else ""),
             parked_for_sure=sure,
         )
         self.total = max(self.total, self.left)
-        if self._dead_before is None:
-            self._dead_before = self._seen.dead
+        if self._refused_before is None:
+            self._refused_before = self._seen.refused
 
     def _unread_back(self, records: dict[str, RunRecord]) -> int:
         """Return how many runs have ended and are not read back yet, although nobody writes to them any more."""
@@ -311,7 +314,7 @@ class Flush:
     @property
     def _done(self) -> int:
         """Events that have arrived since this began."""
-        return max(0, self.total - self.left - max(0, self._seen.dead - (self._dead_before or 0)))
+        return max(0, self.total - self.left - max(0, self._seen.refused - (self._refused_before or 0)))
 
     def say(self) -> None:
         """Say what was delivered and what is left, and what to do about it."""
