@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from typing import Any
@@ -9,8 +10,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
-from mlflow_outbox.views import RunView, wins
+from mlflow_outbox.plugin import reads
+from mlflow_outbox.spool.events import (
+    Artifact,
+    Event,
+    FileFor,
+    Metric,
+    Metrics,
+    Params,
+    Request,
+    RunEnded,
+    RunStarted,
+    Tags,
+)
+from mlflow_outbox.views import TRACES, Kept, RunView, wins
+from mlflow_outbox_worker.sink import OPERATIONS
 
 
 def folded(*events: tuple[str, Event]) -> RunView:
@@ -130,3 +144,61 @@ def test_a_value_wins_by_time_or_by_its_own_writer() -> None:
     """The rule in one place."""
     held = folded(("w", Tags({"k": "a"}, 5))).tags["k"]
     assert [True, True, False, True] == [wins(held, *later) for later in [(5, "v"), (1, "w"), (4, "v"), (6, "v")]]
+
+
+def a_trace(number: int) -> list[tuple[str, Event]]:
+    """What a trace is in a room's journal, where its spans are a file."""
+    arguments = b'{"trace_id": "tr-%032x"}' % number
+    calls: list[tuple[str, Event]] = [
+        ("w", Request(operation, arguments, number))
+        for operation in sorted(name for name in OPERATIONS if "trace" in name or "spans" in name)
+    ]
+    return [
+        *calls,
+        ("w", FileFor(f"uri:mlflow-artifacts:/1/traces/tr-{number}/artifacts", "traces.json", "0" * 64, 1, 1)),
+    ]
+
+
+def test_a_view_does_not_grow_with_the_number_of_traces() -> None:
+    """After ten times as many it holds no more: none of their requests, and the files of the latest."""
+
+    def after(count: int) -> RunView:
+        view = RunView()
+        for number in range(count):
+            for writer, event in a_trace(number):
+                view.fold(event, writer)
+            view.trim()
+        return view
+
+    few, many = after(TRACES), after(10 * TRACES)
+    assert ([], []) == (few.requests, many.requests)
+    assert TRACES == len(few.files) == len(many.files)
+    assert f"uri:mlflow-artifacts:/1/traces/tr-{10 * TRACES - 1}/artifacts" in many.files
+
+
+def test_files_that_wait_and_those_of_models_are_all_known() -> None:
+    """What has not been delivered is found at any number; a model's files stay whatever traces come."""
+    view = RunView()
+    for number in range(TRACES + 5):
+        view.fold(FileFor(f"model:m-{number}", "model.pt", "0" * 64, 1, 1), "w")
+        view.fold(FileFor(f"uri:place/{number}", "traces.json", "0" * 64, 1, 1), "w")
+    assert 2 * (TRACES + 5) == len(view.files)
+    view.trim()
+    assert TRACES + 5 == sum(owner.startswith("model:") for owner in view.files)
+
+
+def test_every_request_that_a_reader_asks_for_is_kept_and_no_other() -> None:
+    """The names that stand in the readers' code are those that a view keeps."""
+    operations = sorted(OPERATIONS | {"create_experiment"})
+    asked = {name for name in operations if f'operation == "{name}"' in inspect.getsource(reads)}
+    assert "create_logged_model" in asked
+    view = folded(*(("w", Request(name, b"{}", 1)) for name in operations))
+    assert sorted(asked) == sorted(kept.operation for kept in view.requests)
+
+
+def test_a_view_of_an_earlier_version_becomes_small() -> None:
+    """What it kept of traces is left out when it is read."""
+    view = folded(("w", Request("log_inputs", b"{}", 1)))
+    view.requests += [Kept("start_trace", b"{}", number, "") for number in range(1000)]
+    found = msgspec.msgpack.decode(msgspec.msgpack.encode(view), type=RunView)
+    assert ["log_inputs"] == [kept.operation for kept in found.requests]

@@ -3,6 +3,10 @@
 The rules are MLflow's own: a param keeps its first value, a tag its last, the latest point of a metric is the one
 with the largest (step, time, value). "Last" across several writers of one run (ranks, a resumed job) means the later
 wall-clock time; within one writer it means the order of its calls, whatever its clock did.
+
+The worker reads and writes a view whole with each window, so nothing in it may grow with what passes through and is
+not asked for afterwards: of traces, which an experiment's room sees without an end, it keeps only the files of the
+latest.
 """
 
 from __future__ import annotations
@@ -25,9 +29,18 @@ from mlflow_outbox.spool.events import (
     Tags,
 )
 
-#: Requests that are folded at once and need not be kept; the bulk of traces, which no reader of runs asks for, is
-#: dropped too.
-_NOT_KEPT: Final = frozenset({"delete_tag", "update_run_info", "delete_run", "restore_run", "log_spans"})
+#: Requests that readers fold themselves (``plugin.reads``), or that the end of a delivery asks for (``twins``). All
+#: others are folded at once or are of traces, of which a room sees any number and no reader asks the outbox.
+_KEPT: Final = frozenset(
+    {"log_inputs", "log_outputs", "log_batch"}
+    | {"create_experiment", "set_experiment_tag", "delete_experiment_tag"}
+    | {"rename_experiment", "delete_experiment", "restore_experiment"}
+    | {"create_logged_model", "finalize_logged_model", "set_logged_model_tags", "delete_logged_model_tag"}
+    | {"log_logged_model_params", "delete_logged_model"}
+)
+#: Owners of delivered files that are no model, which are traces: the outbox answers for so many of them, the latest,
+#: while the server is away.
+TRACES: Final = 256
 
 
 class Register(msgspec.Struct, array_like=True):
@@ -88,6 +101,17 @@ class RunView(msgspec.Struct):
     requests: list[Kept] = []
     experiment_id: str = ""
 
+    def __post_init__(self) -> None:
+        """Leave out what an earlier version kept; the next window's view is small again."""
+        if any(kept.operation not in _KEPT for kept in self.requests):
+            self.requests = [kept for kept in self.requests if kept.operation in _KEPT]
+
+    def trim(self) -> None:
+        """Forget delivered files that the outbox does not answer for: those of all traces but the latest."""
+        traces = [owner for owner in self.files if owner.startswith("uri:")]
+        for owner in traces[:-TRACES]:
+            del self.files[owner]
+
     def fold(self, event: Event, writer: str) -> None:
         """Take one event of a writer into account; events of one writer must come in their order."""
         kind = type(event)
@@ -116,10 +140,9 @@ class RunView(msgspec.Struct):
             self.end_time_ms = event.time_ms if event.status not in {"RUNNING", "SCHEDULED"} else None
 
     def _requested(self, event: Request, writer: str) -> None:
-        if event.operation not in _NOT_KEPT:
+        if event.operation in _KEPT:
             self.requests.append(Kept(event.operation, event.arguments, event.time_ms, event.known))
-            return
-        if event.operation == "delete_run":
+        elif event.operation == "delete_run":
             self.lifecycle = "deleted"
         elif event.operation == "restore_run":
             self.lifecycle = "active"

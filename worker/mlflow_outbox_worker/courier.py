@@ -136,6 +136,7 @@ class Courier:
                 self._requests.make(record, step, refused)
             for writer, event in window.events:
                 view.fold(event, writer)
+            view.trim()
             if ended is not None:
                 record.ended = ended
         for broken in window.broken:
