@@ -16,6 +16,7 @@ import pytest
 
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
+from servers import eventually
 
 NOW_MS = 1_700_000_000_000
 #: A password that must be shown nowhere.
@@ -143,6 +144,30 @@ class SinkContract:
             copy.chmod(0o600)
             sink.upload(run_id, copy, path)
         assert {path: 3} == sink.list_artifacts(run_id, path.rpartition("/")[0])
+
+    @pytest.mark.parametrize(("first", "second"), [("model", "model/weights.txt"), ("model/a/b", "model/a")])
+    def test_a_path_that_is_file_and_folder_never_counts_as_stored(
+        self, sink: Sink, run_id: str, tmp_path: Path, first: str, second: str
+    ) -> None:
+        """The second is refused, by an embedded store for good; the first stays and others are taken."""
+        (tmp_path / "copy").write_bytes(b"content")
+        sink.upload(run_id, tmp_path / "copy", first)
+        refused = fails(lambda: sink.upload(run_id, tmp_path / "copy", second))
+        assert ("retry" if sink.parallel else "dead_letter") == classify(refused, "upload").kind
+        eventually(lambda: self.takes(sink, run_id, tmp_path / "copy"))
+        folder = first.rpartition("/")[0]
+        assert {first: 7} == {path: size for path, size in sink.list_artifacts(run_id, folder).items() if path == first}
+        assert second not in sink.list_artifacts(run_id, second.rpartition("/")[0])
+
+    @staticmethod
+    def takes(sink: Sink, run_id: str, file: Path) -> bool:
+        """Tell whether another file is taken; a server that said no may drop the connection on which it did."""
+        try:
+            sink.upload(run_id, file, "other")
+        except SinkError as error:
+            assert "connection" == error.kind
+            return False
+        return True
 
     def test_an_empty_file_arrives(self, sink: Sink, run_id: str, tmp_path: Path) -> None:
         """A file of no bytes is a file."""

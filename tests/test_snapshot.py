@@ -153,7 +153,14 @@ def test_syncing_a_copy_that_is_gone_says_so(store: SnapshotStore) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("", ""), ("a.txt", "a.txt"), ("a/b c/d.txt", "a/b c/d.txt"), ("a//b/./c", "a/b/c"), ("ä/名.txt", "ä/名.txt")],
+    [
+        ("", ""),
+        ("a.txt", "a.txt"),
+        ("a/b c/d.txt", "a/b c/d.txt"),
+        ("a//b/./c", "a/b/c"),
+        ("ä/名.txt", "ä/名.txt"),
+        ("ü" * 127 + "a/" + "x" * 255, "ü" * 127 + "a/" + "x" * 255),
+    ],
 )
 def test_a_plain_relative_path_is_taken(given: str, expected: str) -> None:
     """In MLflow's form."""
@@ -184,6 +191,8 @@ def test_a_plain_relative_path_is_taken(given: str, expected: str) -> None:
         "a\nb",
         "a\x7fb",
         "x" * 1001,
+        "ü" * 128,
+        "a/" + "x" * 256 + "/b",
         "a./b",
         "a /b",
         "a\u202eb",

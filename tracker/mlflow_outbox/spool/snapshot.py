@@ -28,6 +28,8 @@ from mlflow_outbox.spool.private import create_private, sync_directory
 
 _CHUNK: Final = 1024 * 1024
 _MAX_PATH: Final = 1000
+#: Bytes of one part of a path that file systems take; a server that keeps artifacts in one would answer 500 for ever.
+_MAX_PART: Final = 255
 _BAD: Final = re.compile(r"[\x00-\x1f\x7f\\#]")
 _BAD_DECODED: Final = re.compile(r"[\x00\x7f\\#]")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -159,7 +161,7 @@ def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact
     (mlflow/utils/uri.py, validate_path_is_safe).
 
     Raises:
-        InvalidEvent: it is absolute, climbs out, or has characters that MLflow's servers refuse.
+        InvalidEvent: it is absolute, climbs out, is too long, or has characters that MLflow's servers refuse.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     shown = printable(text)
@@ -182,6 +184,9 @@ def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact
 def _path_problem(text: str, *, literal: bool) -> str | None:
     if len(text) > _MAX_PATH:
         return f"has {len(text)} characters, more than {_MAX_PATH}"
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in text.split("/"))
+    if longest > _MAX_PART:
+        return f"has a part of {longest} bytes, more than {_MAX_PART}"
     # Older MLflow names images "loss%step%1%timestamp%17...": what that seems to escape is no control character.
     if (_BAD if literal else _BAD_DECODED).search(text):
         return "holds a control character, a backslash or '#'"

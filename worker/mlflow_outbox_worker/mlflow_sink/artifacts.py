@@ -11,6 +11,7 @@ it refuses names with ``#``. Other characters are quoted here and arrive.
 from __future__ import annotations
 
 import contextlib
+import errno
 import filecmp
 import mimetypes
 import os
@@ -29,11 +30,14 @@ from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepositor
 from mlflow.utils.proto_json_utils import message_to_json
 from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
+from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.mlflow_sink.rest import Host, ServerStore, checked
 from mlflow_outbox_worker.sink import SinkError
 
 #: Bytes per second below which an upload is given up: it is slower than any link that is of use for artifacts.
 LEAST_UPLOAD_RATE = 256 * 1024
+#: Errors of a file system that the path of what is stored can cause.
+_OF_PATHS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST})
 
 
 class Artifacts:
@@ -73,10 +77,13 @@ class Artifacts:
             place = None
             if isinstance(repository, LocalArtifactRepository):
                 place = Path(repository.artifact_dir, folder, name)
-            with _named(file, name) as alias:
+            root = Path(repository.artifact_dir) if place is not None else None
+            with _blaming_path(artifact_path, root), _named(file, name) as alias:
                 if place is None or not _same(place, file):
                     if place is not None and place.is_file() and is_replaced(place):
                         return
+                    if place is not None and place.is_dir():  # some of MLflow's versions would put it into that
+                        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
                     repository.log_artifact(str(alias), folder or None)
                 if place is not None and _mode(place) == _mode(file):
                     # Our copy is private (0600) and the repository keeps modes; others read artifacts as a rule.
@@ -173,6 +180,27 @@ def _named(file: Path, name: str) -> Iterator[Path]:
         except OSError:
             shutil.copyfile(file, alias)
         yield alias
+
+
+@contextlib.contextmanager
+def _blaming_path(path: str, root: Path | None) -> Iterator[None]:
+    """Let an error of the file system that only the artifact's path can cause be an answer about the artifact.
+
+    Such a path stays impossible however often it is tried: a part of it is too long, or is a file where a folder has
+    to be, or the other way round. Above the run's own directory the same errors say that the store is broken, which
+    passes.
+
+    Args:
+        path: of the artifact.
+        root: the directory of the run's artifacts; None when they are in none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_PATHS or root is None or not (root.is_dir() or error.errno == errno.ENAMETOOLONG):
+            raise
+        msg = f"the artifact {printable(path)!r} cannot be stored: {error.strerror}"
+        raise SinkError(msg, kind="answer", status=400, code="INVALID_PARAMETER_VALUE") from None
 
 
 def _same(place: Path, file: Path) -> bool:
