@@ -118,12 +118,29 @@ class Courier:
             window = reader.window(record.cursors, points=self._settings.batch_points)
             if window.cursors == record.cursors and not window.events and not window.broken:
                 return Turn("live" if window.live else "idle", record, view, reader)
-            self._deliver(record, view, reader, window)
+            try:
+                self._deliver(record, view, reader, window)
+            except Later as later:
+                if later.outcome.alone:
+                    self._note_obstacle(run_id, later.outcome.reason)
+                raise
             if not window.more:
                 return Turn("live" if window.live else "idle", record, view, reader)
             if self._stopped():
                 break
         return Turn("more", record, view, reader)
+
+    def _note_obstacle(self, run_id: str, reason: str) -> None:
+        """Say which file it is that a run stands at, while the destination takes others."""
+        record = self._ledger.record(run_id) or RunRecord(run_id)
+        record.reason, record.failed_at_ms = reason, self._now_ms()
+        self._ledger.commit(record)
+        self._counters.add("files_not_taken")
+        self._counters.warn_once(
+            ("obstacle", run_id),
+            f"mlflow-outbox: MLflow takes other files now, but not one of run {run_id}, which waits for it: "
+            f"{printable(reason, 300)}",
+        )
 
     def _deliver(self, record: RunRecord, view: RunView, reader: RunReader, window: Window) -> None:
         refused = Refused()

@@ -1,6 +1,7 @@
 """The way to the destination: open, away (tried again by a back-off), or parked for a person.
 
-A failure that says something about the destination closes the gate for all runs. While it is not known to be open
+A failure that says something about the destination closes the gate for all runs; one beside which something else was
+seen to be taken opens it. While it is not known to be open
 again, one run at a time may try.
 """
 
@@ -74,7 +75,10 @@ class Gate:
         self._note(ledger, "ok", "")
 
     def failed(self, ledger: Ledger | None, error: SinkError, outcome: Outcome) -> None:
-        """Note an attempt that failed in a way that concerns the destination."""
+        """Note an attempt that failed, as a rule in a way that concerns the destination."""
+        if outcome.alone:
+            self.succeeded(ledger)
+            return
         if outcome.kind == "parked":
             self.park(ledger, outcome.reason)
             return

@@ -57,11 +57,13 @@ class Outcome:
             "split": send the halves; "dead_letter": refused for good, bisect to find which event.
         reason: one sentence for people; "" when there is nothing to say.
         retry_after: seconds that the server asked to wait before a retry; None when it did not.
+        alone: the destination was seen to take others, so that only what failed has to wait (``obstacles``).
     """
 
     kind: OutcomeKind
     reason: str = ""
     retry_after: float | None = None
+    alone: bool = False
 
 
 #: The outcome of a request that was answered with success.

@@ -2,6 +2,7 @@
 
 A failure that passes or needs a person ends the run's turn: ``Later``, ``Parked``. A permanent refusal is narrowed down
 by halving until the one event that MLflow refuses is alone: that becomes a dead letter, everything around it arrives.
+An upload that a server fails to carry out is judged by whether it takes others (``obstacles``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnd
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
 from mlflow_outbox_worker.calls import Calls
+from mlflow_outbox_worker.obstacles import Obstacles
+from mlflow_outbox_worker.obstacles import Upload as File
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
@@ -80,6 +83,7 @@ class Requests:
         self._sink = sink
         self._calls = calls
         self._now_ms = now_ms
+        self._obstacles = Obstacles(sink)
 
     def make(self, record: RunRecord, step: Step, refused: Refused) -> None:
         """Make one step of a plan.
@@ -137,14 +141,21 @@ class Requests:
                 artifact, self._own_letter(record, artifact, f"the copy of {printable(path)!r} has not the size it had")
             )
             return
-        try:
+
+        def attempt() -> None:
             self._sink.upload(
                 record.remote_id, file, path, is_replaced=lambda place: self._is_replaced(record, artifact, place)
             )
-        except SinkError as error:
-            outcome = self._answered(error, "upload")
-            if outcome.kind != "already_applied":
-                refused.add(artifact, self._letter(record, artifact, error, outcome))
+
+        self._store(record, artifact, refused, File("run", record.remote_id, file, attempt))
+
+    def _store(self, record: RunRecord, event: Artifact | FileFor, refused: Refused, file: File) -> None:
+        failed = self._obstacles.upload(event, record.run_id, file)
+        if failed is None:
+            return
+        error, outcome = failed
+        if self._about_events(error, outcome).kind != "already_applied":
+            refused.add(event, self._letter(record, event, error, outcome))
 
     def _call(self, record: RunRecord, request: Request, refused: Refused) -> None:
         def refuse(part: Request, error: SinkError) -> bool:
@@ -176,14 +187,19 @@ class Requests:
         try:
             path = checked_artifact_path(file.path)
             with self._calls.content(copy, path, of=record.run_id) as content:
-                self._sink.upload_for(
-                    kind,
-                    self._calls.rewritten(owner, of=record.run_id),
-                    content,
-                    path,
-                    # With other ids in it than the call knew, it is not what the call has put there.
-                    is_replaced=lambda place: self._is_replaced(record, file, place, rewritten=content != copy),
-                )
+                owner = self._calls.rewritten(owner, of=record.run_id)
+
+                def attempt() -> None:
+                    self._sink.upload_for(
+                        kind,
+                        owner,
+                        content,
+                        path,
+                        # With other ids in it than the call knew, it is not what the call has put there.
+                        is_replaced=lambda place: self._is_replaced(record, file, place, rewritten=content != copy),
+                    )
+
+                self._store(record, file, refused, File(kind, owner, content, attempt))
         except InvalidEvent as error:
             refused.add(file, self._own_letter(record, file, str(error)))
         except SinkError as error:
@@ -217,7 +233,10 @@ class Requests:
 
     def _answered(self, error: SinkError, operation: str) -> Outcome:
         """Return the outcome of a failed request that is about the events in it; raise the others."""
-        outcome = classify(error, operation)
+        return self._about_events(error, classify(error, operation))
+
+    @staticmethod
+    def _about_events(error: SinkError, outcome: Outcome) -> Outcome:
         if outcome.kind == "retry":
             raise Later(error, outcome) from error
         if outcome.kind == "parked":

@@ -184,6 +184,21 @@ class Sink(Protocol):
         """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
         ...
 
+    def takes(self, kind: str, owner: str, file: Path | None) -> bool:
+        """Return whether a file is taken now beside the artifacts of a "run", a "model" or an artifact URI ("uri").
+
+        It gets a name of its own, and is deleted again.
+
+        Args:
+            kind: what the owner is.
+            owner: its id in MLflow, or the URI.
+            file: the content; None for a few bytes.
+
+        Returns:
+            False when it is refused, and where this cannot be found out.
+        """
+        ...
+
     def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:
         """Return every point of one metric."""
         ...

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import filecmp
+import io
 import mimetypes
 import os
 import posixpath
@@ -31,11 +32,15 @@ from mlflow.utils.proto_json_utils import message_to_json
 from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox_worker.mlflow_sink.boundary import Refused
 from mlflow_outbox_worker.mlflow_sink.rest import Host, ServerStore, checked
 from mlflow_outbox_worker.sink import SinkError
 
 #: Bytes per second below which an upload is given up: it is slower than any link that is of use for artifacts.
 LEAST_UPLOAD_RATE = 256 * 1024
+#: The name of a file that is uploaded to see whether files are taken, and deleted again.
+PROBE = ".mlflow-outbox-probe"
+_PROBE_TEXT = b"mlflow-outbox looks whether files are taken here. This one can be deleted.\n"
 #: Errors of a file system that the path of what is stored can cause.
 _OF_PATHS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST})
 
@@ -89,6 +94,24 @@ class Artifacts:
                     # Our copy is private (0600) and the repository keeps modes; others read artifacts as a rule.
                     _default_mode(place, alias.parent)
 
+    def takes(self, artifact_uri: str, file: Path | None) -> bool:
+        """Return whether the server takes a file (None is a few bytes) under a name of its own; it is deleted again.
+
+        Raises:
+            SinkError: the server could not be asked.
+        """
+        if self._host is None or self._store is None or urlsplit(artifact_uri).scheme != "mlflow-artifacts":
+            return False  # a place that says what it has against a file
+        url = MlflowArtifactsRepository.resolve_uri(artifact_uri, self._host.uri)
+        try:
+            _twice(lambda: self._put(url, file, PROBE))
+        except Refused:
+            return False
+        with contextlib.suppress(Refused, SinkError):  # then it stays there, and the next one takes its place
+            creds = self._host.host_creds(url)
+            checked(self._store.transport.request(creds, "DELETE", f"/{PROBE}"), f"DELETE {PROBE}")
+        return True
+
     def download(self, artifact_uri: str, artifact_path: str, target: Path, size: int) -> None:
         """Store the content of an artifact as a new file; the size in bytes that it should have bounds the time."""
         path = _checked_path(artifact_path)
@@ -118,15 +141,16 @@ class Artifacts:
         files = self._repository(artifact_uri).list_artifacts(folder or None)
         return {file.path: file.file_size for file in files if not file.is_dir}
 
-    def _put(self, url: str, file: Path, artifact_path: str, *, mlflows: bool = True) -> None:
+    def _put(self, url: str, file: Path | None, artifact_path: str, *, mlflows: bool = True) -> None:
         host, store = self._host, self._store
         if host is None or store is None:
             msg = "artifacts behind a tracking server need its URI"
             raise SinkError(msg, kind="not_mlflow", sent=False)
         endpoint = "/" + quote(artifact_path, safe="/")
         kind = mimetypes.guess_type(artifact_path)[0] or "application/octet-stream"
-        with file.open("rb") as content:
-            size = os.fstat(content.fileno()).st_size
+        with io.BytesIO(_PROBE_TEXT) if file is None else file.open("rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            content.seek(0)
             answer = store.transport.request(
                 host.host_creds(url),
                 "PUT",
@@ -180,6 +204,16 @@ def _named(file: Path, name: str) -> Iterator[Path]:
         except OSError:
             shutil.copyfile(file, alias)
         yield alias
+
+
+def _twice(attempt: Callable[[], None]) -> None:
+    """Make a request again that got no answer: a server that said no may have dropped the connection with it."""
+    try:
+        attempt()
+    except SinkError as error:
+        if error.kind != "connection":
+            raise
+        attempt()
 
 
 @contextlib.contextmanager

@@ -178,7 +178,7 @@ class Recorder:
     @_translated
     def artifact_location(self, kind: str, subject: str) -> str:
         """Return the artifact URI of a "run", a "model" or an "experiment"."""
-        return self._artifact_uri(subject) if kind == "run" else calls.artifact_location(self._store, kind, subject)
+        return self._place(kind, subject)
 
     @_translated
     def upload_for(
@@ -191,8 +191,12 @@ class Recorder:
         is_replaced: Callable[[Path], bool] = lambda _: False,
     ) -> None:
         """Store the content of file under a model's artifacts (kind "model") or an artifact URI (kind "uri")."""
-        uri = owner if kind == "uri" else calls.artifact_location(self._store, kind, owner)
-        self._opened.artifacts.upload(uri, file, artifact_path, is_replaced)
+        self._opened.artifacts.upload(self._place(kind, owner), file, artifact_path, is_replaced)
+
+    @_translated
+    def takes(self, kind: str, owner: str, file: Path | None) -> bool:
+        """Return whether a file is taken now beside the artifacts of a "run", a "model" or an artifact URI ("uri")."""
+        return self._opened.artifacts.takes(self._place(kind, owner), file)
 
     @_translated
     def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:
@@ -230,6 +234,11 @@ class Recorder:
             return self._store.search_runs([experiment_id], condition, view, RUNS_PER_PAGE, order, token)
 
         return _all_pages(page)
+
+    def _place(self, kind: str, owner: str) -> str:
+        if kind == "uri":
+            return owner
+        return self._artifact_uri(owner) if kind == "run" else calls.artifact_location(self._store, kind, owner)
 
     def _artifact_uri(self, run_id: str) -> str:
         with self._lock:

@@ -8,7 +8,8 @@ underneath, which
 * makes one attempt, whatever the server answers, and follows no redirect;
 * ends at the deadline: connecting, sending and receiving share it (name resolution alone is up to the resolver);
 * remembers whether the first byte was sent, because a request that was not cannot have been carried out;
-* reads a limited number of bytes of the answer, so that no answer can fill the memory.
+* reads a limited number of bytes of the answer, so that no answer can fill the memory;
+* keeps no connection on which the server failed.
 
 The transport of MLflow itself stays as it is: ``_http_request_over`` makes a second function of the code of
 ``http_request``, in which one global name means something else. Where a future MLflow has no such name, its own
@@ -113,8 +114,21 @@ class _Reader(io.RawIOBase):
         super().close()
 
 
+class _Response(http.client.HTTPResponse):
+    """An answer that is the last of its connection when the server failed.
+
+    MLflow's server closes a connection soon after such an answer: the next request on it, of another run perhaps, would
+    be lost now and then.
+    """
+
+    def begin(self) -> None:
+        super().begin()
+        if self.status >= 500:  # noqa: PLR2004 - the statuses of servers that fail
+            self.will_close = True
+
+
 def _response(sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
-    response = http.client.HTTPResponse(sock, *args, **kwargs)
+    response = _Response(sock, *args, **kwargs)
     attempt = _attempt()
     if attempt is not None:
         response.fp.close()
