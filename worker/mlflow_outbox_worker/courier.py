@@ -18,8 +18,6 @@ How one request is made, and what becomes of one that is refused, stands in ``re
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final, Literal, NamedTuple
@@ -35,12 +33,13 @@ from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
-from mlflow_outbox_worker.planner import Batch, Step, plan
+from mlflow_outbox_worker.planner import plan
 from mlflow_outbox_worker.quarantine import Quarantine
+from mlflow_outbox_worker.reconciliation import Reconciliation
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.refused import Refused
 from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
-from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink, SinkError
+from mlflow_outbox_worker.sink import RUN_ID_TAG, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import settling
 
@@ -95,12 +94,10 @@ class Courier:
         self._now_ms = now_ms
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
-        #: Runs of which the ledger's cursors are known not to be behind what the store has: SQLite can lose the end of
-        #: its log without a word, and then a window that was delivered is read again with nothing to mark it.
-        self._certain: set[str] = set()
         self._calls = Calls(source, sink, ledger)
         self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
+        self._reconciliation = Reconciliation(sink, ledger)
 
     def turn(self, run_id: str) -> Turn:
         """Deliver what there is of a run, up to a fair share.
@@ -125,6 +122,7 @@ class Courier:
                     self._note_obstacle(run_id, later.outcome.reason)
                 raise
             if not window.more:
+                self._reconciliation.caught_up(run_id)
                 return Turn("live" if window.live else "idle", record, view, reader)
             if self._stopped():
                 break
@@ -147,9 +145,7 @@ class Courier:
         if window.events:
             self._ensure_remote(record, view, reader)
             steps, ended = plan(window.events, view, batch_points=self._settings.batch_points)
-            if not self._sink.deduplicates_metrics:
-                steps = self._reconciled(record, steps)
-            for step in steps:
+            for step in self._reconciliation.unsent(record, steps):
                 self._requests.make(record, step, refused)
             for writer, event in window.events:
                 view.fold(event, writer)
@@ -271,6 +267,7 @@ class Courier:
         record.creates = record.creates or int(attempted)
         if twins:
             record.remote_id, record.adopted = twins[0], True
+            self._reconciliation.found(record.run_id)
             if record.creates == len(twins) == 1:
                 record.creating = False  # the only one there can be was found
         else:
@@ -298,39 +295,3 @@ class Courier:
             record.creating = unknown
         if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
             record.settles_ms = self._now_ms() + settling(self._settings.request_timeout)
-
-    # -- stores that do not deduplicate
-
-    def _reconciled(self, record: RunRecord, steps: list[Step]) -> list[Step]:
-        """Take points out that the store has already, if an earlier attempt may have been carried out in part."""
-        held: set[tuple[str, str, int, int]] = set()
-        compare = record.adopted or record.uncertain == record.cursors or record.run_id not in self._certain
-        if compare:
-            keys = {point.key for step in steps if isinstance(step, Batch) for point in step.points}
-            for key in keys:
-                history = ask("metric_history", lambda key=key: self._sink.metric_history(record.remote_id, key))  # type: ignore[misc]
-                held.update(_identity(point) for point in history)
-            points = {_identity(point) for step in steps if isinstance(step, Batch) for point in step.points}
-            if points and not points & held:
-                self._certain.add(record.run_id)  # the store has not seen this window, so none of the later ones
-        if record.uncertain != record.cursors:
-            record.uncertain = dict(record.cursors)
-            self._ledger.commit(record)
-        result: list[Step] = []
-        for step in steps:
-            if isinstance(step, Batch) and step.points:
-                fresh = []
-                for point in step.points:
-                    identity = _identity(point)
-                    if identity not in held:
-                        held.add(identity)
-                        fresh.append(point)
-                step = dataclasses.replace(step, points=fresh)  # noqa: PLW2901 - the same step, with less in it
-            if not isinstance(step, Batch) or len(step):
-                result.append(step)
-        return result
-
-
-def _identity(point: MetricPoint) -> tuple[str, str, int, int]:
-    value = "nan" if math.isnan(point.value) else repr(point.value)
-    return point.key, value, point.time_ms, point.step

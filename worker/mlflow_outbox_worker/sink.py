@@ -203,6 +203,16 @@ class Sink(Protocol):
         """Return every point of one metric."""
         ...
 
+    def metric_page(self, run_id: str, key: str, token: str | None) -> tuple[list[MetricPoint], str | None]:
+        """Return some points of one metric, and what to ask for the next ones with; None when these are the last.
+
+        Args:
+            run_id: MLflow's.
+            key: the metric's.
+            token: what came with the page before; None asks for the first.
+        """
+        ...
+
     def download(self, run_id: str, artifact_path: str, target: Path, size: int) -> None:
         """Store the content of an artifact, which should have a size in bytes, as the new file target."""
         ...

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from mlflow.entities import ExperimentTag, Metric, Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -27,6 +27,7 @@ from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteModel, Remo
 RUNS_PER_PAGE = 200
 #: Points in one page of a metric's history. Always asked for: some servers page without an end when it is left open.
 POINTS_PER_PAGE = 25_000
+_REPEATED: Final = "the server repeats a page of its answer"
 #: Runs whose artifact URI is remembered, which saves one request for each file.
 _REMEMBERED_RUNS = 1024
 
@@ -208,6 +209,14 @@ class Recorder:
         return [_point(metric) for metric in _all_pages(page)]
 
     @_translated
+    def metric_page(self, run_id: str, key: str, token: str | None) -> tuple[list[MetricPoint], str | None]:
+        """Return some points of one metric, and what to ask for the next ones with; None when these are the last."""
+        some = self._store.get_metric_history(run_id, key, max_results=POINTS_PER_PAGE, page_token=token)
+        if some.token and some.token == token:
+            raise SinkError(_REPEATED, kind="not_mlflow")
+        return [_point(metric) for metric in some], some.token or None
+
+    @_translated
     def download(self, run_id: str, artifact_path: str, target: Path, size: int) -> None:
         """Store the content of an artifact, which should have a size in bytes, as the new file target."""
         self._opened.artifacts.download(self._artifact_uri(run_id), artifact_path, target, size)
@@ -266,8 +275,7 @@ def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:
         if not some.token:
             return found
         if some.token == token:
-            msg = "the server repeats a page of its answer"
-            raise SinkError(msg, kind="not_mlflow")
+            raise SinkError(_REPEATED, kind="not_mlflow")
         token = some.token
 
 

@@ -1,0 +1,148 @@
+"""What is sent once more of what MLflow has already: nothing that would be there twice, and little that would not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import QUICK, numbered, points, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.mlflow_sink import open_sink
+from mlflow_outbox_worker.planner import Batch
+from mlflow_outbox_worker.reconciliation import Packed, Reconciliation, packed
+from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.sink import MetricPoint
+from servers import MlflowServer
+
+VALUES = [0.5, -0.0, 0.0, math.inf, -math.inf, math.nan, 1e308]
+
+
+def test_a_point_is_told_from_others_exactly() -> None:
+    """By value, time and step; NaN is NaN however it was made."""
+    some = [MetricPoint("k", value, time, step) for value in VALUES for time in (0, 1) for step in (-1, 0, 2**62)]
+    held = Packed(map(packed, some))
+    assert len(some) == len(held)
+    assert all(packed(point) in held for point in some)
+    assert packed(MetricPoint("k", -math.nan, 0, 0)) in held
+    assert packed(MetricPoint("k", 0.5, 2, 0)) not in held
+    assert packed(MetricPoint("k", 0.25, 0, 0)) not in held
+    assert packed(MetricPoint("k", 0.5, 0, 1)) not in held
+    assert packed(MetricPoint("k", 0.5, 0, 0)) not in Packed([])
+
+
+def batches(proxy: FaultProxy) -> int:
+    """Return how many requests with points came to a proxy."""
+    return sum(b'"metrics"' in one.body for one in proxy.requests if one.path.endswith("log-batch"))
+
+
+def test_a_lost_ledger_sends_a_server_no_point_that_it_has(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow would look for each of them. What was logged since is sent."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        settings = dataclasses.replace(QUICK, batch_points=10)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=settings)
+        run = tracker.start_run("r")
+        for step in range(100):
+            run.log_metrics({"loss": 0.5 * step, "nan": math.nan}, step=step)
+        assert tracker.flush(60)
+        first = batches(proxy)
+        assert first >= 20
+        assert tracker.close(60)
+        shutil.rmtree(next(tmp_path.glob("*/delivery")))
+        for step in range(100, 110):
+            run.log_metric("loss", 0.5 * step, step=step)
+        assert tracker.close(60)
+        assert batches(proxy) - first <= 2
+    held = the_run(mlflow_server.url, experiment_name).info.run_id
+    assert numbered(110) == points(mlflow_server.url, held, "loss")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """Count the pages of histories that a sink is asked for: ``counted(sink)`` returns the list of their keys."""
+
+    def count(sink: Any) -> list[str]:
+        asked: list[str] = []
+        page = sink.metric_page
+
+        def metric_page(run_id: str, key: str, token: str | None) -> Any:
+            asked.append(key)
+            return page(run_id, key, token)
+
+        monkeypatch.setattr(sink, "metric_page", metric_page)
+        return asked
+
+    return count
+
+
+def window(steps: range) -> list[Any]:
+    """Return the requests of a window."""
+    return [Batch([MetricPoint("loss", 0.5, 1000, step) for step in steps], {}, {}, 1000)]
+
+
+@pytest.mark.parametrize("kind", ["file", "sqlite"])
+def test_a_history_is_read_once_however_many_windows_are_compared(
+    kind: str, sqlite_uri: str, file_uri: str, tmp_path: Path, counted: Callable[[Any], list[str]]
+) -> None:
+    """A run of a million points has a thousand windows."""
+    sink = open_sink({"file": file_uri, "sqlite": sqlite_uri}[kind], artifact_root=None, timeout=10)
+    ledger = Ledger.open(tmp_path / "delivery")
+    run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
+    sink.log_batch(run_id, window(range(50))[0].points, {}, {})
+    record = RunRecord("local", remote_id=run_id, adopted=True)
+    asked = counted(sink)
+    compared = Reconciliation(sink, ledger)
+    compared.found("local")
+    for begin in range(0, 50, 10):
+        assert [] == compared.unsent(record, window(range(begin, begin + 10)))
+        record.uncertain = None  # as the courier notes it once a window is delivered
+    assert ["loss"] == asked
+    (rest,) = compared.unsent(record, window(range(45, 55)))
+    assert [50, 51, 52, 53, 54] == [point.step for point in rest.points]
+    assert ["loss"] == asked
+
+
+def test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt(
+    file_uri: str, tmp_path: Path, counted: Callable[[Any], list[str]]
+) -> None:
+    """An attempt that was broken off may have left a part of the window there."""
+    sink = open_sink(file_uri, artifact_root=None, timeout=10)
+    ledger = Ledger.open(tmp_path / "delivery")
+    run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
+    record = RunRecord("local", remote_id=run_id)
+    asked = counted(sink)
+    compared = Reconciliation(sink, ledger)
+    (first,) = compared.unsent(record, window(range(10)))
+    assert 10 == len(first.points)
+    sink.log_batch(run_id, first.points[:4], {}, {})
+    (again,) = compared.unsent(record, window(range(10)))
+    assert [4, 5, 6, 7, 8, 9] == [point.step for point in again.points]
+    assert ["loss", "loss"] == asked
+
+
+@pytest.mark.parametrize("kind", ["file", "sqlite"])
+def test_a_history_that_is_too_long_to_hold_doubles_nothing(
+    kind: str, sqlite_uri: str, file_uri: str, tmp_path: Path
+) -> None:
+    """It is read anew for each window, or left to the store to compare."""
+    uri = {"file": file_uri, "sqlite": sqlite_uri}[kind]
+    sink = open_sink(uri, artifact_root=None, timeout=10)
+    ledger = Ledger.open(tmp_path / "delivery")
+    run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
+    sink.log_batch(run_id, window(range(20))[0].points, {}, {})
+    record = RunRecord("local", remote_id=run_id, adopted=True)
+    compared = Reconciliation(sink, ledger, most=10)
+    compared.found("local")
+    for begin in (0, 10, 20):
+        for step in compared.unsent(record, window(range(begin, begin + 10))):
+            sink.log_batch(run_id, step.points, {}, {})
+    assert {(step, 0.5): 1 for step in range(30)} == dict(points(uri, run_id, "loss"))

@@ -1,0 +1,167 @@
+"""Takes out of requests what the store has already, where an earlier attempt may have been carried out.
+
+A worker can die between an answer and its record, a ledger can be lost, a copy of the outbox can have been delivered by
+another machine: then events are sent that are there. What is compared with the run's history in MLflow, and until when:
+
+* A store that does **not deduplicate** points (``file:``) would hold them twice. The window in doubt is compared; of a
+  run that was found and not made here, every window, for its parts may have come in another order; of any other run,
+  windows until one is new: SQLite can lose the end of the ledger's log without a word (``ledger``), but the store has
+  not seen any later window than one that it has not seen.
+* A store that does deduplicate need not be asked, but a batch that it has costs MLflow's server three to eight times
+  what a first one costs: it looks for each of the points. So windows of a run that was found by its tag, as after a
+  lost ledger, are compared until one is new. The single window that a killed worker may have sent is not: reading a
+  long history would cost more.
+
+History is read once for each key of a run, and held in 24 bytes for each point, exactly, up to ``MOST`` points a key.
+A longer one is read anew for each window by a store that would have points twice; others are left to deduplicate. What
+was held is forgotten when a window is not delivered to its end: the store may have more by then.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.planner import Batch, Step
+from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.requests import ask
+from mlflow_outbox_worker.sink import MetricPoint, Sink
+
+#: Points of one key that are held: 48 MB.
+MOST: Final = 2_000_000
+
+_PACKED: Final = struct.Struct(">dqq")
+_NAN: Final = _PACKED.pack(math.nan, 0, 0)[:8]
+
+
+class Packed(Sequence[bytes]):
+    """Points as sorted records of 24 bytes: value, time in ms, step.
+
+    Args:
+        records: from ``packed``, in any order.
+    """
+
+    def __init__(self, records: Iterable[bytes]) -> None:
+        self._data = b"".join(sorted(records))
+
+    def __len__(self) -> int:
+        return len(self._data) // _PACKED.size
+
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # only bisect asks, and for one at a time
+        return self._data[index * _PACKED.size : (index + 1) * _PACKED.size]
+
+    def __contains__(self, record: object) -> bool:
+        if not isinstance(record, bytes):
+            return False
+        at = bisect.bisect_left(self, record)
+        return at < len(self) and self[at] == record
+
+
+def packed(point: MetricPoint) -> bytes:
+    """Return what tells a point from the others of its key; two of one record are the same point."""
+    record = _PACKED.pack(point.value, point.time_ms, point.step)
+    return record if not math.isnan(point.value) else _NAN + record[8:]
+
+
+class Reconciliation:
+    """Compares windows with what the store has.
+
+    Args:
+        sink: the store.
+        ledger: where it is noted that a window's requests may have been carried out in part.
+        most: points of one key that are held.
+    """
+
+    def __init__(self, sink: Sink, ledger: Ledger, *, most: int = MOST) -> None:
+        self._sink = sink
+        self._ledger = ledger
+        self._most = most
+        #: Of a store that does not deduplicate: runs of which it has no event that is still to come.
+        self._certain: set[str] = set()
+        #: Of one that does: runs that were found by their tag, of which it may have any.
+        self._found: set[str] = set()
+        self._histories: dict[str, dict[str, Packed | None]] = {}
+
+    def found(self, run_id: str) -> None:
+        """Note that a run was there already."""
+        if self._sink.deduplicates_metrics:
+            self._found.add(run_id)
+
+    def caught_up(self, run_id: str) -> None:
+        """Note that everything was delivered that waited of a run: what comes now is new."""
+        self._histories.pop(run_id, None)
+        self._found.discard(run_id)
+
+    def unsent(self, record: RunRecord, steps: list[Step]) -> list[Step]:
+        """Return the steps without the points that the store has; called once for each attempt at a window.
+
+        Raises:
+            Later: the store could not be asked; try again after a pause.
+            Parked: a person is needed.
+            LedgerUnavailable: the ledger could not be written.
+        """
+        run_id = record.run_id
+        if self._sink.deduplicates_metrics:
+            return self._fresh(record, steps) if run_id in self._found else steps
+        in_doubt = record.uncertain == record.cursors
+        if in_doubt:
+            self._histories.pop(run_id, None)
+        else:
+            record.uncertain = dict(record.cursors)
+            self._ledger.commit(record)
+        if in_doubt or record.adopted or run_id not in self._certain:
+            return self._fresh(record, steps)
+        return list(_without(steps, {}))
+
+    def _fresh(self, record: RunRecord, steps: list[Step]) -> list[Step]:
+        history = self._histories.pop(record.run_id, {})
+        points = {(point.key, packed(point)) for step in steps if isinstance(step, Batch) for point in step.points}
+        for key in {key for key, _ in points} - history.keys():
+            history[key] = self._history(record, key, self._most)
+        held = {key: some for key in history if (some := history[key]) is not None}
+        if not self._sink.deduplicates_metrics:
+            held |= {
+                key: whole
+                for key in {key for key, _ in points} - held.keys()
+                if (whole := self._history(record, key, None)) is not None
+            }
+        if not points or any(one in held.get(key, ()) for key, one in points):
+            self._histories[record.run_id] = history
+        elif self._sink.deduplicates_metrics:
+            self._found.discard(record.run_id)
+        else:
+            self._certain.add(record.run_id)
+        return list(_without(steps, held))
+
+    def _history(self, record: RunRecord, key: str, most: int | None) -> Packed | None:
+        """Return the points of one key that the store has; None when there are more than so many."""
+        records: list[bytes] = []
+        token: str | None = None
+        while True:
+            some, token = ask("metric_history", lambda: self._sink.metric_page(record.remote_id, key, token))  # noqa: B023 - called before the next turn
+            records += map(packed, some)
+            if most is not None and len(records) > most:
+                return None
+            if not token:
+                return Packed(records)
+
+
+def _without(steps: list[Step], held: dict[str, Packed]) -> Iterator[Step]:
+    """Yield steps without points that are held, or come a second time; leave out batches of which nothing is left."""
+    seen: set[tuple[str, bytes]] = set()
+    for step in steps:
+        if isinstance(step, Batch) and step.points:
+            fresh = []
+            for point in step.points:
+                identity = point.key, packed(point)
+                if identity not in seen and identity[1] not in held.get(point.key, ()):
+                    seen.add(identity)
+                    fresh.append(point)
+            step = dataclasses.replace(step, points=fresh)  # noqa: PLW2901 - the same step, with less in it
+        if not isinstance(step, Batch) or len(step):
+            yield step
