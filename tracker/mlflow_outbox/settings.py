@@ -44,7 +44,8 @@ class Settings:
     #: Seconds between two background syncs at ``sync="interval"``: the most a power cut can take.
     sync_interval: float = 0.5
 
-    #: Bytes after which a writer starts a new segment, so that delivered ones can be reclaimed while the run goes on.
+    #: Bytes after which a writer starts a new segment, so that delivered ones can be reclaimed while the run goes on;
+    #: a sixteenth of ``outbox_bytes`` at most.
     segment_bytes: int = 8 * _MIB
     #: Bytes of encoded events kept in memory, per run and process, while the disk refuses them.
     memory_bytes: int = 8 * _MIB

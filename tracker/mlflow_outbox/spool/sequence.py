@@ -81,6 +81,8 @@ class EventSequence:
         self.writer = os.urandom(8).hex()
         self._directory, self._run, self._settings, self._counters, self._disk, self._clock_ms, self._refuse = means
         self._always = self._settings.sync == "always"
+        #: What is being written cannot make room for what comes: it takes no large part of a small outbox.
+        self._segment_bytes = min(self._settings.segment_bytes, max(4096, self._settings.outbox_bytes // 16))
         self.live = self._place(0)
         self.ring = MemoryRing(self._settings.memory_bytes)
         self.retired: list[Segment] = []
@@ -111,7 +113,7 @@ class EventSequence:
                 self.drain()
             if self.ring:
                 return self._wait(payload)
-        if self.live.fd >= 0 and self.live.offset >= self._settings.segment_bytes:
+        if self.live.fd >= 0 and self.live.offset >= self._segment_bytes:
             self.end(rotated=True)
         if self.live.fd < 0:
             self._begin(self.live)
@@ -168,7 +170,7 @@ class EventSequence:
     def _write_ring(self) -> None:
         # A function, for Python 3.13.0 takes the jump at the end of a loop out of the "try" around it.
         while self.ring:
-            if self.live.fd >= 0 and self.live.offset >= self._settings.segment_bytes:
+            if self.live.fd >= 0 and self.live.offset >= self._segment_bytes:
                 self.end(rotated=True)  # which may put events of the old segment before these
             else:
                 if self.live.fd < 0:
@@ -209,7 +211,7 @@ class EventSequence:
             # The disk does not keep up with syncing: what is held for a failed sync must not grow without bound.
             self._counters.add("unprotected_by_sync", len(live.unsynced))
             live.unsynced = []
-        live.limit = self._settings.segment_bytes
+        live.limit = self._segment_bytes
         if self._settings.sync != "os":
             live.limit = min(live.limit, live.offset + max(self._settings.memory_bytes, 4096))
 
