@@ -23,7 +23,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox.testing.faults import status
 from mlflow_outbox.testing.proxy import FaultProxy
-from mlflow_outbox_worker import database
+from mlflow_outbox_worker import database, room
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.room import Room
@@ -180,6 +180,52 @@ class TestRoom:
         assert sorted([waiting, going]) == outbox.run_ids()
         assert (outbox.run(going) / "live-000001.log").exists()
         assert done not in outbox.delivered_ids()
+        ledger.close()
+
+    def test_a_measurement_that_came_too_early_is_made_later(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By a look that is not told to: at the cap nothing more is logged that would ask for it."""
+        monkeypatch.setattr(room, "_MEASURE", 0.5)
+        outbox, ledger, (first, *_) = delivered(tmp_path, 3)
+        one = Room(outbox, Settings(free_bytes=0, outbox_bytes=used_bytes(outbox) + 1), Counters())
+        one.look(ledger, measure=True)
+        (outbox.path / "more").write_bytes(b"xx")
+        one.look(ledger, measure=True)
+        eventually(lambda: one.look(ledger) or first not in outbox.delivered_ids())
+        ledger.close()
+
+    def test_what_is_filed_later_of_a_run_that_goes_on_gives_way_at_once(self, tmp_path: Path) -> None:
+        """That nothing could be deleted a moment ago is not believed then."""
+        outbox, ledger, (going,) = delivered(tmp_path, 1)
+        outbox.make_run(going)
+        (filed,) = (outbox.delivered / going).glob("*.log")
+        content = filed.read_bytes()
+        one = Room(outbox, Settings(free_bytes=10**17), Counters())
+        one.look(ledger)
+        assert not filed.exists()
+        filed.write_bytes(content)
+        one.filed()
+        one.look(ledger)
+        assert not filed.exists()
+        ledger.close()
+
+    def test_one_run_that_cannot_be_deleted_keeps_no_other(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The oldest one stays, and is counted; the next one goes."""
+        outbox, ledger, (first, second) = delivered(tmp_path, 2)
+        original, counters = shutil.rmtree, Counters()
+
+        def refuse(path: Path) -> None:
+            if path.name == first:
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+            original(path)
+
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        Room(outbox, Settings(free_bytes=10**17), counters).look(ledger)
+        assert (1, 1, [first]) == (counters["reclaim_errors"], counters["reclaimed_early"], outbox.delivered_ids())
+        assert second not in outbox.delivered_ids()
         ledger.close()
 
     def test_delivery_goes_on_where_nothing_can_be_deleted(

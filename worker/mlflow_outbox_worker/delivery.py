@@ -40,17 +40,15 @@ from mlflow_outbox_worker.lookout import Lookout
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
-from mlflow_outbox_worker.retention import reclaim
 from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import OutboxSource, Source
 from mlflow_outbox_worker.twins import settle
+from mlflow_outbox_worker.upkeep import Upkeep
 
 #: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
 _STAND_BY: Final = 1.0
-#: Seconds between two rounds of reclaiming what is past retention.
-_RECLAIM: Final = 300.0
 
 OpenSink = Callable[..., Sink]
 
@@ -93,6 +91,7 @@ class Delivery:
         self._leave = leave
         self._lease = self._source.lease(kind)
         self._room = Room(self._source.filing, settings, counters)
+        self._upkeep = Upkeep(self._source.filing, settings, counters, self._room, now_ms=now_ms, clock=clock)
         self._stop = threading.Event()
         self._wakeup = threading.Event()
         self._schedule = Schedule(settings, clock)
@@ -199,7 +198,8 @@ class Delivery:
         )
         self._schedule.clear()
         self._lookout.begin()
-        next_reclaim, next_check = self._clock(), self._clock() + _STAND_BY
+        self._upkeep.begin()
+        next_check = self._clock() + _STAND_BY
         while not self._stop.is_set():
             now = self._clock()
             if self._lookout.look():
@@ -215,11 +215,7 @@ class Delivery:
                 self._gate.notes.pace(self._ledger, self._counters["delivered"], now, self._now_ms())
                 self._room.look(self._ledger)
                 next_check = now + _STAND_BY
-            if now >= next_reclaim:
-                if self._source.filing is not None:
-                    before_ms = self._now_ms() - int(self._settings.retention * 1000)
-                    reclaim(self._source.filing, self._ledger, before_ms=before_ms)
-                next_reclaim = now + _RECLAIM
+            self._upkeep.reclaim(self._ledger)
             if not self._dispatch():
                 self._pause(self._settings.poll_interval)
 
@@ -315,18 +311,14 @@ class Delivery:
             settles_in = 0.0
             if turn.progress != "more":
                 settles_in = settle(sink, ledger, turn.record, self._settings, self._counters, now_ms=self._now_ms)
-            complete = (
-                turn.progress == "live"
-                or settles_in > 0
-                or (
-                    turn.progress == "idle"
-                    and finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
-                )
-            )
+            complete = turn.progress != "more"
+            if turn.progress == "idle" and not settles_in:
+                complete = finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
+            filed_in = self._upkeep.file(ledger, turn)
             # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
             self._turned(run_id, turn)
             if complete:
-                self._schedule.sent(run_id, stamp, settles_in=settles_in)
+                self._schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
                 self._room.look(ledger, measure=True)
         except Waits as waits:  # for another run's turn; nothing is wrong with the destination
             self._waits(run_id, waits, ledger)

@@ -1,8 +1,9 @@
-"""The end of a run's delivery: reading back, looking for twins a last time, filing.
+"""The end of a run's delivery: reading back, and looking for twins a last time; filing is left to ``upkeep``.
 
 Nothing is marked delivered because it was sent: MLflow is asked. What it lacks is sent again once, from the
-beginning, which harms nothing; what it still lacks then needs a person, and the run is parked with the differences
-named.
+beginning, which harms nothing, the segments included that were filed while it went on; what it still lacks then, or
+what it lacks of a run of which some were reclaimed already, needs a person, and the run is parked with the
+differences named.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Callable
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.courier import Turn
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
-from mlflow_outbox_worker.retention import file_run, file_segments
+from mlflow_outbox_worker.requeue import bring_back, is_whole
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import delete_models, delete_twins
@@ -44,20 +46,18 @@ def finish(
         Later: MLflow could not be asked now.
         Parked: MLflow lacks something although it was sent twice, or does not have the run any more.
         LedgerUnavailable: the ledger could not be written.
-        OSError: a file could not be moved.
+        OSError: a file could not be read, or brought back.
     """
     record = turn.record
     if not record.remote_id or not any(folder.is_dir() for folder in turn.reader.paths):
         return True
+    if record.state == "done" and record.verified_at_ms:
+        return True
     if provisional.is_room(record.run_id):
         record.state, record.verified_at_ms = "done", now_ms()
         ledger.commit(record)
-        if source.filing is not None:
-            file_run(source.filing, ledger, record.run_id, record.cursors, counters)
         return True
     if not record.ended:
-        if source.filing is not None:
-            file_segments(source.filing, ledger, record.run_id, record.cursors, counters)
         return True
     if not record.verified_at_ms:
         try:
@@ -65,7 +65,8 @@ def finish(
                 delete_twins(sink, record, counters)
             delete_models(sink, ledger, record, turn.view, counters)
             letters = [*ledger.dead_letters(record.run_id), *ledger.settled_letters(record.run_id)]
-            found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=turn.reader)
+            reader = RunReader(*source.everywhere(record.run_id))  # with what was filed while the run went on
+            found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=reader)
         except SinkError as error:
             outcome = classify(error, "verify")
             if outcome.kind == "retry":
@@ -77,22 +78,26 @@ def finish(
         record.creating = record.adopted = False
         record.mismatch = ""
         record.verified_at_ms = now_ms()
+        counters.add("runs_verified")
     record.state = "done"
     ledger.commit(record)
-    if source.filing is None or file_run(source.filing, ledger, record.run_id, record.cursors, counters):
-        counters.add("runs_verified")
     return True
 
 
 def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, record: RunRecord, found: str) -> None:
     counters.add("verification_differences")
-    read = source.folders(record.run_id)
-    filed = any(folder.is_dir() for folder in source.everywhere(record.run_id) if folder not in read)
-    again = not record.mismatch and not filed
+    if source.filing is not None:
+        whole = is_whole(RunReader(*source.everywhere(record.run_id)), record.cursors)
+    else:  # what is filed cannot be brought back
+        read = source.folders(record.run_id)
+        whole = not any(folder.is_dir() for folder in source.everywhere(record.run_id) if folder not in read)
+    again = not record.mismatch and whole
     record.mismatch = found
     if not again:
         reason = f"MLflow lacks something of the run although it was sent: {found}"
         raise Parked(Outcome("parked", reason), SinkError(reason, kind="answer"))
+    if source.filing is not None:  # before the cursors: a kill in between finds the same differences again
+        bring_back(source.filing, record.run_id)
     record.cursors = {}
     record.adopted = True  # everything may be there already: a store that does not deduplicate is asked what it has
     record.delivered = record.refused = record.dead = record.quarantined = record.missing = 0

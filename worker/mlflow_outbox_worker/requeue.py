@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from mlflow_outbox.errors import LeaseHeld
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.copies import Copies
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.ledger import Ledger
@@ -52,7 +54,7 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
                     ledger.drop_dead_letter(letter.id)  # what is refused again comes again
                 ledger.forget(run_id)
                 if filed is not None:
-                    _bring_back(filed, run_id)
+                    bring_back(filed, run_id)
             _forget_ids(source, ledger, run_ids)
             ledger.set_meta(MOVED, b"yes")
     finally:
@@ -68,7 +70,27 @@ def _forget_ids(source: Source, ledger: Ledger, run_ids: Collection[str]) -> Non
             ledger.set_meta(name, b"")
 
 
-def _bring_back(directory: OutboxDirectory, run_id: str) -> None:
+def is_whole(reader: RunReader, cursors: Mapping[str, Cursor]) -> bool:
+    """Return whether every segment of a run that its cursors have passed is still there.
+
+    Args:
+        reader: of all the run's directories.
+        cursors: how far each of its writers was delivered.
+    """
+    segments = reader.segments()
+    for writer, cursor in cursors.items():
+        there = {segment.header.ordinal for segment in segments.get(writer, ())}
+        if not there.issuperset(range(cursor.ordinal + 1)):
+            return False
+    return True
+
+
+def bring_back(directory: OutboxDirectory, run_id: str) -> None:
+    """Move what was filed of a run to where it is delivered from.
+
+    Raises:
+        OSError: a file could not be moved.
+    """
     source, target = directory.delivered / run_id, directory.run(run_id)
     if not source.is_dir():
         return

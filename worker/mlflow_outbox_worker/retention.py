@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlflow_outbox.counters import Counters
@@ -28,39 +29,48 @@ from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
 
 
+def passed_segments(reader: RunReader, cursors: Mapping[str, Cursor]) -> list[Path]:
+    """Return the segments that the cursors of a run have passed, so that nobody reads or writes them any more.
+
+    Args:
+        reader: of the run's directory.
+        cursors: how far each of its writers was delivered.
+    """
+    return [
+        segment.path
+        for writer, held in reader.segments().items()
+        for segment in held
+        if writer in cursors and segment.header.ordinal < cursors[writer].ordinal
+    ]
+
+
 def file_segments(
-    directory: OutboxDirectory, ledger: Ledger, run_id: str, cursors: dict[str, Cursor], counters: Counters
-) -> int:
-    """Move the segments of a run that its cursors have passed to ``delivered``, while the run goes on.
+    directory: OutboxDirectory, ledger: Ledger, run_id: str, passed: Sequence[Path], counters: Counters
+) -> bool:
+    """Move segments that its cursors have passed to ``delivered``, while the run goes on.
 
     Args:
         directory: the outbox.
         ledger: says what is delivered, and is made durable first.
         run_id: the run.
-        cursors: how far each of its writers was delivered.
+        passed: from ``passed_segments``.
         counters: counts what there was no room to keep.
 
     Returns:
-        How many were moved; 0 too when the ledger could not be made durable first.
+        False when the ledger could not be made durable first.
 
     Raises:
         OSError: a file could not be moved.
     """
-    passed = [
-        segment.path
-        for writer, held in RunReader(directory.run(run_id)).segments().items()
-        for segment in held
-        if writer in cursors and segment.header.ordinal < cursors[writer].ordinal
-    ]
-    if not passed or not ledger.checkpoint():
-        return 0
+    if not ledger.checkpoint():
+        return False
     target = _target(directory, run_id)
     if target is None:
         _delete(passed, directory, counters)
-        return len(passed)
+        return True
     for path in passed:
         os.rename(path, target / path.name)
-    return len(passed)
+    return True
 
 
 def file_run(
@@ -130,23 +140,73 @@ def _move_content(source: Path, target: Path) -> None:
         os.rmdir(source)
 
 
-def reclaim(directory: OutboxDirectory, ledger: Ledger, *, before_ms: int, dry_run: bool = False) -> list[str]:
+def reclaim(
+    directory: OutboxDirectory,
+    ledger: Ledger,
+    *,
+    before_ms: int,
+    failed: Callable[[OSError], None],
+    dry_run: bool = False,
+) -> list[str]:
     """Delete delivered and verified runs whose verification is older than a time; return their ids.
 
     Args:
         directory: the outbox.
         ledger: of its worker; says which runs are done, and when they were verified.
         before_ms: wall-clock milliseconds; runs verified before it go.
+        failed: told of each run that cannot be deleted; the others are all the same.
         dry_run: only return what would go.
 
     Raises:
-        OSError: a file could not be deleted.
+        LedgerUnavailable: the ledger cannot be read now.
+        OSError: what is there cannot be listed.
     """
-    gone = [run_id for run_id, verified_ms in reclaimable(directory, ledger) if verified_ms < before_ms]
-    if not dry_run:
-        for run_id in gone:
+    old = [run_id for run_id, verified_ms in reclaimable(directory, ledger) if verified_ms < before_ms]
+    if dry_run:
+        return old
+    gone = []
+    for run_id in old:
+        try:
             shutil.rmtree(directory.delivered / run_id)
+        except OSError as error:
+            failed(error)
+        else:
+            gone.append(run_id)
     return gone
+
+
+def reclaim_segments(directory: OutboxDirectory, *, before_ms: int, failed: Callable[[OSError], None]) -> None:
+    """Delete segments that were filed before a time of runs that go on.
+
+    Args:
+        directory: the outbox.
+        before_ms: wall-clock milliseconds.
+        failed: told of each segment that cannot be deleted.
+
+    Raises:
+        OSError: what is there cannot be listed.
+    """
+    for path, found in filed_segments(directory):
+        if max(found.st_mtime, found.st_ctime) * 1000 < before_ms:  # the latter is when it was moved there
+            try:
+                os.unlink(path)
+            except OSError as error:
+                failed(error)
+
+
+def filed_segments(directory: OutboxDirectory) -> list[tuple[Path, os.stat_result]]:
+    """Return the filed segments of runs that go on."""
+    result = []
+    for run_id in directory.delivered_ids():
+        if not directory.run(run_id).exists():
+            continue
+        with contextlib.suppress(FileNotFoundError), os.scandir(directory.delivered / run_id) as entries:
+            result += [
+                (Path(entry.path), entry.stat(follow_symlinks=False))
+                for entry in entries
+                if entry.name.endswith(".log")
+            ]
+    return result
 
 
 def reclaimable(directory: OutboxDirectory, ledger: Ledger) -> list[tuple[str, int]]:
@@ -179,7 +239,7 @@ def _target(directory: OutboxDirectory, run_id: str) -> Path | None:
     return target
 
 
-def _delete(paths: list[Path], directory: OutboxDirectory, counters: Counters) -> None:
+def _delete(paths: Sequence[Path], directory: OutboxDirectory, counters: Counters) -> None:
     for path in paths:
         os.unlink(path)
     gave_way(directory, len(paths), counters)

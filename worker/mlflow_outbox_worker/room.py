@@ -25,7 +25,7 @@ from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
-from mlflow_outbox_worker.retention import gave_way, reclaimable
+from mlflow_outbox_worker.retention import filed_segments, gave_way, reclaimable
 
 #: Seconds between two measurements of the outbox, at least, and how many times as long as one takes.
 _MEASURE: Final = 5.0
@@ -49,6 +49,8 @@ class Room:
         self._counters = counters
         self._lock = threading.Lock()
         self._measure_at = float("-inf")
+        #: A measurement was asked for when it was too early for one.
+        self._is_owed = False
         #: The delivered runs when all that could go was gone, and until when that is believed.
         self._futile: tuple[list[str], float] = ([], 0.0)
 
@@ -80,8 +82,8 @@ class Room:
 
         Args:
             ledger: says what is delivered.
-            measure: look at the size of the outbox too, which walks its directories, unless that was done seconds ago;
-                else only at the free space.
+            measure: look at the size of the outbox too, which walks its directories; if that was done seconds ago, a
+                later look does it, whatever it is told. Else only look at the free space.
 
         Raises:
             LedgerUnavailable: the ledger cannot be read now.
@@ -94,20 +96,34 @@ class Room:
             excess = self._excess(directory, measure=measure)
             if excess <= 0 or self._is_futile(directory):
                 return
+            stays: OSError | None = None
             for path in _delivered(directory, ledger):
                 if excess <= 0:
                     break
-                excess -= _remove(path)
-                number += 1
-            if excess > 0:
+                try:
+                    excess -= _remove(path)
+                except OSError as error:  # the next one may go
+                    stays = stays or error
+                else:
+                    number += 1
+            if stays is not None:
+                self._stays(stays)
+            elif excess > 0:
                 self._futile = directory.delivered_ids(), time.monotonic() + _AGAIN
         except OSError as error:  # delivery goes on, whatever cannot be deleted
-            self._counters.add("reclaim_errors")
-            self._counters.warn_once("reclaim_errors", f"mlflow-outbox: what was delivered cannot be deleted: {error}")
+            self._stays(error)
         finally:
             self._lock.release()
         if number:
             gave_way(directory, number, self._counters)
+
+    def _stays(self, error: OSError) -> None:
+        self._counters.add("reclaim_errors")
+        self._counters.warn_once("reclaim_errors", f"mlflow-outbox: what was delivered cannot be deleted: {error}")
+
+    def filed(self) -> None:
+        """Take notice that there is more that may go."""
+        self._futile = [], 0.0
 
     def _is_futile(self, directory: OutboxDirectory) -> bool:
         """Return whether nothing could be deleted the last time and nothing has been delivered since."""
@@ -121,8 +137,10 @@ class Room:
         if lacking > 0:
             return lacking + least // 10
         begin = time.monotonic()
-        if not measure or begin < self._measure_at or not directory.delivered_ids():
+        self._is_owed = self._is_owed or measure
+        if not self._is_owed or begin < self._measure_at or not directory.delivered_ids():
             return 0
+        self._is_owed = False
         most = self._settings.outbox_bytes
         used = used_bytes(directory)
         end = time.monotonic()
@@ -135,14 +153,7 @@ def _delivered(directory: OutboxDirectory, ledger: Ledger) -> Iterator[Path]:
     done = sorted((verified_ms, run_id) for run_id, verified_ms in reclaimable(directory, ledger))
     for _, run_id in done:
         yield directory.delivered / run_id
-    segments = []
-    for run_id in directory.delivered_ids():
-        if not directory.run(run_id).exists():
-            continue
-        with os.scandir(directory.delivered / run_id) as entries:
-            segments += [(e.stat().st_mtime_ns, e.path) for e in entries if e.name.endswith(".log")]
-    for _, path in sorted(segments):
-        yield Path(path)
+    yield from (path for _, path in sorted((found.st_mtime_ns, path) for path, found in filed_segments(directory)))
 
 
 def _remove(path: Path) -> int:

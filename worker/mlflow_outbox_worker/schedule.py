@@ -3,7 +3,8 @@
 A run is *pending* when something of it may have to be sent, *busy* while a lane has it, and *due* at a time when its
 last turn failed. Ready runs wait in one queue, so that each gets its turn before any gets its next. A run whose
 segments may still grow is watched by their sizes (its *tails*), and, where other machines write, by its directories'
-times (its *stamp*). One that *settles* gets another turn at a time, although there is nothing to send.
+times (its *stamp*). One that *settles* gets another turn at a time, although there is nothing to send; so does one
+that is to be *filed*, for which nobody waits.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class Standing(NamedTuple):
 class _Slot:
     """One run."""
 
-    __slots__ = ("busy", "due", "live", "next_life_check", "pending", "retry", "settles", "stamp", "standing", "tails")
+    __slots__ = (
+        *("busy", "due", "filed", "live", "next_life_check", "pending"),
+        *("retry", "settles", "stamp", "standing", "tails"),
+    )
 
     def __init__(self) -> None:
         self.pending = True
@@ -63,6 +67,8 @@ class _Slot:
         self.stamp: Stamp = ()
         #: When it wants a turn although nothing is to be sent; 0 for never.
         self.settles = 0.0
+        #: When it wants one to be filed, which does not keep the outbox from being quiet; 0 for never.
+        self.filed = 0.0
         self.standing = Standing()
 
 
@@ -127,7 +133,8 @@ class Schedule:
     def grown(self, stamp_of: Callable[[str], Stamp]) -> list[str]:
         """Return the runs at rest that want a turn.
 
-        A segment of theirs has grown or lost its writer, a directory has changed, or they are to settle now.
+        A segment of theirs has grown or lost its writer, a directory has changed, or they are to settle or to be filed
+        now.
 
         Args:
             stamp_of: returns when a run's directories last changed; () where a doorbell tells.
@@ -139,7 +146,8 @@ class Schedule:
         for run_id, slot in watched:
             if slot.busy or slot.pending:
                 continue
-            grown = 0.0 < slot.settles <= now or any(_size(path) != offset for path, offset in slot.tails.items())
+            grown = 0.0 < slot.settles <= now or 0.0 < slot.filed <= now
+            grown = grown or any(_size(path) != offset for path, offset in slot.tails.items())
             if not grown and now >= slot.next_life_check:
                 slot.next_life_check = now + _LIFE_CHECK
                 grown = slot.live and any(not is_being_written(path) for path in slot.tails)
@@ -202,22 +210,24 @@ class Schedule:
                 if name in self._slots:
                     self._slots[name].due, self._slots[name].standing = 0.0, Standing()
 
-    def sent(self, run_id: str, stamp: Stamp, *, settles_in: float = 0.0) -> None:
+    def sent(self, run_id: str, stamp: Stamp, *, settles_in: float = 0.0, filed_in: float = 0.0) -> None:
         """Note that everything of a run was sent that was on disk when its directories had this stamp.
 
         Args:
             run_id: the run.
             stamp: of its directories.
             settles_in: seconds after which it gets another turn in any case; 0 for none.
+            filed_in: the same for one that nobody waits for.
         """
         with self.changed:
             slot = self._slots[run_id]
             slot.stamp, slot.standing = stamp, Standing("sent")
             slot.settles = self._clock() + settles_in if settles_in else 0.0
+            slot.filed = self._clock() + filed_in if filed_in else 0.0
             self._watch(run_id, slot)
 
     def _watch(self, run_id: str, slot: _Slot) -> None:
-        if slot.tails or slot.stamp or slot.settles:
+        if slot.tails or slot.stamp or slot.settles or slot.filed:
             self._watched.add(run_id)
         else:
             self._watched.discard(run_id)

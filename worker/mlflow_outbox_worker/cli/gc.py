@@ -69,12 +69,13 @@ def gc(
             terminal.error(str(error))
             codes.append(ExitCode.HELD)
             continue
+        stays: list[OSError] = []
         try:
             # Only read: with zero bytes free there is not even room to open it for more.
             with outboxes.ledger_of(directory, settings) as ledger:
-                would = reclaim(directory, ledger, before_ms=before_ms, dry_run=True)
+                would = reclaim(directory, ledger, before_ms=before_ms, failed=stays.append, dry_run=True)
                 sizes = {run_id: _bytes(directory.delivered / run_id) for run_id in would}
-                gone = would if dry_run else reclaim(directory, ledger, before_ms=before_ms)
+                gone = would if dry_run else reclaim(directory, ledger, before_ms=before_ms, failed=stays.append)
         except (LedgerUnavailable, OSError) as failure:
             terminal.error(f"{name}: {failure}")
             codes.append(ExitCode.ERROR)
@@ -89,7 +90,9 @@ def gc(
         verb = "would free" if dry_run else "freed"
         terminal.say(f"{name}: {verb} {terminal.size(freed)} of {terminal.count(len(gone), 'run')}; {kept:,} kept")
         freed_of.append({"path": str(directory.path), "runs": gone, "bytes": freed, "kept": kept, "dry_run": dry_run})
-        codes.append(ExitCode.DONE)
+        for trouble in stays:
+            terminal.error(f"{name}: {printable(str(trouble))}")
+        codes.append(ExitCode.ERROR if stays else ExitCode.DONE)
     if as_json:
         terminal.raw(json.dumps(freed_of, indent=2))
     return most_urgent(codes)

@@ -1,0 +1,278 @@
+"""What is delivered is filed and gives way, also of a run that goes on; and none of that holds up delivery."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import offline, outbox_of
+from contents import QUICK, client, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker import courier, room, upkeep
+from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.thread import ThreadWorker
+from replays import command
+from servers import eventually
+
+#: Segments of about a hundred points.
+SMALL = dataclasses.replace(QUICK, segment_bytes=4096, sync_interval=0.05)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(upkeep, "_FILE", 0.05)
+    monkeypatch.setattr(room, "_MEASURE", 0.05)
+    monkeypatch.setattr(room, "_RARELY", 1.0)
+
+
+@contextlib.contextmanager
+def delivering(directory: OutboxDirectory, uri: str, settings: Settings) -> Iterator[Counters]:
+    """Deliver an outbox in a thread of this process; yield what is counted."""
+    counters = Counters()
+    worker = ThreadWorker(lambda: Delivery(directory, resolve(uri), settings, counters, kind="thread"), counters)
+    worker.start()
+    try:
+        yield counters
+    finally:
+        worker.stop(60)
+
+
+def segments(folder: Path) -> list[str]:
+    """Return the names of the segments in a run's directory, in order."""
+    return sorted(path.name for path in folder.glob("*.log"))
+
+
+def lose(uri: str, step: int) -> None:
+    """Take a point out of MLflow's database."""
+    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60)) as database, database:
+        assert 1 == database.execute("DELETE FROM metrics WHERE step = ?", (step,)).rowcount
+
+
+class Open:
+    """A run that is being written, and its outbox; nothing is delivered by its tracker."""
+
+    def __init__(self, experiment: str, uri: str, root: Path, settings: Settings) -> None:
+        self.tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=settings)
+        self.run = self.tracker.start_run("goes on")
+        self.logged = 0
+        assert self.tracker.outbox_path is not None
+        self.directory = OutboxDirectory.open(self.tracker.outbox_path)
+        self.waiting = self.directory.run(self.run.run_id)
+        self.filed = self.directory.delivered / self.run.run_id
+
+    def log(self, number: int) -> None:
+        """Log some points, each one once."""
+        for step in range(self.logged, self.logged + number):
+            assert self.run.log_metric("loss", step / 2, step=step)
+        self.logged += number
+
+    def end(self) -> None:
+        """End the run and close its journal."""
+        self.run.end()
+        self.tracker.close(0)
+
+
+@pytest.fixture
+def going(experiment_name: str, sqlite_uri: str, tmp_path: Path) -> Iterator[Open]:
+    """A run that goes on, in small segments."""
+    opened = Open(experiment_name, sqlite_uri, tmp_path / "outbox", SMALL)
+    yield opened
+    opened.tracker.close(0)
+
+
+class TestOfARunThatGoesOn:
+    def test_it_logs_many_times_what_its_outbox_may_hold(
+        self, experiment_name: str, sqlite_uri: str, tmp_path: Path
+    ) -> None:
+        """At the cap its oldest delivered segments, whose size follows the cap, give way: it goes on at once."""
+        most = 1_000_000
+        settings = dataclasses.replace(QUICK, sync_interval=0.05, outbox_bytes=most)
+        one = Open(experiment_name, sqlite_uri, tmp_path / "outbox", settings)
+        logged = 0
+        with delivering(one.directory, sqlite_uri, settings) as counters:
+            while logged < 6 * most:
+                text = f"{logged:020d}" + "x" * 4000
+                eventually(lambda text=text: one.run.set_tag("note", text), 60)  # type: ignore[misc]
+                logged += len(text)
+            eventually(one.run.end, 60)
+            one.tracker.close(0)
+            eventually(lambda: not one.waiting.exists(), 60)
+        assert counters["reclaimed_early"] > 50
+        assert (1, 0) == (counters["runs_verified"], counters["verification_differences"])
+        held = the_run(sqlite_uri, experiment_name)
+        assert ("FINISHED", text) == (held.info.status, held.data.tags["note"])
+
+    def test_its_delivered_segments_are_filed_as_it_goes(self, going: Open, sqlite_uri: str) -> None:
+        """All but the one that is being written; the ends of it are the same as without."""
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            for _ in range(3):
+                going.log(500)
+                eventually(lambda: len(segments(going.waiting)) == 1, 60)
+            assert len(segments(going.filed)) > 3
+            going.end()
+            eventually(lambda: not going.waiting.exists(), 60)
+        assert (1, 0) == (counters["runs_verified"], counters["missing"])
+        assert numbered(1500) == points(
+            sqlite_uri, the_run(sqlite_uri, going.tracker.experiment_name).info.run_id, "loss"
+        )
+
+    def test_they_are_filed_while_there_is_more_to_send(
+        self, going: Open, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A long backlog makes room from its beginning, not at its end."""
+        going.log(3000)
+        before = len(segments(going.waiting))
+        seen = []
+        original = upkeep.Upkeep.file
+
+        def watched(self: upkeep.Upkeep, ledger: Ledger, turn: courier.Turn) -> float:
+            seen.append((turn.progress, len(segments(going.filed))))
+            return original(self, ledger, turn)
+
+        monkeypatch.setattr(courier, "_TURN", 1)
+        monkeypatch.setattr(upkeep, "_FILE", 0.0)
+        monkeypatch.setattr(upkeep.Upkeep, "file", watched)
+        with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, batch_points=500)):
+            eventually(lambda: len(segments(going.waiting)) == 1, 60)
+        assert any(progress == "more" and 0 < number < before - 1 for progress, number in seen)
+
+    def test_what_mlflow_lacks_of_it_is_sent_again_from_its_beginning(self, going: Open, sqlite_uri: str) -> None:
+        """A look at every point sees the filed segments too, and they are brought back to be sent."""
+        settings = dataclasses.replace(SMALL, verify="full")
+        with delivering(going.directory, sqlite_uri, settings) as counters:
+            going.log(1000)
+            eventually(lambda: len(segments(going.waiting)) == 1, 60)
+            lose(sqlite_uri, 5)
+            going.end()
+            eventually(lambda: not going.waiting.exists(), 60)
+        assert (1, 1) == (counters["verification_differences"], counters["runs_verified"])
+        assert numbered(1000) == points(
+            sqlite_uri, the_run(sqlite_uri, going.tracker.experiment_name).info.run_id, "loss"
+        )
+
+    @pytest.mark.parametrize("lacks", [False, True])
+    def test_it_is_read_back_and_replayed_also_when_its_beginning_was_reclaimed(
+        self, lacks: bool, going: Open, sqlite_uri: str, tmp_path: Path
+    ) -> None:
+        """What is left of it is compared and replayed; what MLflow lacks of it then needs a person."""
+        with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, verify="full")) as counters:
+            going.log(1000)
+            eventually(lambda: len(segments(going.waiting)) == 1, 60)
+            gone = going.filed / segments(going.filed)[0]
+            gone.unlink()
+            if lacks:
+                lose(sqlite_uri, 900)
+            going.end()
+            if lacks:
+                eventually(lambda: counters["parked"], 60)
+            else:
+                eventually(lambda: not going.waiting.exists(), 60)
+        assert (not lacks) == bool(counters["runs_verified"])
+        other = (tmp_path / "other").as_uri()
+        assert 0 == command("replay", going.directory.path, "--to", other)
+        copy = the_run(other, going.tracker.experiment_name)
+        arrived = points(other, copy.info.run_id, "loss")
+        assert "FINISHED" == copy.info.status
+        assert 0 < len(arrived) < 1000
+        assert numbered(1000) - numbered(1000 - len(arrived)) == arrived
+
+    def test_its_segments_go_when_the_retention_time_is_over(
+        self, going: Open, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Counted from when they were filed; the one that is being written stays."""
+        monkeypatch.setattr(upkeep, "_RECLAIM", 0.05)
+        with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, retention=3600)):
+            going.log(1000)
+            eventually(lambda: len(segments(going.waiting)) == 1, 60)
+            assert segments(going.filed)
+        with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, retention=0)):
+            eventually(lambda: not segments(going.filed), 60)
+            going.log(10)
+            going.end()
+            eventually(lambda: not going.waiting.exists(), 60)
+        with client(sqlite_uri) as mlflow:
+            held = the_run(sqlite_uri, going.tracker.experiment_name)
+            assert 1010 == len(mlflow.get_metric_history(held.info.run_id, "loss"))
+
+
+class TestTrouble:
+    def test_a_run_that_cannot_be_deleted_holds_up_neither_delivery_nor_other_runs(
+        self, experiment_name: str, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is counted and said; by gc too, which deletes the others."""
+        first, second = offline(tmp_path / "outbox", sqlite_uri, experiment=experiment_name, runs=2)
+        directory = OutboxDirectory.open(outbox_of(tmp_path / "outbox"))
+        with contextlib.closing(Ledger.open(directory.ledger)) as ledger:
+            for run_id in (first, second):
+                os.rename(directory.run(run_id), directory.delivered / run_id)
+                ledger.commit(RunRecord(run_id, remote_id=run_id, state="done", ended=True, verified_at_ms=1))
+        offline(tmp_path / "outbox", sqlite_uri, experiment=experiment_name)
+        original, stuck = shutil.rmtree, min(first, second)
+
+        def refuse(path: Path) -> None:
+            if Path(path).name == stuck:
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+            original(path)
+
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        with delivering(directory, sqlite_uri, QUICK) as counters:
+            eventually(lambda: directory.run_ids() == [], 60)
+            eventually(lambda: len(directory.delivered_ids()) == 2, 60)
+        assert stuck in directory.delivered_ids()
+        assert (1, 1, 0) == (counters["reclaim_errors"], counters["runs_verified"], counters["worker_errors"])
+        assert ["FINISHED"] == [run.info.status for run in runs(sqlite_uri, experiment_name)]
+        assert 1 == command("gc", "--older-than", "0", "-d", tmp_path / "outbox")
+        assert [stuck] == directory.delivered_ids()
+
+    def test_a_run_that_could_not_be_filed_is_filed_later(
+        self, experiment_name: str, sqlite_uri: str, tmp_path: Path
+    ) -> None:
+        """Somebody reads the ledger meanwhile, which is no failure of the run."""
+        offline(tmp_path / "outbox", sqlite_uri, experiment=experiment_name)
+        directory = OutboxDirectory.open(outbox_of(tmp_path / "outbox"))
+        Ledger.open(directory.ledger).close()
+        with delivering(directory, sqlite_uri, QUICK) as counters:
+            eventually((directory.ledger / "cache.db-shm").exists, 60)
+            reader = sqlite3.connect(
+                f"file:{directory.ledger / 'cache.db'}?mode=ro", uri=True, isolation_level=None, timeout=60
+            )
+            with contextlib.closing(reader):
+                reader.execute("BEGIN")
+                reader.execute("SELECT count(*) FROM Cache").fetchall()
+                eventually(lambda: counters["runs_verified"], 60)
+                assert 1 == len(directory.run_ids())
+            eventually(lambda: directory.run_ids() == [], 60)
+        assert 1 == len(directory.delivered_ids())
+        assert (0, 0) == (counters["run_errors"], counters["filing_errors"])
+
+    def test_a_file_that_cannot_be_moved_is_no_failure_of_delivery(
+        self, going: Open, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is counted and said, and moved once that is possible again."""
+        original = os.rename
+
+        def refuse(source: Path, target: Path) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
+
+        monkeypatch.setattr(os, "rename", refuse)
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            going.log(1000)
+            eventually(lambda: counters["filing_errors"], 60)
+            eventually(lambda: counters["delivered"] >= 1000, 60)
+            monkeypatch.setattr(os, "rename", original)
+            eventually(lambda: len(segments(going.waiting)) == 1, 60)
+        assert 0 == counters["run_errors"]

@@ -1,0 +1,147 @@
+"""What a worker does beside delivery: what is delivered is filed, and what was kept long enough is reclaimed.
+
+None of it may hold up delivery. What cannot be moved or deleted is counted, said once, and tried again later; the
+other runs are seen to all the same.
+
+* A run that is delivered and read back is filed whole. Of one that goes on the segments that its cursors have passed
+  are filed as it goes, also while there is more to send, at a rate at which the checkpoint that comes before costs
+  nothing. So all that is delivered of it, but the segment that is being written, is there to make room.
+* Where the ledger cannot be brought into its main file just now (somebody reads it), something new has come in
+  meanwhile, or a file cannot be moved, the next try comes after a pause, doubled each time up to minutes.
+* Runs go when the retention time has passed since they were read back, segments of runs that go on when it has
+  passed since they were filed. Where there is no room they go earlier (``room``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.courier import Turn
+from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
+from mlflow_outbox_worker.retention import file_run, file_segments, passed_segments, reclaim, reclaim_segments
+from mlflow_outbox_worker.room import Room
+
+#: Seconds between two rounds of reclaiming what is past retention.
+_RECLAIM: Final = 300.0
+#: Seconds between two filings of segments of one run: a checkpoint takes milliseconds.
+_FILE: Final = 5.0
+#: Seconds after a filing that failed, at first and at most.
+_AGAIN: Final = 1.0
+_AGAIN_MOST: Final = 300.0
+
+
+class Upkeep:
+    """Files and reclaims what was delivered of one outbox; ``file`` may be called by several lanes for different runs.
+
+    Args:
+        directory: the outbox; None when nothing of it may be moved or deleted.
+        settings: the retention time.
+        counters: counts what could not be moved as "filing_errors", what could not be deleted as "reclaim_errors".
+        room: told of what was filed.
+        now_ms: wall-clock milliseconds since the epoch.
+        clock: seconds of a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        directory: OutboxDirectory | None,
+        settings: Settings,
+        counters: Counters,
+        room: Room,
+        *,
+        now_ms: Callable[[], int],
+        clock: Callable[[], float],
+    ) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._counters = counters
+        self._room = room
+        self._now_ms = now_ms
+        self._clock = clock
+        self._next_reclaim = float("-inf")
+        #: By run: when it may be filed again, and the pause that was made after a failure.
+        self._filings: dict[str, tuple[float, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Upkeep of {str(self._directory.path) if self._directory else 'nothing'!r}>"
+
+    def begin(self) -> None:
+        """Begin anew, with another ledger."""
+        self._next_reclaim = float("-inf")
+        self._filings.clear()
+
+    # -- reclaiming
+
+    def reclaim(self, ledger: Ledger) -> None:
+        """Delete what is past retention, if it is time to look.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read now.
+        """
+        now = self._clock()
+        if self._directory is None or now < self._next_reclaim:
+            return
+        self._next_reclaim = now + _RECLAIM
+        before_ms = self._now_ms() - int(self._settings.retention * 1000)
+        try:
+            reclaim(self._directory, ledger, before_ms=before_ms, failed=self._stays)
+            reclaim_segments(self._directory, before_ms=before_ms, failed=self._stays)
+        except OSError as error:
+            self._stays(error)
+
+    def _stays(self, error: OSError) -> None:
+        self._counters.add("reclaim_errors")
+        self._counters.warn_once(
+            "reclaim_errors", f"mlflow-outbox: what was delivered cannot be deleted: {printable(str(error), 300)}"
+        )
+
+    # -- filing
+
+    def file(self, ledger: Ledger, turn: Turn) -> float:
+        """File what a turn has shown to be delivered.
+
+        Returns:
+            seconds after which there is something to file; 0 for nothing.
+
+        Raises:
+            LedgerCorrupt: the ledger is to be opened anew.
+        """
+        record, directory = turn.record, self._directory
+        if directory is None or not record.remote_id:
+            return 0.0
+        done = record.state == "done" and any(folder.is_dir() for folder in turn.reader.paths)
+        passed = [] if done else passed_segments(turn.reader, record.cursors)
+        if not done and not passed:
+            return 0.0
+        now = self._clock()
+        due, pause = self._filings.get(record.run_id, (now, 0.0))
+        if now < due:
+            return due - now
+        try:
+            if done:
+                filed = file_run(directory, ledger, record.run_id, record.cursors, self._counters)
+            else:
+                filed = file_segments(directory, ledger, record.run_id, passed, self._counters)
+        except LedgerCorrupt:
+            raise
+        except (LedgerUnavailable, OSError) as error:
+            self._counters.add("filing_errors")
+            self._counters.warn_once(
+                "filing_errors", f"mlflow-outbox: what was delivered cannot be filed: {printable(str(error), 300)}"
+            )
+            filed = False
+        if not filed:
+            pause = min(_AGAIN_MOST, pause * 2 or _AGAIN)
+            self._filings[record.run_id] = now + pause, pause
+            return pause
+        self._room.filed()
+        if done:
+            self._filings.pop(record.run_id, None)
+        else:
+            self._filings[record.run_id] = now + _FILE, 0.0
+        return 0.0
