@@ -139,7 +139,8 @@ class Reading:
         with self._ledger() as ledger:
             run = self._local_run(run_id, ledger, since)
         known = (self._directory.runs / run_id).is_dir() or (self._directory.delivered / run_id).is_dir()
-        return run if run is not None and (known or run.remote_id) else None
+        # Of a run that was retired there is no more than its ids.
+        return run if run is not None and (known or (run.remote_id and run.base)) else None
 
     @contextlib.contextmanager
     def _ledger(self) -> Iterator[Ledger | None]:
@@ -173,10 +174,9 @@ class Reading:
         with contextlib.suppress(*_UNREADABLE):
             if ledger is not None:
                 record, view = ledger.record(run_id), ledger.view(run_id)
-        pending = RunReader(self._directory.run(run_id))
+        # Both places: what is filed while this reads may be behind the cursors that were read.
+        pending = RunReader(self._directory.run(run_id), self._directory.delivered / run_id)
         _, header = pending.started()
-        if header is None:
-            _, header = RunReader(self._directory.delivered / run_id).started()
         experiment = header.experiment if header is not None else record.experiment if record is not None else ""
         run = LocalRun(run_id, experiment, record, view or RunView())
         if record is not None and view is None:

@@ -142,16 +142,15 @@ class RunReads(Experiments):
 
     def _points_on_disk(self, local_id: str, key: str) -> list[Metric]:
         found: list[Metric] = []
-        for parent in (self.outbox.directory.delivered, self.outbox.directory.runs):
-            reader = RunReader(parent / local_id)
-            cursors: dict[str, Cursor] = {}
-            while True:
-                window = reader.window(cursors, points=_PAGE, items=_PAGE)
-                found += reads.points(window.events, key)
-                if not window.more:
-                    break
-                cursors = window.cursors
-        return found
+        directory = self.outbox.directory
+        reader = RunReader(directory.run(local_id), directory.delivered / local_id)  # what is filed meanwhile is moved
+        cursors: dict[str, Cursor] = {}
+        while True:
+            window = reader.window(cursors, points=_PAGE, items=_PAGE)
+            found += reads.points(window.events, key)
+            if not window.more:
+                return found
+            cursors = window.cursors
 
     def search_runs(
         self,
