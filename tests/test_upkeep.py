@@ -16,16 +16,13 @@ import pytest
 from commands import offline, outbox_of
 from contents import QUICK, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
-from mlflow_outbox.counters import Counters
-from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import courier, room, upkeep
-from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
-from mlflow_outbox_worker.thread import ThreadWorker
 from replays import command
 from servers import eventually
+from workers import delivering
 
 #: Segments of about a hundred points.
 SMALL = dataclasses.replace(QUICK, segment_bytes=4096, sync_interval=0.05)
@@ -37,18 +34,6 @@ def _in_a_hurry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "_FILE", 0.05)
     monkeypatch.setattr(room, "_MEASURE", 0.05)
     monkeypatch.setattr(room, "_RARELY", 1.0)
-
-
-@contextlib.contextmanager
-def delivering(directory: OutboxDirectory, uri: str, settings: Settings) -> Iterator[Counters]:
-    """Deliver an outbox in a thread of this process; yield what is counted."""
-    counters = Counters()
-    worker = ThreadWorker(lambda: Delivery(directory, resolve(uri), settings, counters, kind="thread"), counters)
-    worker.start()
-    try:
-        yield counters
-    finally:
-        worker.stop(60)
 
 
 def segments(folder: Path) -> list[str]:

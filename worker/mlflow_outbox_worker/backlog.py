@@ -9,7 +9,9 @@ from mlflow_outbox.outbox import FlushResult
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.frame import SEQUENCE_MASK
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.retired import Totals
 
 #: For every run, for every writer, the number that its next event will have.
 Targets = dict[str, dict[str, int]]
@@ -46,19 +48,38 @@ def left(ends: Mapping[str, int], record: RunRecord | None, *, parked: bool) -> 
     return Left(0, events) if parked or (record is not None and record.state == "parked") else Left(events, 0)
 
 
-def total(ends: Targets, records: Iterable[RunRecord], *, parked: bool) -> FlushResult:
+def counted(ledger: Ledger) -> tuple[dict[str, RunRecord], Totals]:
+    """Return what a ledger holds by run id, and what was counted of retired runs: each run is in one of them.
+
+    Args:
+        ledger: a worker may use it meanwhile.
+
+    Raises:
+        LedgerUnavailable: it cannot be read now.
+    """
+    before = ledger.totals()
+    while True:
+        records = {record.run_id: record for record in ledger.records()}
+        totals = ledger.totals()
+        if totals == before:
+            return records, totals
+        before = totals  # some were retired in between
+
+
+def total(ends: Targets, records: Iterable[RunRecord], retired: Totals, *, parked: bool) -> FlushResult:
     """Return the sums over all runs.
 
     Args:
         ends: from ``targets``.
         records: what the ledger holds.
+        retired: what was counted of runs that are gone.
         parked: the whole destination waits for a person.
     """
     by_id = {record.run_id: record for record in records}
     parts = [left(run_ends, by_id.get(run_id), parked=parked) for run_id, run_ends in ends.items()]
     return FlushResult(
-        delivered=sum(record.delivered for record in by_id.values()),
+        delivered=retired.delivered + sum(record.delivered for record in by_id.values()),
         pending=sum(part.pending for part in parts),
         parked=sum(part.parked for part in parts),
-        dead=sum(record.dead for record in by_id.values()),
+        dead=retired.dead + sum(record.dead for record in by_id.values()),
     )

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.outbox import FlushResult
-from mlflow_outbox_worker.backlog import Targets, left, targets, total
+from mlflow_outbox_worker.backlog import Targets, counted, left, targets, total
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import destination_note, last_tried_ms
+from mlflow_outbox_worker.retired import Totals
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
-    from mlflow_outbox_worker.records import RunRecord
 
 #: Seconds between two looks at the ledger: at first, and at most.
 _LOOK: Final = 0.02
@@ -101,7 +101,7 @@ class Watch:
         except (LedgerUnavailable, OutboxUnusable):
             return self._unknown(ends)
         try:
-            records: dict[str, RunRecord] = {record.run_id: record for record in ledger.records()}
+            records, retired = counted(ledger)
             note = destination_note(ledger)
         except (LedgerUnavailable, OutboxUnusable):
             return self._unknown(ends)
@@ -110,7 +110,7 @@ class Watch:
                 ledger.close()
         known = targets(self._directory, records) if ends is None else ends
         parked = note.state == "parked"
-        self._last = total(known, records.values(), parked=parked)
+        self._last = total(known, records.values(), retired, parked=parked)
         if self._last.parked:
             self._tried_ms = min(
                 last_tried_ms(note, records.get(run))
@@ -127,4 +127,4 @@ class Watch:
         known = targets(self._directory, {}) if ends is None else ends
         if self._last.pending or self._last.parked:
             return self._last, known
-        return total(known, (), parked=False), known
+        return total(known, (), Totals(), parked=False), known

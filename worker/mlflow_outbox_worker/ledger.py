@@ -13,6 +13,7 @@ What is stored
     run/<run id>         RunRecord, MessagePack map       commit
     view/<run id>        RunView, MessagePack map         commit
     remote/<MLflow id>   the run id, UTF-8                commit (follows RunRecord.remote_id)
+    gone/<run id>        what ids need, MessagePack       retire, in place of record and view (``retired``)
     dead/<12 digits>     DeadLetter, MessagePack map      commit; the digits are its id, given in order and never again
     next/dead            the next such number, ASCII      commit
     settled/<12 digits>  DeadLetter, MessagePack map      settle_dead_letter: what a person dropped or replaced
@@ -26,7 +27,8 @@ What one transaction covers
 ---------------------------
 ``commit`` stores a run's record (with its cursors), its view, the reverse map and the dead letters of one window
 **in one transaction**: either the window was delivered, folded into the view and its refusals kept, or none of it.
-``forget`` removes record, view and reverse map in one; dead letters stay until they are dropped by name. One commit
+``forget`` removes record, view and reverse map in one; dead letters stay until they are dropped by name. ``retire``
+puts a small row in the place of record and view, and adds what they counted to a sum, in one. One commit
 is a few tens of kilobytes and does not wait for the disk (WAL, synchronous=NORMAL): a killed process loses nothing,
 a power cut may take the newest commits, in whole transactions, from the end.
 
@@ -71,7 +73,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -79,7 +81,7 @@ import msgspec
 
 from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.views import RunView
-from mlflow_outbox_worker import rows
+from mlflow_outbox_worker import retired, rows
 from mlflow_outbox_worker.database import Database, Reader
 from mlflow_outbox_worker.dbconnection import Cache, LedgerCorrupt, Row
 from mlflow_outbox_worker.disk import RowRefused
@@ -158,11 +160,18 @@ class Ledger:
         return cls(database)
 
     def record(self, run_id: str) -> RunRecord | None:
-        """Return the delivery state of a run, or None."""
-        return next(self._decoded(self._rows_at(f"run/{run_id}"), _record_decoder.decode), None)
+        """Return the delivery state of a run, or None; of a retired one, what is left of it."""
+        found = next(self._decoded(self._rows_at(f"run/{run_id}"), _record_decoder.decode), None)
+        if found is not None:
+            return found
+        rest = self._rows_at(retired.key_of(run_id))
+        return next(self._decoded(rest, lambda value: retired.record_of(run_id, value)), None)
 
     def records(self) -> Iterator[RunRecord]:
-        """Yield the delivery state of every run, by run id; each is whole, though not all are of one moment."""
+        """Yield the delivery state of every run, by run id; each is whole, though not all are of one moment.
+
+        Those of retired runs are not among them; their counts are in ``totals``.
+        """
         for page in self._pages("run", _RECORDS_PAGE):
             yield from self._decoded(page, _record_decoder.decode)
 
@@ -199,8 +208,36 @@ class Ledger:
         """Remove a run's record, view and reverse map; its dead letters stay."""
         with self._writing() as cache:
             self._map_remote(cache, run_id, "")
-            rows.delete(cache, f"run/{run_id}")
-            rows.delete(cache, f"view/{run_id}")
+            for key in (f"run/{run_id}", f"view/{run_id}", retired.key_of(run_id)):
+                rows.delete(cache, key)
+
+    def retire(self, run_ids: Collection[str], is_gone: Callable[[str], bool]) -> int:
+        """Keep of done runs only what their ids need and what was counted of them; return how many there were.
+
+        Args:
+            run_ids: the runs.
+            is_gone: says of each, inside the transaction, whether still nothing of it is on disk.
+        """
+        with self._writing() as cache:
+            return sum(is_gone(run_id) and retired.retire(cache, run_id) for run_id in run_ids)
+
+    def expire(self, before: float, is_gone: Callable[[str], bool]) -> None:
+        """Drop what is left of runs that were retired before a time in wall-clock seconds and that MLflow can name.
+
+        Args:
+            before: wall-clock seconds since the epoch.
+            is_gone: as for ``retire``.
+        """
+        with self._database().guarded() as cache:
+            ids = retired.old(cache, before)
+        if ids:
+            with self._writing() as cache:
+                for run_id in filter(is_gone, ids):
+                    retired.expire(cache, run_id)
+
+    def totals(self) -> retired.Totals:
+        """Return what was counted of all retired runs."""
+        return retired.decoded_totals(self.meta("retired") or b"")
 
     def dead_letters(self, run_id: str | None = None) -> Iterator[DeadLetter]:
         """Yield dead letters in the order in which they were stored.
@@ -289,7 +326,12 @@ class Ledger:
     def _map_remote(self, cache: Cache, run_id: str, remote_id: str) -> None:
         """Let the id in MLflow lead to the run, and a former one no longer."""
         ours, former, stored = run_id.encode(), "", rows.stored(cache, f"run/{run_id}")
-        if stored is not None:
+        if stored is None:
+            stored = rows.stored(cache, retired.key_of(run_id))
+            if stored is not None:  # it goes on after all
+                former = retired.record_of(run_id, stored).remote_id
+                rows.delete(cache, retired.key_of(run_id))
+        else:
             former = _remote_decoder.decode(stored).remote_id
         if former and former != remote_id and rows.stored(cache, f"remote/{former}") == ours:
             rows.delete(cache, f"remote/{former}")

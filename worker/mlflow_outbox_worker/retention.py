@@ -5,6 +5,9 @@ database's main file and synced (``Ledger.checkpoint``): SQLite may lose the end
 without a word, and a ledger that goes back in time must still find the segments it then asks for. And it is recorded
 first, unlinked second: a kill in between leaves a file too many, never a record too few.
 
+Of a run that is gone the ledger keeps only what its ids need (``retired``); that is no matter of order, for the ledger
+never asks for files of a run that is done.
+
 A file is only ever deleted by its exact name and only if its segment is one that the cursor has passed. Nothing is
 deleted by age or by a directory's name alone, and nothing that is being written.
 
@@ -19,14 +22,21 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool import reserve
+from mlflow_outbox.spool import provisional, reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.requeue import MOVED
+
+#: Seconds for which an id that MLflow can name itself is remembered after its run was reclaimed: a month.
+_REMEMBERED: Final = 30 * 24 * 3600.0
+#: Runs retired in one transaction: milliseconds.
+_AT_ONCE: Final = 100
 
 
 def passed_segments(reader: RunReader, cursors: Mapping[str, Cursor]) -> list[Path]:
@@ -192,6 +202,43 @@ def reclaim_segments(directory: OutboxDirectory, *, before_ms: int, failed: Call
                 os.unlink(path)
             except OSError as error:
                 failed(error)
+
+
+def retire(directory: OutboxDirectory, ledger: Ledger, *, now: float) -> int:
+    """Give back what the ledger holds of done runs of which nothing is on disk; return how many there were.
+
+    Args:
+        directory: the outbox.
+        ledger: of its worker.
+        now: wall-clock seconds since the epoch.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be used now.
+    """
+    if not (directory.runs.is_dir() and directory.delivered.is_dir()):
+        return 0  # nothing can be told of any run
+
+    def is_gone(run_id: str) -> bool:
+        return not any(os.path.lexists(parent / run_id) for parent in (directory.runs, directory.delivered))
+
+    letters = ledger.dead_letter_counts()
+    ids = [
+        record.run_id
+        for record in ledger.records()
+        if record.state == "done"
+        and record.verified_at_ms
+        and record.run_id not in letters
+        and not provisional.is_room(record.run_id)  # what an experiment made offline is called, only a room says
+        and is_gone(record.run_id)
+    ]
+    number = 0
+    for start in range(0, len(ids), _AT_ONCE):
+        number += ledger.retire(ids[start : start + _AT_ONCE], is_gone)
+    if not ledger.meta(MOVED):
+        ledger.expire(now - _REMEMBERED, is_gone)
+    if number:
+        ledger.checkpoint()  # which gives the space back; if somebody reads just now, the next one does
+    return number
 
 
 def filed_segments(directory: OutboxDirectory) -> list[tuple[Path, os.stat_result]]:

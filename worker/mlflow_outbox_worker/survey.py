@@ -22,12 +22,13 @@ from mlflow_outbox.spool.listing import SegmentFile
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.tally import refused
 from mlflow_outbox.spool.window import Cursor
-from mlflow_outbox_worker.backlog import left
+from mlflow_outbox_worker.backlog import counted, left
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import DestinationNote, Pace, destination_note, noted_pace
 from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.retired import Totals
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
@@ -84,7 +85,7 @@ class OutboxSurvey:
         holder: who delivers; None when nobody does.
         note: how the destination stood when a worker last noted it.
         pace: how fast events arrived lately; None when it is not known.
-        delivered: events that have arrived, of all runs that the ledger knows.
+        delivered: events that have arrived, of all runs that the ledger knows or has known.
         refused: events that programs refused or lost lately, by reason.
         unread: why the ledger could not be read, so that everything counts as waiting; "" when it could.
     """
@@ -160,10 +161,10 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
     """
     records: dict[str, RunRecord] = {}
     letters: Mapping[str, int] = {}
-    note, pace, unread = DestinationNote("ok"), None, ""
+    note, pace, unread, retired = DestinationNote("ok"), None, "", Totals()
     try:
         ledger = Ledger.open(settings.ledger_dir or directory.ledger, read_only=True)
-        records = {record.run_id: record for record in ledger.records()}
+        records, retired = counted(ledger)
         letters = ledger.dead_letter_counts()
         note, pace = destination_note(ledger), noted_pace(ledger)
     except (LedgerUnavailable, OutboxUnusable) as error:
@@ -185,7 +186,7 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
         holder=worker_of(directory),
         note=note,
         pace=pace,
-        delivered=sum(record.delivered for record in records.values()),
+        delivered=retired.delivered + sum(record.delivered for record in records.values()),
         at_ms=time.time_ns() // 1_000_000 if now_ms is None else now_ms,
         refused=refused(directory.path),
         unread=unread,

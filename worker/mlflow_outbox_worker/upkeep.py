@@ -9,7 +9,8 @@ other runs are seen to all the same.
 * Where the ledger cannot be brought into its main file just now (somebody reads it), something new has come in
   meanwhile, or a file cannot be moved, the next try comes after a pause, doubled each time up to minutes.
 * Runs go when the retention time has passed since they were read back, segments of runs that go on when it has
-  passed since they were filed. Where there is no room they go earlier (``room``).
+  passed since they were filed. Where there is no room they go earlier (``room``). What the ledger holds of a run goes
+  after its files, whoever has deleted these.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.courier import Turn
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
-from mlflow_outbox_worker.retention import file_run, file_segments, passed_segments, reclaim, reclaim_segments
+from mlflow_outbox_worker.retention import (
+    file_run,
+    file_segments,
+    passed_segments,
+    reclaim,
+    reclaim_segments,
+    retire,
+)
 from mlflow_outbox_worker.room import Room
 
 #: Seconds between two rounds of reclaiming what is past retention.
@@ -78,10 +86,10 @@ class Upkeep:
     # -- reclaiming
 
     def reclaim(self, ledger: Ledger) -> None:
-        """Delete what is past retention, if it is time to look.
+        """Delete what is past retention, and what the ledger holds of runs that are gone, if it is time to look.
 
         Raises:
-            LedgerUnavailable: the ledger cannot be read now.
+            LedgerUnavailable: the ledger cannot be used now.
         """
         now = self._clock()
         if self._directory is None or now < self._next_reclaim:
@@ -91,6 +99,7 @@ class Upkeep:
         try:
             reclaim(self._directory, ledger, before_ms=before_ms, failed=self._stays)
             reclaim_segments(self._directory, before_ms=before_ms, failed=self._stays)
+            retire(self._directory, ledger, now=self._now_ms() / 1000)
         except OSError as error:
             self._stays(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Annotated, Final
 import click
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable
+from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
@@ -58,7 +59,7 @@ def gc(
     codes, freed_of = [], []
     for directory in outboxes.open_all(settings):
         from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
-        from mlflow_outbox_worker.retention import reclaim
+        from mlflow_outbox_worker.retention import reclaim, retire
 
         name = printable(directory.path.name)
         lease = lease_of(directory, "command")
@@ -76,6 +77,13 @@ def gc(
                 would = reclaim(directory, ledger, before_ms=before_ms, failed=stays.append, dry_run=True)
                 sizes = {run_id: _bytes(directory.delivered / run_id) for run_id in would}
                 gone = would if dry_run else reclaim(directory, ledger, before_ms=before_ms, failed=stays.append)
+            if gone and not dry_run:
+                # With no room for that, a worker does it later.
+                with (
+                    contextlib.suppress(LedgerUnavailable, OutboxUnusable),
+                    outboxes.ledger_of(directory, settings, write=True) as whole,
+                ):
+                    retire(directory, whole, now=time.time())
         except (LedgerUnavailable, OSError) as failure:
             terminal.error(f"{name}: {failure}")
             codes.append(ExitCode.ERROR)

@@ -156,22 +156,26 @@ def find_run(directories: list[OutboxDirectory], settings: Settings, name: str) 
         LedgerUnavailable: a ledger cannot be read now.
     """
     found: list[tuple[OutboxDirectory, str]] = []
+    retired = ""
     for directory in directories:
         ids = sorted({*directory.run_ids(), *directory.delivered_ids()})
         if name in ids:
             return directory, name
         with ledger_of(directory, settings) as ledger:
             local = ledger.local_id(name)
-            if local is None and ledger.record(name) is not None:
-                local = name
-        if local is not None:
-            return directory, local
+            record = ledger.record(local or name)
+            known = local or (record.run_id if record is not None else "")
+            if known and (known in ids or ledger.view(known) is not None):
+                return directory, known
+            retired = record.remote_id if record is not None else retired
         found += [(directory, run_id) for run_id in ids if run_id.startswith(name)]
     if len(found) == 1:
         return found[0]
     shown = printable(repr(name))
     if found:
         msg = f"{len(found)} runs begin with {shown}; give more of the id: mlflow-outbox runs lists them"
+    elif retired:
+        msg = f"the run {shown} was delivered as {printable(retired)}, and is not on disk any more"
     else:
         msg = f"no run {shown} is in this outbox; mlflow-outbox runs lists those that are"
     raise CommandFailed(msg, ExitCode.USAGE)
