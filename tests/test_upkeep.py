@@ -16,7 +16,9 @@ import pytest
 from commands import offline, outbox_of
 from contents import QUICK, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.spool import guard
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker import courier, room, upkeep
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
@@ -32,6 +34,7 @@ SMALL = dataclasses.replace(QUICK, segment_bytes=4096, sync_interval=0.05)
 def _in_a_hurry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(upkeep, "_FILE", 0.05)
+    monkeypatch.setattr(guard, "_MEASURE_EVERY", 0.05)
     monkeypatch.setattr(room, "_MEASURE", 0.05)
     monkeypatch.setattr(room, "_RARELY", 1.0)
 
@@ -93,6 +96,9 @@ class TestOfARunThatGoesOn:
                 text = f"{logged:020d}" + "x" * 4000
                 eventually(lambda text=text: one.run.set_tag("note", text), 60)  # type: ignore[misc]
                 logged += len(text)
+                if logged // 100_000 > (logged - len(text)) // 100_000:
+                    eventually(lambda: len(segments(one.waiting)) <= 2, 60)
+            eventually(lambda: used_bytes(one.directory) < most, 60)
             eventually(one.run.end, 60)
             one.tracker.close(0)
             eventually(lambda: not one.waiting.exists(), 60)

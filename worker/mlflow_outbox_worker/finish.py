@@ -86,18 +86,10 @@ def finish(
 
 def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, record: RunRecord, found: str) -> None:
     counters.add("verification_differences")
-    if source.filing is not None:
-        whole = is_whole(RunReader(*source.everywhere(record.run_id)), record.cursors)
-    else:  # what is filed cannot be brought back
-        read = source.folders(record.run_id)
-        whole = not any(folder.is_dir() for folder in source.everywhere(record.run_id) if folder not in read)
-    again = not record.mismatch and whole
-    record.mismatch = found
-    if not again:
+    record.mismatch, seen = found, record.mismatch
+    if seen or not _is_whole(source, record):
         reason = f"MLflow lacks something of the run although it was sent: {found}"
         raise Parked(Outcome("parked", reason), SinkError(reason, kind="answer"))
-    if source.filing is not None:  # before the cursors: a kill in between finds the same differences again
-        bring_back(source.filing, record.run_id)
     record.cursors = {}
     record.adopted = True  # everything may be there already: a store that does not deduplicate is asked what it has
     record.delivered = record.refused = record.dead = record.quarantined = record.missing = 0
@@ -105,3 +97,18 @@ def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, reco
         ledger.drop_dead_letter(letter.id)  # MLflow will refuse the same event again
     ledger.commit(record, view=RunView())
     source.ring(record.run_id)
+
+
+def _is_whole(source: Source, record: RunRecord) -> bool:
+    """Return whether a run can be sent from its beginning; what was filed of it is brought back for that.
+
+    The cursors change after the files: a kill in between finds the same differences again.
+    """
+    if source.filing is None:
+        read = source.folders(record.run_id)
+        return not any(folder.is_dir() for folder in source.everywhere(record.run_id) if folder not in read)
+    if not is_whole(RunReader(*source.everywhere(record.run_id)), record.cursors):
+        return False
+    bring_back(source.filing, record.run_id)
+    # Something may have been reclaimed for want of room in between; from here nothing is.
+    return is_whole(RunReader(*source.folders(record.run_id)), record.cursors)
