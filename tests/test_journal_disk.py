@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,8 +171,6 @@ def test_a_removed_file_or_directory_does_not_stop_logging(
     outbox: OutboxDirectory, later: Callable[[float], None], what: str
 ) -> None:
     """F22: a new segment is begun, with what was not yet synced; without an outbox events wait in memory."""
-    import shutil
-
     counters = Counters()
     writer = make_journal(outbox, counters=counters)
     for number in range(5):
@@ -189,6 +188,39 @@ def test_a_removed_file_or_directory_does_not_stop_logging(
         return
     assert 1 == counters["segments_removed"]
     assert list(range(6)) == read(outbox).steps
+
+
+@pytest.mark.parametrize(("sync", "gone"), [("interval", 0), ("always", 5)])
+def test_a_segment_that_was_removed_and_then_filled_up_loses_only_what_was_durable_before(
+    outbox: OutboxDirectory, sync: str, gone: int
+) -> None:
+    """F22: it is left before the next one begins, whether the background has looked after it by then or not."""
+    counters = Counters()
+    writer = make_journal(outbox, sync=sync, segment_bytes=1024, counters=counters)
+    for number in range(5):
+        writer.append(metric(number))
+    shutil.rmtree(outbox.run(RUN))
+    for number in range(5, 60):
+        writer.append(metric(number))
+    assert 1 == counters["segments_removed"]
+    assert len(list(outbox.run(RUN).glob("*.log"))) > 1
+    writer.sync()
+    writer.append(metric(60))
+    writer.close()
+    assert list(range(gone, 61)) == read(outbox).steps
+
+
+def test_a_segment_that_was_removed_before_the_end_is_written_again(outbox: OutboxDirectory) -> None:
+    """F22: closing is the last look at it."""
+    counters = Counters()
+    writer = make_journal(outbox, counters=counters)
+    for number in range(5):
+        writer.append(metric(number))
+    shutil.rmtree(outbox.run(RUN))
+    writer.close()
+    found = read(outbox)
+    assert (list(range(5)), False) == (found.steps, found.live)
+    assert 1 == counters["segments_removed"]
 
 
 def test_a_replaced_outbox_gets_no_event(outbox: OutboxDirectory, tmp_path: Path) -> None:

@@ -309,6 +309,7 @@ class Journal:
         sequence = self._sequence
         sequence.settle()
         sequence.drain()
+        sequence.replace()
         self._end_closed()
         if self._registry is None:
             sequence.flush_retired()

@@ -257,6 +257,9 @@ class EventSequence:
         """Leave the segment; it is synced and closed in the background, or here where no background does."""
         if self.live.fd < 0:
             return
+        if self.live.is_removed:  # before there is a later one: a reader that has passed these numbers never goes back
+            self.replace()
+            return
         if self.live.tainted:
             self._leave_and_rewrite(again=False)
             return
@@ -291,10 +294,8 @@ class EventSequence:
     def sync_now(self) -> None:
         """Make the live segment durable before the call returns; twice at most, so that it always does return."""
         for _ in range(2):
+            self.replace()  # a file without a name can be synced, and keeps nothing
             live = self.live
-            if live.tainted and self.syncer.may_try():
-                self._leave_and_rewrite()
-                live = self.live
             if live.tainted or live.fd < 0 or live.offset <= live.synced:
                 break
             if self.syncer.data(live.fd):
