@@ -1,23 +1,30 @@
 """Proves that the tests notice the faults they are there for: each mutant is a mistake that somebody could make.
 
-A mutant is applied to a copy of the tree, and the test that is named with it is run there. It must fail, or the
-mutant has survived, which is reported and makes this script fail. Before that, the same tests must pass unmutated.
+A mutant is applied to a copy of the tree, and the test that is named with it is run there. The verdicts:
+
+* **noticed**: pytest ran to its end, and that test, or a case of it, is among those it reports as failed.
+* **SURVIVED**: the test passed.
+* **NOT RUN**: anything else. The test was not collected, did not end in time, pytest or a fixture broke, or the mutated
+  module cannot even be imported, which every test would notice. It says nothing about the test.
+* **NOT APPLIED**: the code has changed, and the mutant has to be written anew.
+
+All but the first make this script fail. Before that, each of these tests must be run and pass without any mutant.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-#: Seconds that one mutant's test may take; a mutant that makes it hang is noticed too.
+#: Seconds that one mutant's test may take; a test that proves something has time limits of its own.
 _PATIENCE: Final = 240
 
 
@@ -178,6 +185,16 @@ MUTANTS: Final = [
 ]
 
 
+class Ran(NamedTuple):
+    """What pytest did: its exit code, the ids of the tests that failed and passed, its output and the seconds taken."""
+
+    code: int | None
+    failed: list[str]
+    passed: list[str]
+    output: str
+    seconds: float
+
+
 def main(names: list[str]) -> int:
     """Run mutants, all or those named; return the exit code."""
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
@@ -189,54 +206,105 @@ def main(names: list[str]) -> int:
         for part in ("tracker", "worker", "tests", "scripts"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "seeds"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        whole, failed, _ = _run(copy, sorted({mutant.test for mutant in chosen}))
-        if not whole:
-            print(f"these fail without any mutant, so nothing can be proved with them: {failed}")
+        if not _hold(copy, sorted({mutant.test for mutant in chosen})):
             return 1
         results = [_try(copy, mutant) for mutant in chosen]
-    survived = results.count("SURVIVED")
-    print(f"{len(results)} mutants, {results.count('noticed')} noticed, {survived} survived")
+    print(f"{len(results)} mutants", *(f"{results.count(verdict)} {verdict}" for verdict in VERDICTS), sep=", ")
     return 0 if results.count("noticed") == len(results) else 1
+
+
+def _hold(copy: Path, tests: list[str]) -> bool:
+    """Return whether each of some tests is run and passes where nothing was changed; say which does not."""
+    whole = _run(copy, tests)
+    if whole.code != 0:
+        print(f"these fail without any mutant, so nothing can be proved with them: {', '.join(whole.failed)}")
+        print(whole.output[-2000:])
+        return False
+    absent = [test for test in tests if not _named(test, whole.passed)]
+    if absent:
+        print(f"these were not run without any mutant, so nothing can be proved with them: {', '.join(absent)}")
+    return not absent
 
 
 def _try(copy: Path, mutant: Mutant) -> str:
     path = copy / mutant.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
-        print(f"NOT APPLIED  {mutant.name}: {mutant.file} has changed; write the mutant anew")
-        return "not applied"
+        return _say("NOT APPLIED", mutant, 0.0, f"{mutant.file} has changed; write the mutant anew")
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        passed, failed, seconds = _run(copy, [mutant.test])
+        broken = _import_error(copy, mutant.file)
+        if broken:
+            return _say("NOT RUN", mutant, 0.0, f"the mutated module cannot be imported: {broken}")
+        ran = _run(copy, [mutant.test])
     finally:
         path.write_text(text, encoding="utf-8")
-    verdict = "SURVIVED" if passed else "noticed"
-    print(f"{verdict:12} {mutant.name:45} {seconds:5.0f} s  {failed or mutant.test}", flush=True)
-    return verdict
+    found = verdict(ran, mutant.test)
+    said = {"noticed": ", ".join(_named(mutant.test, ran.failed)), "SURVIVED": mutant.test}
+    return _say(found, mutant, ran.seconds, said.get(found) or ran.output[-600:])
 
 
-def _run(copy: Path, tests: list[str]) -> tuple[bool, str, float]:
-    """Run tests on a tree; return whether all passed, which did not, and the seconds it took."""
-    environment = {**os.environ, "PYTHONPATH": f"{copy / 'tracker'}{os.pathsep}{copy / 'worker'}"}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+def _say(found: str, mutant: Mutant, seconds: float, what: str) -> str:
+    print(f"{found:12} {mutant.name:45} {seconds:5.0f} s  {what}", flush=True)
+    return found
+
+
+VERDICTS: Final = ("noticed", "SURVIVED", "NOT RUN", "NOT APPLIED")
+
+
+def verdict(ran: Ran, test: str) -> str:
+    """Return what a run of pytest says about a mutant and the test that should notice it."""
+    if ran.code == 1 and _named(test, ran.failed):
+        return "noticed"
+    if ran.code == 0 and _named(test, ran.passed):
+        return "SURVIVED"
+    return "NOT RUN"
+
+
+def _named(test: str, ids: Iterable[str]) -> list[str]:
+    """Return those ids that are a test, one of its cases, or in it if it is a file or a class."""
+    return [found for found in ids if found == test or found.startswith((f"{test}[", f"{test}::"))]
+
+
+def _environment(copy: Path) -> dict[str, str]:
+    paths = os.pathsep.join(str(copy / part) for part in ("tracker", "worker"))
+    return {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _import_error(copy: Path, file: str) -> str:
+    """Return why a module of a tree cannot be imported from there, "" when it can."""
+    module = ".".join(Path(file).with_suffix("").parts[1:])
+    code = f"import {module} as m; assert m.__file__ == {str(copy / file)!r}, m.__file__"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=copy, env=_environment(copy), capture_output=True, text=True, check=False)
+    return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
+
+
+def _run(copy: Path, tests: list[str]) -> Ran:
+    """Run tests on a tree."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rpfE", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     started = time.monotonic()
     try:
         done = subprocess.run(
             command,
             cwd=copy,
-            env=environment,
+            env=_environment(copy),
             capture_output=True,
             text=True,
             timeout=_PATIENCE * len(tests),
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return False, "it hangs", time.monotonic() - started
-    failed = re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", done.stdout, re.MULTILINE)
-    if done.returncode not in {0, 1}:
-        return False, f"pytest itself: {done.stdout[-600:]}", time.monotonic() - started
-    return done.returncode == 0, ", ".join(failed), time.monotonic() - started
+        return Ran(None, [], [], f"it did not end within {_PATIENCE} s", time.monotonic() - started)
+    return ran_of(done.returncode, done.stdout, time.monotonic() - started)
+
+
+def ran_of(code: int, output: str, seconds: float = 0.0) -> Ran:
+    """Return what pytest's exit code and its output, with a summary of the passed and the failed, say."""
+    summary = output.rpartition(" short test summary info ")[2]
+    lines = [line.partition(" - ")[0].split(" ", 1) for line in summary.splitlines()]
+    ids = {word: [line[1] for line in lines if line[0] == word and len(line) > 1] for word in ("FAILED", "PASSED")}
+    return Ran(code, ids["FAILED"], ids["PASSED"], output, seconds)
 
 
 if __name__ == "__main__":
