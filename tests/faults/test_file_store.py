@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from faults import workload
 from faults.children import Nest
 from faults.table import Row
-from faults.test_kills import points_of
+from faults.test_kills import changes, points_of
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, Sink
 
 #: The calls that change what is on disk; ``openat`` only where it makes a file.
@@ -62,21 +60,6 @@ def record_again(fd: int, uri: str) -> None:
         }
 
     workload.reported(fd, work)
-
-
-def changes(trace: Path) -> list[tuple[str, int]]:
-    """Return the calls in strace's output that change something, each as its name and its ordinal."""
-    lines = trace.read_text(errors="replace").splitlines()
-    main = lines[0].split(maxsplit=1)[0]
-    counts: Counter[str] = Counter()
-    found = []
-    for line in lines:
-        call = re.match(rf"{main}\s+(\w+)\(", line)
-        if call:
-            counts[call[1]] += 1
-            if call[1] != "openat" or "O_CREAT" in line:
-                found.append((call[1], counts[call[1]]))
-    return found
 
 
 def check(report: dict[str, Any], root: Path) -> None:

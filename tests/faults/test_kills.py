@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,15 @@ from faults import workload
 from faults.children import Child, Nest
 from faults.oracle import held
 from faults.table import Row
-from servers import eventually
+from servers import MlflowServer, eventually
 
 #: The calls that change what is on disk. A kill before each is a kill after each other one.
-CALLS = ("write", "pwrite64", "openat", "fsync", "fdatasync", "ftruncate", "mkdir", "rename", "link", "unlink", "rmdir")
+CALLS = (
+    *("write", "pwrite64", "sendfile", "openat", "fallocate", "ftruncate", "fsync", "fdatasync"),
+    *("mkdir", "rename", "link", "symlink", "unlink", "unlinkat", "rmdir"),
+)
+#: What is logged: one of them is an artifact, one a param that may be given another value.
+EVENTS = range(40, 52)
 
 
 def recovered(
@@ -33,6 +38,8 @@ def recovered(
     fresh: int,
     *,
     patience: float = 60.0,
+    dead: Collection[int] = (0,),
+    judge: str = "",
 ) -> None:
     """Let the next program deliver what a killed one left, log more, and check what MLflow holds.
 
@@ -45,14 +52,15 @@ def recovered(
         issued: events that may be there.
         fresh: number of the first event that the next program logs.
         patience: seconds in which everything has to be delivered.
+        dead: how many dead letters there may be.
+        judge: what is read in the end: the store, if that is not what ``uri`` names.
     """
     report = nest.start(workload.drain, uri, str(outbox), experiment, fresh, {}, patience).report(patience + 60)
     assert 10 == len(report["acked"]), report
-    assert {"pending": 0, "parked": 0, "dead": 0} == {k: report["left"][k] for k in ("pending", "parked", "dead")}, (
-        report
-    )
+    assert (0, 0) == (report["left"]["pending"], report["left"]["parked"]), report
+    assert report["left"]["dead"] in dead, report
     more = set(report["acked"])
-    held(uri, experiment).check(acked | more, issued | more)
+    held(judge or uri, experiment).check(acked | more, issued | more)
 
 
 @pytest.mark.fault("F01", "SIGKILL at a random time while 4 threads log and a worker delivers")
@@ -122,67 +130,154 @@ def test_kills_of_a_program_and_of_its_delivering_process_lose_and_double_nothin
 
 def points_of(trace: Path) -> Counter[str]:
     """Count the system calls of the main thread in strace's output, by name."""
+    return Counter(name for name, _ in _calls_of(trace))
+
+
+def changes(trace: Path) -> list[tuple[str, int]]:
+    """Return the calls of the main thread that change something, each as its name and its ordinal.
+
+    An ``openat`` changes something where it may make a file.
+    """
+    counts: Counter[str] = Counter()
+    found = []
+    for name, line in _calls_of(trace):
+        counts[name] += 1
+        if name != "openat" or "O_CREAT" in line:
+            found.append((name, counts[name]))
+    return sorted(found)
+
+
+def _calls_of(trace: Path) -> list[tuple[str, str]]:
+    """Return the calls of the main thread, each as its name and its line."""
     lines = trace.read_text(errors="replace").splitlines()
     main = lines[0].split(maxsplit=1)[0]
-    names = (re.match(r"\d+\s+(\w+)\(", line) for line in lines if line.startswith(f"{main} "))
-    return Counter(found[1] for found in names if found)
+    calls = ((re.match(rf"{main}\s+(\w+)\(", line), line) for line in lines)
+    return [(found[1], line) for found, line in calls if found]
+
+
+class Scene:
+    """A session of one thread that is killed: what it logs, where to, and what has to be there in the end.
+
+    Args:
+        nest: starts the programs.
+        work: "artifact"; "conflict", in which a param becomes a dead letter; "file store"; "server".
+        folder: of its store and its outboxes.
+        database: makes an SQLite store at a path.
+        server: of the last kind.
+    """
+
+    def __init__(
+        self, nest: Nest, work: str, folder: Path, database: Callable[[Path], Path], server: MlflowServer | None = None
+    ) -> None:
+        self._nest = nest
+        self.trace = folder / "trace"
+        self.conflicting = work == "conflict"
+        self.store = folder / "mlruns" if work == "file store" else folder / "mlflow.db"
+        if work == "file store":
+            self.uri = self.judge = self.store.as_uri()
+        elif server is not None:
+            self.uri, self.judge = server.url, server.database_uri
+        else:
+            self.uri = self.judge = f"sqlite:///{database(self.store)}"
+
+    def run(self, inject: str, outbox: Path, experiment: str, events: range = EVENTS) -> Child:
+        """Run a session under strace until its end; without events it delivers what another has left."""
+        child = self._nest.traced(
+            *(self.trace, ",".join(CALLS), inject, workload.session, self.uri, str(outbox), experiment),
+            *(events.start, len(events), {}, self.conflicting),
+        )
+        child.join()
+        return child
+
+    def killed(self, point: tuple[str, int], outbox: Path, experiment: str, events: range = EVENTS) -> Child | None:
+        """Kill a session just before the Nth call of a name; None when that did not come."""
+        name, when = point
+        child = self.run(f"{name}:signal=SIGKILL:when={when}", outbox, experiment, events)
+        if child.process.exitcode == 0:
+            assert points_of(self.trace)[name] < when, f"{name} {when} came, and nobody was killed"
+            return None
+        assert -signal.SIGKILL == child.process.exitcode, child.lines()
+        return child
+
+    def recovered(self, outbox: Path, experiment: str, logged: Child, fresh: int = 100) -> None:
+        """Let the next program deliver what was logged, and check what MLflow holds."""
+        dead = (1,) if "conflict" in logged.lines() else (0, int(self.conflicting))
+        recovered(
+            *(self._nest, self.uri, outbox, experiment, logged.acked(), set(EVENTS), fresh), dead=dead, judge=self.judge
+        )
+
+
+WORKS = ("artifact", "conflict", "file store", "server")
 
 
 @pytest.mark.needs("strace")
-@pytest.mark.fault("F02", "SIGKILL at system calls of append, rotate, deliver, record, verify, file and reclaim")
-@pytest.mark.fault("F33", "SIGKILL at system calls of append, rotate, deliver, record, verify, file and reclaim")
-@pytest.mark.fault("F34", "SIGKILL at system calls of append, rotate, deliver, record, verify, file and reclaim")
+@pytest.mark.fault("F02", "SIGKILL at system calls of append, copy, rotate, deliver, record, verify, file and reclaim")
+@pytest.mark.fault("F33", "SIGKILL at system calls of append, copy, rotate, deliver, record, verify, file and reclaim")
+@pytest.mark.fault("F34", "SIGKILL at system calls of append, copy, rotate, deliver, record, verify, file and reclaim")
+@pytest.mark.parametrize("work", WORKS)
 def test_a_kill_at_any_system_call_loses_and_doubles_nothing(
-    part: slice, empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+    work: str,
+    part: slice,
+    empty_database: Callable[[Path], Path],
+    nest: Nest,
+    row: Row,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """The session of one thread is killed before its Nth call of each kind; another program delivers the rest."""
-    uri = f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}"
-    calls = ",".join(CALLS)
-    whole = nest.traced(
-        tmp_path / "trace", calls, "", workload.session, uri, str(tmp_path / "whole"), "whole", 0, 12, {}
-    )
-    assert 0 == whole.join()
-    held(uri, "whole").check(whole.acked())
-    counts = sorted(points_of(tmp_path / "trace").items())
-    points = [(name, n) for name, count in counts for n in range(1, count + 1)[part]]
-    chosen = row.sample(points, 14, len(points), len(points))
-    fired = 0
-    for index, (name, when) in enumerate(chosen):
-        experiment, outbox = f"killed-{index}", tmp_path / f"outbox{index}"
-        inject = f"{name}:signal=SIGKILL:when={when}"
-        child = nest.traced(
-            tmp_path / "trace", calls, inject, workload.session, uri, str(outbox), experiment, 0, 12, {}
-        )
-        killed = child.join() != 0
-        assert killed or points_of(tmp_path / "trace")[name] < when, f"{name} {when} came, and nobody was killed"
-        fired += killed
-        row.done()
-        recovered(nest, uri, outbox, experiment, child.acked(), set(range(12)), 100)
+    server = request.getfixturevalue("mlflow_server") if work == "server" else None
+    scene = Scene(nest, work, tmp_path, empty_database, server)
+    name = f"{work}-{part.start}-{os.urandom(4).hex()}"  # the server is everybody's
+    whole = scene.run("", tmp_path / "whole", f"whole-{name}")
+    assert (0, set(EVENTS)) == (whole.process.exitcode, whole.acked())
+    held(scene.judge, f"whole-{name}").check(set(EVENTS))
+    assert scene.conflicting == ("conflict" in whole.lines())
+    points = changes(scene.trace)[part]
+    nightly = len(points) if work == "artifact" else 8
+    chosen = row.sample(points, {"artifact": 6, "conflict": 4}.get(work, 2), nightly, len(points))
+    for index, point in enumerate(chosen):
+        experiment, outbox = f"killed-{name}-{index}", tmp_path / f"outbox{index}"
+        child = scene.killed(point, outbox, experiment)
+        if child is not None:
+            row.done()
+            scene.recovered(outbox, experiment, child)
         shutil.rmtree(outbox)
-    row.measure(points=len(points), fired=fired)
+    assert row.times > 0
+    row.measure(work=work, points=len(points), chosen=len(chosen))
 
 
 @pytest.mark.needs("strace")
 @pytest.mark.fault("F03", "SIGKILL at system calls of the recovery from a kill")
 def test_a_kill_during_the_recovery_from_a_kill_is_harmless(
-    empty_database: Callable[[Path], Path], nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+    part: slice, empty_database: Callable[[Path], Path], nest: Nest, row: Row, rng: random.Random, tmp_path: Path
 ) -> None:
-    """A program is killed in the middle of delivery, the one that recovers is killed too, a third one delivers all."""
-    uri = f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}"
-    for number in range(row.pick(4, 100, 1000)):
-        experiment, outbox = f"twice-{number}", tmp_path / f"outbox{number}"
-        acked: set[int] = set()
-        for first in (0, 1000):
-            name, when = rng.choice([("pwrite64", 60), ("write", 40), ("openat", 80), ("fdatasync", 12), ("rename", 3)])
-            inject = f"{name}:signal=SIGKILL:when={rng.randint(1, when)}"
-            child = nest.traced(
-                tmp_path / "trace", name, inject, workload.session, uri, str(outbox), experiment, first, 12, {}
-            )
-            child.join()
-            acked |= child.acked()
-        row.done()
-        recovered(nest, uri, outbox, experiment, acked, {*range(12), *range(1000, 1012)}, 2000)
-        shutil.rmtree(outbox)
+    """What one killed program left is kept, and each time a second one, which only delivers, is killed elsewhere."""
+    recoveries: list[int] = []
+    for number in range(row.pick(2, 12, 60))[part]:
+        folder, kept = tmp_path / "now", tmp_path / "kept"
+        folder.mkdir()
+        scene, outbox = Scene(nest, WORKS[number % 2], folder, empty_database), folder / "outbox"
+        scene.run("", folder / "whole", "whole")
+        points, crashed, experiment = changes(scene.trace), None, ""
+        while crashed is None or not crashed.acked():
+            shutil.rmtree(outbox, ignore_errors=True)
+            experiment += "twice "
+            crashed = scene.killed(rng.choice(points), outbox, experiment)
+        shutil.copytree(folder, kept, symlinks=True)
+        clean = scene.run("", outbox, experiment, range(0))
+        assert 0 == clean.process.exitcode
+        points = changes(scene.trace)
+        recoveries.append(len(points))
+        for point in row.sample(points, 3, 10, 40):
+            shutil.rmtree(folder)
+            shutil.copytree(kept, folder, symlinks=True)
+            if scene.killed(point, outbox, experiment, range(0)) is not None:
+                row.done()
+                scene.recovered(outbox, experiment, crashed)
+        shutil.rmtree(folder)
+        shutil.rmtree(kept)
+    assert row.times > 0
+    row.measure(states=len(recoveries), fewest_points=min(recoveries), most_points=max(recoveries))
 
 
 @pytest.mark.fault("F81", "SIGKILL of the worker that holds the lease; another stands by")

@@ -6,6 +6,7 @@ that the lines of several threads do not mix, a kill cannot cut one in two, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from contents import QUICK
-from faults.oracle import log_event
+from faults.oracle import kind_of, log_event
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
@@ -159,36 +160,73 @@ def drain(
     reported(fd, work)
 
 
-def session(fd: int, uri: str, outbox: str, experiment: str, first: int, count: int, changed: dict[str, Any]) -> None:
+def session(
+    fd: int,
+    uri: str,
+    outbox: str,
+    experiment: str,
+    first: int,
+    count: int,
+    changed: dict[str, Any],
+    conflicting: bool = False,
+) -> None:
     """Log a run and deliver it in this one thread: append, rotate, send, record, verify, file, reclaim; then exit 0.
 
-    The worker's loop runs in the main thread, so that the system calls come in the same order every time.
+    The worker's loop runs in the main thread, so that the system calls come in the same order every time. With
+    ``count`` 0 nothing is logged, and what somebody has left is delivered. With ``conflicting`` a param gets a second
+    value, which becomes a dead letter; a run with one is never reclaimed.
     """
     given = settings(sync="always", retention=0.0, poll_interval=0.001, **{**TINY, **changed})
     tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker="none", settings=given)
-    run = tracker.start_run(f"run {first}")
-    for n in range(first, first + count):
-        if log_event(run, n):
-            ack(fd, n)
-    run.end()
-    deliver(tracker, given, lambda counters: counters["runs_verified"] > 0)
-    filed = Path(str(tracker.outbox_path)) / "delivered"
-    deliver(tracker, given, lambda _: not os.listdir(filed))
+    if count:
+        log_run(fd, tracker, range(first, first + count), conflicting=conflicting)
+    deliver(tracker, given, is_sent)
+    if not conflicting:
+        deliver(tracker, given, is_reclaimed)
     os._exit(0)
 
 
+def log_run(fd: int, tracker: MLflowTracker, numbers: range, *, conflicting: bool) -> None:
+    """Log a run; a conflicting value is acknowledged by a word."""
+    run = tracker.start_run(f"run {numbers[0]}")
+    for n in numbers:
+        if log_event(run, n):
+            ack(fd, n)
+    if conflicting:
+        param = next(n for n in numbers if kind_of(n) == "param")
+        if run.log_params({f"p{param}": "another value"}):
+            os.writev(fd, [b"conflict\n"])
+    run.end()
+
+
+def is_sent(delivery: Delivery, outbox: OutboxDirectory) -> bool:
+    """Return whether everything on disk is delivered, and each run that has ended is verified and filed."""
+    return not os.listdir(outbox.runs) or (bool(delivery.standings()) and delivery.is_idle())
+
+
+def is_reclaimed(delivery: Delivery, outbox: OutboxDirectory) -> bool:
+    """Return whether only runs that go on have something filed."""
+    return set(os.listdir(outbox.delivered)) <= set(os.listdir(outbox.runs))
+
+
 def deliver(
-    tracker: MLflowTracker, given: Settings, done: Callable[[Counters], bool], *, seconds: float = 30.0
-) -> None:
-    """Run the worker's loop in this thread until something is true, or a time is over."""
-    counters, over = Counters(), threading.Event()
+    tracker: MLflowTracker,
+    given: Settings,
+    done: Callable[[Delivery, OutboxDirectory], bool],
+    *,
+    seconds: float = 30.0,
+) -> bool:
+    """Run the worker's loop in this thread until something is true, or a time is over; return whether it is true."""
+    over = threading.Event()
     directory = OutboxDirectory.open(Path(str(tracker.outbox_path)))
-    delivery = Delivery(directory, resolve(tracker.tracking_uri), given, counters, kind="command")
+    delivery = Delivery(directory, resolve(tracker.tracking_uri), given, Counters(), kind="command")
+    found = [False]
 
     def watch() -> None:
         deadline = time.monotonic() + seconds
-        while not over.wait(0.003) and time.monotonic() < deadline and not done(counters):
-            pass
+        while not found[0] and not over.wait(0.003) and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # where the disk fails, a look may fail too
+                found[0] = done(delivery, directory)
         delivery.stop()
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -196,6 +234,7 @@ def deliver(
     delivery.run()
     over.set()
     watcher.join()
+    return found[0]
 
 
 def timed(calls: list[float], log: Callable[[], Any]) -> Any:
