@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -168,7 +168,15 @@ class Nest:
         self._children.append(child)
         return child
 
-    def traced(self, trace: Path, calls: str, inject: str, target: Callable[..., object], *arguments: Any) -> Child:
+    def traced(
+        self,
+        trace: Path,
+        calls: str,
+        inject: str,
+        target: Callable[..., object],
+        *arguments: Any,
+        only: Sequence[Path] = (),
+    ) -> Child:
         """Start a child under strace.
 
         Args:
@@ -178,6 +186,7 @@ class Nest:
                 "write:signal=SIGKILL:when=3"; "" only traces.
             target: what it runs.
             *arguments: for the target, behind the descriptor.
+            only: trace, count and inject only the calls that use one of these files; empty means all.
         """
         child = self.start(target, *arguments, paused=True)
         command = [
@@ -195,6 +204,8 @@ class Nest:
         ]
         if inject:
             command += ["-e", f"inject={inject}"]
+        for path in only:
+            command += ["-P", str(path)]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         assert tracer.stderr is not None
         said = tracer.stderr.readline()

@@ -46,6 +46,8 @@ LONGEST = (
     "test_statuses_that_pass_are_retried_and_never_dead_lettered",
     "test_every_way_to_end_keeps_every_event",
     "test_only_the_kernel_s_lock_decides_who_delivers",
+    "test_a_ledger_that_cannot_be_written_is_written_later",
+    "test_an_input_output_error_at_any_call_of_a_worker_holds_up_nothing_for_long",
     "test_a_write_that_is_short_at_any_byte_leaves_no_torn_frame",
     "test_a_logging_call_waits_for_nobody",
     "test_a_wiped_server_never_makes_a_run_vanish_in_silence",

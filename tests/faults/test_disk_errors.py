@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faults import workload
-from faults.children import Nest
+from faults.children import Child, Nest
 from faults.mounts import mount, own_namespace, tmpfs, umount
 from faults.oracle import held
 from faults.table import Row
@@ -21,7 +23,12 @@ from faults.test_space import check_manners, log_timed
 from mlflow_outbox import MLflowTracker
 
 _FAILED = re.compile(r"(\d+) +(fsync|fdatasync)\((\d+)<([^>]*)>\) += -1 EIO")
+_CALL = re.compile(r"(\d+) +(\w+)\(")
 _SYNC = re.compile(r"(\d+) +(fsync|fdatasync)\((\d+)<([^>]*)>")
+
+#: What is logged and delivered in one thread: one of them is an artifact, one a param that may be given another value.
+EVENTS = range(40, 52)
+PARAM = 43
 
 
 def log_on_failing_disk(fd: int, uri: str, outbox: str, sync: str) -> None:
@@ -63,37 +70,180 @@ def second_syncs(trace: Path) -> list[str]:
     return found
 
 
+def deliver_on_failing_disk(fd: int, uri: str, outbox: str, conflicting: bool, seconds: float) -> None:
+    """Log while strace makes calls fail, and deliver in the same thread; report whether all was delivered in time."""
+
+    def work() -> dict[str, Any]:
+        given = workload.settings(sync="always", retention=0.0, poll_interval=0.001, **workload.TINY)
+        tracker = MLflowTracker("failing", uri, outbox_dir=outbox, worker="none", settings=given)
+        took: list[float] = []
+        raised: list[str] = []
+        run = tracker.start_run("failing")
+        log_timed(fd, run, EVENTS, took, raised)
+        conflict = conflicting and run.log_params({f"p{PARAM}": "another value"})
+        run.end()
+        tracker.close(0)
+        delivered = False
+        with contextlib.suppress(OSError):  # there may be no outbox, when it could not be made
+            delivered = workload.deliver(tracker, given, workload.is_sent, seconds=seconds)
+            if delivered and not conflicting:
+                delivered = workload.deliver(tracker, given, workload.is_reclaimed, seconds=seconds)
+        return {
+            "raised": raised,
+            "p999_ms": workload.quantile(took, 0.999),
+            "max_ms": workload.quantile(took, 1.0),
+            "counters": tracker.counters,
+            "conflict": conflict,
+            "delivered": delivered,
+        }
+
+    workload.reported(fd, work)
+
+
+def places_of(trace: Path, folder: str = "") -> list[tuple[str, int]]:
+    """Return the calls in a trace that name a folder: each one's name, and its ordinal in its thread, as in strace."""
+    counts: Counter[tuple[str, str]] = Counter()
+    found = set()
+    for line in trace.read_text(errors="replace").splitlines():
+        call = _CALL.match(line)
+        if call:
+            counts[call[1], call[2]] += 1
+            if folder in line:
+                found.add((call[2], counts[call[1], call[2]]))
+    return sorted(found)
+
+
+def failed(trace: Path) -> bool:
+    """Return whether a call failed as was asked for."""
+    return "(INJECTED)" in trace.read_text(errors="replace")
+
+
+class Disk:
+    """What comes of a program on a disk that fails, and of the next one on the same outbox.
+
+    Args:
+        nest: starts programs.
+        row: gets what was measured.
+        folder: for the outbox, the store and the trace.
+        database: makes a store.
+    """
+
+    def __init__(self, nest: Nest, row: Row, folder: Path, database: Callable[[Path], Path]) -> None:
+        folder.mkdir()
+        self._nest, self._row = nest, row
+        self.uri = f"sqlite:///{database(folder / 'mlflow.db')}"
+        self.outbox, self.trace = folder / "outbox", folder / "trace"
+
+    def run(self, calls: str, inject: str, target: Callable[..., object], *given: Any, ledger: bool = False) -> Child:
+        """Run a program to its end; with ``ledger`` only what is done to the ledger's files is traced and fails."""
+        delivery = workload.directory_of(self.outbox, self.uri) / "delivery"
+        only = [delivery / f"cache.db{end}" for end in ("", "-wal", "-shm", "-journal")] if ledger else []
+        child = self._nest.traced(self.trace, calls, inject, target, self.uri, str(self.outbox), *given, only=only)
+        child.join()
+        return child
+
+    def check(self, child: Child, numbers: range) -> set[int]:
+        """Check how it behaved, and what the store holds after the next program; return what was lost, and counted."""
+        report = child.report()
+        check_manners(self._row, report)
+        assert [] == second_syncs(self.trace)
+        after = self._nest.start(workload.drain, self.uri, str(self.outbox), "failing", 90_000, {}).report()
+        assert (0, 0) == (after["left"]["pending"], after["left"]["parked"]), after
+        assert int(report.get("conflict", False)) == after["left"]["dead"], (report, after)
+        fresh = set(after["acked"])
+        assert set(range(90_000, 90_010)) == fresh, after
+        found = held(self.uri, "failing")
+        missing = child.acked() - set(found.events)
+        counted = report["counters"]
+        lost = counted.get("lost_in_memory", 0) + counted.get("unsynced_not_rewritten", 0)
+        assert len(missing) <= lost, f"{sorted(missing)} are lost, {counted}"
+        found.check((child.acked() - missing) | fresh, set(numbers) | fresh)
+        return missing
+
+
 @pytest.mark.needs("strace")
-@pytest.mark.fault("F21", "EIO on the Nth write, fdatasync, fsync, ftruncate, mkdir or openat, once and for ever")
+@pytest.mark.fault(
+    "F21", "EIO on the Nth fdatasync, fsync, write, mkdir, openat, rename, link, unlink, once and for ever"
+)
 @pytest.mark.parametrize("sync", ["interval", "always"])
 def test_an_input_output_error_at_any_call_loses_nothing_that_was_kept(
-    sync: str, empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+    sync: str, empty_database: Callable[[Path], Path], nest: Nest, row: Row, rng: random.Random, tmp_path: Path
 ) -> None:
     """No call raises, no failed descriptor is synced a second time, and what was kept arrives when the disk is well."""
-    places = [
-        (call, n, plus) for call in ("write", "fdatasync", "fsync", "mkdir") for n in range(1, 9) for plus in ("", "+")
-    ]
-    for number, (call, when, plus) in enumerate(row.sample(places, 5, 64)):
-        uri = f"sqlite:///{empty_database(tmp_path / f'{number}.db')}"
-        outbox = tmp_path / f"outbox{number}"
-        trace = tmp_path / f"trace{number}"
-        inject = f"{call}:error=EIO:when={when}{plus}"
-        child = nest.traced(trace, call, inject, log_on_failing_disk, uri, str(outbox), sync)
-        report = child.report()
-        check_manners(row, report)
-        assert [] == second_syncs(trace)
-        acked = child.acked()
-        lost = report["counters"].get("lost_in_memory", 0) + report["counters"].get("unsynced_not_rewritten", 0)
-        after = nest.start(workload.drain, uri, str(outbox), "failing", 90_000, {}).report()
-        assert 0 == after["left"]["pending"] + after["left"]["parked"] + after["left"]["dead"], after
-        found = held(uri, "failing")
-        there = set(found.events)
-        missing = acked - there
-        assert len(missing) <= lost, f"{call} {when}{plus}: {sorted(missing)} are lost, {report['counters']}"
-        found.check(acked - missing, set(range(60)) | set(range(90_000, 90_010)))
+    calls = ("fdatasync", "fsync", "write", "mkdir", "openat", "rename", "link", "unlink")
+    whole = Disk(nest, row, tmp_path / "whole", empty_database)
+    whole.check(whole.run(",".join(calls), "", log_on_failing_disk, sync), range(60))
+    some = [calls[0], *rng.sample(calls[1:], 3 if row.tier == "commit" else 7)]
+    for number, (call, when, plus) in enumerate(chosen(whole, row, rng, some, 1, 8, 64)):
+        disk = Disk(nest, row, tmp_path / str(number), empty_database)
+        child = disk.run(call, f"{call}:error=EIO:when={when}{plus}", log_on_failing_disk, sync)
+        missing = disk.check(child, range(60))
         if not plus and call in {"write", "fdatasync"}:
-            assert not missing, f"{call} failed once: {sorted(missing)}, {report['counters']}"
-        row.done()
+            assert set() == missing, f"{call} failed once"
+        row.done(int(failed(disk.trace)))
+    assert row.times > 0
+
+
+def chosen(
+    whole: Disk, row: Row, rng: random.Random, calls: Sequence[str], *counts: int
+) -> Iterator[tuple[str, int, str]]:
+    """Return so many places of each call that are in a clean trace: the call, its ordinal, and "+" for ever after.
+
+    What Python reads and opens for itself is no disk of ours: such a call fails once only.
+    """
+    places = places_of(whole.trace, str(whole.outbox))
+    for call in calls:
+        ends = ("",) if call in {"openat", "read"} else ("", "+")
+        of_call = [(call, when, plus) for name, when in places for plus in ends if name == call]
+        assert of_call, f"{call} is never called"
+        yield from rng.sample(of_call, min(len(of_call), row.pick(*counts)))
+
+
+@pytest.mark.needs("strace")
+@pytest.mark.fault("F21", "EIO on the Nth rename, unlink, link, read and others of a worker's, once and for ever")
+def test_an_input_output_error_at_any_call_of_a_worker_holds_up_nothing_for_long(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """A call that failed once is made again by the same worker; what failed for ever the next one does."""
+    calls = ("rename", "unlink", "unlinkat", "rmdir", "link", "ftruncate", "openat", "read", "mkdir", "fsync", "write")
+    whole = Disk(nest, row, tmp_path / "whole", empty_database)
+    first = whole.run(",".join(calls), "", deliver_on_failing_disk, False, 30.0)
+    assert set() == whole.check(first, EVENTS)
+    assert first.report()["delivered"]
+    some = rng.sample(calls, 5 if row.tier == "commit" else len(calls))
+    for number, (call, when, plus) in enumerate(chosen(whole, row, rng, some, 1, 4, 10_000)):
+        disk = Disk(nest, row, tmp_path / str(number), empty_database)
+        inject = f"{call}:error=EIO:when={when}{plus}"
+        child = disk.run(call, inject, deliver_on_failing_disk, False, 2.0 if plus else 30.0)
+        missing = disk.check(child, EVENTS)
+        if not plus:
+            assert set() == missing, inject
+            assert child.report()["delivered"], inject
+        row.done(int(failed(disk.trace)))
+    assert row.times > 0
+
+
+@pytest.mark.needs("strace")
+@pytest.mark.fault("F33", "EIO on the Nth pwrite64 and fdatasync of the ledger: record, acknowledge, dead letter")
+def test_a_ledger_that_cannot_be_written_is_written_later(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """After one failure the same worker records all; after endless ones the next; one event becomes a dead letter."""
+    calls = "pwrite64,fdatasync"
+    whole = Disk(nest, row, tmp_path / "whole", empty_database)
+    first = whole.run(calls, "", deliver_on_failing_disk, True, 30.0, ledger=True)
+    assert set() == whole.check(first, EVENTS)
+    assert first.report()["delivered"]
+    places = [(call, when, plus) for call, when in places_of(whole.trace) for plus in ("", "+")]
+    for number, (call, when, plus) in enumerate(rng.sample(places, min(len(places), row.pick(4, 60, 10_000)))):
+        disk = Disk(nest, row, tmp_path / str(number), empty_database)
+        inject = f"{call}:error=EIO:when={when}{plus}"
+        child = disk.run(call, inject, deliver_on_failing_disk, True, 1.0 if plus else 30.0, ledger=True)
+        assert set() == disk.check(child, EVENTS), inject
+        assert plus or child.report()["delivered"], inject
+        row.done(int(failed(disk.trace)))
+    assert row.times > 0
+    row.measure(places=len(places))
 
 
 @pytest.mark.needs("strace")
@@ -118,9 +268,11 @@ def test_a_slow_disk_is_never_waited_for(
         report = child.report()
         check_manners(row, report)
         after = nest.start(workload.drain, uri, str(outbox), f"slow{number}", 90_000, {}).report()
-        assert 0 == after["left"]["pending"] + after["left"]["dead"], after
+        assert [0, 0, 0] == [after["left"][k] for k in ("pending", "parked", "dead")], after
         assert set(range(60)) == child.acked()
         held(uri, "failing").check(child.acked())
+        assert set(range(90_000, 90_010)) == set(after["acked"])
+        held(uri, f"slow{number}").check(set(after["acked"]))
         row.done()
 
 
@@ -138,7 +290,7 @@ def log_while(fd: int, uri: str, folder: str, what: str) -> None:
         took: list[float] = []
         raised: list[str] = []
         log_timed(fd, run, range(30), took, raised)
-        tracker.flush(30)
+        before = tracker.flush(30)
         aside = disk / "aside"
         if what == "read-only":
             with contextlib.suppress(Exception):
@@ -171,6 +323,7 @@ def log_while(fd: int, uri: str, folder: str, what: str) -> None:
             "raised": raised,
             "p999_ms": workload.quantile(took, 0.999),
             "max_ms": workload.quantile(took, 1.0),
+            "before": [before.pending, before.parked, before.dead],
             "left": [left.pending, left.parked, left.dead],
             "counters": tracker.counters,
         }
@@ -192,8 +345,9 @@ def test_whatever_happens_to_the_directory_logging_goes_on(
         child = nest.start(log_while, uri, str(tmp_path / f"disk{number}"), what)
         report = child.report()
         check_manners(row, report)
+        assert [0, 0, 0] == report["before"], report
         if what == "unmounted":
-            held(uri, "changed").check(set(range(20)), set(range(70)))  # the disk is gone, with what was on it
+            held(uri, "changed").check(set(range(30)), set(range(70)))  # the disk is gone, with what was on it
         else:
             assert [0, 0, 0] == report["left"], report
             held(uri, "changed").check(child.acked())

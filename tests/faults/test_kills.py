@@ -233,7 +233,7 @@ def test_a_kill_at_any_system_call_loses_and_doubles_nothing(
     held(scene.judge, f"whole-{name}").check(set(EVENTS))
     assert scene.conflicting == ("conflict" in whole.lines())
     points = changes(scene.trace)[part]
-    nightly = len(points) if work == "artifact" else 8
+    nightly = len(points) if work == "artifact" else 5  # of each of six parts
     chosen = row.sample(points, {"artifact": 6, "conflict": 4}.get(work, 2), nightly, len(points))
     for index, point in enumerate(chosen):
         experiment, outbox = f"killed-{name}-{index}", tmp_path / f"outbox{index}"
