@@ -152,6 +152,7 @@ class Disk:
         after = self._nest.start(workload.drain, self.uri, str(self.outbox), "failing", 90_000, {}).report()
         assert (0, 0) == (after["left"]["pending"], after["left"]["parked"]), after
         assert int(report.get("conflict", False)) == after["left"]["dead"], (report, after)
+        assert after["left"]["dead"] == len(workload.letters_of(self.outbox, self.uri)), after
         fresh = set(after["acked"])
         assert set(range(90_000, 90_010)) == fresh, after
         found = held(self.uri, "failing")

@@ -59,6 +59,7 @@ def recovered(
     assert 10 == len(report["acked"]), report
     assert (0, 0) == (report["left"]["pending"], report["left"]["parked"]), report
     assert report["left"]["dead"] in dead, report
+    assert report["left"]["dead"] == len(workload.letters_of(outbox, uri)), report
     more = set(report["acked"])
     held(judge or uri, experiment).check(acked | more, issued | more)
 

@@ -192,6 +192,7 @@ def lose_power_at(fd: int, folder: str, uri: str, what: str, call: str, when: in
             workload.drain(fd, uri, outbox, "cut", 90_000, {"free_bytes": 0})
             os._exit(0)
         os.waitpid(drained, 0)
+        letters = len(workload.letters_of(outbox, uri))
         disk.off()
         lines = trace.read_text(errors="replace").splitlines()
         names = [found[1] for line in lines if (found := re.match(rf"{victim}\s+(\w+)\(", line))]
@@ -200,6 +201,7 @@ def lose_power_at(fd: int, folder: str, uri: str, what: str, call: str, when: in
         return {
             "acked": acked,
             "conflict": "conflict" in heard,
+            "letters": letters,
             "counts": {c: names.count(c) for c in BOUNDARIES},
             "fired": os.WIFSIGNALED(status),
         }
@@ -228,6 +230,7 @@ def test_a_power_cut_at_any_boundary_loses_and_doubles_nothing(
         assert (0, 0) == (after["left"]["pending"], after["left"]["parked"]), (name, after)
         dead = (1,) if report["conflict"] else (0, int(work == "conflict"))
         assert after["left"]["dead"] in dead, (name, after)
+        assert after["left"]["dead"] == report["letters"], (name, after)
         fresh = set(range(90_000, 90_010))
         held(uri, "cut").check(set(report["acked"]) | fresh, set(SESSION) | fresh)
         (folder / "image").unlink()

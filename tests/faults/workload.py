@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import sqlite3
 import threading
 import time
 import traceback
@@ -257,6 +258,13 @@ PATIENCE: Final = 1.0
 def directory_of(outbox: str | Path, uri: str) -> Path:
     """Return the outbox directory of a destination under a root."""
     return Path(outbox) / resolve(uri).slug
+
+
+def letters_of(outbox: str | Path, uri: str) -> list[bytes]:
+    """Return the dead letters that the ledger of a destination holds, as they are stored."""
+    ledger = sqlite3.connect(directory_of(outbox, uri) / "delivery" / "cache.db")
+    with contextlib.closing(ledger):
+        return [bytes(row[0]) for row in ledger.execute("SELECT value FROM Cache WHERE key LIKE 'dead/%'")]
 
 
 def lease_pid(outbox: str, uri: str) -> int:
