@@ -13,12 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from asking import CREATE, HEALTH, ask, ask_in_vain, connect
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import FaultProxy
 from servers import MlflowServer, eventually
-
-HEALTH = "/health"
-CREATE = "/api/2.0/mlflow/experiments/create"
 
 
 @pytest.fixture
@@ -26,29 +24,6 @@ def proxy(mlflow_server: MlflowServer) -> Iterator[FaultProxy]:
     """A proxy in front of the shared MLflow server."""
     with FaultProxy(mlflow_server.url) as proxy:
         yield proxy
-
-
-def connect(proxy: FaultProxy) -> http.client.HTTPConnection:
-    """Open a keep-alive connection to the proxy."""
-    parts = urlsplit(proxy.url)
-    return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
-
-
-def ask(proxy: FaultProxy, method: str = "GET", path: str = HEALTH, body: object = None) -> tuple[int, bytes]:
-    """Send one request on a connection of its own; return the status and the body of the answer."""
-    with closing(connect(proxy)) as connection:
-        data = None if body is None else json.dumps(body)
-        connection.request(method, path, data, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-
-
-def ask_in_vain(proxy: FaultProxy, failures: list[type[ConnectionError]]) -> None:
-    """Send a request that ends in an error, from a thread of its own, and note the error."""
-    try:
-        ask(proxy)
-    except ConnectionError as error:
-        failures.append(type(error))
 
 
 def experiment_exists(server: MlflowServer, name: str) -> bool:
@@ -142,6 +117,23 @@ class TestChoosing:
             ask(proxy, path=path)[0] for path in ("/version", HEALTH, "/version", "/version")
         ]
 
+    def test_a_rule_about_the_body_takes_only_requests_that_hold_it(
+        self, proxy: FaultProxy, experiment_name: str
+    ) -> None:
+        """By a text in it or by a function of its bytes; a request that does not fit uses nothing up."""
+        proxy.on(CREATE, faults.status(422), body="canary")
+        proxy.on(CREATE, faults.rst_request_after(3), body=lambda content: json.loads(content).get("name") == "gone")
+        proxy.script(faults.status(500))
+        assert [500, 200, 422, 400] == [
+            ask(proxy, "POST", CREATE, {"name": name})[0] for name in ("first", experiment_name, "a canary", "")
+        ]
+        with pytest.raises(ConnectionError):
+            ask(proxy, "POST", CREATE, {"name": "gone"})
+        assert ["status(500)", "forward", "status(422)", "forward", "rst_request_after(3)"] == [
+            request.action for request in proxy.requests
+        ]
+        assert b'{"n' == proxy.requests[-1].body
+
     def test_clear_forwards_everything_from_then_on(self, proxy: FaultProxy) -> None:
         """Rules without an end and scripts are forgotten."""
         proxy.on("/", faults.status(500), times=None)
@@ -161,6 +153,28 @@ class TestRecording:
         assert ("POST", CREATE, "application/json") == (request.method, request.path, request.header("content-type"))
         assert {"name": experiment_name} == json.loads(request.body)
         assert (200, None) == (request.backend_status, request.status)
+
+    def test_a_record_tells_when_it_came_and_when_it_was_over(self, proxy: FaultProxy) -> None:
+        """Also of a request that its client gave up, and in the order in which things happened."""
+        proxy.script(faults.delay(0.1), faults.accept_hang())
+        before = time.monotonic()
+        assert ask(proxy)[0] == http.HTTPStatus.OK
+        with closing(connect(proxy)) as connection:
+            connection.request("GET", HEALTH)
+            eventually(lambda: 2 == len(proxy.requests))
+            assert None is proxy.requests[1].ended
+        given_up = eventually(lambda: proxy.requests[1].ended)
+        first, second = proxy.requests
+        assert before <= first.arrived <= (first.ended or 0) - 0.1
+        assert (first.ended or 0) <= second.arrived <= given_up <= time.monotonic()
+
+    def test_connections_are_counted_with_or_without_a_request(self, proxy: FaultProxy) -> None:
+        """Two connections, one of which says nothing."""
+        with closing(connect(proxy)) as silent:
+            silent.connect()
+            ask(proxy)
+            eventually(lambda: 2 == proxy.accepted)
+        assert 1 == len(proxy.requests)
 
     def test_a_record_shows_no_secrets_when_printed(self, proxy: FaultProxy) -> None:
         """Headers and bodies stay out of repr, so out of logs and failed assertions."""
@@ -281,81 +295,3 @@ class TestFaults:
         proxy.script(faults.gzip_bomb(10_000_000))
         status, body = ask(proxy)
         assert (200, True) == (status, len(body) < 20_000)
-
-
-class TestBackend:
-    def test_down_refuses_and_up_serves_at_the_same_address(self, proxy: FaultProxy) -> None:
-        """Connections are refused while the proxy is down, as often as it goes down."""
-        for _ in range(3):
-            assert ask(proxy)[0] == http.HTTPStatus.OK
-            proxy.down()
-            with pytest.raises(ConnectionRefusedError):
-                ask(proxy)
-            proxy.up()
-
-    def test_down_resets_connections_that_are_open(self, proxy: FaultProxy) -> None:
-        """A kept-alive connection does not survive."""
-        with closing(connect(proxy)) as connection:
-            connection.request("GET", HEALTH)
-            connection.getresponse().read()
-            proxy.down()
-            eventually(lambda: not proxy._connections, message="the connection's thread ends")
-            with pytest.raises(ConnectionError):
-                connection.request("GET", HEALTH)
-                connection.getresponse()
-
-    def test_another_backend_takes_over_at_once(
-        self, proxy: FaultProxy, own_mlflow_server: Callable[[], MlflowServer], experiment_name: str
-    ) -> None:
-        """After swap_backend the same connection reaches the other server, which knows other things."""
-        other = own_mlflow_server()
-        assert ask(proxy, "POST", CREATE, {"name": experiment_name})[0] == http.HTTPStatus.OK
-        path = f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={experiment_name}"
-        with closing(connect(proxy)) as connection:
-            statuses = []
-            for action in (faults.forward(), faults.swap_backend(other.url), faults.forward()):
-                proxy.script(action)
-                connection.request("GET", path)
-                answer = connection.getresponse()
-                answer.read()
-                statuses.append(answer.status)
-        assert [200, 404, 404] == statuses
-
-    def test_a_killed_backend_looks_like_a_reset_until_it_is_back(
-        self, own_mlflow_server: Callable[[], MlflowServer]
-    ) -> None:
-        """The proxy invents no answers for a server that is gone."""
-        server = own_mlflow_server()
-        with FaultProxy(server.url) as proxy:
-            assert ask(proxy)[0] == http.HTTPStatus.OK
-            server.kill()
-            with pytest.raises(ConnectionResetError):
-                ask(proxy)
-            server.start()
-            assert ask(proxy)[0] == http.HTTPStatus.OK
-            assert [200, None, 200] == [request.backend_status for request in proxy.requests]
-
-    def test_going_down_ends_a_request_that_a_paused_backend_holds_up(
-        self, own_mlflow_server: Callable[[], MlflowServer]
-    ) -> None:
-        """Closing the proxy does not wait for a server that does not answer."""
-        server = own_mlflow_server()
-        server.pause()
-        proxy = FaultProxy(server.url)
-        client = threading.Thread(target=ask_in_vain, args=(proxy, []))
-        client.start()
-        eventually(lambda: proxy.requests, message="the request is recorded")
-        start = time.monotonic()
-        proxy.close()
-        client.join(10)
-        assert not client.is_alive()
-        assert time.monotonic() - start < 5
-
-    def test_a_closed_proxy_leaves_no_thread_behind(self, mlflow_server: MlflowServer) -> None:
-        """All threads have ended when close returns."""
-        with FaultProxy(mlflow_server.url) as proxy, closing(connect(proxy)) as connection:
-            connection.request("GET", HEALTH)
-            connection.getresponse().read()
-            connections = list(proxy._connections)
-            assert 1 == len(connections)
-        assert [] == [each.thread for each in connections if each.thread.is_alive()]

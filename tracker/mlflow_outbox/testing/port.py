@@ -15,17 +15,18 @@ class Port:
     Args:
         host: loopback address.
         serve: called with each connection, in the port's thread.
+        number: of the port; 0 takes a free one.
 
     Attributes:
         address: host and number.
     """
 
-    def __init__(self, host: str, serve: Callable[[socket.socket], None]) -> None:
+    def __init__(self, host: str, serve: Callable[[socket.socket], None], number: int = 0) -> None:
         self._serve = serve
         self._lock = threading.Lock()  # held while opening and shutting
         self._released = False
         self._acceptor: _Acceptor | None = None
-        self._holder = _bound(host, 0)
+        self._holder = _bound(host, number)
         self.address: tuple[str, int] = self._holder.getsockname()[:2]
 
     def open(self) -> None:

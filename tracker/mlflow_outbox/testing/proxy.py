@@ -11,9 +11,10 @@ Put it between the outbox and a real server, tell it what to do with which reque
 * Each request gets one ``Action`` (see ``mlflow_outbox.testing.faults``): from the first rule made by ``on()`` that
   fits and is not used up, otherwise the next of the script, otherwise it is forwarded.
 * Every request is recorded before its action runs, so a request that is never answered can be seen too. A record says
-  what the server behind answered and, separately, what the client was sent.
+  which action that is, what the server behind answered and, separately, what the client was sent, and when.
 * A request is sent to the server behind at most once, whatever happens: a repeated one comes from the client.
-* One thread per connection, kept alive as HTTP/1.1 says; connections are to loopback, without TLS.
+* One thread per connection, kept alive as HTTP/1.1 says; connections are to loopback, without TLS unless a context
+  for it is given. The connection to the server behind is always without.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import contextlib
 import dataclasses
 import http.client
 import socket
+import ssl
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from io import BufferedReader
 from types import TracebackType
@@ -33,6 +34,7 @@ from typing import final
 from urllib.parse import urlsplit
 
 from mlflow_outbox.testing.port import Port
+from mlflow_outbox.testing.rules import Rules
 from mlflow_outbox.testing.wire import Answer, Headers, Request, end_to_end, read_body
 
 #: Seconds after which an idle connection to the server behind is not used again: servers close them after some.
@@ -55,13 +57,6 @@ class Action:
     reads: int | None = None
 
 
-@dataclasses.dataclass
-class _Rule:
-    fits: Callable[[str, str], bool]
-    action: Action
-    left: int | None
-
-
 class Exchange:
     """One request and the connection it came on: the means from which actions are made."""
 
@@ -78,6 +73,13 @@ class Exchange:
     def _note(self, request: Request) -> None:
         self._request = request
         self.proxy._record(request)  # noqa: SLF001 - the two classes are one mechanism
+
+    def run(self, action: Action) -> None:
+        """Carry an action out, and note when it is over."""
+        try:
+            action.run(self)
+        finally:
+            self._note(dataclasses.replace(self._request, ended=time.monotonic()))
 
     def fetch(self) -> Answer | None:
         """Pass the request on to the server behind; None when that server is gone or breaks off."""
@@ -140,23 +142,38 @@ class FaultProxy:
         backend: address of the server behind, ``http://host:port`` with an optional path.
         script: the actions of the first requests, in order; later requests are forwarded.
         host: loopback address to listen on.
+        port: number of the port; 0 takes a free one.
+        tls: what answers handshakes, with a certificate; None speaks without TLS.
+
+    Attributes:
+        backend: as given; whoever changes it moves the later requests.
+        tls: as given; whoever changes it changes the certificate of later connections.
     """
 
-    def __init__(self, backend: str, script: Iterable[Action] = (), *, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        backend: str,
+        script: Iterable[Action] = (),
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.backend = backend
+        self.tls = tls
         self._lock = threading.Lock()
-        self._script = deque(script)
-        self._rules: list[_Rule] = []
+        self._rules = Rules(script)
         self._records: list[Request] = []
         self._connections: set[_Connection] = set()
-        self._port = Port(host, self._serve)
+        self._accepted = 0
+        self._port = Port(host, self._serve, port)
         self.up()
 
     @property
     def url(self) -> str:
         """The proxy's own address, the same whether it is up or down."""
         host, number = self._port.address
-        return f"http://{host}:{number}"
+        return f"{'https' if self.tls else 'http'}://{host}:{number}"
 
     @property
     def requests(self) -> list[Request]:
@@ -164,31 +181,38 @@ class FaultProxy:
         with self._lock:
             return list(self._records)
 
+    @property
+    def accepted(self) -> int:
+        """How many connections were accepted so far, those included on which no request came."""
+        with self._lock:
+            return self._accepted
+
     def script(self, *actions: Action) -> None:
         """Append actions for the requests to come that no rule fits."""
-        with self._lock:
-            self._script.extend(actions)
+        self._rules.script(actions)
 
-    def on(self, fits: str | Callable[[str, str], bool], action: Action, times: int | None = 1) -> None:
+    def on(
+        self,
+        fits: str | Callable[[str, str], bool],
+        action: Action,
+        times: int | None = 1,
+        *,
+        body: str | Callable[[bytes], bool] | None = None,
+    ) -> None:
         """Add a rule.
 
         Args:
             fits: a part of the path, or a function of method and path.
             action: what happens to a request that fits.
             times: number of requests after which the rule is used up; None means never.
+            body: text that the request's body has to contain, or a function of its bytes; None means any body. To
+                tell, the body is read whole before the action begins, also where that would read less.
         """
-
-        def contains(_method: str, path: str) -> bool:
-            return str(fits) in path
-
-        with self._lock:
-            self._rules.append(_Rule(contains if isinstance(fits, str) else fits, action, times))
+        self._rules.add(fits, action, times, body)
 
     def clear(self) -> None:
         """Forget all rules and the rest of the script: from now on everything is forwarded."""
-        with self._lock:
-            self._rules.clear()
-            self._script.clear()
+        self._rules.clear()
 
     def down(self) -> None:
         """Refuse new connections and reset those there are; the port stays reserved."""
@@ -222,6 +246,7 @@ class FaultProxy:
     def _serve(self, client: socket.socket) -> None:
         connection = _Connection(self, client)
         with self._lock:
+            self._accepted += 1
             self._connections.add(connection)
             connection.thread.start()
 
@@ -233,19 +258,17 @@ class FaultProxy:
         with self._lock:
             self._connections.discard(connection)
 
-    def _choose(self, method: str, path: str) -> Action:
+    def _arrived(self, method: str, path: str, headers: Headers, stream: BufferedReader) -> tuple[Request, Action]:
+        """Read a request's body, as much of it as its action wants, and record the request."""
+        body = read_body(stream, headers) if self._rules.ask_for_body(method, path) else None
+        action = self._rules.choose(method, path, body) or _FORWARD
+        body = read_body(stream, headers, action.reads) if body is None else body[: action.reads]
         with self._lock:
-            for rule in self._rules:
-                if rule.left != 0 and rule.fits(method, path):
-                    rule.left = None if rule.left is None else rule.left - 1
-                    return rule.action
-            return self._script.popleft() if self._script else _FORWARD
-
-    def _arrived(self, method: str, path: str, headers: Headers, body: bytes) -> Request:
-        with self._lock:
-            request = Request(len(self._records), method, path, headers, body)
+            request = Request(
+                len(self._records), method, path, headers, body, action=action.name, arrived=time.monotonic()
+            )
             self._records.append(request)
-            return request
+            return request, action
 
     def _record(self, request: Request) -> None:
         with self._lock:
@@ -265,14 +288,20 @@ class _Connection:
         self._backend: tuple[str, http.client.HTTPConnection, float] | None = None
 
     def _run(self) -> None:
-        stream = self.client.makefile("rb")
+        stream: BufferedReader | None = None
         try:
+            tls = self._proxy.tls
+            if tls is not None:
+                self.client = tls.wrap_socket(self.client, server_side=True, do_handshake_on_connect=False)
+                self.client.do_handshake()
+            stream = self.client.makefile("rb")
             while not self.closed.is_set() and self._take(stream):
                 pass
         except (OSError, ValueError, http.client.HTTPException):
             pass  # the client went away, or what it sent is no HTTP: in both cases there is nobody to answer
         finally:
-            stream.close()
+            if stream is not None:
+                stream.close()
             self.close()
             self.client.close()
             if self._backend:
@@ -286,13 +315,11 @@ class _Connection:
             return False
         method, path, version = line.decode("latin-1").split()
         headers: Headers = tuple(http.client.parse_headers(stream).items())
-        action = self._proxy._choose(method, path)  # noqa: SLF001 - the two classes are one mechanism
         named = {name.lower(): value.lower() for name, value in headers}
         if named.get("expect") == "100-continue":
             self.client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = read_body(stream, headers, action.reads)
-        request = self._proxy._arrived(method, path, headers, body)  # noqa: SLF001 - as above
-        action.run(Exchange(self._proxy, self, request))
+        request, action = self._proxy._arrived(method, path, headers, stream)  # noqa: SLF001 - one mechanism
+        Exchange(self._proxy, self, request).run(action)
         return version == "HTTP/1.1" and named.get("connection") != "close"
 
     def fetch(self, request: Request) -> Answer | None:
@@ -348,7 +375,8 @@ class _Connection:
                 self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             if self.thread is not threading.current_thread():
                 # Shut for reading only, a reset is sent by the thread that this wakes, when it closes the socket.
-                self.client.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
+                # The method of TLS sockets takes away what that thread is reading with.
+                socket.socket.shutdown(self.client, socket.SHUT_RD if reset else socket.SHUT_RDWR)
         backend = self._backend
         if backend and backend[1].sock and self.thread is not threading.current_thread():
             with contextlib.suppress(OSError):

@@ -29,6 +29,11 @@ class Request:
     backend_status: int | None = None
     #: What was sent to the client, wholly or in part; None when nothing was.
     status: int | None = None
+    #: Name of the action that it got.
+    action: str = ""
+    #: When it was there and its action began, and when that was over or the client had gone; by the monotonic clock.
+    arrived: float = 0.0
+    ended: float | None = None
 
     def header(self, name: str) -> str | None:
         """Return the first header of that name, in any case of letters."""
