@@ -18,13 +18,18 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from faults import abilities
 from faults.children import Nest
 from faults.table import TIERS, Row, Table
+from mlflow_outbox.testing.proxy import FaultProxy
+from servers import MlflowServer
+
+if TYPE_CHECKING:
+    from faults.network import Connects, Session
 
 SEEDS = Path(__file__).with_name("seeds")
 #: Parts of a test that injects hundreds of times, for several processes, in the longer tiers.
@@ -245,3 +250,30 @@ def nest() -> Iterator[Nest]:
     """Starts child processes that have everything imported already, in hundredths of a second."""
     with Nest() as made:
         yield made
+
+
+@pytest.fixture
+def proxy(mlflow_server: MlflowServer) -> Iterator[FaultProxy]:
+    """A proxy in front of the shared server."""
+    with FaultProxy(mlflow_server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def session(mlflow_server: MlflowServer, proxy: FaultProxy, experiment_name: str, tmp_path: Path) -> Iterator[Session]:
+    """A session through the proxy; its worker is stopped at the end, whatever happens."""
+    from faults.network import Session  # imports all that delivery needs
+
+    made = Session(mlflow_server, proxy.url, experiment_name, tmp_path / "outbox")
+    yield made
+    proxy.clear()
+    proxy.up()
+    made.tracker.close(5)
+
+
+@pytest.fixture
+def connects(monkeypatch: pytest.MonkeyPatch) -> Connects:
+    """Who of this process tried to connect to what, from now on."""
+    from faults.network import Connects
+
+    return Connects(monkeypatch)
