@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlflow_outbox_worker.outcome import DELIVERED, EVENT_OPERATIONS, classify
+from mlflow_outbox_worker.outcome import DELIVERED, EVENT_OPERATIONS, classify, remedy
 from mlflow_outbox_worker.retry import is_retryable
 from mlflow_outbox_worker.sink import SinkError
 
@@ -107,3 +108,10 @@ def test_the_policy_and_the_table_agree_about_retries(status: int, code: str) ->
     """What is retried never depends on the operation, and every answer has an outcome."""
     kinds = {operation: classify(answer(status, code), operation).kind for operation in ("", *EVENT_OPERATIONS)}
     assert {is_retryable(answer(status, code))} == {kind == "retry" for kind in kinds.values()}
+
+
+def test_who_is_told_that_a_run_is_gone_is_told_what_brings_it_back() -> None:
+    """The command names the outbox; other answers have no such remedy."""
+    said = remedy(answer(404, "RESOURCE_DOES_NOT_EXIST"), Path("/scratch/outbox"))
+    assert said.endswith(" mlflow-outbox replay --again /scratch/outbox")
+    assert ["", ""] == [remedy(error, Path("x")) for error in (answer(401), answer(404, "ENDPOINT_NOT_FOUND"))]

@@ -143,25 +143,25 @@ def test_every_way_to_end_keeps_every_event(
     empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
 ) -> None:
     """The next program delivers what the ended one acknowledged."""
-    ways = [
-        "SIGTERM",
-        "SIGINT",
-        "os._exit",
-        "sys.exit",
-        "an exception",
-        "__del__",
-        "a closed tracker",
-        "a daemon thread",
-    ]
+    ways = {
+        "SIGTERM": -signal.SIGTERM,
+        "SIGINT": 1,  # KeyboardInterrupt, which nobody catches
+        "os._exit": 3,
+        "sys.exit": 3,
+        "an exception": 1,
+        "__del__": 0,
+        "a closed tracker": 0,
+        "a daemon thread": 0,
+    }
     for turn in range(row.pick(1, 50, 500)):
         uri = f"sqlite:///{empty_database(tmp_path / f'{turn}.db')}"
         outbox = tmp_path / f"outbox{turn}"
         acked: set[int] = set()
         issued: set[int] = set()
-        for number, how in enumerate(ways, 1):
+        for number, (how, code) in enumerate(ways.items(), 1):
             base = 20_000 * number
             child = nest.start(end_by, uri, str(outbox), how, base)
-            child.join()
+            assert (how, code) == (how, child.join())
             said = child.acked()
             assert set(range(base, base + 100)) <= said, how
             acked |= said

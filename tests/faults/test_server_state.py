@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +13,15 @@ import pytest
 
 from contents import client, runs
 from faults import workload
-from faults.oracle import held
+from faults.network import PATIENT, Session
+from faults.oracle import held, kind_of
 from faults.table import Row
-from faults.test_network import PATIENT, Session
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.spool.events import decode
+from mlflow_outbox.testing import faults
+from mlflow_outbox.testing.proxy import Action, FaultProxy
+from mlflow_outbox_worker.cli import main
+from mlflow_outbox_worker.ledger import Ledger
 from servers import MlflowServer, eventually
 
 
@@ -38,30 +46,35 @@ def test_a_server_killed_in_the_middle_holds_everything_once(
 
 @pytest.mark.fault("F63", "the server's database is wiped while events wait")
 def test_a_wiped_server_never_makes_a_run_vanish_in_silence(
-    own_mlflow_server: Callable[..., MlflowServer], row: Row, tmp_path: Path
+    own_mlflow_server: Callable[..., MlflowServer], row: Row, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The run that the server no longer knows waits for a person; nothing is discarded, and new runs go on."""
+    """What the server no longer knows waits, new runs go on, and what the warning says to do brings all of it back."""
     for number in range(row.pick(1, 20, 100)):
-        server = own_mlflow_server()
-        tracker = MLflowTracker("wiped", server.url, outbox_dir=tmp_path / f"outbox{number}", settings=PATIENT)
+        server, outbox = own_mlflow_server(), tmp_path / f"outbox{number}"
+        tracker = MLflowTracker("wiped", server.url, outbox_dir=outbox, settings=PATIENT)
         old = tracker.start_run("old")
-        before = [n for n in range(20) if workload.log_event(old, n)]
+        lost = {n for n in range(20) if workload.log_event(old, n)}
         assert tracker.flush(30)
         server.wipe()
-        more = [n for n in range(20, 40) if workload.log_event(old, n)]
-        assert 40 == len(before + more)
+        lost |= {n for n in range(20, 40) if workload.log_event(old, n)}
         server.start()
         new = tracker.start_run("new")
         acked = {n for n in range(100, 120) if workload.log_event(new, n)}
         new.end()
+        assert {*range(40), *range(100, 120)} == lost | acked
+        caplog.clear()
         eventually(lambda acked=acked, server=server: acked <= set(held(server.database_uri, "wiped").events), 30)
         eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending, 30)
         left = tracker.flush(0)
-        there = set(held(server.database_uri, "wiped").events)
-        # Either the run waits, parked, with its new events; or it was made again. It is never gone without a word.
-        assert left.parked >= 20 or set(range(20, 40)) <= there, (left, sorted(there))
-        assert 0 == left.dead
+        assert (20, 0) == (left.parked, left.dead), "what was not delivered before"
+        held(server.database_uri, "wiped").check(acked)
+        said = eventually(lambda old=old: [text for text in caplog.messages if f"run {old.run_id} waits" in text])
+        remedy = f"mlflow-outbox replay --again {tracker.outbox_path}"
+        assert [True] == [remedy in text for text in said]
+        old.end()
         tracker.close(1)
+        assert 0 == main(remedy.split()[1:])
+        held(server.database_uri, "wiped").check(lost | acked)
         row.done()
 
 
@@ -93,6 +106,118 @@ def test_a_deleted_run_waits_and_holds_up_no_other(
         held(mlflow_server.database_uri, experiment).check(acked)
         tracker.close(1)
         row.done()
+
+
+@pytest.mark.fault("F64", "an experiment is deleted by somebody else while events wait for it")
+def test_a_deleted_experiment_waits_and_holds_up_no_other(
+    mlflow_server: MlflowServer, experiment_name: str, row: Row, tmp_path: Path
+) -> None:
+    """Its runs, old and new, stay on disk until it is restored; then they arrive."""
+    for number in range(row.pick(1, 20, 100)):
+        gone, outbox = f"{experiment_name}-{number}", tmp_path / f"outbox{number}"
+        tracker = MLflowTracker(gone, mlflow_server.url, outbox_dir=outbox, settings=PATIENT)
+        other = MLflowTracker(f"{gone}-other", mlflow_server.url, outbox_dir=outbox, settings=PATIENT)
+        old, others = tracker.start_run("old"), other.start_run("others")
+        acked = {n for n in range(20) if workload.log_event(old, n)}
+        assert tracker.flush(30)
+        held(mlflow_server.database_uri, gone).check(acked)
+        with client(mlflow_server.url) as mlflow:
+            experiment = mlflow.get_experiment_by_name(gone)
+            mlflow.delete_experiment(experiment.experiment_id)
+        acked |= {n for n in range(20, 40) if workload.log_event(old, n)}
+        new = tracker.start_run("new")
+        acked |= {n for n in range(40, 60) if workload.log_event(new, n)}
+        at_other = {n for n in range(100, 120) if workload.log_event(others, n)}
+        eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending, 30)
+        left = tracker.flush(0)
+        assert (41, 0) == (left.parked, left.dead), "twenty of the old run, the new one's start and its twenty"
+        held(mlflow_server.database_uri, f"{gone}-other").check(at_other)
+        assert (60, 20) == (len(acked), len(at_other))
+        with client(mlflow_server.url) as mlflow:
+            mlflow.restore_experiment(experiment.experiment_id)
+        eventually(lambda tracker=tracker: tracker.flush(2), 30, "the restored experiment's runs are delivered")
+        held(mlflow_server.database_uri, gone).check(acked)
+        tracker.close(1)
+        other.close(1)
+        row.done()
+
+
+def _refusals() -> dict[str, Action]:
+    """Return the answers that say for good what is wrong with a request's content."""
+    said = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": "it holds what is not taken"})
+    return {
+        "400": faults.status(400, {}, said),
+        "404": faults.status(404, {}, said),
+        "413": faults.status(413, {}, "<html>too large</html>"),  # by the server that stands before MLflow's
+        "422": faults.status(422, {}, json.dumps({"detail": "it holds what is not taken"})),
+    }
+
+
+@pytest.mark.fault("F53", "400, 404, 413, 422 for one event of a batch of 100")
+@pytest.mark.parametrize("answer", list(_refusals()))
+def test_one_refused_event_of_a_batch_is_the_only_dead_letter(
+    answer: str,
+    mlflow_server: MlflowServer,
+    proxy: FaultProxy,
+    experiment_name: str,
+    row: Row,
+    rng: random.Random,
+    tmp_path: Path,
+) -> None:
+    """It is found by halving, in as few requests as that takes; the other 99 arrive."""
+    numbers = [n for n in range(200) if "metric" == kind_of(n)][:100]
+    for number in range(row.pick(1, 12, 125)):
+        experiment, outbox = f"{experiment_name}-{number}", tmp_path / f"outbox{number}"
+        bad = rng.choice(numbers)
+
+        def holds(body: bytes, bad: int = bad) -> bool:
+            return bad in [point["step"] for point in json.loads(body).get("metrics", ())]
+
+        proxy.clear()
+        proxy.on("runs/log-batch", _refusals()[answer], times=None, body=holds)
+        # Nothing is delivered before all is logged, so that it is one batch.
+        offline = MLflowTracker(experiment, proxy.url, outbox_dir=outbox, settings=PATIENT, worker="none")
+        run = offline.start_run("refused")
+        acked = {n for n in numbers if workload.log_event(run, n)}
+        run.end()
+        offline.close(1)
+        before = len(proxy.requests)
+        tracker = MLflowTracker(experiment, proxy.url, outbox_dir=outbox, settings=PATIENT)
+        left = tracker.flush(30)
+        assert (0, 0, 1) == (left.pending, left.parked, left.dead)
+        batches = [request for request in proxy.requests[before:] if "log-batch" in request.path]
+        assert 100 == len(json.loads(batches[0].body)["metrics"]), "all in one"
+        extra = len(batches) - 1
+        assert extra <= 2 * math.log2(100) + 1
+        found = held(mlflow_server.database_uri, experiment)
+        assert bad not in found.events
+        assert 99 == len(found.events)
+        found.check(acked, dead={bad})
+        with contextlib.closing(Ledger.open(Path(str(tracker.outbox_path)) / "delivery", read_only=True)) as ledger:
+            (letter,) = ledger.dead_letters()
+        assert (int(answer), bad) == (letter.status, getattr(decode(letter.payload), "step", None))
+        tracker.close(1)
+        row.measure(extra_requests=max(extra, int(row.measured.get("extra_requests", 0))))
+        row.done()
+
+
+@pytest.mark.fault("F53", "404 without a word of MLflow's, and 404 for the run, for a batch of 100")
+@pytest.mark.parametrize(
+    "said", ["<html>not found</html>", '{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "?"}']
+)
+def test_a_404_that_is_not_about_an_event_makes_no_dead_letter(
+    said: str, session: Session, proxy: FaultProxy, row: Row
+) -> None:
+    """A wrong URL and a run that is gone are no event's fault: all waits, and arrives."""
+    for _ in range(row.pick(1, 5, 50)):
+        proxy.on("runs/log-batch", faults.status(404, {}, said), times=None)
+        session.log(100)
+        eventually(lambda: session.tracker.flush(2).parked, 30, "it waits")
+        assert 0 == session.tracker.flush(0).dead
+        proxy.clear()
+        session.arrives(row)
+        row.done()
+    session.settle(row)
 
 
 @pytest.mark.fault("F65", "a param has another value already, among 99 events that are fine (F53)")

@@ -37,7 +37,7 @@ from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.lookout import Lookout
-from mlflow_outbox_worker.outcome import classify
+from mlflow_outbox_worker.outcome import classify, remedy
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.room import Room
@@ -376,14 +376,16 @@ class Delivery:
             self._schedule.again(run_id, 0.0, standing)
             return
         if self._ledger is not None:
-            self._park_run(self._ledger, run_id, parked.outcome.reason)
+            self._park_run(self._ledger, run_id, parked.outcome.reason, parked.error)
         self._schedule.again(run_id, self._settings.parked_retry, standing)
 
-    def _park_run(self, ledger: Ledger, run_id: str, reason: str) -> None:
+    def _park_run(self, ledger: Ledger, run_id: str, reason: str, error: SinkError | None = None) -> None:
         record = ledger.record(run_id) or RunRecord(run_id)
+        # Only a run that was there can be gone.
+        advice = remedy(error, self._source.path) if error is not None and record.remote_id else ""
+        reason = printable(reason, 300).rstrip(".") + advice  # MLflow's own sentences end with a full stop
         record.state, record.reason, record.failed_at_ms = "parked", reason, self._now_ms()
         ledger.commit(record)
-        reason = printable(reason, 300).rstrip(".")  # MLflow's own sentences end with one
         self._counters.warn_once(
             ("parked", run_id),
             f"mlflow-outbox: run {run_id} waits for a person: {reason}. Its events stay on disk",

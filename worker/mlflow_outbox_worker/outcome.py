@@ -23,8 +23,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from http import HTTPStatus
+from pathlib import Path
 from typing import Literal
 
+from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.sink import OPERATIONS, SinkError
 
 OutcomeKind = Literal["delivered", "retry", "parked", "already_applied", "dead_letter", "split"]
@@ -84,6 +86,21 @@ def classify(error: SinkError, operation: str = "") -> Outcome:
     if error.kind in {"connection", "timeout"}:
         return Outcome("retry", reason, error.retry_after)
     return _answered(error, error.status or HTTPStatus.INTERNAL_SERVER_ERROR, operation)
+
+
+def remedy(error: SinkError, outbox: Path) -> str:
+    """Return what a person can do about a run that was in MLflow and is gone, to end a sentence; "" for other errors.
+
+    Args:
+        error: the answer that parked the run.
+        outbox: where the run is.
+    """
+    if error.code != "RESOURCE_DOES_NOT_EXIST":
+        return ""
+    return (
+        "; if the server has lost it, end the programs that log there, and send it anew from its beginning: "
+        f"mlflow-outbox replay --again {printable(outbox, 1000)}"
+    )
 
 
 def _answered(error: SinkError, status: int, operation: str) -> Outcome:
