@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
@@ -49,6 +50,31 @@ def test_a_refused_connection_was_certainly_not_carried_out() -> None:
     with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
         error = fails(lambda: log_one(sink))
     assert ("connection", False, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
+
+
+def test_a_secret_that_an_answer_repeats_is_in_no_message(
+    wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, quoted as in a URL, and as it was sent in a header; in refusals, pages, and what is no HTTP."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a/secret token")
+    sent = base64.b64encode(b"someone:pass/word").decode()
+    told = f"pass/word pass%2Fword a/secret token a%2Fsecret%20token Basic {sent}"
+
+    def no_http(_wire: Wire, connection: socket.socket, _request: bytes) -> None:
+        connection.sendall(f"HTTP/9 {told}\r\n\r\n".encode())
+
+    for answers in (
+        says(403, told),
+        says(400, json.dumps({"error_code": "X", "message": told})),
+        says(200, told),
+        no_http,
+    ):
+        server = wire(answers)
+        address = f"http://someone:pass%2Fword@127.0.0.1:{server.port}"
+        with closing(open_sink(address)) as sink:
+            said = str(fails(lambda sink=sink: log_one(sink)))
+        assert "***" in said
+        assert [] == [word for word in ("pass", "secret", sent) if word in said], said
 
 
 def test_a_variable_that_goes_while_the_environment_is_read_is_no_reason_to_wait_for_a_person(

@@ -49,6 +49,7 @@ LONGEST = (
     "test_a_fork_in_any_state_loses_and_doubles_nothing",
     "test_a_kill_at_any_system_call_loses_and_doubles_nothing",
     "test_statuses_that_pass_are_retried_and_never_dead_lettered",
+    "test_every_form_of_retry_after_is_honoured_up_to_the_cap",
     "test_every_way_to_end_keeps_every_event",
     "test_only_the_kernel_s_lock_decides_who_delivers",
     "test_a_ledger_that_cannot_be_written_is_written_later",
@@ -67,6 +68,7 @@ LONGEST = (
     "test_an_input_output_error_at_any_call_loses_nothing_that_was_kept",
     "test_writes_that_reached_the_disk_in_any_order_are_never_taken_for_others",
     "test_an_answer_that_is_none_is_never_taken_for_success",
+    "test_one_refused_event_of_a_batch_is_the_only_dead_letter",
 )
 _TABLE = pytest.StashKey[Table]()
 _SEED = pytest.StashKey[str]()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from faults.children import Nest
 from faults.oracle import held
 from faults.table import Row
 from mlflow_outbox import MLflowTracker
-from mlflow_outbox.errors import OutboxUnusable
+from mlflow_outbox.errors import InvalidEventType, OutboxUnusable
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Artifact
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.ledger import Ledger
 from servers import MlflowServer, eventually
 
 
@@ -151,39 +154,53 @@ def test_an_edited_destination_is_not_contacted(mlflow_server: MlflowServer, row
 CANARY = "canary-7f3a9c"
 
 
-@pytest.mark.fault("F93", "credentials in the tracking URI and the environment; 401, 500 and portal answers")
+@pytest.mark.fault("F93", "credentials in the tracking URI and the environment; 401, 500, 400 and portal answers")
 def test_no_secret_is_stored_logged_or_shown(
     mlflow_server: MlflowServer,
     experiment_name: str,
     row: Row,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither the outbox, nor a log record at any level, nor a repr, nor an error holds it."""
-    caplog.set_level(logging.DEBUG, logger="mlflow_outbox")
+    """Neither the outbox, nor anybody's log record, nor what is printed, nor a repr, traceback or dead letter holds it.
+
+    The server's answers do: the address as it was given, the password and the token.
+    """
+    caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{CANARY}-token")
     with FaultProxy(mlflow_server.url) as proxy:
         uri = proxy.url.replace("http://", f"http://user:{CANARY}-password@") + f"?token={CANARY}-query"
-        tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=workload.settings())
-        proxy.script(faults.status(500), faults.html_page(), faults.garbage())
-        proxy.on("runs/create", faults.status(401, {}, f"bad {CANARY}-password"), times=1)
+        tracker = MLflowTracker(
+            experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=workload.settings(strict=True)
+        )
+        echo = f"{uri.partition('?')[0]} was asked by user:{CANARY}-password, with {CANARY}-token"
+        proxy.script(
+            faults.status(500), faults.status(401, {}, echo), faults.html_page(echo.encode()), faults.garbage()
+        )
+        refusal = {"error_code": "INVALID_PARAMETER_VALUE", "message": echo}
+        proxy.on("runs/log-batch", faults.status(400, {}, json.dumps(refusal)), times=None, body='"step":5}')
         run = tracker.start_run("secret")
         acked = {n for n in range(20) if workload.log_event(run, n)}
+        with pytest.raises(InvalidEventType) as raised:
+            tracker.start_run("strict").log_metric("loss", "no number", step=1)  # type: ignore[arg-type]
         shown = [repr(thing) for thing in (tracker, run, tracker._outbox, tracker._destination, tracker._settings)]
         run.end()
-        eventually(lambda: tracker.flush(5), 30)
+        eventually(lambda: 0 == tracker.flush(5).pending + tracker.flush(0).parked, 30)
+        with contextlib.closing(Ledger.open(Path(str(tracker.outbox_path)) / "delivery", read_only=True)) as ledger:
+            (letter,) = ledger.dead_letters()
         assert any(name == "Authorization" for request in proxy.requests for name, _ in request.headers), "it was used"
         tracker.close(1)
-    held(mlflow_server.database_uri, experiment_name).check(acked)
-    records = [
-        record.getMessage() + str(record.exc_text or "") for record in caplog.records if "mlflow_outbox" in record.name
-    ]
-    for text in [*shown, tracker.tracking_uri]:
-        assert CANARY not in text, text
-    leaked = [text for text in records if CANARY in text and f"bad {CANARY}" not in text]
-    assert [] == leaked
+    held(mlflow_server.database_uri, experiment_name).check(acked, dead={5})
+    told = [f"{r.name}: {r.getMessage()} {r.exc_text or ''} {r.stack_info or ''}" for r in caplog.records]
+    assert any(text.startswith("mlflow_outbox: ") for text in told)
+    told += [*shown, tracker.tracking_uri, letter.reason, repr(letter), *capfd.readouterr()]
+    ours = raised.tb.tb_next  # the test's own variables hold it
+    told += traceback.TracebackException(raised.type, raised.value, ours, capture_locals=True).format()
+    assert any("self = " in text for text in told)
+    assert [] == [text for text in told if CANARY in text]
     files = [path for path in (tmp_path / "outbox").rglob("*") if path.is_file()]
     assert [] == [str(path) for path in files if f"{CANARY}".encode() in path.read_bytes()]
     assert {0o600} == {path.stat().st_mode & 0o777 for path in files}
-    row.done(4)
+    row.done(5)

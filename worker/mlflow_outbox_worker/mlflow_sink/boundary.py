@@ -12,7 +12,7 @@ import contextlib
 import errno
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import requests
 from mlflow.exceptions import MlflowException
@@ -39,9 +39,17 @@ class Refused(MlflowException):  # type: ignore[misc]  # mlflow is not followed 
         self.sink_error = error
 
 
-def clean(text: object) -> str:
-    """Return a foreign message on one line, cut to size, without the credentials of URLs in it."""
-    line = _SPEAKER.sub("", _USERINFO.sub("", _SPACE.sub(" ", str(text)).strip()))
+def clean(text: object, secrets: Iterable[str] = ()) -> str:
+    """Return a foreign message on one line, cut to size, without the credentials of URLs in it.
+
+    Args:
+        text: the message, or an exception.
+        secrets: what must not be in it either: servers and gateways repeat what they were sent.
+    """
+    words = str(text)
+    for secret in secrets:
+        words = words.replace(secret, "***")
+    line = _SPEAKER.sub("", _USERINFO.sub("", _SPACE.sub(" ", words).strip()))
     return line if len(line) <= MESSAGE_CHARS else f"{line[:MESSAGE_CHARS]}..."
 
 

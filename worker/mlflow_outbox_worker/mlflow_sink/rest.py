@@ -46,7 +46,7 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
         SinkError: it was not MLflow that answered.
         Refused: MLflow, or a proxy on its behalf, said no.
     """
-    status, headers, body = answer
+    status, headers, body, secrets = answer
     found = _json_object(body)
     if 200 <= status < 300:  # noqa: PLR2004 - success
         if not body and not ("Content-Length" in headers or "Transfer-Encoding" in headers):
@@ -55,15 +55,17 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
         if found is None and empty_is_success and not body:
             return {}
         if found is None:
-            msg = f"{what}: the answer is not MLflow's (a login page, a proxy or a wrong URL?): {_excerpt(body)}"
+            msg = (
+                f"{what}: the answer is not MLflow's (a login page, a proxy or a wrong URL?): {_excerpt(body, secrets)}"
+            )
             raise SinkError(msg, kind="not_mlflow", status=status)
         return found
     if 300 <= status < 400:  # noqa: PLR2004 - redirects
         msg = f"{what}: the server redirects ({status}), which is not followed; use the URL that it redirects to"
         raise SinkError(msg, kind="not_mlflow", status=status)
     code = str((found or {}).get("error_code", ""))
-    text = str(found["message"]) if found and "message" in found else _excerpt(body)
-    message = clean(f"{what}: {status} {code}: {text}" if code else f"{what}: {status}: {text}")
+    text = str(found["message"]) if found and "message" in found else _excerpt(body, secrets)
+    message = clean(f"{what}: {status} {code}: {text}" if code else f"{what}: {status}: {text}", secrets)
     if status < 500 and not _is_mlflows(status, code, found):  # noqa: PLR2004 - server errors come from anybody
         code = code or ("ENDPOINT_NOT_FOUND" if status == 404 else "")  # noqa: PLR2004
         raise SinkError(message, kind="not_mlflow", status=status, code=code)
@@ -105,7 +107,7 @@ class _OneAttempt:
         try:
             parse_dict(js_dict=checked(answer, what), message=message)
         except ParseError as error:
-            msg = f"{what}: the answer is not MLflow's: {clean(error)}"
+            msg = f"{what}: the answer is not MLflow's: {clean(error, answer.secrets)}"
             raise SinkError(msg, kind="not_mlflow", status=answer.status) from None
         return message
 
@@ -217,8 +219,8 @@ def _json_object(body: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _excerpt(body: bytes) -> str:
-    return clean(body[:2000].decode("utf-8", "replace"))[:200]
+def _excerpt(body: bytes, secrets: tuple[str, ...]) -> str:
+    return clean(body[:2000].decode("utf-8", "replace"), secrets)[:200]
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -18,6 +18,7 @@ transport serves, without retries, and with a deadline per read only.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import json
@@ -29,6 +30,7 @@ import time
 import types
 from collections.abc import Callable, Mapping
 from typing import IO, Any, NamedTuple
+from urllib.parse import quote
 
 import requests
 import requests.adapters
@@ -49,15 +51,19 @@ _CHUNK_BYTES = 64 * 1024
 #: Connections kept to one server; more may be open, and are closed after use.
 _POOL_SIZE = 16
 
+#: Characters from which on a password is looked for in messages: a shorter one is a part of words, and soon guessed.
+_SECRET_CHARS = 4
+
 _TRANSPORT_NAME = "_get_http_response_with_retries"
 
 
 class Answer(NamedTuple):
-    """What the server answered: status, headers, body."""
+    """What the server answered: status, headers, body; and the secrets that it was sent, which it may repeat."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+    secrets: tuple[str, ...] = ()
 
 
 class _Attempt:
@@ -226,6 +232,7 @@ class Transport:
             SinkError: there was no answer, or one that was too large.
         """
         # Transports that are not ours (the Databricks SDK, a future MLflow) do not tell whether they sent anything.
+        secrets = _secrets_of(host_creds)
         unseen = self._http_request is rest_utils.http_request or getattr(host_creds, "use_databricks_sdk", False)
         if unseen and isinstance(kwargs.get("json"), bytes):
             kwargs["json"] = json.loads(kwargs["json"])
@@ -245,9 +252,9 @@ class Transport:
                 stream=True,
                 **kwargs,
             )
-            return Answer(response.status_code, response.headers, _body(response, into))
+            return Answer(response.status_code, response.headers, _body(response, into), secrets)
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            failure = _failure(error, attempt, f"{method} {endpoint}")
+            failure = _failure(error, attempt, f"{method} {endpoint}", secrets)
         finally:
             _current.attempt = None
         raise failure
@@ -313,11 +320,20 @@ def _body(response: requests.Response, into: IO[bytes] | None) -> bytes:
     return b"".join(parts)
 
 
-def _failure(error: BaseException, attempt: _Attempt, what: str) -> SinkError:
+def _secrets_of(host_creds: Any) -> tuple[str, ...]:
+    """Return what a request carries that nobody else may see, in each form in which an answer may repeat it."""
+    user, password, token = (getattr(host_creds, name, None) or "" for name in ("username", "password", "token"))
+    found = [secret for secret in (password, token) if len(secret) >= _SECRET_CHARS]
+    basic = base64.b64encode(f"{user}:{password}".encode()).decode() if password else ""
+    forms = {form for secret in found for form in (secret, quote(secret), quote(secret, safe=""))} | {basic} - {""}
+    return tuple(sorted(forms, key=len, reverse=True))
+
+
+def _failure(error: BaseException, attempt: _Attempt, what: str, secrets: tuple[str, ...]) -> SinkError:
     """Return the SinkError of a request without an answer; http_request hides the cause in its chain."""
     chain = list(_chain(error))
     sent = attempt.sent
-    text = f"{what}: {clean(_innermost(chain))}"
+    text = f"{what}: {clean(_innermost(chain), secrets)}"
     for cause in chain:
         if isinstance(cause, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)) and not _cut_off(chain):
             return SinkError(text, kind="connection", code="TLS", sent=sent)
