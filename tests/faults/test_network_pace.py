@@ -105,7 +105,8 @@ def test_a_flapping_server_gets_everything_without_a_storm(
     tmp_path: Path,
 ) -> None:
     """Delivery makes progress meanwhile, and the attempts of each second stay within bounds."""
-    given = dataclasses.replace(PATIENT, batch_points=5)  # one request each, which fits between two breaks
+    # Windows of one request each, which fits between two breaks; pauses of which a break has room for few.
+    given = dataclasses.replace(PATIENT, batch_points=5, retry_initial=0.2, retry_max=0.2)
     session = Session(mlflow_server, proxy.url, experiment_name, tmp_path / "outbox", given)
     numbers = (number for number in count() if kind_of(number) == "metric")
     run = session.start()
@@ -144,7 +145,7 @@ def test_a_flapping_server_gets_everything_without_a_storm(
         flapper.join()
     row.measure(arrived=arrived, connects_per_s=tries, accepted_per_s=connections, requests_per_s=requests)
     assert arrived >= 4 * given.batch_points, "no progress while flapping"
-    # Pauses with jitter are half of the longest one on average, once they have grown; the first ones are shorter.
+    # Pauses with jitter are half of the longest one on average; twice as many as that makes are a storm.
     assert tries < 2 / (given.retry_max / 2), "a storm of attempts"
     session.arrives(row, later=30.0)  # the backlog; what is fresh is checked below
     run.end()
