@@ -123,7 +123,7 @@ MUTANTS: Final = [
         "tracker/mlflow_outbox/spool/frame.py",
         "    if _crc32(data[offset + 4 : stop], seed) != crc:",
         "    if _crc32(data[offset + 4 : stop], seed) == -1 and crc:",
-        "tests/test_recovery.py::test_any_flipped_bit_of_a_segment_costs_at_most_its_frame",
+        "tests/faults/test_bytes.py::test_any_flipped_bit_of_a_segment_costs_at_most_its_frame",
     ),
     Mutant(
         "ignore a gap in the sequence",

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
@@ -19,6 +19,7 @@ from mlflow_outbox.spool.events import Artifact, Event, Metric, SegmentClosed, e
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.listing import Broken
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.recovery import Cut, Damage, frames
 from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.testing import FailingDisk
@@ -122,6 +123,47 @@ def write_segment(folder: Path, head: frame.SegmentHeader, frames: Iterable[byte
     path = folder / f"{head.writer}-{head.ordinal:06d}.log"
     path.write_bytes(frame.pack_header(head) + b"".join(frames))
     return path
+
+
+class Written(NamedTuple):
+    """The frames of a segment as they were written, the last of which may be its closing frame."""
+
+    seed: int
+    payloads: list[bytes]
+    frames: list[bytes]
+    ends: list[int]
+    body: bytes
+
+
+def written(payloads: Iterable[bytes], seed: int, first: int = 0) -> Written:
+    """Frame some payloads, numbered from some number on."""
+    held = list(payloads)
+    made = [frame.pack(payload, number, seed) for number, payload in enumerate(held, first)]
+    return Written(seed, held, made, list(itertools.accumulate(map(len, made))), b"".join(made))
+
+
+def numbers(data: bytes, whole: Written, *, first: int = 0, final: bool = True) -> list[int]:
+    """Numbers of the frames found in damaged data; each is checked to hold what was written under it.
+
+    Frames and damage together are checked to cover every byte once and in order, unless more may be written.
+
+    Args:
+        data: bytes from some frame's beginning on.
+        whole: what was written, before the damage.
+        first: number of that frame.
+        final: nothing will be appended.
+    """
+    at, found = 0, []
+    for item in frames(data, 0, whole.seed, next_seq=first, final=final):
+        assert not isinstance(item, Cut), "data that is complete was cut off"
+        if isinstance(item, Damage):
+            assert at == item.start, "bytes were passed over, or read twice"
+        else:
+            assert whole.payloads[item.seq] == item.payload, f"{item.seq}: a payload that was never written"
+            found.append(item.seq)
+        at = item.end
+    assert at == len(data) or not final, "the end is neither event nor damage"
+    return found
 
 
 class Kit:

@@ -165,7 +165,11 @@ def decode(payload: bytes | memoryview) -> Event:
     Raises:
         msgspec.DecodeError: the payload is no event of a kind and shape known here.
     """
-    return _decoder.decode(payload)
+    try:
+        return _decoder.decode(payload)
+    except RecursionError:  # in a field that this version does not know, and which is only passed over
+        msg = "it is nested too deeply"
+        raise msgspec.DecodeError(msg) from None
 
 
 def points_of(event: Event) -> int:
