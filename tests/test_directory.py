@@ -71,6 +71,14 @@ def _empty_identity(path: Path) -> None:
     (path / "outbox.json").write_bytes(b"")
 
 
+def _identity_without_utf_8(path: Path) -> None:
+    (path / "outbox.json").write_bytes(b'{"format": 1, "id": "\xff"}')
+
+
+def _identity_nested_too_deeply(path: Path) -> None:
+    (path / "outbox.json").write_bytes(b'{"format": 1, "later": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+
+
 def _damaged_identity(path: Path) -> None:
     (path / "outbox.json").write_bytes(b'{"format": "\xff"')
 
@@ -100,6 +108,8 @@ def _foreign_owner(path: Path) -> None:
         _not_a_directory,
         _empty_identity,
         _damaged_identity,
+        _identity_without_utf_8,
+        _identity_nested_too_deeply,
         _identity_is_a_fifo,
         _identity_is_a_link,
         _foreign_owner,

@@ -54,16 +54,6 @@ def test_an_absurd_length_costs_no_memory_and_raises_nothing(length: int, long_l
         tracemalloc.stop()
 
 
-@given(st.binary(max_size=300), st.integers(0, 320))
-@settings(max_examples=300, deadline=None)
-def test_random_bytes_are_neither_frame_nor_header_nor_error(data: bytes, offset: int) -> None:
-    """F15: only the errors that the functions document leave them."""
-    assert frame.unpack(data, offset, 5) is None
-    assert frame.wanted(data, offset) >= -1
-    with pytest.raises(CorruptSegment):
-        frame.unpack_header(data)
-
-
 def test_a_header_survives_any_flipped_bit() -> None:
     """F12: the header lies there twice, so one damaged bit costs nothing."""
     head = header(remote=True, host="h", boot_id="b", pid=3)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_outbox_worker import lease as lease_module
-from mlflow_outbox_worker.lease import Lease, holder
+from mlflow_outbox_worker.lease import Holder, Lease, holder
 from servers import eventually
 
 
@@ -116,6 +116,15 @@ def test_a_forked_child_does_not_keep_its_parents_lease(tmp_path: Path) -> None:
     assert Lease(tmp_path / "lock", "thread").acquire()
     os.close(end)
     assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("note", [b"", b"{", b'{"host":"\xff\xfe","pid":1,"kind":"thread"}', b'{"more":' + b"[" * 4000])
+def test_a_lock_file_that_says_nothing_readable_is_held_by_somebody(tmp_path: Path, note: bytes) -> None:
+    """The lock decides; whoever looks is told of a holder without a name."""
+    lease = Lease(tmp_path / "lock", "thread")
+    lease.acquire()
+    (tmp_path / "lock").write_bytes(note)
+    assert Holder("", 0, "") == holder(tmp_path / "lock")
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])

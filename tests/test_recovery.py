@@ -97,9 +97,10 @@ def test_an_event_larger_than_a_read_is_read_whole(tmp_path: Path) -> None:
         b"\xdb\xff\xff\xff\xffx",
         b"\x93\x63\x01\x02",
         b"\x92\x02\xa1k",
+        b"\x93\x04\x81\xa1k\xa2\xff\xfe\x01",
         b"\x96\x02\xa1k\xcb" + bytes(8) + b"\x01\x01" + b"\x91" * 100_000 + b"\xc0",  # in a field that is not known
     ],
-    ids=["nothing", "array of 4 GiB", "arrays", "text of 4 GiB", "kind", "shape", "depth"],
+    ids=["nothing", "array of 4 GiB", "arrays", "text of 4 GiB", "kind", "shape", "no UTF-8", "depth"],
 )
 def test_an_intact_frame_that_holds_no_event_is_set_aside(tmp_path: Path, payload: bytes) -> None:
     """F15, F37: msgpack bombs, unknown kinds and wrong shapes are reported; the others arrive."""

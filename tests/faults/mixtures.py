@@ -19,10 +19,22 @@ from mlflow_outbox.spool.events import (
     Tags,
     encode,
 )
+from mlflow_outbox_worker.sink import OPERATIONS
 from spools import metric
 
 #: First bytes of MessagePack values: containers and texts of every width, numbers, what is reserved, and extensions.
 _HEADS = bytes([0x00, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, *range(0xC0, 0x100)])
+#: Arguments of calls: some that MLflow may take, and some that are no JSON object.
+_ARGUMENTS = [
+    b'{"run_id": "r", "datasets": []}',
+    b'{"experiment_id": "0", "name": "m", "model_id": "m-1", "tags": [{"$": "LoggedModelTag", "v": {"key": "a"}}]}',
+    b'{"trace_id": "tr-1", "key": "k", "value": "v"}',
+    b"[1, 2]",
+    b"null",
+    b'{"tags": 5}',
+    b"\xff\xfe",
+    b"[" * 10_000,
+]
 #: Texts, bytes, arrays, maps and extensions that claim 4 GiB, and some that claim 64 KiB.
 _BOMBS = [
     *(bytes([head]) + b"\xff\xff\xff\xff" for head in (0xC6, 0xC9, 0xDB, 0xDD, 0xDF)),
@@ -47,7 +59,7 @@ def event(rng: random.Random) -> Event:
             lambda: Tags(values, now),
             lambda: Artifact(f"{rng.randrange(99)}.txt", f"{rng.getrandbits(256):064x}", rng.randrange(10**6), now),
             lambda: FileFor(f"model:m-{rng.getrandbits(64):x}", "a/b.txt", f"{rng.getrandbits(256):064x}", 5, now),
-            lambda: Request("log_inputs", b'{"run_id": "r", "datasets": []}', now),
+            lambda: Request(rng.choice(sorted(OPERATIONS)), rng.choice(_ARGUMENTS), now),
             lambda: RunStarted(now, text(rng), "user", values, bool(rng.getrandbits(1))),
             lambda: RunEnded(rng.choice(["FINISHED", "FAILED", "KILLED"]), now),
         ]

@@ -12,7 +12,7 @@ latest.
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -27,6 +27,7 @@ from mlflow_outbox.spool.events import (
     RunEnded,
     RunStarted,
     Tags,
+    argument_of,
 )
 
 #: Requests that readers fold themselves (``plugin.reads``), or that the end of a delivery asks for (``twins``). All
@@ -147,18 +148,10 @@ class RunView(msgspec.Struct):
         elif event.operation == "restore_run":
             self.lifecycle = "active"
         elif event.operation == "delete_tag":
-            self.tags.pop(str(self._arguments(event).get("key")), None)
+            self.tags.pop(argument_of(event.arguments, "key"), None)
         elif event.operation == "update_run_info":
-            self.name = str(self._arguments(event).get("run_name") or self.name)
+            self.name = argument_of(event.arguments, "run_name") or self.name
             self.set_tag("mlflow.runName", self.name, event.time_ms, writer)
-
-    @staticmethod
-    def _arguments(event: Request) -> dict[str, Any]:
-        try:
-            found = msgspec.json.decode(event.arguments)
-        except msgspec.DecodeError:  # delivery makes a dead letter of it
-            return {}
-        return found if isinstance(found, dict) else {}
 
     def set_tag(self, key: str, value: str, time_ms: int, writer: str) -> bool:
         """Set a tag unless another writer set it later; return whether it was set."""

@@ -28,7 +28,7 @@ import msgspec
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import resolve
-from mlflow_outbox.errors import DestinationError, OutboxError
+from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.spool.directory import is_run_id
 from mlflow_outbox.spool.snapshot import is_digest
 
@@ -151,7 +151,7 @@ def manifest_of(archive: tarfile.TarFile, path: Path) -> Manifest:
             refuse(path, f"has format {found} and this version reads up to {FORMAT}; upgrade mlflow-outbox")
         manifest = msgspec.json.decode(data, type=Manifest)
         known = resolve(manifest.destination).uri == manifest.destination
-    except (msgspec.DecodeError, DestinationError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply, no destination
         refuse(path, f"has a manifest of another form ({printable(error, 100)})")
     names = [(run.run_id, member) for run in manifest.runs for member in run.members]
     if not known or len({run.run_id for run in manifest.runs}) != len(manifest.runs):

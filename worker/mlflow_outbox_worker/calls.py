@@ -26,7 +26,7 @@ from typing import Any, Final
 import msgspec
 
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Request
+from mlflow_outbox.spool.events import Request, arguments_of
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import copies
 from mlflow_outbox_worker.ledger import Ledger
@@ -188,7 +188,7 @@ class Calls:
                 request = RunReader(folder).first(Request)
                 if request is None or request.operation != "create_experiment":
                     continue
-                wanted: dict[str, Any] = msgspec.json.decode(request.arguments)
+                wanted = arguments_of(request.arguments)
                 name = self._source.experiment(wanted["name"])
                 location, tags = wanted.get("artifact_location"), wanted.get("tags") or {}
                 remote = self._sink.create_experiment(name, location, tags)
@@ -259,7 +259,7 @@ class Calls:
     def _placed(self, request: Request, of: str) -> bytes:
         if self._copies is None:
             return request.arguments
-        given: dict[str, Any] = msgspec.json.decode(request.arguments)
+        given = arguments_of(request.arguments)
         return msgspec.json.encode(
             self._copies.placed(request.operation, given, lambda experiment: self.experiment(experiment, of))
         )
@@ -270,7 +270,7 @@ class Calls:
         local = _text(request.arguments, "experiment_id")
         remote = self._asked(request, refuse, lambda: self.experiment(local, of))
         if remote and self._copies is not None:  # who came first made it by its name, without tags
-            given: dict[str, str] = msgspec.json.decode(request.arguments).get("tags") or {}
+            given: dict[str, str] = arguments_of(request.arguments).get("tags") or {}
             for key, value in given.items():
                 tag = {"$": "ExperimentTag", "v": {"key": key, "value": value}}
                 body = msgspec.json.encode({"experiment_id": remote, "tag": tag})
@@ -279,7 +279,7 @@ class Calls:
         return bool(remote)
 
     def _create_model(self, request: Request, refuse: Callable[[Request, SinkError], bool], of: str) -> bool:
-        wanted: dict[str, Any] = msgspec.json.decode(self._placed(request, of))
+        wanted = arguments_of(self._placed(request, of))
         local = wanted.pop("model_id", "")
         if (request.known and self._copies is None) or self._ledger.meta(f"model/{local}"):
             return True
@@ -316,14 +316,14 @@ def mark_of(wanted: dict[str, Any], local: str) -> str:
 
 
 def _text(arguments: bytes, name: str) -> str:
-    return str(msgspec.json.decode(arguments).get(name) or "")
+    return str(arguments_of(arguments).get(name) or "")
 
 
 def _parts(operation: str, body: str) -> list[str]:
     name = _ONE_BY_ONE.get(operation)
     if name is None:
         return [body]
-    arguments: dict[str, Any] = msgspec.json.decode(body)
+    arguments = arguments_of(body.encode())
     return [msgspec.json.encode({**arguments, name: [item]}).decode() for item in arguments.get(name) or ()]
 
 

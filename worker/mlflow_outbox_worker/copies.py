@@ -13,10 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-import msgspec
-
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Request
+from mlflow_outbox.spool.events import Request, argument_of
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.sources import Source
 
@@ -55,7 +53,7 @@ class Copies:
     def models(self) -> frozenset[str]:
         """The ids of all models that the runs made."""
         return frozenset(
-            str(msgspec.json.decode(request.arguments).get("model_id"))
+            argument_of(request.arguments, "model_id")
             for run_id in self._source.run_ids()
             for request in RunReader(*self._source.folders(run_id)).each(Request, {})
             if request.operation == "create_logged_model"

@@ -336,7 +336,7 @@ def _seen(fd: int) -> _Seen:
     found = os.fstat(fd)
     try:
         note = msgspec.json.decode(os.pread(fd, 4096, 0), type=HostNote)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError, RecursionError):  # no JSON, no UTF-8, nested too deeply
         note = None
     return _Seen(note, found.st_size, found.st_mtime)
 

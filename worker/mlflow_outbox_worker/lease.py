@@ -128,7 +128,7 @@ def holder(path: Path) -> Holder | None:
     except BlockingIOError:
         try:
             return msgspec.json.decode(os.pread(fd, 4096, 0), type=Holder)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError, RecursionError):  # no JSON, no UTF-8, nested too deeply
             return Holder("", 0, "")
     except OSError:
         return None

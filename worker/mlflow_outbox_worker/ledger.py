@@ -357,7 +357,7 @@ class Ledger:
         for row in found:
             try:
                 sound = decode(rows.sound(row))
-            except (RowRefused, msgspec.DecodeError, UnicodeDecodeError):
+            except (RowRefused, ValueError, RecursionError):  # no MessagePack, no UTF-8, nested too deeply
                 self._put_aside(row)
                 continue
             yield sound

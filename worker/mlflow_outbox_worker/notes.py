@@ -137,7 +137,7 @@ def destination_note(ledger: Ledger) -> DestinationNote:
         LedgerUnavailable: the ledger cannot be read now.
     """
     data = ledger.meta(_DESTINATION)
-    with contextlib.suppress(msgspec.DecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         if data is not None:
             return msgspec.msgpack.decode(data, type=DestinationNote)
     return DestinationNote("ok")
@@ -150,7 +150,7 @@ def noted_pace(ledger: Ledger) -> Pace | None:
         LedgerUnavailable: the ledger cannot be read now.
     """
     data = ledger.meta(_PACE)
-    with contextlib.suppress(msgspec.DecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         if data is not None:
             return msgspec.msgpack.decode(data, type=Pace)
     return None

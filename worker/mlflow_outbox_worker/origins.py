@@ -9,9 +9,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-import msgspec
-
-from mlflow_outbox.spool.events import Request
+from mlflow_outbox.spool.events import Request, argument_of
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.sources import Source
@@ -52,7 +50,6 @@ class Origins:
         record = self._ledger.record(run_id)
         reader = RunReader(*self._source.folders(run_id))
         return any(
-            request.operation == "create_logged_model"
-            and str(msgspec.json.decode(request.arguments).get("model_id")) == model_id
+            request.operation == "create_logged_model" and argument_of(request.arguments, "model_id") == model_id
             for request in reader.each(Request, record.cursors if record is not None else {})
         )

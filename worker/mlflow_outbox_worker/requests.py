@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
@@ -28,6 +28,9 @@ from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
 T = TypeVar("T")
+
+#: Raised for a call that is not as a journal of ours has it: a newer or damaged one, or one that somebody wrote.
+_UNREADABLE: Final = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class Later(Exception):
@@ -169,7 +172,7 @@ class Requests:
         try:
             if self._calls.make(request, refuse, of=record.run_id):
                 return
-        except (ValueError, TypeError) as error:  # the arguments are no JSON of ours: a newer or damaged journal
+        except _UNREADABLE as error:
             refused.add(request, self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
         except SinkError as error:  # an id in it had to be asked for
             refuse(request, error)

@@ -17,12 +17,12 @@ end of its run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.events import argument_of, arguments_of
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.calls import mark_of
 from mlflow_outbox_worker.ledger import Ledger
@@ -95,12 +95,13 @@ def delete_models(sink: Sink, ledger: Ledger, record: RunRecord, view: RunView, 
     for kept in view.requests:
         if kept.operation != "create_logged_model" or kept.known:
             continue
-        wanted: dict[str, Any] = msgspec.json.decode(kept.arguments)
-        local = str(wanted.get("model_id") or "")
+        local = argument_of(kept.arguments, "model_id")
         remote = (ledger.meta(f"model/{local}") or b"").decode()
         if not remote:
             continue  # it was refused
-        for model_id, model in sink.find_models(record.experiment_id, mark_of(wanted, local)).items():
+        for model_id, model in sink.find_models(
+            record.experiment_id, mark_of(arguments_of(kept.arguments), local)
+        ).items():
             # One of another run is somebody else's, who replays the same files.
             if model_id != remote and model == ("PENDING", record.remote_id):
                 sink.call("delete_logged_model", msgspec.json.encode({"model_id": model_id}).decode())

@@ -12,7 +12,7 @@ import json
 import math
 from typing import Any, Final
 
-from google.protobuf.json_format import MessageToDict, ParseDict  # type: ignore[import-untyped]
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError  # type: ignore[import-untyped]
 from mlflow.entities import (
     DatasetInput,
     ExperimentTag,
@@ -55,11 +55,11 @@ def loads(data: bytes | str) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON, or not that of arguments.
     """
-    found = json.loads(data)
-    if not isinstance(found, dict):
-        msg = "the arguments of a call are a JSON object"
-        raise TypeError(msg)
-    return {key: _decoded(value) for key, value in found.items()}
+    try:
+        return {key: _decoded(value) for key, value in json.loads(data).items()}
+    except (TypeError, LookupError, AttributeError, RecursionError, ParseError) as error:
+        msg = f"the arguments of a call are a JSON object with entities of MLflow in it, not this: {error}"
+        raise ValueError(msg) from None
 
 
 def _encoded(value: Any) -> Any:

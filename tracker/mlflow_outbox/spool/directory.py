@@ -270,7 +270,7 @@ def read_identity(path: Path) -> OutboxIdentity:
     except OSError as error:
         msg = f"{path} is not a usable outbox: {error.strerror or error}"
         raise OutboxUnusable(msg) from error
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
         msg = f"{path / _IDENTITY} is damaged ({error}); restore it from a copy, or write the destination into it again"
         raise OutboxUnusable(msg) from error
     if identity.format > FORMAT:

@@ -14,7 +14,7 @@ when it is sent a second time.
 
 from __future__ import annotations
 
-from typing import Final, Union
+from typing import Any, Final, Union
 
 import msgspec
 
@@ -167,9 +167,32 @@ def decode(payload: bytes | memoryview) -> Event:
     """
     try:
         return _decoder.decode(payload)
-    except RecursionError:  # in a field that this version does not know, and which is only passed over
-        msg = "it is nested too deeply"
-        raise msgspec.DecodeError(msg) from None
+    except (UnicodeDecodeError, RecursionError) as error:  # the latter in a field that is not known and passed over
+        raise msgspec.DecodeError(str(error)) from None
+
+
+def arguments_of(data: bytes) -> dict[str, Any]:
+    """Return the arguments of a call, as they stand in ``Request.arguments``.
+
+    Raises:
+        ValueError: they are no JSON object.
+    """
+    try:
+        found = msgspec.json.decode(data)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(found, dict):
+        msg = f"the arguments of a call are a JSON object, not a {type(found).__name__}"
+        raise ValueError(msg)  # noqa: TRY004 - it is about what is in the bytes
+    return found
+
+
+def argument_of(data: bytes, name: str) -> str:
+    """Return one argument of a call as text; "" when it has none of this name, or its arguments cannot be read."""
+    try:
+        return str(arguments_of(data).get(name) or "")
+    except ValueError:
+        return ""
 
 
 def points_of(event: Event) -> int:

@@ -194,7 +194,7 @@ def _header_at(data: bytes | bytearray, at: int) -> tuple[SegmentHeader, int] | 
         return None
     try:
         return msgspec.msgpack.decode(body, type=SegmentHeader), _PREFIX.size + length
-    except (msgspec.DecodeError, RecursionError):  # the latter for a field that is not known and nested too deeply
+    except (ValueError, RecursionError):  # no MessagePack, no UTF-8, a field that is not known and nested too deeply
         return None
 
 

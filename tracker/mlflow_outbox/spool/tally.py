@@ -89,6 +89,6 @@ def refused(outbox: Path) -> dict[str, int]:
     with contextlib.suppress(OSError):
         for name in os.listdir(outbox / _FOLDER):
             if name.endswith(".json"):
-                with contextlib.suppress(OSError, msgspec.DecodeError):
+                with contextlib.suppress(OSError, ValueError, RecursionError):
                     total.update(_decoder.decode(read_regular(outbox / _FOLDER / name)))
     return dict(total)

@@ -98,5 +98,5 @@ def _plain(value: Any) -> Any:
 def _decoded(arguments: bytes) -> Any:
     try:
         return _plain(msgspec.json.decode(arguments))
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, nested too deeply
         return arguments.decode(errors="replace")

@@ -34,6 +34,11 @@ def call(store: Any, operation: str, arguments: str) -> str:
     except NotImplementedError as error:  # raised by MLflow's file store, which has no traces of this kind
         msg = f"the store has no {operation}"
         raise ValueError(msg) from error
+    except (AttributeError, LookupError) as error:  # MLflow's own stores take apart whatever they are given
+        if isinstance(store, ServerStore):
+            raise
+        msg = f"{operation} with such arguments: {type(error).__name__}: {error}"
+        raise ValueError(msg) from error
     return str(answer.model_id) if operation == "create_logged_model" else ""
 
 
