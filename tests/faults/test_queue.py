@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -127,38 +128,76 @@ def test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow(
     row.measure(store=store)
 
 
-@pytest.mark.fault("F30", "another process holds the ledger's database for a while")
-def test_a_locked_ledger_stops_delivery_and_nothing_else(sqlite_uri: str, row: Row, tmp_path: Path) -> None:
-    """Logging goes on, the processor rests, and when the lock is gone all arrives."""
-    outbox = tmp_path / "outbox"
-    tracker = MLflowTracker("locked", sqlite_uri, outbox_dir=outbox, settings=QUICK)
-    run = tracker.start_run("locked")
-    acked: set[int] = set()
-    took: list[float] = []
-    for turn in range(row.pick(1, 5, 20)):
-        first = 1000 * turn
-        acked |= {n for n in range(first, first + 20) if workload.log_event(run, n)}
-        assert tracker.flush(30)
-        other = sqlite3.connect(
-            workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db", isolation_level=None
-        )
-        other.execute("BEGIN EXCLUSIVE")
-        used, started = time.process_time(), time.monotonic()
-        acked |= {
-            n for n in range(first + 20, first + 60) if workload.timed(took, lambda n=n: workload.log_event(run, n))
+def log_while_locked(fd: int, uri: str, outbox: str, signs: str, locks: list[float]) -> None:
+    """Log and deliver while another process locks the ledger again and again, the last time for ever; and report."""
+
+    def work() -> dict[str, Any]:
+        tracker = MLflowTracker("locked", uri, outbox_dir=outbox, settings=QUICK)
+        run = tracker.start_run("locked")
+        took: list[float] = []
+        shares: list[float] = []
+
+        def log(first: int, count: int) -> None:
+            for n in range(first, first + count):
+                if workload.timed(took, lambda n=n: workload.log_event(run, n)):
+                    workload.ack(fd, n)
+
+        for turn, seconds in enumerate([*locks, 1.0]):
+            log(1000 * turn, 20)
+            assert tracker.flush(60)
+            Path(signs, f"lock{turn}").touch()
+            eventually(Path(signs, f"locked{turn}").exists, 60)
+            log(1000 * turn + 20, 40)
+            used, started = time.process_time(), time.monotonic()
+            threading.Event().wait(seconds)
+            shares.append((time.process_time() - used) / (time.monotonic() - started))
+            if turn < len(locks):
+                Path(signs, f"unlock{turn}").touch()
+                assert tracker.flush(60)
+        run.end()
+        started = time.monotonic()
+        left = tracker.close(1.0)
+        return {
+            "share": max(shares),
+            "p999_ms": workload.quantile(took, 0.999),
+            "pending": left.pending,
+            "closed_s": time.monotonic() - started,
         }
-        threading.Event().wait(row.pick(1, 8, 30))
-        share = (time.process_time() - used) / (time.monotonic() - started)
-        other.execute("ROLLBACK")
-        other.close()
-        assert tracker.flush(30)
-        row.measure(processor_share=share, p999_ms=workload.quantile(took, 0.999))
-        assert share < 0.5, "a busy loop"
+
+    workload.reported(fd, work)
+
+
+@pytest.mark.fault("F30", "another process holds the ledger's database for 1 s, 8 s, 30 s, and until its end")
+def test_a_locked_ledger_stops_delivery_and_nothing_else(sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path) -> None:
+    """Logging goes on, the processor rests, and all arrives when the lock is gone, by the next program at the latest."""
+    outbox, signs = tmp_path / "outbox", tmp_path / "signs"
+    signs.mkdir()
+    longest = row.pick(1, 8, 30)
+    locks = [1.0] * row.pick(1, 14, 84) + [float(longest)] * (row.pick(1, 6, 16) - 1)
+    child = nest.start(log_while_locked, sqlite_uri, str(outbox), str(signs), locks)
+    path = workload.directory_of(outbox, sqlite_uri) / "delivery" / "cache.db"
+    for turn in range(len(locks) + 1):
+        eventually(lambda turn=turn: (signs / f"lock{turn}").exists() or not child.is_heard(), 120)
+        other = sqlite3.connect(path, isolation_level=None)  # this process is the other one: the program is a child
+        other.execute("BEGIN EXCLUSIVE")
+        (signs / f"locked{turn}").touch()
+        if turn < len(locks):
+            eventually(lambda turn=turn: (signs / f"unlock{turn}").exists() or not child.is_heard(), 60 + longest)
+            other.execute("ROLLBACK")
+            other.close()
         row.done()
-    run.end()
-    assert tracker.close(30)
-    held(sqlite_uri, "locked").check(acked)
-    assert workload.quantile(took, 0.999) < 50
+    report = child.report()
+    other.close()
+    row.measure(processor_share=report["share"], p999_ms=report["p999_ms"], closed_s=report["closed_s"])
+    assert 0 < report["pending"], "what came while the lock was held for ever was not delivered"
+    assert report["closed_s"] < 10, (
+        "the end of a program waits no longer than it was told to, and for what is under way"
+    )
+    assert report["share"] < 0.05, "a busy loop"
+    assert report["p999_ms"] < 50
+    fresh = nest.start(workload.drain, sqlite_uri, str(outbox), "locked", 900, {}).report()
+    assert (0, 0, 0) == tuple(fresh["left"][name] for name in ("pending", "parked", "dead")), fresh
+    held(sqlite_uri, "locked").check(child.acked() | set(fresh["acked"]))
 
 
 @pytest.mark.fault("F36", "the ledger's rows altered: a pickle, a file name, an expiry; the cursor's checksum wrong")
@@ -280,7 +319,7 @@ def test_a_batch_whose_recording_fails_is_there_once(
     from mlflow_outbox_worker.ledger import Ledger
 
     whole = Ledger.commit
-    for turn in range(row.pick(1, 20, 100)):
+    for turn in range(row.pick(2, 50, 1000)):
         failed: list[int] = []
 
         def fail(ledger: Ledger, record: object, failed: list[int] = failed, **named: object) -> None:
