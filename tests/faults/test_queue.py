@@ -169,7 +169,7 @@ def log_while_locked(fd: int, uri: str, outbox: str, signs: str, locks: list[flo
 
 @pytest.mark.fault("F30", "another process holds the ledger's database for 1 s, 8 s, 30 s, and until its end")
 def test_a_locked_ledger_stops_delivery_and_nothing_else(sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path) -> None:
-    """Logging goes on, the processor rests, and all arrives when the lock is gone, by the next program at the latest."""
+    """Logging goes on, the processor rests, and all arrives once the lock is gone, the rest with the next program."""
     outbox, signs = tmp_path / "outbox", tmp_path / "signs"
     signs.mkdir()
     longest = row.pick(1, 8, 30)

@@ -132,6 +132,8 @@ def _of_system(error: OSError) -> SinkError:
     # come by itself.
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return SinkError(clean(error), kind="answer", status=403, code="PERMISSION_DENIED")
+    if error.errno == errno.ENAMETOOLONG:  # it will never be shorter
+        return SinkError(clean(error), kind="answer", status=400, code="INVALID_PARAMETER_VALUE")
     return SinkError(clean(error), kind="answer", status=503, code="TEMPORARILY_UNAVAILABLE")
 
 
