@@ -89,6 +89,18 @@ def assert_works(ledger: Ledger) -> None:
     assert ledger.checkpoint()
 
 
+def assert_one_of_the_past(directory: Path, reports: list[str]) -> int:
+    """Return how far the ledger ``crashed`` has come, reopened: to a state that was committed, and it works."""
+    ledger = Ledger.open(directory, report=reports.append)
+    found = ledger.record("a")
+    seq = 0 if found is None else found.cursors["w"].seq
+    assert found is None or found.cursors["w"].offset == 100 * seq
+    assert [str(index) for index in range(1, seq + 1)] == [x.reason for x in ledger.dead_letters()]
+    assert_works(ledger)
+    ledger.close()
+    return seq
+
+
 def assert_set_aside(directory: Path, number: int = 1) -> Ledger:
     """Opening reports one thing, keeps the old file under its new name, and begins anew."""
     reports: list[str] = []

@@ -291,7 +291,7 @@ def test_a_killed_lease_holder_is_replaced_within_two_seconds(
     issued: set[int] = set()
     slowest = 0.0
     holder: Child | None = None
-    for number in range(row.pick(3, 100, 1000)):
+    for number in range(row.pick(4, 150, 5001)):
         first = (number + 1) * 100_000
         if holder is None:
             holder = nest.start(workload.log_forever, sqlite_uri, outbox, "lease", first, 1, "thread", {}, 0.01)
