@@ -145,7 +145,7 @@ def test_flipped_bits_in_a_file_are_reported_by_the_reader(row: Row, rng: random
     whole = path.read_bytes()
     more = packed(map(metric, range(COUNT, COUNT + MORE)), after)
     write_segment(tmp_path / RUN, after, [*more, closing_frame(COUNT + MORE, after)])
-    for _ in range(row.pick(250, 6000, 100_000)):
+    for _ in range(row.pick(250, 2000, 100_000)):
         bit = rng.randrange(8 * len(whole))
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8

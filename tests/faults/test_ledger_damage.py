@@ -21,7 +21,7 @@ def test_damage_at_any_page_is_survived(
     """Records are as they were or gone, which is said or counted, and the ledger works."""
     pages = os.path.getsize(clean / "cache.db") // 4096
     every = list(range(pages))
-    for number in range(row.pick(pages, 250, 2500)):
+    for number in range(row.pick(pages, 125, 2500)):
         page = every[number] if number < pages else rng.randrange(pages)
         copy(clean, directory)
         path = directory / "cache.db"
@@ -58,7 +58,7 @@ def test_a_flipped_bit_anywhere_in_the_log_gives_a_state_of_the_past(
     """SQLite cuts a damaged log silently; the ledger may be older, but is one that once was."""
     log = (crashed / "cache.db-wal").read_bytes()
     seen = set()
-    for number in range(row.pick(60, 1000, 20_000)):
+    for number in range(row.pick(60, 500, 20_000)):
         copy(crashed, directory)
         data = bytearray(log)
         place = len(log) * (number % 60) // 60 + rng.randrange(len(log) // 60)
