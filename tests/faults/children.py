@@ -22,10 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from faults import manners
 from servers import eventually
 
 #: prctl: let any process trace this one, where the kernel asks for that.
 _PR_SET_PTRACER = 0x59616D61
+#: Seconds in which the processes of a child that has ended end too, on a busy machine.
+_PATIENCE = 30.0
 
 
 class Child:
@@ -34,15 +37,24 @@ class Child:
     Args:
         context: where children are forked from.
         target: what it runs; called with the descriptor for acknowledgements and then with ``arguments``.
+        counts: where its logging calls are counted.
         paused: wait for ``go()`` before the target is called.
     """
 
     def __init__(
-        self, context: Any, target: Callable[..., object], arguments: tuple[Any, ...], *, paused: bool
+        self,
+        context: Any,
+        target: Callable[..., object],
+        arguments: tuple[Any, ...],
+        counts: tuple[str, int],
+        *,
+        paused: bool,
     ) -> None:
         reader, writer = context.Pipe(duplex=False)
         gate_reader, self._gate = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(target, writer, gate_reader, arguments), daemon=False)
+        self.process = context.Process(
+            target=_child, args=(target, writer, gate_reader, arguments, counts), daemon=False
+        )
         self.process.start()
         writer.close()
         gate_reader.close()
@@ -108,6 +120,24 @@ class Child:
         self.process.kill()
         self.join()
 
+    def is_there(self) -> bool:
+        """Return whether it, or a process that it forked, is still there."""
+        return self.process.exitcode is None or self.is_heard()
+
+    def close(self) -> None:
+        """End it, and give back what it held.
+
+        Raises:
+            AssertionError: a process that it forked goes on.
+        """
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        self._gate.close()
+        self._thread.join(_PATIENCE)
+        assert not self.is_heard(), f"a process that {self.process} forked is still there"
+        self._reader.close()
+
     def join(self, timeout: float = 120.0) -> int:
         """Wait for its end and for all it has said; return the exit code, negative for a signal."""
         self.process.join(timeout)
@@ -140,6 +170,7 @@ class Nest:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pytest", "faults.workload"])
         self._children: list[Child] = []
+        self._counts = manners.SharedCounts()
         before = os.environ.get("PYTHONPATH")
         # The process that is forked from finds the modules to import before it is told this one's path.
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -156,15 +187,20 @@ class Nest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.taken()
+        self._counts.close()
+
+    def taken(self) -> manners.Tally:
+        """End the children that are left, give back all that they held, and return what they counted."""
         for child in self._children:
-            if child.process.exitcode is None:
-                child.process.kill()
-                child.process.join()
+            child.close()
+        self._children = []
+        return self._counts.taken()
 
     def start(self, target: Callable[..., object], *arguments: Any, paused: bool = False) -> Child:
         """Start a child."""
-        self._children = [child for child in self._children if child.process.exitcode is None]
-        child = Child(self._context, target, arguments, paused=paused)
+        self._children = [child for child in self._children if child.is_there()]
+        child = Child(self._context, target, arguments, self._counts.place(), paused=paused)
         self._children.append(child)
         return child
 
@@ -223,7 +259,14 @@ def _wait_for(tracer: subprocess.Popen[bytes]) -> None:
     tracer.wait()
 
 
-def _child(target: Callable[..., object], writer: Connection, gate: Connection, arguments: tuple[Any, ...]) -> None:
+def _child(
+    target: Callable[..., object],
+    writer: Connection,
+    gate: Connection,
+    arguments: tuple[Any, ...],
+    counts: tuple[str, int],
+) -> None:
+    manners.count_in(*counts)
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(2**64 - 1), 0, 0, 0)
     try:

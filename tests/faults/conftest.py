@@ -15,6 +15,7 @@ import json
 import os
 import random
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faults import abilities
+from faults import abilities, leaks, manners
 from faults.children import Nest
 from faults.table import TIERS, Row, Table
 from mlflow_outbox.testing.proxy import FaultProxy
@@ -77,6 +78,7 @@ LONGEST = (
 )
 _TABLE = pytest.StashKey[Table]()
 _SEED = pytest.StashKey[str]()
+_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -206,6 +208,23 @@ class _Reporter:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Judge the logging calls that a test and its children have made (I5), as a part of the test."""
+    given: dict[str, Any] = getattr(item, "funcargs", {})
+    item.stash[_FAILED] = True
+    manners.own()
+    try:
+        yield
+    finally:
+        counted = manners.own()
+        if "nest" in given:
+            counted = counted.with_(given["nest"].taken())
+    if "row" in given:
+        given["row"].manners(counted)
+    item.stash[_FAILED] = False
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Keep the seed of a failure."""
     report = yield
@@ -218,6 +237,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if line not in known.splitlines():
             path.write_text(f"{known}{line}\n")
     return report  # type: ignore[return-value]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Check that no test leaves a descriptor, a thread, a process or a temporary file behind (I8)."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with leaks.nothing_left(temporary, unless=lambda: request.node.stash.get(_FAILED, False)):
+        yield
 
 
 @pytest.fixture

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from faults.manners import counted
+
 _TAG = "mlflow_outbox.run_id"
+#: Numbers of one writer of a run.
+_WRITER = 10_000
+#: Metrics that end in this digit say their time: so many milliseconds, and the number.
+_STAMPED, _FIRST_MS = 5, 1_600_000_000_000
 
 
 def kind_of(number: int) -> str:
@@ -27,14 +33,23 @@ def kind_of(number: int) -> str:
 
 
 def log_event(run: Any, number: int) -> bool:
-    """Log one event by its number; return whether it was kept."""
+    """Log one event by its number; return whether it was kept. The call is counted, see ``manners``.
+
+    A writer logs its numbers in rising order, and no two writers of a run those of the same ten thousand: with each
+    tag goes the tag "last" of its ten thousand, whose last value is the highest number.
+    """
+    return counted(lambda: _log(run, number))
+
+
+def _log(run: Any, number: int) -> bool:
     kind = kind_of(number)
     if kind == "metric":
-        return bool(run.log_metric("loss", number / 2, step=number))
+        when = _FIRST_MS + number if number % 10 == _STAMPED else None
+        return bool(run.log_metric("loss", number / 2, step=number, timestamp=when))
     if kind == "param":
         return bool(run.log_params({f"p{number}": f"value {number}"}))
     if kind == "tag":
-        return bool(run.set_tag(f"t{number}", f"value {number}"))
+        return bool(run.set_tags({f"t{number}": f"value {number}", f"last{number // _WRITER}": str(number)}))
     return bool(run.log_text(f"value {number}", f"a{number}.txt"))
 
 
@@ -48,6 +63,7 @@ class Held:
         runs: how many active runs there are for each run of the outbox.
         names: how many active runs there are of each name.
         status: by name of the run.
+        disorder: what MLflow calls the last value and is not the one that was logged last.
     """
 
     events: Counter[int] = dataclasses.field(default_factory=Counter)
@@ -55,6 +71,7 @@ class Held:
     runs: Counter[str] = dataclasses.field(default_factory=Counter)
     names: Counter[str] = dataclasses.field(default_factory=Counter)
     status: dict[str, str] = dataclasses.field(default_factory=dict)
+    disorder: list[str] = dataclasses.field(default_factory=list)
 
     def check(self, acked: set[int], issued: set[int] | None = None, *, dead: set[int] = frozenset()) -> None:  # type: ignore[assignment]
         """Check conservation and integrity: all that was acknowledged, once, unaltered, and nothing else.
@@ -76,16 +93,28 @@ class Held:
         doubled = sorted(number for number, count in self.events.items() if count > 1)
         assert not doubled, f"I4: {len(doubled)} events are there twice: {doubled[:20]}"
         assert not self.twins(), f"I4: runs were created twice: {self.twins()}"
+        assert not self.disorder, f"I3: not the last value: {self.disorder[:5]}"
 
     def twins(self) -> list[str]:
         """Return the runs that are there more than once."""
         return [run for run, count in [*self.runs.items(), *self.names.items()] if count > 1]
 
-    def _take(self, number: int, content: str, kind: str) -> None:
+    def _take(self, number: int, content: str, kind: str, when: int = 0) -> None:
         expected = str(number / 2) if kind == "metric" else f"value {number}"
         if kind_of(number) != kind or content != expected:
             self.wrong.append(f"{kind} {number}: {content!r}")
+        if kind == "metric" and number % 10 == _STAMPED and when != _FIRST_MS + number:
+            self.wrong.append(f"{kind} {number} at {when}")
         self.events[number] += 1
+
+    def _take_tags(self, tags: dict[str, str]) -> None:
+        numbers = [int(key[1:]) for key in tags if key[0] == "t" and key[1:].isdigit()]
+        for number in numbers:
+            self._take(number, tags[f"t{number}"], "tag")
+        for writer in {number // _WRITER for number in numbers}:
+            last = max(number for number in numbers if number // _WRITER == writer)
+            if tags.get(f"last{writer}") != str(last):
+                self.disorder.append(f"last{writer} is {tags.get(f'last{writer}')}, of {last}")
 
 
 def held(uri: str, experiment: str) -> Held:
@@ -129,17 +158,20 @@ def _in_database(path: Path, experiment: str) -> Held:
         for run, name, status, artifacts in runs:
             found.status[name] = status
             found.names[name] += 1
-            for key, value in connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run,)):
-                if key == _TAG:
-                    found.runs[value] += 1
-                elif key[0] == "t" and key[1:].isdigit():
-                    found._take(int(key[1:]), value, "tag")
+            tags = dict(connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run,)).fetchall())
+            found.runs.update([tags[_TAG]] if _TAG in tags else [])
+            found._take_tags(tags)
             for key, value in connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", (run,)):
                 if key[0] == "p" and key[1:].isdigit():
                     found._take(int(key[1:]), value, "param")
-            points = "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = 'loss'"
-            for step, value in connection.execute(points, (run,)):
-                found._take(step, str(value), "metric")
+            points = "SELECT step, value, timestamp FROM {} WHERE run_uuid = ? AND key = 'loss'"
+            steps = [-1]
+            for step, value, when in connection.execute(points.format("metrics"), (run,)):
+                found._take(step, str(value), "metric", when)
+                steps.append(step)
+            for step, value, _ in connection.execute(points.format("latest_metrics"), (run,)):
+                if (step, value) != (max(steps), max(steps) / 2):
+                    found.disorder.append(f"latest metric {step}: {value} of {max(steps)}")
             folder = Path(unquote(urlsplit(artifacts).path))
             served = artifacts.startswith("mlflow-artifacts:")  # by the server whose database this is
             _artifacts(found, path.parent / "artifacts" / folder.relative_to("/") if served else folder)
@@ -162,13 +194,13 @@ def _in_files(root: Path, experiment: str) -> Held:
         found.names[lines.get("run_name", "")] += 1
         if (run / "tags" / _TAG).exists():
             found.runs[(run / "tags" / _TAG).read_text()] += 1
-        for kind, folder in (("tag", "tags"), ("param", "params")):
-            for file in (run / folder).glob(f"{kind[0]}[0-9]*"):
-                found._take(int(file.name[1:]), file.read_text(), kind)
+        found._take_tags({file.name: file.read_text() for file in (run / "tags").glob("[lt]*[0-9]")})
+        for file in (run / "params").glob("p[0-9]*"):
+            found._take(int(file.name[1:]), file.read_text(), "param")
         points = run / "metrics" / "loss"
         for line in points.read_text().splitlines() if points.exists() else []:
-            _, value, step = line.split()
-            found._take(int(step), value, "metric")
+            when, value, step = line.split()
+            found._take(int(step), value, "metric", int(when))
         _artifacts(found, run / "artifacts")
     return found
 

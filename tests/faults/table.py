@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from faults.manners import Tally
+
 T = TypeVar("T")
 
 TIERS = ("commit", "nightly", "release")
@@ -25,6 +27,7 @@ class Row:
         times: how often it was.
         measured: figures by name.
         seconds: how long the test took.
+        paused: logging calls that the test itself held up.
     """
 
     row: str
@@ -35,6 +38,7 @@ class Row:
     times: int = 0
     measured: dict[str, float | str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    paused: int = 0
 
     def pick(self, *counts: int) -> int:
         """Return the count of this tier.
@@ -58,6 +62,20 @@ class Row:
     def measure(self, **figures: float | str) -> None:
         """Note figures."""
         self.measured.update({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()})
+
+    def pause(self) -> None:
+        """Say that one logging call was perhaps held up by the test itself, with SIGSTOP."""
+        self.paused += 1
+
+    def manners(self, counted: Tally) -> None:
+        """Note how the logging calls of the test and its children went, and check it; nothing when there were none.
+
+        Raises:
+            AssertionError: a call raised or waited.
+        """
+        if counted.calls:
+            self.measure(**counted._asdict())
+            counted.check(self.paused)
 
     def json(self) -> str:
         """Return the row for another process."""

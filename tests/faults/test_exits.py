@@ -131,7 +131,7 @@ def end_by(fd: int, uri: str, outbox: str, how: str, base: int) -> None:
         tracker.close(0.1)
         log(100, 120)
     if how == "a daemon thread":
-        threading.Thread(target=log, args=(1000, 9000), daemon=True).start()
+        threading.Thread(target=log, args=(10_000, 18_000), daemon=True).start()
     if how == "sys.exit":
         sys.exit(3)
     if how == "an exception":
@@ -165,7 +165,7 @@ def test_every_way_to_end_keeps_every_event(
             said = child.acked()
             assert set(range(base, base + 100)) <= said, how
             acked |= said
-            daemon = max((n for n in said if n >= base + 1000), default=base + 999)
+            daemon = max((n for n in said if n >= base + 10_000), default=base + 9_999)
             issued |= said | {max(said) + 1, *range(base + 500, base + 510), daemon + 1}
             row.done()
         recovered(nest, uri, outbox, "ends", acked, issued, 50)

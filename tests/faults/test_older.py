@@ -29,6 +29,9 @@ def test_an_outbox_of_an_older_release_is_delivered_by_this_one(
     report = nest.start(workload.drain, uri, str(outbox), EXPERIMENT, 1000, {}).report()
     assert {"pending": 0, "parked": 0, "dead": 1} == {k: report["left"][k] for k in ("pending", "parked", "dead")}
     after = held(uri, EXPERIMENT)
+    if release == "0.1.0":  # its events say no times of their own, and no tag is the last
+        after.wrong = [text for text in after.wrong if not text.startswith("metric ")]
+        after.disorder.clear()
     assert [f"param {DEAD}: 'another'"] == after.wrong
     after.wrong.clear()
     torn = EVENTS["killed"][-1]

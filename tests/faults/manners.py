@@ -1,0 +1,188 @@
+"""How long logging calls took and whether one raised: counted in memory that a killed child leaves behind.
+
+Every call of ``oracle.log_event`` is counted, in whichever process it is made. A child counts in memory that it shares
+with the test's process (a SIGKILL takes nothing of it, and no system call is made that a fault could hit); a process
+that it forks counts in a part of its own. ``row`` adds up what a test and all its children counted.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+#: 8-byte words of one process: those of ``Tally``, in that order.
+_WORDS: Final = 8
+#: Processes of one child; what it forks beyond that shares the last part, and may count too little.
+_PARTS: Final = 8
+_CHILD_BYTES: Final = 8 * _WORDS * _PARTS
+#: Children of one test: the memory is only taken when it is touched.
+_CHILDREN: Final = 1 << 17
+_NS: Final = 1_000_000  # in a millisecond
+
+
+class Tally(NamedTuple):
+    """What was counted.
+
+    Attributes:
+        calls: logging calls that returned.
+        over_1_ms: that took longer than a millisecond by the clock.
+        over_50_ms: that took longer than 50 ms by the clock.
+        over_1_s: that took longer than a second by the clock.
+        used_1_ms: that used more than a millisecond of the processor, which a busy machine does not stretch.
+        raised: that raised.
+        slowest_us: the longest one, by the clock.
+    """
+
+    calls: int = 0
+    over_1_ms: int = 0
+    over_50_ms: int = 0
+    over_1_s: int = 0
+    used_1_ms: int = 0
+    raised: int = 0
+    slowest_us: int = 0
+
+    def with_(self, other: Tally) -> Tally:
+        """Return what both counted."""
+        sums = map(sum, zip(self[:-1], other[:-1], strict=True))
+        return Tally(*sums, slowest_us=max(self.slowest_us, other.slowest_us))
+
+    def check(self, paused: int = 0) -> None:
+        """Check that the calls were a guest's.
+
+        Args:
+            paused: calls that the test itself held up, with SIGSTOP.
+
+        Raises:
+            AssertionError: a call raised or waited.
+        """
+        assert 0 == self.raised, f"I5: {self.raised} logging calls raised"
+        assert self.over_1_s <= paused, f"I5: a logging call took more than a second: {self}"
+        if self.calls >= 1000:  # of fewer, it would be the slowest one
+            assert self.over_50_ms <= self.calls / 1000, f"I5: more than 0.1 % of the calls took 50 ms: {self}"
+
+
+class _Counts:
+    """The words that this process counts in."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray(_CHILD_BYTES)).cast("Q")
+        self._part = 0
+        self.lock = threading.RLock()  # a signal handler or ``__del__`` may log in the middle of a count
+
+    def move(self, path: str, child: int) -> None:
+        """Count in shared memory from now on."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            shared = mmap.mmap(fd, _CHILD_BYTES * _CHILDREN)
+        finally:
+            os.close(fd)
+        self._memory = memoryview(shared)[child * _CHILD_BYTES : (child + 1) * _CHILD_BYTES].cast("Q")
+
+    def forked(self) -> None:
+        """Count in a part of one's own, in a forked process. The last word of the first part says which are taken."""
+        self.lock = threading.RLock()
+        taken = self._memory[_WORDS - 1] = self._memory[_WORDS - 1] + 1
+        self._part = min(taken, _PARTS - 1)
+
+    def add(self, took: int, used: int, *, raised: bool) -> None:
+        """Count one call, in nanoseconds by the clock and of the processor."""
+        first = self._part * _WORDS
+        over = (1, took > _NS, took > 50 * _NS, took > 1000 * _NS, used > _NS, raised)
+        with self.lock:
+            for index, one in enumerate(over, first):
+                self._memory[index] += one
+            self._memory[first + 6] = max(self._memory[first + 6], took // 1000)
+
+    def taken(self) -> Tally:
+        """Return what this process has counted since the last time, and begin anew."""
+        with self.lock:
+            found = _total(self._memory)
+            self._memory[:] = memoryview(bytes(_CHILD_BYTES)).cast("Q")
+        return found
+
+
+def _total(memory: memoryview) -> Tally:
+    found = Tally()
+    for first in range(0, len(memory), _WORDS):
+        if memory[first]:
+            found = found.with_(Tally(*memory[first : first + len(Tally._fields)]))
+    return found
+
+
+class SharedCounts:
+    """Memory in which the children of a test count."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("manners")
+        os.ftruncate(self._fd, _CHILD_BYTES * _CHILDREN)
+        self._memory = mmap.mmap(self._fd, _CHILD_BYTES * _CHILDREN)
+        self._children = 0
+
+    def place(self) -> tuple[str, int]:
+        """Return where the next child counts, for ``count_in``."""
+        self._children += 1
+        return f"/proc/{os.getpid()}/fd/{self._fd}", self._children - 1
+
+    def taken(self) -> Tally:
+        """Return what the children have counted since the last time; all of them have ended."""
+        used = self._children * _CHILD_BYTES
+        with memoryview(self._memory) as whole, whole[:used] as part, part.cast("Q") as words:
+            found = _total(words)
+        self._memory[:used] = bytes(used)
+        self._children = 0
+        return found
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+        os.close(self._fd)
+
+
+_counts = _Counts()
+os.register_at_fork(after_in_child=_counts.forked)
+
+
+def count_in(path: str, child: int) -> None:
+    """Count this process's calls in shared memory from now on."""
+    _counts.move(path, child)
+
+
+def own() -> Tally:
+    """Return what this process has counted since the last time."""
+    return _counts.taken()
+
+
+def counted(log: Callable[[], T]) -> T:
+    """Make one logging call and count it."""
+    raised = True
+    started, used = time.perf_counter_ns(), time.thread_time_ns()
+    try:
+        result = log()
+        raised = False
+    except Exception:
+        raise  # counted below; an exception of a signal handler, which is none of these, is not the call's
+    except BaseException:
+        raised = False
+        raise
+    finally:
+        _counts.add(time.perf_counter_ns() - started, time.thread_time_ns() - used, raised=raised)
+    return result
+
+
+def standing() -> dict[str, Any]:
+    """Return what this process has taken of the machine: for reports early and late in a trouble."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    return {
+        "peak_kib": int(status["VmHWM"].split()[0]),
+        "kib": int(status["VmRSS"].split()[0]),
+        "threads": int(status["Threads"]),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+    }
