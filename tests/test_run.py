@@ -276,6 +276,30 @@ def test_a_run_without_an_outbox_swallows_everything() -> None:
 # -- manners
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_metric_for_which_there_is_no_memory_is_refused_and_counted(
+    kit: Kit, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in any other call: it raises only when strict, and the next event is kept."""
+    counters = Counters()
+    run = Run(kit.journal, RUN, Settings(strict=strict), counters)
+    assert run.log_metric("loss", 1.0, 1)
+
+    def encode(_: object) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow_outbox.spool.journal.encode", encode)
+        if strict:
+            with pytest.raises(MemoryError):
+                run.log_metric("loss", 2.0, 2)
+        else:
+            assert not run.log_metric("loss", 2.0, 2)
+            assert {"internal_errors": 1} == counters.snapshot()
+    assert run.log_metric("loss", 3.0, 3)
+    assert [1, 3] == [event.step for event in kit.events]
+
+
 def test_a_run_leaves_its_host_as_it_was(kit: Kit) -> None:
     """Nothing in the current directory, environment, umask, logging, signal handlers or threads is touched."""
     threads = set(threading.enumerate())  # those of other tests of this process may end meanwhile

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -93,6 +94,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks, and one seed for all processes of the session."""
     config.addinivalue_line("markers", "fault(row, injected): a row of the fault table")
+    config.addinivalue_line("markers", "alone: measures the clock: runs in the longer tiers only, when no other does")
     config.addinivalue_line("markers", "needs(ability): not collected where the machine cannot inject this fault")
     given = config.getoption("--fault-seed", "")
     worker = getattr(config, "workerinput", {})
@@ -154,17 +156,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 config.stash[_TABLE].not_run(mark.args[0], mark.args[1], missing[0])
         else:
             kept.append(item)
+    if config.getoption("--tier") == "commit":
+        out += [item for item in kept if item.get_closest_marker("alone")]
+        items[:] = [item for item in kept if not item.get_closest_marker("alone")]
+    else:
+        items[:] = _longest_first(kept)
     if out:
         config.hook.pytest_deselected(items=out)
-    items[:] = kept if config.getoption("--tier") == "commit" else _longest_first(kept)
 
 
 def _longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
     """Return tests so that each process of pytest-xdist, which gets a part of the list, begins with long ones."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     order = sorted(items, key=lambda item: ranks.get(item.name.partition("[")[0], len(ranks)))
+    last = [item for item in order if item.get_closest_marker("alone")]
+    order = [item for item in order if item not in last]
     count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    return [item for first in range(count) for item in order[first::count]]
+    return [item for first in range(count) for item in order[first::count]] + last
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -247,6 +255,19 @@ def _nothing_left(
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with leaks.nothing_left(temporary, unless=lambda: request.node.stash.get(_FAILED, False)):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let a test that is marked "alone" wait until no other one of the session runs, and keep the others waiting."""
+    if request.config.getoption("--tier") == "commit":
+        yield
+        return
+    base = tmp_path_factory.getbasetemp()  # each process of pytest-xdist has one of its own in a common one
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "turn"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
         yield
 
 

@@ -159,20 +159,28 @@ def own() -> Tally:
     return _counts.taken()
 
 
-def counted(log: Callable[[], T]) -> T:
-    """Make one logging call and count it."""
+def counted(log: Callable[[], T], times: list[tuple[float, float]] | None = None) -> T:
+    """Make one logging call and count it.
+
+    Args:
+        log: the call.
+        times: where the seconds that it took, by the clock and of the processor, are added.
+    """
     raised = True
     started, used = time.perf_counter_ns(), time.thread_time_ns()
     try:
         result = log()
         raised = False
     except Exception:
-        raise  # counted below; an exception of a signal handler, which is none of these, is not the call's
+        raise  # counted below; what a signal handler raises is none of these, and is not the call's
     except BaseException:
         raised = False
         raise
     finally:
-        _counts.add(time.perf_counter_ns() - started, time.thread_time_ns() - used, raised=raised)
+        took, used = time.perf_counter_ns() - started, time.thread_time_ns() - used
+        _counts.add(took, used, raised=raised)
+        if times is not None:
+            times.append((took / 1e9, used / 1e9))
     return result
 
 

@@ -63,6 +63,11 @@ class Row:
         """Note figures."""
         self.measured.update({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()})
 
+    def worst(self, name: str, value: float) -> None:
+        """Note a figure of which the largest of all injections counts."""
+        before = self.measured.get(name, value)
+        self.measure(**{name: max(value, before) if isinstance(before, float) else value})
+
     def pause(self) -> None:
         """Say that one logging call was perhaps held up by the test itself, with SIGSTOP."""
         self.paused += 1

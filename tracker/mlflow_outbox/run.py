@@ -109,10 +109,11 @@ class Run:
             and type(key) is str
             and key in self._keys
         ):
-            event: Event = Metric(key, value, _time_ns() // 1_000_000, step)
-            if self._append_event(event):
-                return True
-            return self._not_kept()
+            try:
+                event: Event = Metric(key, value, _time_ns() // 1_000_000, step)
+                return True if self._append_event(event) else self._not_kept()
+            except MemoryError as error:  # whatever else is raised here is a signal handler's, and meant for its host
+                return self._refusals.failed(error, key)
         try:
             return self._metric(key, value, step, timestamp)
         except Exception as error:  # noqa: BLE001 - a logging call never raises into the experiment; counted and said
