@@ -16,7 +16,6 @@ import json
 import os
 import random
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,13 +247,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """Check that no test leaves a descriptor, a thread, a process or a temporary file behind (I8)."""
-    temporary = tmp_path_factory.mktemp("temporary")
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    with leaks.nothing_left(temporary, unless=lambda: request.node.stash.get(_FAILED, False)):
+def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check that no test leaves a descriptor, a thread, a process or a temporary directory behind (I8)."""
+    with leaks.nothing_left(unless=lambda: request.node.stash.get(_FAILED, False)):
         yield
 
 

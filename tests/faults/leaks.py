@@ -1,4 +1,8 @@
-"""What a test has left behind in its process: descriptors, threads, and processes that nobody waits for."""
+"""What a test has left behind in its process: descriptors, threads, files, and processes that nobody waits for.
+
+Journals outlive a tracker that was dropped, so every outbox that a test has left open is closed first: that gives all
+back. What MLflow's own client keeps for its next call (connections, engines) is given up too.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,31 @@ import contextlib
 import ctypes
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+from mlflow_outbox import outbox
 
 #: prctl: who loses its parent becomes a child of this process, instead of vanishing out of its sight.
 _PR_SET_CHILD_SUBREAPER: Final = 36
 #: Seconds in which what is ending has ended, on a busy machine.
 _PATIENCE: Final = 15.0
+#: How the names of the product's threads and of its temporary directories begin.
+_OURS: Final = "mlflow-outbox"
+#: Temporary directories that this process has made.
+_temporary: set[str] = set()
+
+
+def _note_temporary(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in {"tempfile.mkdtemp", "tempfile.mkstemp"} and os.path.basename(arguments[0]).startswith(_OURS):
+        _temporary.add(arguments[0])
+
+
+sys.addaudithook(_note_temporary)
 
 
 class Standing(NamedTuple):
@@ -23,9 +42,9 @@ class Standing(NamedTuple):
 
     Attributes:
         descriptors: numbers, each with what it is.
-        threads: names with idents.
+        threads: the product's, with idents.
         children: process ids, each with its command.
-        temporary: names in the directory for temporary files.
+        temporary: directories that the product made.
     """
 
     descriptors: frozenset[str]
@@ -38,21 +57,18 @@ class Standing(NamedTuple):
         return sorted(now for mine, its in zip(self, before, strict=True) for now in mine - its)
 
 
-def standing(temporary: Path) -> Standing:
-    """Return what this process has.
-
-    Args:
-        temporary: directory for temporary files.
-    """
+def standing() -> Standing:
+    """Return what this process has."""
     descriptors = set()
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one that lists
             descriptors.add(f"descriptor {entry}: {os.readlink(f'/proc/self/fd/{entry}')}")
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(_OURS)]
     return Standing(
         frozenset(descriptors),
-        frozenset(f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()),
+        frozenset(f"thread {thread.name} {thread.ident}" for thread in threads),
         frozenset(_children()),
-        frozenset(f"file {name}" for name in os.listdir(temporary)),
+        frozenset(f"file {path}" for path in _temporary if os.path.exists(path)),
     )
 
 
@@ -76,12 +92,29 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
+def _give_up() -> None:
+    """Close what the test left open, and let MLflow's client give up what it keeps for its next call."""
+    for each in list(outbox._kept):
+        each.close(0)
+    for name, forget in (
+        ("mlflow.utils.request_utils", lambda module: module._cached_get_request_session.cache_clear()),
+        ("mlflow.store.tracking.sqlalchemy_store", lambda module: _dispose(module.SqlAlchemyStore)),
+    ):
+        if name in sys.modules:
+            forget(sys.modules[name])
+    gc.collect()
+
+
+def _dispose(store: Any) -> None:
+    for engine in list(store._engine_map.values()):
+        engine.dispose()
+
+
 @contextlib.contextmanager
-def nothing_left(temporary: Path, unless: Callable[[], bool]) -> Iterator[None]:
+def nothing_left(unless: Callable[[], bool]) -> Iterator[None]:
     """Check that what is done meanwhile leaves nothing behind.
 
     Args:
-        temporary: an empty directory for temporary files.
         unless: whether it failed: a traceback holds on to all that it tells of.
 
     Raises:
@@ -89,13 +122,12 @@ def nothing_left(temporary: Path, unless: Callable[[], bool]) -> Iterator[None]:
     """
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    before = standing(temporary)
+    before = standing()
     try:
         yield
-        deadline, pause, never = time.monotonic() + _PATIENCE, 0.001, threading.Event()
-        while (left := standing(temporary).beyond(before)) and time.monotonic() < deadline and not unless():
-            if pause > 0.01:  # not at once: most tests leave nothing, and to collect takes a tenth of a second
-                gc.collect()
+        deadline, pause, never = time.monotonic() + _PATIENCE, 0.01, threading.Event()
+        while (left := standing().beyond(before)) and time.monotonic() < deadline and not unless():
+            _give_up()  # not at once: most tests leave nothing
             never.wait(pause)
             pause = min(2 * pause, 0.5)
         assert [] == left or unless(), f"I8: left behind: {left}"

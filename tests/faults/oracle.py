@@ -63,7 +63,8 @@ class Held:
         runs: how many active runs there are for each run of the outbox.
         names: how many active runs there are of each name.
         status: by name of the run.
-        disorder: what MLflow calls the last value and is not the one that was logged last.
+        lasts: for each writer of each run, the tag "last" and the numbers of its other tags.
+        disorder: what MLflow calls the latest metric and is not the one of the highest step.
     """
 
     events: Counter[int] = dataclasses.field(default_factory=Counter)
@@ -71,6 +72,7 @@ class Held:
     runs: Counter[str] = dataclasses.field(default_factory=Counter)
     names: Counter[str] = dataclasses.field(default_factory=Counter)
     status: dict[str, str] = dataclasses.field(default_factory=dict)
+    lasts: list[tuple[str, set[int]]] = dataclasses.field(default_factory=list)
     disorder: list[str] = dataclasses.field(default_factory=list)
 
     def check(self, acked: set[int], issued: set[int] | None = None, *, dead: set[int] = frozenset()) -> None:  # type: ignore[assignment]
@@ -93,7 +95,13 @@ class Held:
         doubled = sorted(number for number, count in self.events.items() if count > 1)
         assert not doubled, f"I4: {len(doubled)} events are there twice: {doubled[:20]}"
         assert not self.twins(), f"I4: runs were created twice: {self.twins()}"
-        assert not self.disorder, f"I3: not the last value: {self.disorder[:5]}"
+        assert not self.disorder, f"I3: not the latest metric: {self.disorder[:5]}"
+        for last, numbers in self.lasts:
+            known = numbers & acked  # a later one that was not acknowledged may be there, and may be gone again
+            older = [number for number in numbers if number < max(known, default=0)]
+            assert last in {str(number) for number in numbers.difference(older)}, (
+                f"I3: the last tag is {last}, and {max(known, default=None)} was logged later"
+            )
 
     def twins(self) -> list[str]:
         """Return the runs that are there more than once."""
@@ -112,9 +120,8 @@ class Held:
         for number in numbers:
             self._take(number, tags[f"t{number}"], "tag")
         for writer in {number // _WRITER for number in numbers}:
-            last = max(number for number in numbers if number // _WRITER == writer)
-            if tags.get(f"last{writer}") != str(last):
-                self.disorder.append(f"last{writer} is {tags.get(f'last{writer}')}, of {last}")
+            mine = {number for number in numbers if number // _WRITER == writer}
+            self.lasts.append((tags.get(f"last{writer}", "absent"), mine))
 
 
 def held(uri: str, experiment: str) -> Held:
