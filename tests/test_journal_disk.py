@@ -223,6 +223,25 @@ def test_a_segment_that_was_removed_before_the_end_is_written_again(outbox: Outb
     assert 1 == counters["segments_removed"]
 
 
+@pytest.mark.parametrize("end", ["full", "closed"])
+def test_a_removed_segment_that_ends_before_it_is_missed_costs_no_event(outbox: OutboxDirectory, end: str) -> None:
+    """F22: what went to it and was not yet synced is written again, before what comes next."""
+    counters = Counters()
+    writer = make_journal(outbox, counters=counters, segment_bytes=1024)
+    for number in range(5):
+        writer.append(metric(number))
+    shutil.rmtree(outbox.run(RUN))
+    last = 60 if end == "full" else 6
+    for number in range(5, last):
+        assert writer.append(metric(number))
+    if end == "closed":
+        writer.close()
+    writer.sync()
+    assert 1 == counters["segments_removed"]
+    found = read(outbox)
+    assert (list(range(last)), 0) == (found.steps, found.missing)
+
+
 def test_a_replaced_outbox_gets_no_event(outbox: OutboxDirectory, tmp_path: Path) -> None:
     """F22: another directory in the outbox's place is not written to."""
     writer = make_journal(outbox)

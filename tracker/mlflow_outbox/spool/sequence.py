@@ -115,6 +115,8 @@ class EventSequence:
                 return self._wait(payload)
         if self.live.fd >= 0 and self.live.offset >= self._segment_bytes:
             self.end(rotated=True)
+            if self.ring:  # what the old segment may lose comes before this
+                return self._wait(payload)
         if self.live.fd < 0:
             self._begin(self.live)
         self.refresh_limit()
@@ -244,11 +246,15 @@ class EventSequence:
             self.syncer.names(folder, self._directory.runs)
 
     def end(self, *, rotated: bool) -> None:
-        """Close the live segment with its last frame.
+        """Close the live segment with its last frame; one that was removed is replaced before, while that can be told.
 
         Args:
             rotated: this writer goes on in its next segment.
         """
+        if self.live.is_removed:  # by somebody: a worker removes none that is not closed
+            self.replace()
+            if rotated or self.live.fd < 0 or self.ring:
+                return
         if not self.live.end(rotated=rotated):
             self._counters.add("segments_not_closed")
         self._retire()
