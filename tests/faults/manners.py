@@ -184,6 +184,11 @@ def counted(log: Callable[[], T], times: list[tuple[float, float]] | None = None
     return result
 
 
+def forget_peak() -> None:
+    """Let ``peak_kib`` begin anew at what this process has now, to bound what comes."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def standing() -> dict[str, Any]:
     """Return what this process has taken of the machine: for reports early and late in a trouble."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

@@ -1,9 +1,10 @@
-"""Forks in every state, every way to end, worker threads that die, workers that stand still."""
+"""Every way to end, worker threads that die, workers that stand still."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import faulthandler
+import ctypes
 import os
 import signal
 import sys
@@ -17,89 +18,11 @@ import pytest
 
 from faults import workload
 from faults.children import Nest
-from faults.oracle import held
 from faults.table import Row
 from faults.test_kills import recovered
 from faults.test_space import check_manners, log_timed
 from mlflow_outbox import MLflowTracker
 from servers import MlflowServer, eventually
-
-
-def fork_while(  # noqa: PLR0912 - one state after the other
-    fd: int, uri: str, outbox: str, state: str, first_out: str, base: int
-) -> None:
-    """Fork while threads log and a worker delivers; parent and child both log to the run, in their own numbers."""
-    tracker = MLflowTracker("forks", uri, outbox_dir=outbox, settings=workload.settings(**workload.TINY))
-    run = tracker.start_run(f"forked {base}")
-    if state != "before the first event":
-        for n in range(base, base + 20):
-            assert workload.log_event(run, n)
-            workload.ack(fd, n)
-    over = threading.Event()
-
-    def log(first: int) -> None:
-        n = first
-        while not over.is_set() and n < first + 3000:
-            if workload.log_event(run, n):
-                workload.ack(fd, n)
-            n += 1
-            if n % 8 == 0:
-                over.wait(0.0005)  # let the others have a turn
-
-    threads = (
-        [threading.Thread(target=log, args=(base + 10_000 * k,)) for k in (1, 2)]
-        if state == "while threads log"
-        else []
-    )
-    for thread in threads:
-        thread.start()
-    if state == "while the worker delivers":
-        eventually(lambda: tracker.counters.get("delivered"), 30)
-    if state == "after close":
-        tracker.close(0.5)
-    parent, child = os.getpid(), os.fork()
-    if child == 0:
-        faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs shows where
-        for n in range(base + 40_000, base + 40_200):
-            if workload.log_event(run, n):
-                workload.ack(fd, n)
-        if first_out == "parent":
-            eventually(lambda: os.getppid() != parent, 30, "the parent has ended")
-        os._exit(0)
-    for n in range(base + 50_000, base + 50_200):
-        if workload.log_event(run, n):
-            workload.ack(fd, n)
-    over.set()
-    for thread in threads:
-        thread.join()
-    if first_out == "child":
-        os.waitpid(child, 0)
-    os._exit(0)
-
-
-@pytest.mark.fault("F05", "fork before the first event, while idle, while threads log, while delivering, after close")
-@pytest.mark.parametrize("first_out", ["child", "parent"])
-def test_a_fork_in_any_state_loses_and_doubles_nothing(
-    first_out: str, empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
-) -> None:
-    """Parent and child write segments of their own; the next program delivers both."""
-    states = ["before the first event", "idle", "while threads log", "while the worker delivers", "after close"]
-    for turn in range(row.pick(1, 40, 400)):
-        uri = f"sqlite:///{empty_database(tmp_path / f'{turn}.db')}"
-        outbox = tmp_path / f"outbox{turn}"
-        acked: set[int] = set()
-        issued: set[int] = set()
-        for number, state in enumerate(states, 1):
-            base = 100_000 * number
-            child = nest.start(fork_while, uri, str(outbox), state, first_out, base)
-            child.join()
-            eventually(lambda child=child: not child.is_heard(), 40, "the grandchild is gone")
-            said = child.acked()
-            assert {*range(base + 40_000, base + 40_200), *range(base + 50_000, base + 50_200)} <= said, state
-            acked |= said
-            issued |= workload.issued_by(said, base, 3)
-            row.done()
-        recovered(nest, uri, outbox, "forks", acked, issued, 50)
 
 
 def end_by(fd: int, uri: str, outbox: str, how: str, base: int) -> None:
@@ -169,6 +92,51 @@ def test_every_way_to_end_keeps_every_event(
             issued |= said | {max(said) + 1, *range(base + 500, base + 510), daemon + 1}
             row.done()
         recovered(nest, uri, outbox, "ends", acked, issued, 50)
+
+
+def end_wholly(fd: int, uri: str, outbox: str, base: int) -> None:
+    """End the interpreter itself, which a child of multiprocessing does not: atexit, ``__del__``, a daemon thread."""
+    tracker = MLflowTracker("ends", uri, outbox_dir=outbox, settings=workload.settings(exit_timeout=0.2))
+    run = tracker.start_run(f"whole {base}")
+
+    def log(first: int, last: int) -> None:
+        for n in range(base + first, base + last):
+            if workload.log_event(run, n):
+                workload.ack(fd, n)
+
+    class Late:
+        def __del__(self) -> None:
+            log(10_000, 10_010)
+
+    log(0, 100)
+    atexit.register(log, 100, 110)  # behind the outbox's own: runs before it
+    sys.modules[__name__].late = Late()  # type: ignore[attr-defined]  # goes when the interpreter clears its modules
+    threading.Thread(target=log, args=(20_000, 29_000), daemon=True).start()
+    ctypes.pythonapi.Py_Exit(3)
+
+
+@pytest.mark.fault(
+    "F06", "the interpreter ends: a call in atexit, one in __del__ as modules go, a daemon thread logging"
+)
+def test_the_end_of_the_interpreter_keeps_every_event(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """It ends as it would have, and the next program delivers what was acknowledged."""
+    turns = row.pick(3, 50, 500)
+    uri, outbox = f"sqlite:///{empty_database(tmp_path / 'mlflow.db')}", tmp_path / "outbox"
+    acked: set[int] = set()
+    issued: set[int] = set()
+    for turn in range(1, turns + 1):
+        base = 100_000 * turn
+        child = nest.start(end_wholly, uri, str(outbox), base)
+        assert 3 == child.join()
+        said = child.acked()
+        assert {*range(base, base + 110), *range(base + 10_000, base + 10_010)} <= said
+        daemon = max((n for n in said if n >= base + 20_000), default=base + 19_999)
+        acked |= said
+        issued |= said | {daemon + 1}
+        row.done()
+    recovered(nest, uri, outbox, "ends", acked, issued, 50, patience=60 + len(acked) / 400)
 
 
 class Broken(BaseException):
@@ -244,7 +212,8 @@ def test_a_worker_that_dies_is_replaced_and_counted(
         assert [0, 0, 0] == report["left"], report
         told = ("worker_crashes", "run_crashes", "workers_replaced", "worker_errors")
         assert any(report["counters"].get(name) for name in told), report["counters"]
-        held(store, name).check(child.acked())
+        outbox = tmp_path / f"outbox{number}"
+        recovered(nest, uri, outbox, name, child.acked(), child.acked(), 900, store=store)
         row.measure(where=where, what=what, seconds=report["seconds"])
         row.done()
 

@@ -45,7 +45,7 @@ def recovered(
 
     Args:
         nest: starts that program.
-        uri: of the store.
+        uri: that it delivers to.
         outbox: root of the killed one's outbox.
         experiment: that all programs log to.
         acked: events whose logging call had returned True.

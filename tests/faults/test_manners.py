@@ -11,7 +11,7 @@ import pytest
 
 from faults import workload
 from faults.children import Nest
-from faults.manners import counted, standing
+from faults.manners import counted, forget_peak, standing
 from faults.mounts import own_namespace, tmpfs
 from faults.oracle import held, log_event
 from faults.table import Row
@@ -130,6 +130,7 @@ def log_through_outage(fd: int, uri: str, outbox: str, experiment: str, count: i
             eventually(lambda tries=tries: tracker.counters.get("retried", 0) >= tries + 20, 60, "it tries on")
             tracker._outbox.sync()  # type: ignore[union-attr]  # what is kept until it is synced is not what is measured
             found.append(standing())
+            forget_peak()  # of each part its own
         return {"standing": found, "retried": tracker.counters["retried"]}
 
     workload.reported(fd, work)

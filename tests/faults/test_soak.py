@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import mlflow_outbox.run as run_module
 from faults import workload
 from faults.children import Nest
 from faults.oracle import held
 from faults.table import Row
+from faults.test_kills import recovered
+from mlflow_outbox import MLflowTracker
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import Action, FaultProxy
-from servers import MlflowServer
+from servers import MlflowServer, eventually
 
 #: Programs that are killed before what they left is delivered and judged.
 _ROUND = 3
+#: Hours of an outage, with twenty events in each.
+_HOURS = 8
 
 
 def any_fault(rng: random.Random) -> Action:
@@ -34,6 +42,57 @@ def any_fault(rng: random.Random) -> Action:
             faults.html_page(),
         ]
     )
+
+
+def log_through_hours(fd: int, uri: str, outbox: str, experiment: str, first: int, changed: dict[str, Any]) -> None:
+    """Log on while the server is away, an hour going by between each two of some events; then until it is killed."""
+    true = {name: getattr(time, name) for name in ("time", "monotonic", "time_ns", "monotonic_ns")}
+    gone = [0.0]
+    for name, clock in true.items():
+        unit = 1_000_000_000 if name.endswith("_ns") else 1
+        setattr(time, name, lambda clock=clock, unit=unit: clock() + type(clock())(gone[0] * unit))
+    run_module._time_ns = time.time_ns
+    given = workload.settings(**changed)
+    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=given)
+    run = tracker.start_run(f"hours {first}")
+    for hour in range(_HOURS + 1):
+        gone[0] = 3600.0 * hour
+        for n in range(first + 20 * hour, first + 20 * (hour + 1)):
+            if workload.log_event(run, n):
+                workload.ack(fd, n)
+        tries = tracker.counters.get("retried", 0)
+        eventually(lambda tries=tries: tracker.counters.get("retried", 0) > tries, 60, "it tries on")
+    workload.tell(fd, gone=gone[0])
+    threading.Event().wait()
+
+
+@pytest.mark.fault("F84", "the server is away for eight hours, by the clock, while a program logs; then it is killed")
+def test_an_outage_of_hours_is_over_as_soon_as_the_server_is_back(
+    mlflow_server: MlflowServer, experiment_name: str, nest: Nest, row: Row, tmp_path: Path
+) -> None:
+    """Nothing that was logged in these hours has expired, and it is there without anybody asking for it."""
+    changed = {"segment_bytes": 4096, "request_timeout": 2.0, "retry_max": 0.5}
+    for number in range(row.pick(1, 5, 100)):
+        experiment, outbox = f"{experiment_name}-{number}", tmp_path / f"outbox{number}"
+        with FaultProxy(mlflow_server.url) as proxy:
+            proxy.down()
+            child = nest.start(log_through_hours, proxy.url, str(outbox), experiment, 0, changed)
+            eventually(lambda child=child: any(line.startswith("{") for line in child.lines()), 120, "the hours pass")
+            proxy.up()
+            back = time.monotonic()
+            expected = set(range(20 * (_HOURS + 1)))
+            assert expected == child.acked()
+            eventually(
+                lambda experiment=experiment, expected=expected: (
+                    expected <= set(held(mlflow_server.database_uri, experiment).events)
+                ),
+                30,
+                "all is there",
+            )
+            row.worst("seconds_until_there", time.monotonic() - back)
+            child.kill()
+            recovered(nest, proxy.url, outbox, experiment, expected, expected, 90_000, store=mlflow_server.database_uri)
+        row.done()
 
 
 @pytest.mark.fault("F84", "programs killed one after another while requests fail at random and the server goes away")
