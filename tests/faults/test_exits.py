@@ -213,7 +213,7 @@ def test_a_worker_that_dies_is_replaced_and_counted(
         told = ("worker_crashes", "run_crashes", "workers_replaced", "worker_errors")
         assert any(report["counters"].get(name) for name in told), report["counters"]
         outbox = tmp_path / f"outbox{number}"
-        recovered(nest, uri, outbox, name, child.acked(), child.acked(), 900, store=store)
+        recovered(nest, uri, outbox, name, child.acked(), child.acked(), 900, judge=store)
         row.measure(where=where, what=what, seconds=report["seconds"])
         row.done()
 

@@ -91,7 +91,7 @@ def test_an_outage_of_hours_is_over_as_soon_as_the_server_is_back(
             )
             row.worst("seconds_until_there", time.monotonic() - back)
             child.kill()
-            recovered(nest, proxy.url, outbox, experiment, expected, expected, 90_000, store=mlflow_server.database_uri)
+            recovered(nest, proxy.url, outbox, experiment, expected, expected, 90_000, judge=mlflow_server.database_uri)
         row.done()
 
 
