@@ -175,6 +175,12 @@ class MlflowServer:
 
         eventually(answers, START_TIMEOUT, f"the MLflow server answers\n{self.log}")
 
+    def warm_up(self) -> None:
+        """Have the server answer a first question about its database, which takes longer than all later ones."""
+        url = f"{self.url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+        with urllib.request.urlopen(url, timeout=START_TIMEOUT) as answer:
+            answer.read()
+
     def is_alive(self) -> bool:
         """Tell whether the process is there, paused or not."""
         return bool(self._nursery.ask("signal", pid=self._pid, signal=0)["alive"])

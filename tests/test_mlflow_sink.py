@@ -40,6 +40,8 @@ def wait_for_no_lock(store: Any) -> None:
 class TestTrackingServer(SinkContract):
     """The contract, through HTTP."""
 
+    serves_artifacts = True
+
     @pytest.fixture
     def sink(self, mlflow_server: MlflowServer) -> Iterator[Sink]:
         """The sink under test."""

@@ -39,6 +39,7 @@ def test_a_server_killed_in_the_middle_holds_everything_once(
         server.kill()
         session.log(20)
         server.start()
+        server.warm_up()
         session.settle(row, timeout=60)
         row.done()
     session.tracker.close(1)
