@@ -120,4 +120,5 @@ def run_with_kills(
     lines = done.stdout.decode().splitlines()
     assert lines, done.stderr.decode()[-3000:]
     killed, code = json.loads(lines[-1])
+    print(*lines[:-1], done.stderr.decode()[-3000:], sep="\n")  # noqa: T201 - pytest shows it with a failure
     return killed, code
