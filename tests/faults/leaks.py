@@ -80,6 +80,8 @@ def _children() -> Iterator[str]:
         for name in names:
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{name}/cmdline").read_bytes()
+                if b"multiprocessing.forkserver" in command:  # the nest's, which lives as long as the session
+                    continue
                 if command:  # a zombie has none
                     yield f"process {name}: {command.replace(bytes(1), b' ')[:300].decode(errors='replace')}"
                 else:

@@ -32,6 +32,11 @@ def kind_of(number: int) -> str:
     return {3: "param", 7: "tag"}.get(number % 10, "metric")
 
 
+def time_of(number: int) -> int | None:
+    """Return the time in ms that a metric says of itself; None for one that is logged without."""
+    return _FIRST_MS + number if number % 10 == _STAMPED else None
+
+
 def log_event(run: Any, number: int) -> bool:
     """Log one event by its number; return whether it was kept. The call is counted, see ``manners``.
 
@@ -44,8 +49,7 @@ def log_event(run: Any, number: int) -> bool:
 def _log(run: Any, number: int) -> bool:
     kind = kind_of(number)
     if kind == "metric":
-        when = _FIRST_MS + number if number % 10 == _STAMPED else None
-        return bool(run.log_metric("loss", number / 2, step=number, timestamp=when))
+        return bool(run.log_metric("loss", number / 2, step=number, timestamp=time_of(number)))
     if kind == "param":
         return bool(run.log_params({f"p{number}": f"value {number}"}))
     if kind == "tag":
@@ -111,7 +115,7 @@ class Held:
         expected = str(number / 2) if kind == "metric" else f"value {number}"
         if kind_of(number) != kind or content != expected:
             self.wrong.append(f"{kind} {number}: {content!r}")
-        if kind == "metric" and number % 10 == _STAMPED and when != _FIRST_MS + number:
+        if kind == "metric" and time_of(number) not in {None, when}:
             self.wrong.append(f"{kind} {number} at {when}")
         self.events[number] += 1
 

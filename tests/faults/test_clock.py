@@ -14,7 +14,7 @@ import pytest
 from faults import workload
 from faults.children import Nest
 from faults.clocks import Clocks
-from faults.oracle import held, kind_of
+from faults.oracle import held, kind_of, time_of
 from faults.table import Row
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool import frame
@@ -48,7 +48,7 @@ class Elsewhere:
         if kind_of(number) == "tag":
             event: Metric | Tags = Tags({f"t{number}": f"value {number}"}, 1_700_000_000_000)
         else:
-            event = Metric("loss", number / 2, 1_700_000_000_000, number)
+            event = Metric("loss", number / 2, time_of(number) or 1_700_000_000_000, number)
         data = frame.pack(encode(event), self._next, self._seed)
         self._next += 1
         self._write(data[:9])

@@ -72,6 +72,7 @@ class Upkeep:
         self._now_ms = now_ms
         self._clock = clock
         self._next_reclaim = float("-inf")
+        self._reclaim_pause = 0.0
         #: By run: when it may be filed again, and the pause that was made after a failure.
         self._filings: dict[str, tuple[float, float]] = {}
 
@@ -95,6 +96,7 @@ class Upkeep:
         if self._directory is None or now < self._next_reclaim:
             return
         self._next_reclaim = now + _RECLAIM
+        errors = self._counters["reclaim_errors"]
         before_ms = self._now_ms() - int(self._settings.retention * 1000)
         try:
             reclaim(self._directory, ledger, before_ms=before_ms, failed=self._stays)
@@ -102,6 +104,11 @@ class Upkeep:
             retire(self._directory, ledger, now=self._now_ms() / 1000)
         except OSError as error:
             self._stays(error)
+        if self._counters["reclaim_errors"] == errors:
+            self._reclaim_pause = 0.0
+        else:
+            self._reclaim_pause = min(_RECLAIM, self._reclaim_pause * 2 or _AGAIN)
+            self._next_reclaim = now + self._reclaim_pause
 
     def _stays(self, error: OSError) -> None:
         self._counters.add("reclaim_errors")
