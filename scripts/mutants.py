@@ -43,8 +43,8 @@ MUTANTS: Final = [
     Mutant(
         "acknowledge before sending",
         COURIER,
-        "        dead: list[DeadLetter] = []\n        if window.events:\n",
-        "        dead: list[DeadLetter] = []\n        record.cursors = window.cursors\n"
+        "        refused = Refused()\n        if window.events:\n",
+        "        refused = Refused()\n        record.cursors = window.cursors\n"
         "        self._ledger.commit(record)\n        if window.events:\n",
         "tests/faults/test_network.py::test_statuses_that_pass_are_retried_and_never_dead_lettered",
     ),
@@ -65,20 +65,34 @@ MUTANTS: Final = [
     Mutant(
         "unlink before sending",
         COURIER,
-        "        dead: list[DeadLetter] = []\n        if window.events:\n",
-        "        dead: list[DeadLetter] = []\n        for writer, held in reader.segments().items():\n"
+        "        refused = Refused()\n        if window.events:\n",
+        "        refused = Refused()\n        for writer, held in reader.segments().items():\n"
         "            for segment in held:\n"
         "                if segment.header.ordinal < window.cursors[writer].ordinal:\n"
         "                    segment.path.unlink()\n        if window.events:\n",
         "tests/faults/test_network.py::test_no_segment_is_moved_or_deleted_before_its_events_are_answered",
+    ),
+    Mutant(
+        "compare no window in doubt with what the store has",
+        "worker/mlflow_outbox_worker/reconciliation.py",
+        "        if in_doubt or record.adopted or run_id not in self._certain:\n",
+        "        if False:\n",
+        "tests/test_reconciliation.py::test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt",
+    ),
+    Mutant(
+        "keep what is delivered of a run that goes on",
+        "worker/mlflow_outbox_worker/upkeep.py",
+        "        passed = [] if done else passed_segments(turn.reader, record.cursors)\n",
+        "        passed: list = []\n",
+        "tests/test_upkeep.py::TestOfARunThatGoesOn::test_its_delivered_segments_are_filed_as_it_goes",
     ),
     # "Fold before sending", which stood here, changes nothing: a view that was not recorded is read anew. The cursor
     # without the view loses it, because what is behind the cursor is never folded again.
     Mutant(
         "record the cursor without the view",
         COURIER,
-        "self._ledger.commit(record, view=view, dead=dead)",
-        "self._ledger.commit(record, dead=dead)",
+        "self._ledger.commit(record, view=view, dead=refused.letters)",
+        "self._ledger.commit(record, dead=refused.letters)",
         "tests/faults/test_queue.py::test_an_older_value_of_another_writer_does_not_undo_what_was_delivered",
     ),
     Mutant(
