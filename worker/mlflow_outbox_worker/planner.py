@@ -4,6 +4,8 @@
 * Params travel apart from metrics: MLflow refuses a whole batch for one conflicting param (facts, 2a). Of two values
   for a key the first goes with the others, the second alone, so that MLflow itself gives the answer that becomes a
   dead letter.
+* A point whose step or time has more than 64 bits (an earlier version's journal can hold one) goes alone: MLflow's
+  server answers a batch with such a number in it with 200, and drops what follows in it.
 * Of several values of a tag, contents of an artifact path, or statuses only the last is sent; a value that another
   writer has overtaken already is not sent at all.
 * The status goes last, so that a run is not shown as finished before it is complete.
@@ -16,10 +18,13 @@ Pure: no I/O, no clock.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from mlflow_outbox.spool.events import (
+    INT64_MAX,
+    INT64_MIN,
     Artifact,
     Event,
     FileFor,
@@ -197,6 +202,9 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
 def _batches(
     points: list[MetricPoint], params: dict[str, str], tags: dict[str, str], time_ms: int, batch_points: int
 ) -> Iterator[Batch]:
+    if any(_beyond(map(itemgetter(field), points)) for field in (2, 3)):  # the time and the step of each
+        yield from (Batch([point], {}, {}, point.time_ms) for point in points if not fits(point))
+        points = [point for point in points if fits(point)]
     names = list(params)
     for start in range(0, len(names), MAX_PARAMS):
         yield Batch((), {name: params[name] for name in names[start : start + MAX_PARAMS]}, {}, time_ms)
@@ -208,6 +216,16 @@ def _batches(
         yield Batch(some, {}, {label: tags[label] for label in beside}, time_ms)
     for start in range(0, len(labels), MAX_TAGS):
         yield Batch((), {}, {label: tags[label] for label in labels[start : start + MAX_TAGS]}, time_ms)
+
+
+def fits(point: MetricPoint) -> bool:
+    """Return whether a point can be said in MLflow's protocol, and kept by its stores."""
+    return not _beyond((point.time_ms, point.step))
+
+
+def _beyond(numbers: Iterable[int]) -> bool:
+    some = sorted(numbers)
+    return bool(some) and not INT64_MIN <= some[0] <= some[-1] <= INT64_MAX
 
 
 def _joined(items: Sequence[Batch]) -> Batch:

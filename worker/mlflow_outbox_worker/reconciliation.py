@@ -40,14 +40,14 @@ _NAN: Final = _PACKED.pack(math.nan, 0, 0)[:8]
 
 
 class Packed(Sequence[bytes]):
-    """Points as sorted records of 24 bytes: value, time in ms, step.
+    """Points as sorted records of 24 bytes: value, time in ms, step. Others, of more than 64 bits, are left out.
 
     Args:
         records: from ``packed``, in any order.
     """
 
     def __init__(self, records: Iterable[bytes]) -> None:
-        self._data = b"".join(sorted(records))
+        self._data = b"".join(sorted(record for record in records if len(record) == _PACKED.size))
 
     def __len__(self) -> int:
         return len(self._data) // _PACKED.size
@@ -64,7 +64,10 @@ class Packed(Sequence[bytes]):
 
 def packed(point: MetricPoint) -> bytes:
     """Return what tells a point from the others of its key; two of one record are the same point."""
-    record = _PACKED.pack(point.value, point.time_ms, point.step)
+    try:
+        record = _PACKED.pack(point.value, point.time_ms, point.step)
+    except struct.error:  # more than 64 bits, which a file store keeps, and an earlier version's journal can hold
+        return repr(point).encode()
     return record if not math.isnan(point.value) else _NAN + record[8:]
 
 

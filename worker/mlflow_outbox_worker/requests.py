@@ -21,7 +21,7 @@ from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.obstacles import Obstacles
 from mlflow_outbox_worker.obstacles import Upload as File
 from mlflow_outbox_worker.outcome import Outcome, classify
-from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor
+from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor, fits
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.refused import Refused
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -112,6 +112,11 @@ class Requests:
             self._set_status(record, step, refused)
 
     def _send(self, record: RunRecord, batch: Batch, refused: Refused) -> None:
+        if len(batch.points) == 1 and not fits(batch.points[0]):  # then it is alone
+            event = batch.event()
+            reason = "its step or its time is outside MLflow's 64-bit range"
+            refused.add(event, self._own_letter(record, event, f"{printable(batch.points[0].key)!r}: {reason}"))
+            return
         try:
             tags = {key: self._calls.rewritten(value, of=record.run_id) for key, value in batch.tags.items()}
             self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)

@@ -20,6 +20,7 @@ from mlflow_outbox.outbox import Outbox, shared
 from mlflow_outbox.plugin.arrivals import Arrivals
 from mlflow_outbox.plugin.artifacts import LOCAL, claim
 from mlflow_outbox.plugin.ids import Ids, NotYet
+from mlflow_outbox.plugin.integers import Integers
 from mlflow_outbox.plugin.journals import Journals, OpenRun
 from mlflow_outbox.plugin.rest import Pulse
 from mlflow_outbox.plugin.wrapped import Away, Server
@@ -63,6 +64,7 @@ class Base:
         self.server = Server(self.outbox)
         self.arrivals = Arrivals(self.outbox, self.server)
         self.ids = Ids(self.outbox)
+        self.integers = Integers(embedded=destination.scheme not in {"http", "https", "databricks"})
         self._experiment_names: dict[str, str] = dict([_DEFAULT_EXPERIMENT])
         self.pulse = Pulse(self)
         self.server.asked = self.pulse.beat

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mlflow.entities import Metric, Run, RunInfo, RunStatus, RunTag
+from mlflow.entities import LoggedModelOutput, Metric, Run, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos import service_pb2
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_MODELS, MLFLOW_RUN_NAME, MLFLOW_USER
@@ -49,6 +51,8 @@ class Runs(RunReads):
             MlflowException: a tag is none that MLflow takes, or the server said no.
         """
         experiment_id = str(experiment_id)
+        if start_time is not None:
+            start_time = self.integers.whole(start_time, service_pb2.CreateRun, "start_time")
         checked = [_validate_tag(tag.key, tag.value) or tag for tag in tags or ()]
         named = next((tag.value for tag in checked if tag.key == MLFLOW_RUN_NAME), None)
         if run_name and named and run_name != named:
@@ -122,8 +126,11 @@ class Runs(RunReads):
         """Set status, end time and name.
 
         Raises:
+            TypeError: the time is none that MLflow takes.
             MlflowException: there is no such run.
         """
+        if end_time is not None:
+            end_time = self.integers.whole(end_time, service_pb2.UpdateRun, "end_time")
         run = self.active(run_id)
         if run_name:
             run.request("update_run_info", run_id=run.run_id, run_status=None, end_time=None, run_name=run_name)
@@ -163,6 +170,7 @@ class Runs(RunReads):
             MlflowException: there is no such run, one of the items is none that MLflow takes, or a param has another
                 value.
         """
+        metrics = [self.integers.point(metric, service_pb2.Metric) for metric in metrics]
         checked = _validate_batch_log_data(metrics, params, tags)
         metrics, params, tags = checked if checked is not None else (metrics, params, tags)
         _validate_batch_log_limits(metrics, params, tags)
@@ -188,11 +196,11 @@ class Runs(RunReads):
                 )
 
     def _log_points(self, run: OpenRun, metrics: Sequence[Metric]) -> None:
-        linked = [m for m in metrics if getattr(m, "model_id", None) or getattr(m, "dataset_name", None)]
-        apart = {id(metric) for metric in linked}
+        linked: list[Metric] = []
         groups: dict[tuple[int, int], dict[str, float]] = {}
         for metric in metrics:
-            if id(metric) in apart:
+            if _is_linked(metric):
+                linked.append(_with_float(metric))
                 continue
             group = groups.setdefault((metric.timestamp, metric.step), {})
             if metric.key in group:
@@ -211,9 +219,10 @@ class Runs(RunReads):
 
     def log_metric(self, run_id: str, metric: Metric) -> None:
         """Log one metric point; see ``log_batch``."""
+        metric = self.integers.point(metric, service_pb2.LogMetric)
         _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
         run = self.active(run_id)
-        if getattr(metric, "model_id", None) or getattr(metric, "dataset_name", None):
+        if _is_linked(metric):
             self._log_points(run, [metric])
         else:  # what a training loop does all the time
             run.append(MetricEvent(metric.key, float(metric.value), metric.timestamp, metric.step))
@@ -256,8 +265,12 @@ class Runs(RunReads):
 
     def log_outputs(self, run_id: str, models: Any) -> None:
         """Log models that a run makes."""
+        made = [
+            LoggedModelOutput(model.model_id, self.integers.whole(model.step, service_pb2.ModelOutput, "step"))
+            for model in models
+        ]
         run = self.active(run_id)
-        run.request("log_outputs", run_id=run.run_id, models=list(models))
+        run.request("log_outputs", run_id=run.run_id, models=made)
 
     def record_logged_model(self, run_id: str, mlflow_model: Any) -> None:
         """Add a model to the run's history of models, which is a tag."""
@@ -294,3 +307,14 @@ class Runs(RunReads):
 
     def shut_down_async_logging(self) -> None:
         """Do nothing: there is no queue to shut down."""
+
+
+def _is_linked(metric: Metric) -> bool:
+    return bool(getattr(metric, "model_id", None) or getattr(metric, "dataset_name", None))
+
+
+def _with_float(metric: Metric) -> Metric:
+    """Return a metric with a value of Python's own, which a journal can hold."""
+    taken = copy.copy(metric)
+    taken._value = float(metric.value)
+    return taken
