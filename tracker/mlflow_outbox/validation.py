@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from mlflow_outbox.counters import described, printable, shown
 from mlflow_outbox.errors import InvalidEvent, InvalidEventType
-from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, STATUSES
+from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, MAX_TAG_CHARS, STATUSES
 
 _KEY: Final = re.compile(r"[/\w.\- :]+")
 #: A float time in this range is seconds since the epoch of this century, most likely given by time.time().
@@ -152,6 +152,18 @@ def checked_text(key: str, value: object, what: str) -> str:
         msg = f"the {what} {printable(key)!r} has a value of type {kind} that has no text: {described(error)}"
         raise InvalidEventType("bad_value", msg) from None
     return text
+
+
+def is_ordinary_tag(key: str, value: str) -> bool:
+    """Return whether MLflow keeps a tag as it is that is set by a request of its own.
+
+    At the creation of a run its stores keep nearly any: keys are not judged there, and values not cut.
+    """
+    try:
+        checked_key(key, "tag")
+    except (InvalidEvent, InvalidEventType):
+        return False
+    return len(value) <= MAX_TAG_CHARS
 
 
 def checked_status(status: object) -> str:

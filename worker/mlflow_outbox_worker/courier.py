@@ -25,10 +25,11 @@ from typing import Final, Literal, NamedTuple
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import RunStarted
+from mlflow_outbox.spool.events import RunStarted, Tags, encode
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
+from mlflow_outbox.validation import is_ordinary_tag
 from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.ledger import Ledger
@@ -172,16 +173,19 @@ class Courier:
         if dead:
             self._counters.add("dead_events", dead)
         if letters:
-            self._counters.add("dead_letters", len(letters))
-            self._counters.warn_once(
-                ("dead", letters[0].run_id, letters[0].reason),
-                f"mlflow-outbox: MLflow refused an event of run {letters[0].run_id} for good, "
-                f"it is kept as a dead letter: {printable(letters[0].reason, 300)}",
-            )
+            self._count_letters(letters)
         if window.missing:
             self._counters.add("missing", window.missing)
         if window.broken:
             self._counters.add("quarantined", len(window.broken))
+
+    def _count_letters(self, letters: list[DeadLetter]) -> None:
+        self._counters.add("dead_letters", len(letters))
+        self._counters.warn_once(
+            ("dead", letters[0].run_id, letters[0].reason),
+            f"mlflow-outbox: MLflow refused an event of run {letters[0].run_id} for good, "
+            f"it is kept as a dead letter: {printable(letters[0].reason, 300)}",
+        )
 
     # -- the run in MLflow
 
@@ -282,16 +286,50 @@ class Courier:
             )
             tags[RUN_ID_TAG] = record.run_id
             start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
-            record.remote_id = ask(
-                "create_run",
-                lambda: self._sink.create_run(
+            record.remote_id = self._created(
+                record,
+                tags,
+                lambda labels: self._sink.create_run(
                     record.experiment_id,
                     run_name=started.run_name if started is not None else None,
                     start_time_ms=start_ms,
                     user=started.user if started is not None else "",
-                    tags=tags,
+                    tags=labels,
                 ),
             )
             record.creating = unknown
         if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
             record.settles_ms = self._now_ms() + settling(self._settings.request_timeout)
+
+    def _created(self, record: RunRecord, tags: dict[str, str], create: Callable[[dict[str, str]], str]) -> str:
+        """Create a run, and return its id: without the tags that only a creation can set, if it is refused with them.
+
+        Those are dead letters then, on disk before the run is created without them.
+        """
+        ordinary = {key: value for key, value in tags.items() if is_ordinary_tag(key, value)}
+        note = f"without_odd_tags/{record.run_id}"
+        if len(ordinary) == len(tags) or not self._ledger.meta(note):
+            try:
+                return ask("create_run", lambda: create(tags))
+            except Parked as parked:
+                error = parked.error
+                if len(ordinary) == len(tags) or classify(error, "log_batch").kind != "dead_letter":
+                    raise
+            letters = [
+                DeadLetter(
+                    run_id=record.run_id,
+                    remote_id="",
+                    payload=encode(Tags({key: value}, self._now_ms())),
+                    reason=str(error),
+                    code=error.code,
+                    status=error.status,
+                    time_ms=self._now_ms(),
+                )
+                for key, value in tags.items()
+                if key not in ordinary
+            ]
+            record.dead += len(letters)
+            self._ledger.commit(record, dead=letters)
+            self._ledger.set_meta(note, b"1")
+            self._count_letters(letters)
+        return ask("create_run", lambda: create(ordinary))

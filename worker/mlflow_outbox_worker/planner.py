@@ -8,6 +8,8 @@
   server answers a batch with such a number in it with 200, and drops what follows in it.
 * Of several values of a tag, contents of an artifact path, or statuses only the last is sent; a value that another
   writer has overtaken already is not sent at all.
+* Tags with which a run begins are in MLflow since its creation, and are sent again for the case that they were taken
+  away since. Those that only a creation can set are not: MLflow would refuse or cut them now.
 * The status goes last, so that a run is not shown as finished before it is complete.
 * A request of MLflow's own (a deleted tag, a logged model) is a barrier: it goes after all that precedes it, before
   all that follows.
@@ -36,6 +38,7 @@ from mlflow_outbox.spool.events import (
     RunStarted,
     Tags,
 )
+from mlflow_outbox.validation import is_ordinary_tag
 from mlflow_outbox.views import Register, RunView, wins
 from mlflow_outbox_worker.sink import MetricPoint
 
@@ -155,6 +158,7 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
     params: dict[str, str] = {}
     alone: list[Batch] = []
     tags: dict[str, Register] = {}
+    created: dict[str, str] = {}
     files: dict[str, Artifact] = {}
     status: Register | None = None
     end_time: int | None = None
@@ -179,6 +183,8 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
             files.pop(event.path, None)
             files[event.path] = event
         else:
+            if isinstance(event, RunStarted) and not event.resumed:
+                created |= {key: text for key, text in event.tags.items() if not is_ordinary_tag(key, text)}
             if isinstance(event, (Tags, RunStarted)):
                 for key, text in (event.values if isinstance(event, Tags) else event.tags).items():
                     held = tags.get(key) or view.tags.get(key)
@@ -191,7 +197,8 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
                     end_time = event.time_ms if status.value not in {"RUNNING", "SCHEDULED"} else None
     time_ms = first_ms if first_ms is not None else (points[0].time_ms if points else 0)
     steps: list[Step] = []
-    steps += _batches(points, params, {key: held.value for key, held in tags.items()}, time_ms, batch_points)
+    labels = {key: held.value for key, held in tags.items() if created.get(key) != held.value}
+    steps += _batches(points, params, labels, time_ms, batch_points)
     steps += alone
     steps += [Upload(artifact) for artifact in files.values()]
     if status is not None:

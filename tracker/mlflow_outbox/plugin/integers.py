@@ -22,10 +22,13 @@ class Integers:
 
     Args:
         embedded: the store is a database or a directory, and no server.
+
+    Attributes:
+        embedded: as given.
     """
 
     def __init__(self, *, embedded: bool) -> None:
-        self._embedded = embedded
+        self.embedded = embedded
 
     def whole(self, value: Any, message: Any, field: str) -> int:
         """Return a step or a time.
@@ -42,7 +45,7 @@ class Integers:
         """
         if type(value) is int and INT64_MIN <= value <= INT64_MAX:
             return value
-        if not self._embedded:
+        if not self.embedded:
             filled = message()
             setattr(filled, field, value)
             return int(getattr(filled, field))

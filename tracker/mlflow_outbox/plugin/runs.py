@@ -47,14 +47,21 @@ class Runs(RunReads):
     ) -> Run:
         """Create a run: by the server if it answers in time, else here, with a provisional id.
 
+        The tags are for the server to judge: at a creation MLflow's stores keep keys and lengths that they refuse, or
+        cut, in a tag that is set later.
+
         Raises:
-            MlflowException: a tag is none that MLflow takes, or the server said no.
+            TypeError: a tag is no text, and MLflow's client sends nothing else.
+            MlflowException: the server said no, or the run has two names.
         """
         experiment_id = str(experiment_id)
         if start_time is not None:
             start_time = self.integers.whole(start_time, service_pb2.CreateRun, "start_time")
-        checked = [_validate_tag(tag.key, tag.value) or tag for tag in tags or ()]
-        named = next((tag.value for tag in checked if tag.key == MLFLOW_RUN_NAME), None)
+        given = list(tags or ())
+        if not self.integers.embedded:
+            for tag in given:
+                tag.to_proto()
+        named = next((tag.value for tag in given if tag.key == MLFLOW_RUN_NAME), None)
         if run_name and named and run_name != named:
             raise MlflowException.invalid_parameter_value(
                 "Both 'run_name' argument and 'mlflow.runName' tag are specified, but with different values "
@@ -64,7 +71,7 @@ class Runs(RunReads):
         attempted = False
         try:
             remote = self.ids.remote(experiment_id)
-            sent = [RunTag(tag.key, self.ids.outgoing(tag.value)) for tag in checked]
+            sent = [RunTag(tag.key, self.ids.outgoing(tag.value)) for tag in given]
             sent.append(RunTag(provisional.RUN_ID_TAG, local))
             run = self.server.ask(
                 lambda store: store.create_run(remote, user_id, start_time, sent, run_name), quick=True
@@ -75,14 +82,14 @@ class Runs(RunReads):
             attempted = away.sent
         else:
             return self._adopted(run, experiment_id)
-        return self._begun_here(local, experiment_id, start_time, checked, run_name or named, attempted=attempted)
+        return self._begun_here(local, experiment_id, start_time, given, run_name or named, attempted=attempted)
 
     def _adopted(self, run: Run, experiment_id: str) -> Run:
         """Begin the journal of a run that the server made."""
         run_id = run.info.run_id
         self.ids.remember(run_id)
         opened = self.journals.open(run_id, self.experiment_name(experiment_id))
-        tags = {key: value for key, value in run.data.tags.items() if key != provisional.RUN_ID_TAG}
+        tags = {key: _text(value) for key, value in run.data.tags.items() if key != provisional.RUN_ID_TAG}
         opened.append(
             RunStarted(
                 run.info.start_time or now_ms(),
@@ -108,7 +115,7 @@ class Runs(RunReads):
         attempted: bool,
     ) -> Run:
         name = name or _generate_random_name()
-        texts = {tag.key: str(tag.value) for tag in tags}
+        texts = {str(tag.key): _text(tag.value) for tag in tags}
         texts.setdefault(MLFLOW_RUN_NAME, name)
         opened = self.journals.open(local, self.experiment_name(experiment_id))
         opened.append(
@@ -307,6 +314,10 @@ class Runs(RunReads):
 
     def shut_down_async_logging(self) -> None:
         """Do nothing: there is no queue to shut down."""
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _is_linked(metric: Metric) -> bool:
