@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, Final
 
 from mlflow.entities import LoggedModelOutput, Metric, Run, RunInfo, RunStatus, RunTag
@@ -25,6 +26,7 @@ from mlflow.utils.validation import (
     _validate_tag,
 )
 
+from mlflow_outbox.counters import described, printable
 from mlflow_outbox.plugin import links, reads
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun, now_ms, say_once
@@ -288,20 +290,32 @@ class Runs(RunReads):
     # MLflow's own asynchronous logging is a queue in memory; the journal returns sooner and keeps what it took.
 
     def log_batch_async(self, run_id: str, metrics: Any, params: Any, tags: Any) -> RunOperations:
-        """Log at once; the returned operations are complete."""
-        Runs.log_batch(self, run_id, metrics, params, tags)
-        return RunOperations([])
+        """Log at once; the returned operations are complete, and raise when they are waited for what was refused."""
+        done: Future[None] = Future()
+        try:
+            Runs.log_batch(self, run_id, metrics, params, tags)
+        except Exception as error:  # noqa: BLE001 - whatever it is, MLflow gives it to who waits; counted and said
+            self.outbox.counters.add("asynchronous_refused")
+            self.outbox.counters.warn_once(
+                ("asynchronous", run_id, type(error).__name__),
+                f"mlflow-outbox: what was logged to run {printable(run_id)} without waiting was refused: "
+                f"{described(error)}",
+            )
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        return RunOperations([done])
 
     def log_metric_async(self, run_id: str, metric: Any) -> RunOperations:
-        """Log at once; the returned operations are complete."""
+        """Log one metric point; see ``log_batch_async``."""
         return self.log_batch_async(run_id, [metric], [], [])
 
     def log_param_async(self, run_id: str, param: Any) -> RunOperations:
-        """Log at once; the returned operations are complete."""
+        """Log one param; see ``log_batch_async``."""
         return self.log_batch_async(run_id, [], [param], [])
 
     def set_tag_async(self, run_id: str, tag: Any) -> RunOperations:
-        """Log at once; the returned operations are complete."""
+        """Set one tag; see ``log_batch_async``."""
         return self.log_batch_async(run_id, [], [], [tag])
 
     def flush_async_logging(self) -> None:
