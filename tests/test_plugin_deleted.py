@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from contents import client
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, store, tracking
 from servers import MlflowServer, eventually
@@ -78,6 +80,42 @@ def test_a_deleted_run_takes_nothing_until_it_is_restored(
         (found,) = api.search_runs([api.get_experiment_by_name(experiment_name).experiment_id])
         assert ({"m": 1.0}, {"p": "1"}) == (found.data.metrics, found.data.params)
         assert ["x.txt"] == [file.path for file in api.list_artifacts(found.info.run_id)]
+
+
+@pytest.mark.parametrize("mode", ["plain", "up", "away"])
+def test_a_run_that_this_outbox_has_not_met_is_restored_and_one_that_is_nowhere_is_not(
+    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the server there at the call, with MLflow's error; while it is away, it is parked with the reason."""
+    from mlflow.exceptions import MlflowException
+
+    unknown = uuid.uuid4().hex
+    with client(mlflow_server.url) as api:
+        run_id = api.create_run(api.create_experiment(experiment_name)).info.run_id
+        api.delete_run(run_id)
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
+        with caplog.at_level(logging.WARNING, "mlflow_outbox"), tracking(uri, tmp_path) as mlflow:
+            if mode == "away":
+                proxy.down()
+            mlflow.MlflowClient().restore_run(run_id)
+            if mode == "away":
+                mlflow.MlflowClient().restore_run(unknown)
+                proxy.up()
+                result = store(uri).outbox.flush(60)
+                assert (0, 1) == (result.pending, result.parked)
+                assert f"the run {unknown} did not begin in this outbox, and MLflow does not have it" in caplog.text
+            else:
+                for _ in range(2):
+                    with pytest.raises(MlflowException, match="not found") as raised:
+                        mlflow.MlflowClient().restore_run(unknown)
+                    assert "RESOURCE_DOES_NOT_EXIST" == raised.value.error_code
+                deliver(uri)
+            if mode == "up":
+                identity = RunReader(store(uri).outbox.directory.run(run_id)).segments().values()
+                assert [experiment_name] == [held[0].header.experiment for held in identity]
+    with client(mlflow_server.url) as api:
+        assert "active" == api.get_run(run_id).info.lifecycle_stage
 
 
 def test_another_process_knows_that_a_run_was_deleted_and_that_it_was_restored(

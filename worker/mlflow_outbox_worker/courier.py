@@ -241,7 +241,9 @@ class Courier:
         else:
             record.remote_id, record.experiment_id, record.adopted = found.run_id, found.experiment_id, True
             return True
-        experiment_id = ask("find_experiment", lambda: self._sink.find_experiment(record.experiment))
+        experiment_id = None
+        if record.experiment:  # it is not known of a run that was first met while the server was away
+            experiment_id = ask("find_experiment", lambda: self._sink.find_experiment(record.experiment))
         if experiment_id is not None:
             twins = ask("find_runs", lambda: self._sink.find_runs(experiment_id, record.run_id))
             if twins:

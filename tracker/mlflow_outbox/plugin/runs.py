@@ -160,15 +160,23 @@ class Runs(RunReads):
         return reads.local_run_of(local, run_id, self._uri(run.run_id)).info
 
     def delete_run(self, run_id: str) -> None:
-        """Mark a run deleted."""
+        """Mark a run deleted.
+
+        Raises:
+            MlflowException: there is no such run.
+        """
         run = self.writable(run_id)
         run.request("delete_run", run_id=run.run_id)
         self._deleted.add(run.run_id)
 
     def restore_run(self, run_id: str) -> None:
-        """Restore a deleted run."""
-        local = self.canonical(run_id)
-        self.journals.open(local, "").request("restore_run", run_id=local)
+        """Restore a deleted run.
+
+        Raises:
+            MlflowException: there is no such run.
+        """
+        run = self.writable(run_id)
+        run.request("restore_run", run_id=run.run_id)
 
     # -- writing
 
