@@ -255,7 +255,10 @@ def test_what_was_logged_a_moment_ago_is_found_and_the_outboxs_own_tags_are_not(
             mlflow.log_metric("of the model", 1.0, model_id=model.model_id)
             seen = mlflow.get_logged_model(model.model_id)
             assert ["of the model"] == [point.key for point in seen.metrics]
-        for tags in (run.data.tags, found.data.tags, mlflow.get_run(run.info.run_id).data.tags, model.tags, seen.tags):
+            (listed,) = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
+            assert model.model_id == listed.model_id
+        shown = [run.data, found.data, mlflow.get_run(run.info.run_id).data, model, seen, listed]
+        for tags in (one.tags for one in shown):
             assert [] == [key for key in tags if key.startswith("mlflow_outbox")]
 
 

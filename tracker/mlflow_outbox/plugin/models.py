@@ -164,4 +164,7 @@ class Models(Runs):
         Raises:
             MlflowException: the server is away, or said no.
         """
-        return self._delegate("search_logged_models", [str(number) for number in experiment_ids], *args, **kwargs)
+        found = self._delegate("search_logged_models", [str(number) for number in experiment_ids], *args, **kwargs)
+        for model in found:
+            model._tags.pop(provisional.MODEL_ID_TAG, None)
+        return found
