@@ -2,10 +2,15 @@
 
 The pending events are read before the server is asked. So an event that is delivered in between is folded in twice,
 which changes nothing, and never missed.
+
+MLflow's databases have no infinities: they keep the largest number there is. Where one is behind the outbox
+(``bounded``), a point that waits is shown as it will be.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +58,7 @@ def view_of(run: Run) -> RunView:
     return view
 
 
-def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = None) -> Run:
+def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = None, *, bounded: bool = False) -> Run:
     """Return a view as MLflow's entity.
 
     Args:
@@ -61,6 +66,7 @@ def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = N
         run_id: the id that it is to have.
         artifact_uri: where its files are, for readers.
         theirs: the server's answer, if there is one, for inputs and outputs.
+        bounded: show infinities as a database does.
     """
     name = view.tags.get("mlflow.runName")
     info = RunInfo(
@@ -75,7 +81,9 @@ def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = N
         run_name=name.value if name is not None else view.name,
     )
     data = RunData(
-        metrics=[Metric(key, held.value, held.time_ms, held.step) for key, held in view.metrics.items()],
+        metrics=[
+            Metric(key, _shown(held.value, bounded), held.time_ms, held.step) for key, held in view.metrics.items()
+        ],
         params=[Param(key, value) for key, value in view.params.items()],
         tags=[RunTag(key, held.value) for key, held in view.tags.items() if key != provisional.RUN_ID_TAG],
     )
@@ -83,23 +91,25 @@ def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = N
     return Run(info, data, inputs, outputs)
 
 
-def folded(run: Run, pending: Iterable[tuple[str, Event]], run_id: str, artifact_uri: str) -> Run:
-    """Return the server's answer with pending events in it."""
+def folded(
+    run: Run, pending: Iterable[tuple[str, Event]], run_id: str, artifact_uri: str, *, bounded: bool = False
+) -> Run:
+    """Return the server's answer with pending events in it; see ``run_of``."""
     view = view_of(run)
     for writer, event in pending:
         if not isinstance(event, RunStarted) or event.resumed:
             view.fold(event, writer)
             if isinstance(event, Request) and event.operation == "log_batch":
                 fold_batch(view, event.arguments)
-    return run_of(view, run_id, artifact_uri, run)
+    return run_of(view, run_id, artifact_uri, run, bounded=bounded)
 
 
-def local_run_of(local: LocalRun, run_id: str, artifact_uri: str) -> Run:
-    """Return what the outbox has of a run."""
+def local_run_of(local: LocalRun, run_id: str, artifact_uri: str, *, bounded: bool = False) -> Run:
+    """Return what the outbox has of a run; see ``run_of``."""
     for request in local.view.requests:
         if request.operation == "log_batch":
             fold_batch(local.view, request.arguments)
-    return run_of(local.view, run_id, artifact_uri)
+    return run_of(local.view, run_id, artifact_uri, bounded=bounded)
 
 
 def fold_batch(view: RunView, arguments: bytes) -> None:
@@ -127,9 +137,9 @@ def links(requests: Iterable[Kept], theirs: Run | None) -> tuple[RunInputs, RunO
     return RunInputs(dataset_inputs=datasets, model_inputs=read), RunOutputs(model_outputs=made)
 
 
-def points(events: Iterable[tuple[str, Event]], key: str) -> list[Metric]:
-    """Return the points of a metric among events."""
-    found = []
+def points(events: Iterable[tuple[str, Event]], key: str, *, bounded: bool = False) -> list[Metric]:
+    """Return the points of a metric among events; see ``run_of``."""
+    found: list[Metric] = []
     for _, event in events:
         if isinstance(event, MetricEvent) and event.key == key:
             found.append(Metric(key, event.value, event.time_ms, event.step))
@@ -137,13 +147,28 @@ def points(events: Iterable[tuple[str, Event]], key: str) -> list[Metric]:
             found.append(Metric(key, event.values[key], event.time_ms, event.step))
         elif isinstance(event, Request) and event.operation == "log_batch":
             found += [m for m in codec.loads(event.arguments).get("metrics") or () if m.key == key]
+    for metric in found:
+        metric._value = _shown(metric.value, bounded)
     return found
+
+
+def _shown(value: float, bounded: bool) -> float:
+    return math.copysign(sys.float_info.max, value) if bounded and math.isinf(value) else value
 
 
 def merged_points(server: Iterable[Metric], pending: Iterable[Metric]) -> list[Metric]:
     """Return the points of both, an identical one once, by step and time."""
-    found = {(repr(m.value), m.timestamp, m.step): m for m in [*server, *pending]}
-    return list(found.values())
+    return list({_identity(metric): metric for metric in [*server, *pending]}.values())
+
+
+def unseen_points(server: Iterable[Metric], pending: Iterable[Metric]) -> list[Metric]:
+    """Return those of the pending points that the server does not have."""
+    held = {_identity(metric) for metric in server}
+    return [metric for metric in pending if _identity(metric) not in held]
+
+
+def _identity(metric: Metric) -> tuple[str, int, int]:
+    return repr(metric.value), metric.timestamp, metric.step
 
 
 def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None, location: str) -> LoggedModel | None:

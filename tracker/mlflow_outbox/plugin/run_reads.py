@@ -38,6 +38,8 @@ class RunReads(Experiments):
         super().__init__(store_uri, artifact_uri)
         self._offline_lock = threading.Lock()
         self._offline_runs: dict[str, LocalRun] = {}
+        #: A database is behind the outbox, or behind its server, which shows infinities as the largest number.
+        self._bounded = self.outbox.destination.scheme not in {"file", "databricks"}
 
     def get_run(self, run_id: str) -> Run:
         """Return a run.
@@ -66,10 +68,11 @@ class RunReads(Experiments):
                 raise
         if theirs is not None:
             uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)
-            return self._placed(reads.folded(theirs, local.pending if local is not None else (), run_id, uri))
+            pending = local.pending if local is not None else ()
+            return self._placed(reads.folded(theirs, pending, run_id, uri, bounded=self._bounded))
         local = local or self.local_run(local_id)
         if local is not None:
-            return reads.local_run_of(local, run_id, self._uri(local_id))
+            return reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded)
         if away is not None:
             raise self.server.needed(f"the run {run_id}", away)
         raise no_such("Run", run_id)
@@ -99,7 +102,7 @@ class RunReads(Experiments):
             self._offline_runs[local_id] = local
             while len(self._offline_runs) > _OFFLINE:
                 self._offline_runs.pop(next(iter(self._offline_runs)), None)
-            return reads.local_run_of(local, run_id, self._uri(local_id))
+            return reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded)
 
     def _waiting(self, local_id: str) -> LocalRun | None:
         """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""
@@ -122,7 +125,7 @@ class RunReads(Experiments):
         """
         local_id = self.canonical(run_id)
         local = self._waiting(local_id)
-        pending = reads.points(local.pending, metric_key) if local is not None else []
+        pending = reads.points(local.pending, metric_key, bounded=self._bounded) if local is not None else []
         try:
             found = self.ask_about(
                 local_id,
@@ -137,8 +140,34 @@ class RunReads(Experiments):
                     f"the metric {metric_key} of run {run_id}", Away(str(away), sent=False)
                 ) from None
             return PagedList(reads.merged_points((), self._points_on_disk(local_id, metric_key)), None)
-        last = getattr(found, "token", None) is None
-        return PagedList(reads.merged_points(found, pending if last else ()), getattr(found, "token", None))
+        token = getattr(found, "token", None)
+        if token is not None or not pending:
+            return PagedList(list(found), token)
+        if page_token is not None:  # a point that the server has, and the outbox does not know it yet, is on any page
+            pending = reads.unseen_points(self._history(local_id, metric_key), pending)
+        return PagedList(reads.merged_points(found, pending), None)
+
+    def _history(self, local_id: str, key: str) -> list[Metric]:
+        """Return what the server has of a metric.
+
+        Raises:
+            MlflowException: it has gone away since the question before.
+        """
+        found: list[Metric] = []
+        token = None
+        while True:
+            try:
+                some = self.ask_about(
+                    local_id,
+                    lambda store, remote: store.get_metric_history(remote, key, max_results=_PAGE, page_token=token),  # noqa: B023 - called before the next turn
+                    quick=False,
+                )
+            except (Away, NotYet) as away:
+                raise self.server.needed(f"the metric {key}", Away(str(away), sent=False)) from None
+            found += some
+            if not some.token or some.token == token:
+                return found
+            token = some.token
 
     def _points_on_disk(self, local_id: str, key: str) -> list[Metric]:
         found: list[Metric] = []
@@ -147,7 +176,7 @@ class RunReads(Experiments):
         cursors: dict[str, Cursor] = {}
         while True:
             window = reader.window(cursors, points=_PAGE, items=_PAGE)
-            found += reads.points(window.events, key)
+            found += reads.points(window.events, key, bounded=self._bounded)
             if not window.more:
                 return found
             cursors = window.cursors
@@ -240,12 +269,13 @@ class RunReads(Experiments):
             return text
 
     def _local_entity(self, run: Any) -> Run:
-        return reads.local_run_of(run, run.run_id, self._uri(run.run_id))
+        return reads.local_run_of(run, run.run_id, self._uri(run.run_id), bounded=self._bounded)
 
     def _shown(self, run: Run, local: Any) -> Run:
         home = local.run_id if local is not None else run.info.run_id
         uri = self.shown_uri("run", home, run.info.artifact_uri)
-        return self._placed(reads.folded(run, local.pending if local is not None else (), run.info.run_id, uri))
+        pending = local.pending if local is not None else ()
+        return self._placed(reads.folded(run, pending, run.info.run_id, uri, bounded=self._bounded))
 
     @staticmethod
     def _matching(runs: list[Run], filter_string: str, view: int, order_by: list[str] | None) -> list[Run]:
