@@ -5,7 +5,8 @@ MLflow's id only then. A request that names a run whose turn has not come waits 
 follows in the same journal. Since an id is given before it is used, nothing can wait for itself.
 
 Once in effect: most of these requests change nothing when they are made again. The others are recognised by their
-answers (a row that exists), or carry a tag of the outbox by which what they create is found before it is created.
+answers (a row that exists; a model's param has to have the value, too), or carry a tag of the outbox by which what they
+create is found before it is created.
 
 A replay to another place than the one a request was logged for replaces MLflow's own ids in it too: see ``copies``.
 """
@@ -252,9 +253,37 @@ class Calls:
         try:
             self._sink.call(request.operation, body)
         except SinkError as error:
-            if not _is_applied(request.operation, error):
-                return not refuse(msgspec.structs.replace(request, arguments=body.encode()), error)
+            verdict = self._verdict(request.operation, body, error)
+            if verdict is not None:
+                return not refuse(msgspec.structs.replace(request, arguments=body.encode()), verdict)
         return True
+
+    def _verdict(self, operation: str, body: str, error: SinkError) -> SinkError | None:
+        """Return what stands against a request that failed; None when the store has what was asked for.
+
+        Raises:
+            SinkError: it had to be asked, and could not be.
+        """
+        if operation in _ONE_BY_ONE and _ROW_EXISTS.search(str(error)) is not None:
+            if operation != "log_logged_model_params" or self._has_params(arguments_of(body.encode())):
+                return None
+            msg = "the model has this param with another value, and MLflow does not change it"
+            return SinkError(msg, kind="answer", status=HTTPStatus.BAD_REQUEST, code="INVALID_PARAMETER_VALUE")
+        applied = operation == "create_experiment" and error.code == "RESOURCE_ALREADY_EXISTS"
+        if operation in _DELETES:
+            applied = error.code == "RESOURCE_DOES_NOT_EXIST" or "No tag with name" in str(error)
+        return None if applied else error
+
+    def _has_params(self, wanted: dict[str, Any]) -> bool:
+        """Return whether a model has params with these values, of which only the keys are known to be there."""
+        try:
+            held = self._sink.model_params(str(wanted["model_id"]))
+        except SinkError as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return True  # it was deleted, and there is nobody left to read them
+        given = (param["v"] for param in wanted["params"])
+        return all(held.get(param["key"]) == param.get("value", "") for param in given)
 
     def _placed(self, request: Request, of: str) -> bytes:
         if self._copies is None:
@@ -325,11 +354,3 @@ def _parts(operation: str, body: str) -> list[str]:
         return [body]
     arguments = arguments_of(body.encode())
     return [msgspec.json.encode({**arguments, name: [item]}).decode() for item in arguments.get(name) or ()]
-
-
-def _is_applied(operation: str, error: SinkError) -> bool:
-    if operation in _ONE_BY_ONE:
-        return _ROW_EXISTS.search(str(error)) is not None
-    if operation in _DELETES:
-        return error.code == "RESOURCE_DOES_NOT_EXIST" or "No tag with name" in str(error)
-    return operation == "create_experiment" and error.code == "RESOURCE_ALREADY_EXISTS"

@@ -168,6 +168,10 @@ class Sink(Protocol):
         """Return by their ids the logged models whose ``mlflow_outbox.model_id`` tag is local_id."""
         ...
 
+    def model_params(self, model_id: str) -> Mapping[str, str]:
+        """Return the params of a logged model."""
+        ...
+
     def artifact_location(self, kind: str, subject: str) -> str:
         """Return MLflow's artifact URI of a "run", a "model" or an "experiment"."""
         ...

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from mlflow.entities import LoggedModel, LoggedModelParameter, LoggedModelTag
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.name_utils import _generate_random_name
 from mlflow.utils.validation import _validate_logged_model_name
 
@@ -18,9 +18,16 @@ from mlflow_outbox.plugin.runs import Runs
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 
+#: Models whose params are remembered; those of others are looked up on the disk.
+_MODELS: Final = 512
+
 
 class Models(Runs):
     """Logged models: made online first, everything after goes through the journal of the run that made them."""
+
+    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
+        super().__init__(store_uri, artifact_uri)
+        self._model_params: dict[str, dict[str, str]] = {}
 
     def create_logged_model(
         self,
@@ -52,6 +59,7 @@ class Models(Runs):
         made = self._made_by_server(arguments)
         model_id = made.model_id if made is not None else local
         self._model_homes[model_id] = home.run_id
+        self._model_params[model_id] = {param.key: param.value for param in params or ()}
         home.request(
             "create_logged_model", known=made.model_id if made is not None else "", model_id=model_id, **arguments
         )
@@ -151,8 +159,36 @@ class Models(Runs):
         self.model_home(model_id).request("delete_logged_model_tag", model_id=model_id, key=key)
 
     def log_logged_model_params(self, model_id: str, params: list[LoggedModelParameter]) -> None:
-        """Log params of a logged model."""
-        self.model_home(model_id).request("log_logged_model_params", model_id=model_id, params=list(params))
+        """Log params of a logged model.
+
+        Raises:
+            MlflowException: one of them is known to have another value, or there is no such model.
+        """
+        home = self.model_home(model_id)
+        held = self._params_of(home, model_id)
+        if self.outbox.destination.scheme != "file":  # which overwrites them
+            for param in params:
+                if held.get(param.key, param.value) != param.value:
+                    msg = (
+                        f"Changing param values is not allowed. Param with key='{param.key}' was already logged with "
+                        f"value='{held[param.key]}' for model ID='{model_id}'. "
+                        f"Attempted logging new value '{param.value}'."
+                    )
+                    raise MlflowException(msg, error_code=BAD_REQUEST)
+        home.request("log_logged_model_params", model_id=model_id, params=list(params))
+        held.update({param.key: param.value for param in params})
+
+    def _params_of(self, home: OpenRun, model_id: str) -> dict[str, str]:
+        """Return the params of a model as far as this outbox knows them; the server is not asked for a write."""
+        held = self._model_params.get(model_id)
+        if held is None:
+            local = self.local_run(home.run_id)
+            requests = local.view.requests if local is not None else []
+            found = reads.model_of(requests, model_id, None, "")
+            held = self._model_params[model_id] = dict(found.params) if found is not None else {}
+            while len(self._model_params) > _MODELS:
+                self._model_params.pop(next(iter(self._model_params)), None)
+        return held
 
     def delete_logged_model(self, model_id: str) -> None:
         """Delete a logged model."""

@@ -177,6 +177,11 @@ class Recorder:
         return calls.find_models(self._store, experiment_id, local_id)
 
     @_translated
+    def model_params(self, model_id: str) -> Mapping[str, str]:
+        """Return the params of a logged model."""
+        return dict(self._store.get_logged_model(model_id).params)
+
+    @_translated
     def artifact_location(self, kind: str, subject: str) -> str:
         """Return the artifact URI of a "run", a "model" or an "experiment"."""
         return self._place(kind, subject)

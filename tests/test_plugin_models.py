@@ -1,0 +1,89 @@
+"""Params and outputs of logged models through the plugin: what is there already is not changed without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from contents import client
+from mlflow_outbox.testing.proxy import FaultProxy
+from plugin_world import deliver, store, tracking
+from servers import MlflowServer
+
+
+@pytest.mark.parametrize("mode", ["plain", "up", "away", "killed"])
+def test_a_changed_param_of_a_model_is_refused_at_the_call(
+    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Whether it was given at the creation or later; the first value stays, and further params are taken."""
+    from mlflow.exceptions import MlflowException
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        if mode == "away":
+            proxy.down()
+        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            model = mlflow.initialize_logged_model(name="m", params={"a": "1"})
+            if mode == "killed":
+                proxy.down()
+            mlflow.log_model_params({"b": "1"}, model_id=model.model_id)
+            for changed in ({"a": "2"}, {"b": "2"}, {"c": "1", "a": "2"}):
+                with pytest.raises(MlflowException) as raised:
+                    mlflow.log_model_params(changed, model_id=model.model_id)
+                assert "BAD_REQUEST" == raised.value.error_code
+            mlflow.log_model_params({"d": "1"}, model_id=model.model_id)
+            proxy.up()
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        number = api.get_experiment_by_name(experiment_name).experiment_id
+        (found,) = api.search_logged_models([number])
+        assert {"a": "1", "b": "1", "d": "1"} == found.params
+
+
+def test_another_process_knows_the_params_of_a_model_from_the_outbox(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Also when they were delivered in the meantime."""
+    from mlflow.exceptions import MlflowException
+
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            model = mlflow.initialize_logged_model(name="m", params={"a": "1"}, source_run_id=run.info.run_id)
+            deliver(uri)
+            changed = pytest.raises(MlflowException, match="Changing param values")
+            with tracking(uri, tmp_path, poll_interval=0.03) as other, changed:  # with a store and journals of its own
+                other.MlflowClient().log_model_params(model.model_id, {"a": "2"})
+
+
+def test_a_param_that_somebody_else_gave_another_value_is_a_dead_letter(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The call cannot know it. The same value is no trouble, and the params beside it arrive."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            model = mlflow.initialize_logged_model(name="m")
+            deliver(uri)
+            with client(mlflow_server.url) as api:
+                api.log_model_params(model.model_id, {"theirs": "1", "same": "1"})
+            mlflow.log_model_params({"mine": "1", "theirs": "2", "same": "1"}, model_id=model.model_id)
+            result = store(uri).outbox.flush(60)
+            assert (0, 0, 1) == (result.pending, result.parked, result.dead)
+    with client(mlflow_server.url) as api:
+        assert {"mine": "1", "theirs": "1", "same": "1"} == api.get_logged_model(model.model_id).params
+
+
+def test_a_file_store_overwrites_the_param_of_a_model(file_uri: str, experiment_name: str, tmp_path: Path) -> None:
+    """As it does without an outbox."""
+    uri = f"outbox+{file_uri}"
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        mlflow.set_experiment(experiment_name)
+        model = mlflow.initialize_logged_model(name="m", params={"a": "1"})
+        mlflow.log_model_params({"a": "2"}, model_id=model.model_id)
+        deliver(uri)
+        assert {"a": "2"} == mlflow.get_logged_model(model.model_id).params
