@@ -82,6 +82,41 @@ def test_a_deleted_run_takes_nothing_until_it_is_restored(
         assert ["x.txt"] == [file.path for file in api.list_artifacts(found.info.run_id)]
 
 
+@pytest.mark.parametrize("mode", ["plain", "up", "away", "killed"])
+def test_the_runs_of_a_deleted_experiment_take_nothing_until_it_is_restored(
+    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """As the program knows that deleted it, whether the server is there or not; runs of others go on."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        if mode == "away":
+            proxy.down()
+        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            api = mlflow.MlflowClient()
+            number = api.create_experiment(experiment_name)
+            run_id = api.create_run(number, tags={"kept": "yes"}).info.run_id
+            other_id = api.create_run(
+                api.create_experiment(f"{experiment_name}-other"), tags={"kept": "yes"}
+            ).info.run_id
+            if mode == "killed":
+                deliver(uri)
+                proxy.down()
+            api.delete_experiment(number)
+            for _ in range(2):
+                assert list(WRITES) == refused(api, run_id)
+            assert [] == refused(api, other_id)
+            proxy.up()
+            if mode != "plain":
+                eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+            api.restore_experiment(number)
+            assert [] == refused(api, run_id)
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        for name in (experiment_name, f"{experiment_name}-other"):
+            (found,) = api.search_runs([api.get_experiment_by_name(name).experiment_id])
+            assert ({"m": 1.0}, {"p": "1"}) == (found.data.metrics, found.data.params)
+
+
 @pytest.mark.parametrize("mode", ["plain", "up", "away"])
 def test_a_run_that_this_outbox_has_not_met_is_restored_and_one_that_is_nowhere_is_not(
     mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -8,7 +8,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import deliver, store, tracking
+from plugin_world import deliver, store, the_runs, tracking
 from servers import MlflowServer
 
 
@@ -87,3 +87,39 @@ def test_a_file_store_overwrites_the_param_of_a_model(file_uri: str, experiment_
         mlflow.log_model_params({"a": "2"}, model_id=model.model_id)
         deliver(uri)
         assert {"a": "2"} == mlflow.get_logged_model(model.model_id).params
+
+
+@pytest.mark.parametrize("mode", ["plain", "up", "away", "killed"])
+def test_a_model_is_an_output_of_a_run_once(
+    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A second time is refused at the call, with all that came with it."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        if mode == "away":
+            proxy.down()
+        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            api = mlflow.MlflowClient()
+            with mlflow.start_run() as run:
+                names = ["a", "b", "c"]
+                one, two, three = (
+                    LoggedModelOutput(mlflow.initialize_logged_model(name=name).model_id, 1) for name in names
+                )
+                api.log_outputs(run.info.run_id, [one])
+                if mode == "killed":
+                    proxy.down()
+                for again in ([one], [one, two], [two, two]):
+                    with pytest.raises(MlflowException) as raised:
+                        api.log_outputs(run.info.run_id, again)
+                    assert "BAD_REQUEST" == raised.value.error_code
+                api.log_outputs(run.info.run_id, [three])
+            proxy.up()
+            deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    with client(mlflow_server.url) as plain:
+        made = sorted(plain.get_logged_model(model.model_id).name for model in found.outputs.model_outputs)
+    assert ["a", "c"] == made

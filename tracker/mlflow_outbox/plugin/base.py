@@ -76,6 +76,8 @@ class Base:
         self._models_have_metrics = False
         #: Runs that were deleted when this process last heard of them.
         self._deleted: set[str] = set()
+        #: Experiments that this process deleted.
+        self._gone: set[str] = set()
         if destination.scheme == "sqlite":
             # As MLflow's own store does: its tables are there before anybody else, the worker too, looks for them.
             self.ask(lambda store: store)
@@ -189,7 +191,9 @@ class Base:
         experiment = ""
         if self.journals.exists(local):
             known = self.local_run(local)
-            if known is not None and known.view.lifecycle == "deleted":
+            if known is not None and (
+                known.view.lifecycle == "deleted" or self.shown_experiment(known.view.experiment_id) in self._gone
+            ):
                 self._deleted.add(local)
         else:
             if provisional.is_provisional(local) and not delivery.reading(self.outbox).remote_id(local):
@@ -221,8 +225,7 @@ class Base:
     def get_run(self, run_id: str) -> Any:
         """Return a run; see ``RunReads``."""
 
-    @staticmethod
-    def _check_active(run: Any) -> None:
+    def _check_active(self, run: Any) -> None:
         if run.info.lifecycle_stage != "active":
             raise MlflowException.invalid_parameter_value(
                 f"The run {run.info.run_id} must be in the 'active' state. Current state is {run.info.lifecycle_stage}."

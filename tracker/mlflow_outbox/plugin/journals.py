@@ -31,12 +31,14 @@ class OpenRun:
 
     Attributes:
         params: those logged by this process, for MLflow's rule that a param never changes.
+        outputs: models that this process logged as outputs, which a database takes once.
     """
 
     def __init__(self, run_id: str, journal: Journal) -> None:
         self.run_id = run_id
         self.journal = journal
         self.params: dict[str, str] = {}
+        self.outputs: set[str] = set()
 
     def append(self, event: Event) -> None:
         """Write one event; what the disk refuses is counted and said by the journal."""
@@ -123,6 +125,10 @@ class Journals:
             for held in RunReader(parent / run_id).segments().values():
                 return RunIdentity(run_id, held[0].header.experiment, held[0].header.remote)
         return RunIdentity(run_id, experiment, remote=not provisional.is_provisional(run_id))
+
+    def runs(self) -> list[str]:
+        """Return the ids of the runs that this process writes to."""
+        return [run_id for run_id in list(self._open) if not provisional.is_room(run_id)]
 
     def wrote(self) -> bool:
         """Return whether this process has written anything."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 from mlflow.entities import LoggedModelOutput, Metric, Run, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos import service_pb2
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_MODELS, MLFLOW_RUN_NAME, MLFLOW_USER
 from mlflow.utils.name_utils import _generate_random_name
@@ -41,6 +41,16 @@ _GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
 
 class Runs(RunReads):
     """Runs of one tracking URI."""
+
+    def _check_active(self, run: Any) -> None:
+        super()._check_active(run)
+        # MLflow deletes the runs of an experiment with it; what is on disk alone does not say so.
+        if self.shown_experiment(run.info.experiment_id) in self._gone and not self._can_answer(
+            self.canonical(run.info.run_id)
+        ):
+            raise MlflowException.invalid_parameter_value(
+                f"The run {run.info.run_id} must be in the 'active' state. Current state is deleted."
+            )
 
     # -- life
 
@@ -178,6 +188,17 @@ class Runs(RunReads):
         run = self.writable(run_id)
         run.request("restore_run", run_id=run.run_id)
 
+    def delete_experiment(self, experiment_id: str) -> None:
+        """Delete an experiment, and with it its runs."""
+        super().delete_experiment(experiment_id)
+        self._gone.add(self.shown_experiment(str(experiment_id)))
+        self._deleted.update(self.journals.runs())  # any of them may be one of its: it is looked before the next write
+
+    def restore_experiment(self, experiment_id: str) -> None:
+        """Restore a deleted experiment, and with it its runs."""
+        super().restore_experiment(experiment_id)
+        self._gone.discard(self.shown_experiment(str(experiment_id)))
+
     # -- writing
 
     def log_batch(self, run_id: str, metrics: Sequence[Metric], params: Sequence[Any], tags: Sequence[Any]) -> None:
@@ -281,13 +302,22 @@ class Runs(RunReads):
         run.request("log_inputs", run_id=run.run_id, datasets=list(datasets or ()), models=list(models or ()))
 
     def log_outputs(self, run_id: str, models: Any) -> None:
-        """Log models that a run makes."""
+        """Log models that a run makes.
+
+        Raises:
+            MlflowException: it is known to have made one of them already, which a database does not take twice.
+        """
         made = [
             LoggedModelOutput(model.model_id, self.integers.whole(model.step, service_pb2.ModelOutput, "step"))
             for model in models
         ]
         run = self.active(run_id)
+        ids = [model.model_id for model in made]
+        if self.outbox.destination.scheme != "file" and (len({*ids}) < len(ids) or run.outputs & {*ids}):
+            msg = f"Run with ID='{run.run_id}' has one of these models as an output already: {', '.join(ids)}."
+            raise MlflowException(msg, error_code=BAD_REQUEST)
         run.request("log_outputs", run_id=run.run_id, models=made)
+        run.outputs.update(ids)
 
     def record_logged_model(self, run_id: str, mlflow_model: Any) -> None:
         """Add a model to the run's history of models, which is a tag."""
