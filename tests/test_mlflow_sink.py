@@ -70,9 +70,9 @@ class TestTrackingServer(SinkContract):
         self, mlflow_server: MlflowServer, experiment_name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Where a future MLflow calls its transport otherwise, its own makes the one attempt."""
-        from mlflow_outbox_worker.mlflow_sink import transport
+        from mlflow_outbox_worker.mlflow_sink import rebound
 
-        monkeypatch.setattr(transport, "_TRANSPORT_NAME", "a name of the future")
+        monkeypatch.setattr(rebound, "_TRANSPORT_NAME", "a name of the future")
         with closing(open_sink(mlflow_server.url)) as sink:
             new_run(sink, sink.experiment_id(experiment_name))
         with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -39,6 +40,20 @@ def start(outbox: Outbox) -> Worker:
         OSError: no process can be started.
     """
     return cast("Worker", _half(outbox.worker_kind).start(outbox))
+
+
+def prepare(outbox: Outbox) -> None:
+    """Import now what threads of this process will use for an outbox, if MLflow is part of the program.
+
+    Imports in a thread and MLflow's own import hooks can make each other wait for ever.
+    """
+    if "mlflow" in sys.modules:
+        _half("thread").prepare(outbox)
+
+
+def prepare_artifacts(scheme: str) -> None:
+    """Do the same for places of artifacts whose URI has this scheme."""
+    _half("mlflow_sink").prepare_artifacts(scheme)
 
 
 def flush(outbox: Outbox, timeout: float | None) -> FlushResult:

@@ -104,7 +104,10 @@ class MLflowTracker:
             counters = Counters()
             counters.warn_once("disabled", f"mlflow-outbox: tracking is disabled, nothing can be kept: {error}")
             return None
-        return shared(directory, self._destination, self._settings, worker)
+        outbox = shared(directory, self._destination, self._settings, worker)
+        if worker == "thread":
+            delivery.prepare(outbox)
+        return outbox
 
     def __repr__(self) -> str:
         state = "disabled" if self.disabled else str(self.outbox_path)

@@ -2,8 +2,11 @@
 
 The loop itself runs in a child process (``child``), so that it takes nothing of the experiment's interpreter, unless
 the experiment has imported MLflow: then only once there is much to deliver (``handover``). Until then its modules are
-imported by the thread, not by the call that starts it: that call is somebody's first ``log_metric``, and they take a
-tenth of a second. A fork waits until they are there (``forking``).
+imported before, when the tracker or the plugin's store is made (``prepare``): a thread that imports while the program
+calls ``mlflow.autolog()`` can make both wait for ever, because MLflow and CPython each hold a lock that the other one
+wants (``mlflow_sink.rebound``). A program that imports MLflow only after that has its thread import them, not the call
+that starts it: that call is somebody's first ``log_metric``, and they take a tenth of a second. A fork waits until they
+are there (``forking``).
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from __future__ import annotations
 # exits: a script that logs and ends at once would otherwise lose its flush to "can't register atexit after shutdown"
 # somewhere inside of mlflow.
 import concurrent.futures.thread  # noqa: F401 - see above
+import importlib
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox_worker.forking import importing
@@ -90,6 +94,26 @@ class ThreadWorker:
 def is_mlflow_imported() -> bool:
     """Return whether this process has mlflow already."""
     return "mlflow" in sys.modules
+
+
+def prepare(outbox: Outbox) -> None:
+    """Import in this thread what the threads of an outbox use, where they share the program's MLflow.
+
+    What cannot be imported is counted, and said by whoever needs it.
+    """
+    if not is_mlflow_imported():
+        return
+    try:
+        with importing():
+            for name in ("child", "delivery", "flush", "reading", "mlflow_sink"):
+                importlib.import_module(f"mlflow_outbox_worker.{name}")
+        mlflow_sink: Any = sys.modules["mlflow_outbox_worker.mlflow_sink"]
+        mlflow_sink.prepare(outbox.destination.secret_uri or outbox.destination.uri)
+    except Exception as error:  # noqa: BLE001 - whatever an import raises; counted and said, the worker tries again
+        outbox.counters.add("worker_not_prepared")
+        outbox.counters.warn_once(
+            ("prepare", type(error)), f"mlflow-outbox: not everything is there ({printable(repr(error), 300)})"
+        )
 
 
 def start(outbox: Outbox) -> ThreadWorker:

@@ -61,6 +61,7 @@ class Base:
         root = settings.root or Path(_DEFAULT_ROOT)
         directory = OutboxDirectory.create(root, destination, now_ms=time.time_ns() // 1_000_000)
         self.outbox: Outbox = shared(directory, destination, settings, settings.worker)
+        delivery.prepare(self.outbox)
         self.server = Server(self.outbox)
         self.arrivals = Arrivals(self.outbox, self.server)
         self.ids = Ids(self.outbox)
@@ -284,6 +285,7 @@ class Base:
             if scheme != "mlflow-artifacts":
                 self._roots[_path_of(theirs)] = (kind, subject)
                 claim(scheme)
+                delivery.prepare_artifacts(scheme)
             self._artifact_uris[subject] = theirs
             return theirs
         return self.own_uri(kind, subject)

@@ -4,15 +4,18 @@
 ``open_client`` import it when they are called, in the worker.
 
 Rooms: ``stores`` opens the store of a URI, ``rest`` is the store of a tracking server with one attempt per request,
-``transport`` makes that attempt within a deadline, ``artifacts`` moves files, ``recorder`` is the ``Sink`` made of
-them. Foreign exceptions become ``SinkError`` in ``boundary``; what a request without an answer means, ``transport``
-knows.
+``transport`` makes that attempt within a deadline, with what ``rebound`` makes of MLflow's own function, ``artifacts``
+moves files, ``recorder`` is the ``Sink`` made of them. Foreign exceptions become ``SinkError`` in ``boundary``; what a
+request without an answer means, ``transport`` knows.
 
 What the host of this library is spared: the environment, the global tracking URI and the logging configuration stay
 as they are. MLflow's own loggers are silenced for the calling thread during a call, by the switch that MLflow's
 handlers have for that; a host that replaced those handlers sees MLflow's messages, as it chose to. What ``import
 mlflow`` itself does is not undone: it gives its own loggers handlers, and some versions set a variable of their own in
 the environment.
+
+Nothing is imported later than in ``prepare``, where MLflow is part of the program: a thread that looks for a module
+while the program calls ``mlflow.autolog()`` would wait for it for ever, and it for the thread (``rebound``).
 
 What MLflow keeps of special values: SQL stores, also behind a server, hold NaN as NaN, and plus and minus infinity
 as plus and minus 1.7976931348623157e308; a file store holds all three as they are. Reading back returns what the
@@ -21,7 +24,10 @@ store holds.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 from mlflow_outbox.errors import TrackingUnavailable
@@ -29,9 +35,87 @@ from mlflow_outbox_worker.forking import importing
 from mlflow_outbox_worker.sink import Sink, SinkError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import ModuleType
+
     from mlflow import MlflowClient
 
-__all__ = ["open_client", "open_sink"]
+__all__ = ["open_client", "open_sink", "prepare", "prepare_artifacts"]
+
+#: What MLflow's repositories of artifacts import at their first use, by the scheme of the artifact URI.
+_CLIENTS = {
+    "s3": ("boto3", "botocore.client", "botocore.config"),
+    "r2": ("boto3", "botocore.client", "botocore.config"),
+    "b2": ("boto3", "botocore.client", "botocore.config"),
+    "gs": ("google.auth", "google.cloud.storage"),
+    "wasbs": ("azure.identity", "azure.storage.blob"),
+    "wasb": ("azure.identity", "azure.storage.blob"),
+    "abfss": ("azure.identity", "azure.storage.filedatalake"),
+    "hdfs": ("pyarrow.fs",),
+    "viewfs": ("pyarrow.fs",),
+    "sftp": ("pysftp",),
+    "dbfs": ("databricks.sdk",),
+}
+
+
+def prepare(uri: str) -> None:
+    """Import in this thread what is used for a destination, so that no other thread has to.
+
+    Args:
+        uri: as for ``open_sink``.
+    """
+    _import_mlflow()
+    from mlflow_outbox_worker.mlflow_sink import rebound, stores  # imports mlflow
+
+    with importing():
+        rebound.of_databricks()
+        scheme = stores.scheme_of(uri)
+        if scheme == "databricks":
+            _import_if_there("databricks.sdk")
+        elif scheme in {"http", "https"}:
+            _prepare_authentication(uri)
+        elif scheme != "file":
+            _prepare_database(uri)
+
+
+@functools.cache
+def prepare_artifacts(scheme: str) -> None:
+    """Import in this thread what files are stored with where their URI has this scheme."""
+    with importing():
+        for name in _CLIENTS.get(scheme, ()):
+            _import_if_there(name)
+
+
+def _prepare_authentication(uri: str) -> None:
+    from mlflow.utils.credentials import get_default_host_creds
+
+    creds = get_default_host_creds(uri)
+    if creds.aws_sigv4:
+        _import_if_there("requests_auth_aws_sigv4")
+    if getattr(creds, "auth", None):
+        _import_if_there("mlflow.tracking.request_auth.registry")
+
+
+def _prepare_database(uri: str) -> None:
+    import sqlalchemy.exc
+    from mlflow.store import db
+    from sqlalchemy.engine import make_url
+
+    importlib.import_module("mlflow_outbox_worker.mlflow_sink.database")
+    for name in ("alembic.command", "alembic.config", *(f"{db.__name__}.{m.name}" for m in _modules(db))):
+        _import_if_there(name)  # what migrations of its tables use
+    with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, ImportError):  # opening it will say what is missing
+        make_url(uri).get_dialect().import_dbapi()
+
+
+def _modules(package: ModuleType) -> Iterable[pkgutil.ModuleInfo]:
+    return pkgutil.iter_modules(package.__path__)
+
+
+def _import_if_there(name: str) -> None:
+    """Import a module; one that is missing is missed, and named, where it is used."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
 
 
 def open_sink(

@@ -11,9 +11,9 @@ underneath, which
 * reads a limited number of bytes of the answer, so that no answer can fill the memory;
 * keeps no connection on which the server failed.
 
-The transport of MLflow itself stays as it is: ``_http_request_over`` makes a second function of the code of
-``http_request``, in which one global name means something else. Where a future MLflow has no such name, its own
-transport serves, without retries, and with a deadline per read only.
+The transport of MLflow itself stays as it is: ``rebound`` makes a second function of the code of ``http_request``, in
+which one global name means something else. Where a future MLflow has no such name, its own transport serves, without
+retries, and with a deadline per read only.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import http.client
 import io
 import json
 import math
+import netrc  # noqa: F401 - requests imports it at the first request, which is made in a thread that must not
 import os
 import socket
 import threading
 import time
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
@@ -41,6 +41,7 @@ import urllib3.exceptions
 from mlflow.exceptions import MlflowException
 from mlflow.utils import rest_utils
 
+from mlflow_outbox_worker.mlflow_sink import rebound
 from mlflow_outbox_worker.mlflow_sink.boundary import clean
 from mlflow_outbox_worker.sink import SinkError
 
@@ -53,8 +54,6 @@ _POOL_SIZE = 16
 
 #: Characters from which on a password is looked for in messages: a shorter one is a part of words, and soon guessed.
 _SECRET_CHARS = 4
-
-_TRANSPORT_NAME = "_get_http_response_with_retries"
 
 
 class Answer(NamedTuple):
@@ -205,7 +204,7 @@ class Transport:
         self._lock = threading.Lock()
         self._session: requests.Session | None = None
         self._session_pid = 0
-        self._http_request = _http_request_over(self._perform)
+        self._http_request = rebound.http_request_over(self._perform)
 
     def request(
         self,
@@ -286,17 +285,6 @@ class Transport:
 
 #: What of the arguments of MLflow's transport is an argument of ``requests``; the rest is about retries.
 _REQUEST_ARGUMENTS = ("headers", "verify", "timeout", "cert", "auth", "params", "json", "data", "stream")
-
-
-def _http_request_over(perform: Callable[..., requests.Response]) -> Callable[..., Any]:
-    original = rest_utils.http_request
-    code = getattr(original, "__code__", None)
-    if code is None or _TRANSPORT_NAME not in code.co_names:
-        return original  # type: ignore[no-any-return]  # mlflow is not followed by mypy
-    names = {**original.__globals__, _TRANSPORT_NAME: perform}
-    rebound = types.FunctionType(code, names, original.__name__, original.__defaults__, original.__closure__)
-    rebound.__kwdefaults__ = original.__kwdefaults__
-    return rebound
 
 
 def _body(response: requests.Response, into: IO[bytes] | None) -> bytes:
