@@ -25,6 +25,7 @@ from mlflow_outbox.spool.events import (
     FileFor,
     Metric,
     Params,
+    Request,
     RunEnded,
     Tags,
     decode,
@@ -89,6 +90,8 @@ def send_again(
     identity = _identity(directory, ledger, letter)
     if isinstance(event, (Artifact, FileFor)):
         _bring_file(directory, settings, letter, event.sha256)
+    elif isinstance(event, Request) and event.kept:
+        _bring_file(directory, settings, letter, event.kept)
     counters = Counters()
     journal = Journal(directory, identity, dataclasses.replace(settings, sync="always"), counters, disk=disk)
     kept = journal.append(event)

@@ -7,9 +7,12 @@ An upload that a server fails to carry out is judged by whether it takes others 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
+
+import msgspec
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
@@ -170,12 +173,14 @@ class Requests:
             outcome = self._answered(error, request.operation)
             if outcome.kind == "already_applied":
                 return False
+            if request.kept:
+                part = request  # a letter names the file; the part may be larger than an event
             refused.add(part, self._letter(record, part, error, outcome))
             return True
 
         before = len(refused.letters)
         try:
-            if self._calls.make(request, refuse, of=record.run_id):
+            if self._calls.make(self._whole(record, request), refuse, of=record.run_id):
                 return
         except _UNREADABLE as error:
             refused.add(request, self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))
@@ -183,6 +188,29 @@ class Requests:
             refuse(request, error)
         if len(refused.letters) > before:
             refused.add_request(request)
+
+    def _whole(self, record: RunRecord, request: Request) -> Request:
+        """Return a request with all its arguments.
+
+        Raises:
+            ValueError: the file with them is gone, or is another one.
+            SinkError: it cannot be read now.
+        """
+        if not request.kept:
+            return request
+        file = RunReader(*self._source.everywhere(record.run_id)).file(request.kept)
+        if not is_digest(request.kept) or file.is_symlink() or not file.is_file():
+            msg = "the copy of its arguments is not in the outbox"
+            raise ValueError(msg)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            msg = f"the copy of its arguments cannot be read: {error.strerror or error}"
+            raise SinkError(msg, kind="connection", sent=False) from None
+        if hashlib.sha256(content).hexdigest() != request.kept:
+            msg = "the copy of its arguments was changed"
+            raise ValueError(msg)
+        return msgspec.structs.replace(request, arguments=content, kept="")
 
     def _upload_for(self, record: RunRecord, file: FileFor, refused: Refused) -> None:
         kind, _, owner = file.owner.partition(":")

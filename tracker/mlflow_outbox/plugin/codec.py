@@ -1,9 +1,10 @@
 """MLflow's entities as JSON and back, for the arguments of calls that travel through the journal.
 
-An entity is written as ``{"$": <class>, "v": <content>}``. Content is the JSON form of the protobuf message that
+An entity is written as ``{"$": <class>, "v": <content>}``, and so are a float that JSON has no number for and an
+object that looks like one of these itself. Content is the JSON form of the protobuf message that
 MLflow itself sends, so it is complete and compatible between MLflow's versions; only metrics (floats that JSON has no
-word for) and spans, whose message does not hold their trace's id, have a form of their own. Only the classes named
-here are ever made from what is read.
+word for) and spans, whose message does not hold their trace's id, have a form of their own; what people put into spans
+and assessments may hold such floats too. Only the classes named here are ever made from what is read.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _MESSAGES: Final[dict[str, tuple[Any, Any]]] = {
     "LoggedModelTag": (LoggedModelTag, service_pb2.LoggedModelTag),
 }
 _PAIRS: Final[dict[str, Any]] = {"RunTag": RunTag, "ExperimentTag": ExperimentTag, "Param": Param}
+#: Bytes; arguments up to this are short.
+_SHORT: Final = 4096
+_MARKS: Final = {"$", "v"}
 _METRIC: Final = ("key", "value", "timestamp", "step", "model_id", "dataset_name", "dataset_digest", "run_id")
 
 
@@ -45,8 +49,15 @@ def dumps(arguments: dict[str, Any]) -> bytes:
 
     Raises:
         TypeError: a value is of a kind that cannot be written.
+        ValueError: it holds itself, or is too deep.
     """
     return json.dumps({key: _encoded(value) for key, value in arguments.items()}, allow_nan=False).encode()
+
+
+def short(arguments: dict[str, Any]) -> bytes:
+    """Return those of the arguments that are short, as JSON: ids and names, which say what the call is about."""
+    parts = {key: json.dumps(_encoded(value), allow_nan=False) for key, value in arguments.items()}
+    return json.dumps({key: json.loads(part) for key, part in parts.items() if len(part) <= _SHORT}).encode()
 
 
 def loads(data: bytes | str) -> dict[str, Any]:
@@ -72,7 +83,8 @@ def _encoded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_encoded(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _encoded(item) for key, item in value.items()}
+        content = {str(key): _encoded(item) for key, item in value.items()}
+        return content if content.keys() != _MARKS else {"$": "dict", "v": content}
     return {"$": _name(value), "v": _content(value)}
 
 
@@ -90,12 +102,10 @@ def _content(value: Any) -> Any:
         return {field: _encoded(getattr(value, field, None)) for field in _METRIC}
     if name in _PAIRS:
         return {"key": value.key, "value": value.value}
-    if name == "Span":
-        return value.to_dict()
-    if name == "TraceInfo":
-        return value.to_dict()
+    if name in {"Span", "TraceInfo"}:
+        return _encoded(value.to_dict())
     if name == "Assessment":
-        return value.to_dictionary()
+        return _encoded(value.to_dictionary())
     return MessageToDict(value.to_proto(), preserving_proto_field_name=True)
 
 
@@ -104,7 +114,7 @@ def _decoded(value: Any) -> Any:
         return [_decoded(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if set(value) != {"$", "v"}:
+    if value.keys() != _MARKS:
         return {key: _decoded(item) for key, item in value.items()}
     return _made(value["$"], value["v"])
 
@@ -112,20 +122,22 @@ def _decoded(value: Any) -> Any:
 def _made(name: str, content: Any) -> Any:
     if name == "float":
         return float(content)
+    if name == "dict":
+        return {key: _decoded(item) for key, item in content.items()}
     if name == "Metric":
         return Metric(**{field: _decoded(content[field]) for field in _METRIC if field in content})
     if name in _PAIRS:
         return _PAIRS[name](content["key"], content["value"])
     if name == "Span":
-        return Span.from_dict(content)
+        return Span.from_dict(_decoded(content))
     if name == "LoggedModelStatus":
         return LoggedModelStatus[content]
     if name == "TraceInfo":
-        return TraceInfo.from_dict(content)
+        return TraceInfo.from_dict(_decoded(content))
     if name == "Assessment":
         from mlflow.entities import Assessment
 
-        return Assessment.from_dictionary(content)
+        return Assessment.from_dictionary(_decoded(content))
     if name in _MESSAGES:
         entity, message = _MESSAGES[name]
         return entity.from_proto(ParseDict(content, message(), ignore_unknown_fields=True))

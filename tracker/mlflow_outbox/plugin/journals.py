@@ -7,11 +7,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from mlflow.exceptions import MlflowException
+
+from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.plugin import codec
-from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool import frame, provisional
 from mlflow_outbox.spool.events import Event, Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
+from mlflow_outbox.spool.snapshot import SnapshotStore
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Journals kept open for further events; a closed one is begun again when it is needed.
 _MOST: Final = 512
+#: Bytes of the arguments of a call that stand in its event; larger ones, of spans with images say, become a file.
+MOST_INLINE: Final = frame.MAX_PAYLOAD - 64 * 1024
 
 
 def now_ms() -> int:
@@ -34,9 +41,10 @@ class OpenRun:
         outputs: models that this process logged as outputs, which a database takes once.
     """
 
-    def __init__(self, run_id: str, journal: Journal) -> None:
+    def __init__(self, run_id: str, journal: Journal, outbox: Outbox) -> None:
         self.run_id = run_id
         self.journal = journal
+        self._outbox = outbox
         self.params: dict[str, str] = {}
         self.outputs: set[str] = set()
 
@@ -51,8 +59,39 @@ class OpenRun:
             operation: the store's method.
             known: id that MLflow gave already to what the call creates.
             **arguments: the method's arguments.
+
+        Raises:
+            MlflowException: they cannot be written, or are larger than the outbox takes; counted, because MLflow's
+                exporter of traces keeps it to itself.
         """
-        self.append(Request(operation, codec.dumps(arguments), now_ms(), known))
+        try:
+            content = codec.dumps(arguments)
+            kept = ""
+            if len(content) > MOST_INLINE:
+                reason = self._outbox.guard.reason()
+                if reason is not None:  # as the journal does with an event
+                    self._outbox.counters.add("refused_full")
+                    self._outbox.counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
+                    return
+                kept, content = self._keep(content), codec.short(arguments)
+        except (TypeError, ValueError, RecursionError, ArtifactRefused) as error:
+            self._outbox.counters.add("requests_refused")
+            reason = f"{operation} cannot be kept: {printable(error, 300)}"
+            say_once(self._outbox, f"refused {operation} {type(error).__name__}", reason)
+            raise MlflowException.invalid_parameter_value(reason) from error
+        self.append(Request(operation, content, now_ms(), known, kept))
+
+    def _keep(self, content: bytes) -> str:
+        """Keep arguments as a file of the run, as files are; it is there before the event that names it."""
+        settings = self._outbox.settings
+        try:
+            copies = SnapshotStore(self.journal.directory.make_run(self.run_id), durable=settings.sync == "always")
+        except OSError as error:
+            raise ArtifactRefused("no_room_for_file", str(error)) from None
+        kept = copies.add_bytes(content, limit=settings.artifact_bytes, name="arguments")
+        if settings.sync == "interval":
+            self.journal.sync_later(copies, kept.sha256)
+        return kept.sha256
 
 
 class Journals:
@@ -91,7 +130,9 @@ class Journals:
         with self._lock:
             held = self._open.get(run_id)
             if held is None:
-                held = self._open[run_id] = OpenRun(run_id, self._outbox.journal(self._identity(run_id, experiment)))
+                held = self._open[run_id] = OpenRun(
+                    run_id, self._outbox.journal(self._identity(run_id, experiment)), self._outbox
+                )
                 while len(self._open) > _MOST:
                     first = next(iter(self._open))
                     self._open.pop(first).journal.close()

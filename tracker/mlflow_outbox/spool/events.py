@@ -124,12 +124,15 @@ class Request(msgspec.Struct, array_like=True, tag=9, frozen=True, gc=False):
         operation: the store's method, for instance "log_inputs".
         arguments: its arguments, a JSON object; entities of MLflow are written as ``plugin.codec`` says.
         known: the id that MLflow gave to what the call creates, which it did already; "" when it is to be made.
+        kept: hex digest of a file under ``files/`` with all the arguments, which are more than an event holds:
+            ``arguments`` has the short ones only; "" when it has all.
     """
 
     operation: str
     arguments: bytes
     time_ms: int
     known: str = ""
+    kept: str = ""
 
 
 class FileFor(msgspec.Struct, array_like=True, tag=10, frozen=True):

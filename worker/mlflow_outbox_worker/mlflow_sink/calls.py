@@ -10,6 +10,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool.provisional import MODEL_ID_TAG
+from mlflow_outbox_worker.mlflow_sink.artifacts import LEAST_UPLOAD_RATE
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, ServerStore, checked
 from mlflow_outbox_worker.sink import OPERATIONS, RemoteModel
 
@@ -65,11 +66,13 @@ def _log_spans(store: ServerStore, location: str, spans: list[Any]) -> None:
     resource = request.resource_spans.add()
     resource.resource.CopyFrom(resource_to_otel_proto(getattr(spans[0]._span, "resource", None)))
     resource.scope_spans.add().spans.extend(span.to_otel_proto() for span in spans)
+    content = request.SerializeToString()
     answer = store.transport.request(
         store.get_host_creds(),
         "POST",
         OTLP_TRACES_PATH,
-        data=request.SerializeToString(),
+        allowance=len(content) / LEAST_UPLOAD_RATE,
+        data=content,
         extra_headers={"Content-Type": "application/x-protobuf", MLFLOW_EXPERIMENT_ID_HEADER: location},
     )
     if answer.status >= 300:

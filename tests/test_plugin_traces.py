@@ -1,0 +1,142 @@
+"""Traces through the plugin, whatever is in them and however large they are."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_outbox.plugin import codec
+from mlflow_outbox.plugin.journals import MOST_INLINE
+from mlflow_outbox.spool.events import Request
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.letters import send_again
+from plugin_world import deliver, store, tracking
+from servers import MlflowServer
+
+
+def spans(mlflow: Any, experiment: str) -> list[Any]:
+    """Return all spans of an experiment as its server has them."""
+    number = mlflow.get_experiment_by_name(experiment).experiment_id
+    found = mlflow.MlflowClient().search_traces(locations=[number])
+    return [span for trace in found for span in trace.data.spans]
+
+
+def log(mlflow: Any, experiment: str, inputs: Any = None, **attributes: float) -> None:
+    """Log a trace of one span with an event."""
+    from mlflow.entities import SpanEvent
+
+    mlflow.set_experiment(experiment)
+    with mlflow.start_span("span") as span:
+        span.set_inputs(inputs)
+        span.add_event(SpanEvent("step", attributes=attributes))
+    mlflow.flush_trace_async_logging()
+
+
+@pytest.mark.parametrize("worker", ["thread", "none"])
+@pytest.mark.parametrize("kind", ["http", "sqlite"])
+def test_numbers_that_json_has_no_word_for_arrive_in_events_of_spans(
+    kind: str, worker: str, mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """NaN and the infinities, as with the plain URI; delivered at once, or by a later program."""
+    plain = {"http": mlflow_server.url, "sqlite": sqlite_uri}[kind]
+    numbers = {"nan": math.nan, "most": math.inf, "least": -math.inf, "loss": 0.5}
+    for uri, name in ((plain, "plain"), (f"outbox+{plain}", "outbox")):
+        with tracking(uri, tmp_path, worker=worker) as mlflow:
+            log(mlflow, f"{experiment_name}-{name}", **numbers)
+        with tracking(uri, tmp_path):
+            deliver(uri)
+    with tracking(plain, tmp_path) as mlflow:
+        plainly, found = [
+            repr([span.events[0].attributes for span in spans(mlflow, f"{experiment_name}-{name}")])
+            for name in ("plain", "outbox")
+        ]
+    assert repr([numbers]) == plainly == found
+
+
+@pytest.mark.parametrize("worker", ["thread", "none"])
+def test_a_span_that_is_larger_than_an_event_arrives(
+    worker: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Twenty megabytes of inputs become a file of the outbox, which the event names."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path, worker=worker) as mlflow:
+        log(mlflow, experiment_name, {"document": "x" * 20_000_000})
+        counters = store(uri).outbox.counters
+        assert 0 == counters["refused_too_large"]
+    with tracking(uri, tmp_path):
+        deliver(uri)
+    with tracking(mlflow_server.url, tmp_path) as mlflow:
+        (found,) = spans(mlflow, experiment_name)
+        assert {"document": "x" * 20_000_000} == found.inputs
+
+
+def test_a_large_span_is_refused_beyond_the_setting_and_counted(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow's exporter keeps the error to itself, so the outbox counts and says it."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path, artifact_bytes=MOST_INLINE, worker="none") as mlflow:
+        log(mlflow, experiment_name, {"document": "x" * (MOST_INLINE + 1)})
+        assert 1 == store(uri).outbox.counters["requests_refused"]
+    assert "log_spans cannot be kept" in caplog.text
+    assert "artifact_bytes" in caplog.text
+
+
+def test_a_large_span_whose_file_is_gone_becomes_a_dead_letter_that_can_be_sent_again(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The letter names the file, and holds none of it; once the file is back, it is sent."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path, worker="none") as mlflow:
+        log(mlflow, experiment_name, {"document": "x" * 20_000_000})
+        outbox = store(uri).outbox
+        (copy,) = outbox.directory.runs.glob("*/files/*")
+        aside = copy.rename(tmp_path / "aside")
+    with tracking(uri, tmp_path) as mlflow:
+        outbox = store(uri).outbox
+        assert 1 == outbox.flush(60).dead
+        outbox.close(10)
+        (folder,) = outbox.directory.path.glob("*/experiment-*/files")  # the room may have been filed by now
+        aside.rename(folder / copy.name)
+        with contextlib.closing(Ledger.open(outbox.directory.ledger)) as ledger:
+            (letter,) = ledger.dead_letters()
+            assert len(letter.event) < 10_000
+            send_again(outbox.directory, ledger, outbox.settings, letter)
+    with tracking(uri, tmp_path):
+        deliver(uri)
+    with tracking(mlflow_server.url, tmp_path) as mlflow:
+        assert 1 == len(spans(mlflow, experiment_name))
+
+
+def test_arguments_come_back_from_json_as_they_were() -> None:
+    """Also an object that looks like the codec's own marks, at any depth."""
+    given = {"a": {"$": "Span", "v": {"$": 1, "v": [math.inf]}}, "b": [{"$": 2, "v": None}], "c": "x" * 5000}
+    assert given == codec.loads(codec.dumps(given))
+    assert {"a": given["a"], "b": given["b"]} == codec.loads(codec.short(given))
+
+
+def test_an_argument_that_cannot_be_written_is_counted_and_refused_at_the_call(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """As MLflow refuses bad input."""
+    from mlflow.exceptions import MlflowException
+
+    uri = f"outbox+{sqlite_uri}"
+    with tracking(uri, tmp_path, worker="none") as mlflow:
+        number = mlflow.create_experiment(experiment_name)
+        held = store(uri)
+        with pytest.raises(MlflowException, match="log_spans cannot be kept") as raised:
+            held.log_spans(number, [object()])
+        assert "INVALID_PARAMETER_VALUE" == raised.value.error_code
+        assert 1 == held.outbox.counters["requests_refused"]
+        assert [] == [
+            request
+            for run in held.outbox.directory.runs.iterdir()
+            for request in RunReader(run).each(Request, {})
+            if request.operation == "log_spans"
+        ]
