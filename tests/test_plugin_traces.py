@@ -105,7 +105,7 @@ def test_a_large_span_whose_file_is_gone_becomes_a_dead_letter_that_can_be_sent_
         aside.rename(folder / copy.name)
         with contextlib.closing(Ledger.open(outbox.directory.ledger)) as ledger:
             (letter,) = ledger.dead_letters()
-            assert len(letter.event) < 10_000
+            assert len(letter.payload) < 10_000
             send_again(outbox.directory, ledger, outbox.settings, letter)
     with tracking(uri, tmp_path):
         deliver(uri)
