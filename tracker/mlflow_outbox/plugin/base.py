@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 #: MLflow's code for what is not there.
 _UNKNOWN: Final = "RESOURCE_DOES_NOT_EXIST"
+#: And for what somebody may not do.
+_FORBIDDEN: Final = "PERMISSION_DENIED"
 
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 #: Where an experiment's name is not known because the server is away; MLflow itself has an experiment 0 of this name.
@@ -203,6 +205,10 @@ class Base:
                 theirs = self.ask_about(local, lambda store, remote: store.get_run(remote))
             except (Away, NotYet):
                 theirs = None
+            except MlflowException as error:
+                if error.error_code != _FORBIDDEN:
+                    raise
+                theirs = None  # what is written waits until somebody allows it
             if theirs is not None:
                 if theirs.info.lifecycle_stage != "active":
                     self._deleted.add(local)

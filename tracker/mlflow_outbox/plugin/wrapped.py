@@ -4,8 +4,10 @@ The store is the one that the worker delivers to: one attempt for each request, 
 it is not asked again for a pause that doubles up to half a minute, so a training loop does not pay the deadline at
 every call of an outage.
 
-What the server says no to is raised as MLflow's own exception. Everything else is ``Away``: callers go on with what
-is on disk.
+What the server says no to is raised as MLflow's own exception: 403 too, which is about who asks for what, while 401,
+429 and what a gateway says are about everything. An error inside of MLflow (500, with its JSON) is about the one
+question: callers go on with what is on disk, where they have it, and raise it where they have not; other questions are
+asked all the same. Everything else is ``Away``: nothing is asked for the pause, and callers go on with what is on disk.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import requests
@@ -39,7 +42,9 @@ _PAUSE_MOST: Final = 30.0
 _REFUSALS: Final = range(400, 500)
 #: What the worker's transport puts before the message of a server.
 _OURS: Final = re.compile(r"^[A-Z]+ /\S*: \d{3} (?:[A-Z_]+: )?")
-_NOT_ABOUT_IT: Final = frozenset({401, 403, 407, 408, 425, 429})
+_NOT_ABOUT_IT: Final = frozenset({401, 407, 408, 425, 429})
+#: What MLflow's own server answers beside 403 where it asks for passwords; other answers of it are JSON.
+_FORBIDDEN: Final = re.compile(r" 403: Permission denied$")
 
 
 class SilentHost(OSError):
@@ -50,11 +55,18 @@ class SilentHost(OSError):
 
 
 class Away(Exception):
-    """Raised when the server cannot be asked now; ``sent`` tells whether a request may have been carried out."""
+    """Raised when the server cannot be asked now, or failed to answer.
 
-    def __init__(self, reason: str, *, sent: bool) -> None:
+    Attributes:
+        sent: whether a request may have been carried out.
+        answer: what MLflow's server said of its own failure, as MLflow's client would raise it; None where it was
+            silent, or another one spoke for it.
+    """
+
+    def __init__(self, reason: str, *, sent: bool, answer: MlflowException | None = None) -> None:
         super().__init__(reason)
         self.sent = sent
+        self.answer = answer
 
 
 class Server:
@@ -158,16 +170,32 @@ class Server:
     def _meaning(self, error: Exception) -> Any:
         found = delivery.translate(error)
         status = found.status or 500
-        about_it = found.kind == "answer" and status in _REFUSALS and status not in _NOT_ABOUT_IT
-        if isinstance(error, MlflowException) and about_it:
-            code = found.code if found.code in ErrorCode.keys() else "INTERNAL_ERROR"  # noqa: SIM118 - a protobuf enum
-            if self._outbox.destination.scheme in {"http", "https"}:  # the class and the words of MLflow's own client
-                return RestException({"error_code": code, "message": _OURS.sub("", error.message)})
-            return MlflowException(error.message, error_code=ErrorCode.Value(code))
+        said = isinstance(error, MlflowException) and found.kind == "answer"
+        if said and status == HTTPStatus.FORBIDDEN and not found.code and _FORBIDDEN.search(str(error)):
+            return self._answer(error, "PERMISSION_DENIED")
+        is_mlflows = said and found.code in ErrorCode.keys()  # noqa: SIM118 - a protobuf enum
+        if status == HTTPStatus.FORBIDDEN:
+            about_it = is_mlflows and hasattr(error, "sink_error")  # a database that is read-only forbids everything
+        elif status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            about_it = is_mlflows and found.code != "INTERNAL_ERROR"  # MLflow answers so to some bad input
+        else:
+            about_it = said and status in _REFUSALS and status not in _NOT_ABOUT_IT
+        if about_it:
+            return self._answer(error, found.code)
+        if is_mlflows and status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            self._outbox.counters.add("questions_failed")
+            return Away(str(found), sent=found.sent, answer=self._answer(error, found.code))
         self._why = str(found)
         self._asleep_until = time.monotonic() + self._pause
         self._pause = min(_PAUSE_MOST, self._pause * 2)
         return Away(str(found), sent=found.sent)
+
+    def _answer(self, error: Any, code: str) -> MlflowException:
+        """Return an answer as MLflow's own client would raise it."""
+        code = code if code in ErrorCode.keys() else "INTERNAL_ERROR"  # noqa: SIM118 - a protobuf enum
+        if self._outbox.destination.scheme in {"http", "https"}:  # the class and the words of MLflow's own client
+            return RestException({"error_code": code, "message": _OURS.sub("", error.message)})
+        return MlflowException(error.message, error_code=ErrorCode.Value(code))
 
     def opened(self, timeout: float | None = None) -> Any:
         """Return the worker's ``OpenStore``; embedded stores are opened once, whatever the timeout."""
@@ -204,7 +232,9 @@ class Server:
         self._opened, self._under_way, self._aside = {}, 0, threading.Semaphore()
 
     def needed(self, what: str, away: Away) -> MlflowException:
-        """Return the error of a call that only the server can answer."""
+        """Return the error of a call that only the server can answer: its own, if it has said one."""
+        if away.answer is not None:
+            return away.answer
         return MlflowException(
             f"{what} needs the tracking server, and {self.uri} cannot be asked now ({away}). "
             "What was logged is kept and will be delivered; ask again when the server is back.",
