@@ -107,8 +107,9 @@ def test_a_large_span_whose_file_is_gone_becomes_a_dead_letter_that_can_be_sent_
             (letter,) = ledger.dead_letters()
             assert len(letter.payload) < 10_000
             send_again(outbox.directory, ledger, outbox.settings, letter)
+            assert [] == list(ledger.dead_letters())
     with tracking(uri, tmp_path):
-        deliver(uri)
+        assert store(uri).outbox.flush(60)
     with tracking(mlflow_server.url, tmp_path) as mlflow:
         assert 1 == len(spans(mlflow, experiment_name))
 
