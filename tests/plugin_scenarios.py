@@ -38,6 +38,32 @@ def fluent(mlflow: Any, experiment: str, halfway: Halfway) -> None:
     assert ["child", "parent"] == sorted(r.info.run_name for r in mlflow.search_runs(output_format="list"))
 
 
+def tables(mlflow: Any, experiment: str, halfway: Halfway) -> None:
+    """Tables as the first files of a run and of a model, which MLflow lists before it writes and appends to."""
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_experiment(experiment)
+    with mlflow.start_run(run_name="tables") as run:
+        mlflow.log_metric("m", 1.0)
+        made = mlflow.initialize_logged_model(name="made")
+        halfway()
+        assert [] == mlflow.MlflowClient().list_artifacts(run.info.run_id)
+        assert [] == mlflow.artifacts.list_artifacts(run_id=run.info.run_id)
+        assert [] == mlflow.MlflowClient().list_logged_model_artifacts(made.model_id)
+        try:
+            mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/not-there.txt")
+        except MlflowException as error:
+            assert "needs the tracking server" not in str(error)  # noqa: PT017 - scenarios are written against MLflow alone
+        else:
+            raise AssertionError
+        for row in range(3):
+            mlflow.log_table({"question": [f"q{row}"]}, "deep/table.json")
+        assert 3 == len(mlflow.load_table("deep/table.json", run_ids=[run.info.run_id]))
+    with mlflow.start_run(run_id=run.info.run_id):
+        mlflow.log_table({"question": ["q3"]}, "deep/table.json")
+        assert 4 == len(mlflow.load_table("deep/table.json", run_ids=[run.info.run_id]))
+
+
 def client(mlflow: Any, experiment: str, halfway: Halfway) -> None:
     """MlflowClient: everything by id, asynchronous calls, deleted and failed runs."""
     from mlflow.entities import Metric, Param, RunTag
@@ -165,7 +191,7 @@ def traces(mlflow: Any, experiment: str, halfway: Halfway) -> None:
 
 
 ALL: dict[str, Callable[[Any, str, Halfway], None]] = {
-    scenario.__name__: scenario for scenario in (fluent, client, figures, datasets, model, autolog, traces)
+    scenario.__name__: scenario for scenario in (fluent, tables, client, figures, datasets, model, autolog, traces)
 }
 
 

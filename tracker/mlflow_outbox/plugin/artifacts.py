@@ -149,7 +149,8 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         """Return files and folders directly in a folder.
 
         Raises:
-            MlflowException: the server is away and the outbox has nothing of it, or the server said no.
+            MlflowException: the server is away, and the outbox has no file of it and did not see it begin; or the
+                server said no.
         """
         local, pending = self._local()
         folder = posixpath.normpath(posixpath.join(self._below, path)) if path else self._below
@@ -158,7 +159,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             for info in self._remote_list(folder):
                 found[info.path] = info
         except Away as away:
-            if not local:
+            if not local and not self._store.began_here(self._kind, self._id):
                 raise self._store.server.needed("the list of artifacts", away) from None
             pending = local
         for name, file in pending.items():
@@ -187,6 +188,9 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         except Away as away:
             if path in local and self._copied(local[path], local_path):
                 return
+            if path not in local and self._store.began_here(self._kind, self._id):
+                msg = f"No such artifact: {path!r}"
+                raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST) from None
             raise self._store.server.needed(f"the artifact {path!r}", away) from None
 
     def _copied(self, file: File, target: str) -> bool:

@@ -22,6 +22,7 @@ from mlflow_outbox.plugin.artifacts import LOCAL, claim
 from mlflow_outbox.plugin.ids import Ids, NotYet
 from mlflow_outbox.plugin.integers import Integers
 from mlflow_outbox.plugin.journals import Journals, OpenRun
+from mlflow_outbox.plugin.made_here import MadeHere
 from mlflow_outbox.plugin.rest import Pulse
 from mlflow_outbox.plugin.wrapped import Away, Server
 from mlflow_outbox.settings import Settings
@@ -68,6 +69,7 @@ class Base:
         self.arrivals = Arrivals(self.outbox, self.server)
         self.ids = Ids(self.outbox)
         self.integers = Integers(embedded=destination.scheme not in {"http", "https", "databricks"})
+        self.made_here = MadeHere(self.outbox)
         self._experiment_names: dict[str, str] = dict([_DEFAULT_EXPERIMENT])
         self.pulse = Pulse(self)
         self.server.asked = self.pulse.beat
@@ -331,22 +333,21 @@ class Base:
 
     def _find_model_home(self, model_id: str) -> str:
         if provisional.is_provisional(model_id):
-            directory = self.outbox.directory
-            for name in dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]):
-                local = self.local_run(name)
-                if local is not None and any(
-                    kept.operation == "create_logged_model" and model_id.encode() in kept.arguments
-                    for kept in local.view.requests
-                ):
-                    return name
-            raise no_such("Logged model", model_id)
+            home = self.made_here.home_of_model(model_id)
+            if home is None:
+                raise no_such("Logged model", model_id)
+            return home
         try:
             theirs = self.ask_about(model_id, lambda store, remote: store.get_logged_model(remote))
         except Away:
-            return provisional.COMMON_ROOM
+            return self.made_here.home_of_model(model_id) or provisional.COMMON_ROOM
         return (
             self.ids.local(theirs.source_run_id) if theirs.source_run_id else provisional.room_of(theirs.experiment_id)
         )
+
+    def began_here(self, kind: str, subject: str) -> bool:
+        """Return whether a run or model was made through this outbox, so that what is on disk is all there is of it."""
+        return self.made_here.began(kind, subject, self.home_of(kind, subject).run_id)
 
     def files(self, home: str, owner: str) -> tuple[dict[str, File], dict[str, File]]:
         """Return the files of an owner ("" is the run) that the outbox knows, and those not delivered."""

@@ -10,7 +10,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.name_utils import _generate_random_name
 from mlflow.utils.validation import _validate_logged_model_name
 
-from mlflow_outbox.plugin import reads
+from mlflow_outbox.plugin import made_here, reads
 from mlflow_outbox.plugin.base import no_such
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
@@ -195,12 +195,8 @@ class Models(Runs):
         self.model_home(model_id).request("delete_logged_model", model_id=model_id)
 
     def search_logged_models(self, experiment_ids: list[str], *args: Any, **kwargs: Any) -> Any:
-        """Return logged models as the server finds them, after what was logged here has had a moment to arrive.
-
-        Raises:
-            MlflowException: the server is away, or said no.
-        """
-        found = self._delegate("search_logged_models", [str(number) for number in experiment_ids], *args, **kwargs)
+        """Return logged models: the server's, those made here while it is away; see ``made_here.search``."""
+        found = made_here.search(self, self._location, experiment_ids, *args, **kwargs)
         for model in found:
             model._tags.pop(provisional.MODEL_ID_TAG, None)
         return found
