@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from contents import client
+from mlflow_outbox.plugin.places import owner_by_look
+from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, store, tracking
 from servers import MlflowServer
 
@@ -77,5 +80,90 @@ def test_the_uri_of_a_file_is_what_it_is_without_an_outbox(
     with tracking(f"outbox+{sqlite_uri}", tmp_path / "outbox", worker="none") as mlflow:
         with mlflow.start_run(experiment_id=number) as run:
             assert shown.format(run=run.info.run_id) == mlflow.get_artifact_uri("a/b")
-        owner = store(f"outbox+{sqlite_uri}").owner_of(shown.format(run=run.info.run_id))
+        owner = store(f"outbox+{sqlite_uri}").places.owner_of(shown.format(run=run.info.run_id))
         assert ("run", run.info.run_id, "a/b") == owner
+
+
+#: Where an experiment may keep its files at MLflow's server, under names that others have there, or nobody expects.
+LOCATIONS = [
+    *(
+        "mlflow-artifacts:/",
+        "mlflow-artifacts:/team/models",
+        "mlflow-artifacts:/team/traces",
+        "mlflow-artifacts:/models",
+    ),
+    *("mlflow-artifacts:/team/artifacts/", "mlflow-artifacts:/with a space/ä", "mlflow-artifacts:/per%cent/m-1/tr-2"),
+]
+
+
+def kept_in_odd_places(mlflow: Any, experiment: str, halfway: Callable[[], object]) -> list[Any]:
+    """Log files of runs and models to each location; return what is read back."""
+    api = mlflow.MlflowClient()
+    began = []
+    for number, location in enumerate(LOCATIONS):
+        made = api.create_experiment(f"{experiment}-{number}", artifact_location=location)
+        run = api.create_run(made).info.run_id
+        began.append((location, run, mlflow.initialize_logged_model(name="m", experiment_id=made).model_id))
+    halfway()
+    seen = []
+    for location, run, model in began:
+        api.log_text(run, location, "x.txt")
+        api.log_text(run, location, "models/m-1/artifacts/x.txt")
+        with TemporaryDirectory() as folder:
+            Path(folder, "weights").write_text(location)
+            api.log_model_artifacts(model, folder)
+        files = sorted(info.path for info in api.list_artifacts(run))
+        seen.append((location, files, [info.path for info in api.list_logged_model_artifacts(model)]))
+        for path in ("x.txt", "models/m-1/artifacts/x.txt"):
+            assert location == mlflow.artifacts.load_text(f"runs:/{run}/{path}")
+            assert location == mlflow.artifacts.load_text(f"{api.get_run(run).info.artifact_uri}/{path}")
+        assert location == mlflow.artifacts.load_text(f"{api.get_logged_model(model).artifact_location}/weights")
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["plain", "up", "away from the start", "away from halfway"])
+def test_files_are_kept_wherever_an_experiment_keeps_its_files(
+    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Folders of the location that are called as MLflow calls its own are no models or traces; none is needed."""
+    expected = [(location, ["models", "x.txt"], ["weights"]) for location in LOCATIONS]
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = proxy.url if mode == "plain" else f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path / "outbox") as mlflow:
+            if "start" in mode:
+                proxy.down()
+            assert expected == kept_in_odd_places(mlflow, experiment_name, proxy.down if "halfway" in mode else str)
+            proxy.up()
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        for number, location in enumerate(LOCATIONS):
+            made = api.get_experiment_by_name(f"{experiment_name}-{number}")
+            (run,) = api.search_runs([made.experiment_id])
+            assert ["models", "x.txt"] == sorted(info.path for info in api.list_artifacts(run.info.run_id)), location
+
+
+def test_the_uri_of_a_run_that_this_process_has_not_met_is_told_by_the_id_in_it(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A URI that was written down is good in another process, whatever the folders before the id are called."""
+    with tracking(mlflow_server.url, tmp_path / "unused") as mlflow:
+        number = mlflow.create_experiment(experiment_name, artifact_location="mlflow-artifacts:/traces/models")
+        with mlflow.start_run(experiment_id=number):
+            mlflow.log_text("theirs", "a/models/x.txt")
+            written_down = mlflow.get_artifact_uri("a/models")
+            model = mlflow.initialize_logged_model(name="m").model_id
+            (tmp_path / "weights").write_text("of theirs")
+            mlflow.MlflowClient().log_model_artifact(model, str(tmp_path / "weights"))
+            place = mlflow.get_logged_model(model).artifact_location
+    with tracking(f"outbox+{mlflow_server.url}", tmp_path / "outbox") as mlflow:
+        assert "theirs" == mlflow.artifacts.load_text(f"{written_down}/x.txt")
+        assert "of theirs" == mlflow.artifacts.load_text(f"{place}/weights")
+    looks = {
+        f"mlflow-artifacts:/{'a' * 32}/artifacts": ("run", "a" * 32, ""),
+        f"mlflow-artifacts://host:5000/x/models/{'a' * 32}/artifacts/b/c": ("run", "a" * 32, "b/c"),
+        "mlflow-artifacts:/models/models/m-1/artifacts/b": ("model", "m-1", "b"),
+        "mlflow-artifacts:/traces/tr-1/artifacts": ("uri", "", ""),
+        "mlflow-artifacts:/team/traces/tr-1/artifacts": ("uri", "", ""),
+        "mlflow-artifacts:/12/traces/tr-1/artifacts": ("uri", "12", ""),
+    }
+    assert looks == {uri: owner_by_look(uri) for uri in looks}

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,8 +32,9 @@ from mlflow.utils.uri import get_uri_scheme
 
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
 from mlflow_outbox.plugin.journals import now_ms
+from mlflow_outbox.plugin.places import LOCAL, owner_by_look, root_of
 from mlflow_outbox.plugin.wrapped import Away
-from mlflow_outbox.spool import placement, provisional
+from mlflow_outbox.spool import placement
 from mlflow_outbox.spool.events import Artifact, FileFor
 from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path
 
@@ -42,13 +42,7 @@ if TYPE_CHECKING:
     from mlflow_outbox.plugin.tracking_store import OutboxStore
     from mlflow_outbox.views import File
 
-#: The tail of an artifact URI of MLflow's server: experiment, then the run, model or trace.
-_PROXIED: Final = re.compile(
-    r"/(?P<experiment>[^/]+)/(?:(?P<kind>models|traces)/)?(?P<id>[^/]+)/artifacts(?:/(?P<below>.*))?$"
-)
 _PREFIX: Final = "outbox+"
-#: Schemes of artifact URIs that are directories.
-LOCAL: Final = frozenset({"", "file"})
 
 
 class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is not followed by mypy
@@ -65,7 +59,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         from mlflow.tracking._tracking_service.utils import _get_store
 
         self._store: OutboxStore = _get_store(tracking_uri if str(tracking_uri).startswith(_PREFIX) else None)
-        owner: tuple[str, str, str] = self._store.owner_of(artifact_uri) or _owner(artifact_uri)
+        owner: tuple[str, str, str] = self._store.places.owner_of(artifact_uri) or owner_by_look(artifact_uri)
         self._kind, self._id, self._below = owner
         self._place = LocalArtifactRepository(artifact_uri) if get_uri_scheme(artifact_uri) in LOCAL else None
 
@@ -129,7 +123,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             return ""
 
     def _owner_name(self) -> str:
-        return f"model:{self._id}" if self._kind == "model" else f"uri:{_root(self.artifact_uri, self._below)}"
+        return f"model:{self._id}" if self._kind == "model" else f"uri:{root_of(self.artifact_uri, self._below)}"
 
     def _log_artifact_async(
         self, filename: str, artifact_path: str | None = None, artifact: Any = None
@@ -237,7 +231,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         Raises:
             Away: it did not, or does not know the owner yet.
         """
-        uri = self._store.remote_location(self._kind, self._id, _root(self.artifact_uri, self._below))
+        uri = self._store.remote_location(self._kind, self._id, root_of(self.artifact_uri, self._below))
         return get_artifact_repository(
             uri, tracking_uri=self._store.outbox.destination.secret_uri or self._store.server.uri
         )
@@ -254,7 +248,7 @@ class _Claimed:
         from mlflow.tracking._tracking_service.utils import _get_store
 
         uri = str(tracking_uri or get_tracking_uri())
-        if uri.startswith(_PREFIX) and _get_store(uri).owner_of(artifact_uri):
+        if uri.startswith(_PREFIX) and _get_store(uri).places.owner_of(artifact_uri):
             return StagedArtifacts(artifact_uri, uri, registry_uri)
         return self._theirs(artifact_uri, tracking_uri, registry_uri)
 
@@ -265,30 +259,3 @@ def claim(scheme: str) -> None:
     theirs = schemes.get(scheme)
     if theirs is not None and not isinstance(theirs, _Claimed):
         schemes[scheme] = _Claimed(theirs)
-
-
-def _owner(uri: str) -> tuple[str, str, str]:
-    """Return kind, id and folder below the owner's artifacts."""
-    if get_uri_scheme(uri) == provisional.ARTIFACT_SCHEME:
-        found = provisional.URI_PATTERN.match(uri)
-        if found:
-            below = uri[found.end() :].strip("/")
-            return ("uri", _experiment_of(uri), "") if found[1] == "experiment" else (found[1], found[2], below)
-    else:
-        proxied = _PROXIED.search(uri)
-        if proxied:
-            kind = {None: "run", "models": "model", "traces": "uri"}[proxied["kind"]]
-            if kind == "uri":
-                return "uri", proxied["experiment"], ""
-            return kind, proxied["id"], proxied["below"] or ""
-    msg = f"{uri} is no place for artifacts that this outbox knows"
-    raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
-
-
-def _experiment_of(uri: str) -> str:
-    found = provisional.URI_PATTERN.match(uri)
-    return found[2] if found else ""
-
-
-def _root(uri: str, below: str) -> str:
-    return uri.rstrip("/").removesuffix(below).rstrip("/") if below else uri.rstrip("/")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
@@ -18,11 +17,12 @@ from mlflow_outbox import delivery
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
 from mlflow_outbox.plugin.arrivals import Arrivals
-from mlflow_outbox.plugin.artifacts import LOCAL, claim
+from mlflow_outbox.plugin.artifacts import claim
 from mlflow_outbox.plugin.ids import Ids, NotYet
 from mlflow_outbox.plugin.integers import Integers
 from mlflow_outbox.plugin.journals import Journals, OpenRun
 from mlflow_outbox.plugin.made_here import MadeHere
+from mlflow_outbox.plugin.places import Places
 from mlflow_outbox.plugin.rest import Pulse
 from mlflow_outbox.plugin.wrapped import Away, Server
 from mlflow_outbox.settings import Settings
@@ -77,7 +77,7 @@ class Base:
         self._handed_out: set[str] = set()
         self._artifact_uris: dict[str, str] = {}
         self._model_homes: dict[str, str] = {}
-        self._roots: dict[str, tuple[str, str]] = {}
+        self.places = Places()
         self._models_have_metrics = False
         #: Runs that were deleted when this process last heard of them.
         self._deleted: set[str] = set()
@@ -290,26 +290,13 @@ class Base:
         """
         if theirs and subject in theirs:
             scheme = get_uri_scheme(theirs)
-            if scheme != "mlflow-artifacts":
-                self._roots[_path_of(theirs)] = (kind, subject)
+            self.places.show(theirs, kind, subject)
+            if scheme != "mlflow-artifacts":  # which is the plugin's anyhow
                 claim(scheme)
                 delivery.prepare_artifacts(scheme)
             self._artifact_uris[subject] = theirs
             return theirs
         return self.own_uri(kind, subject)
-
-    def owner_of(self, uri: str) -> tuple[str, str, str] | None:
-        """Return kind, id and folder of a place that was shown to readers as a run's or model's, or below one."""
-        root, below = _path_of(uri), ""
-        while root:
-            owner = self._roots.get(root)
-            if owner is not None:
-                return (*owner, below)
-            root, slash, last = root.rpartition("/")
-            if not slash:
-                break
-            below = f"{last}/{below}" if below else last
-        return None
 
     def home_of(self, kind: str, subject: str) -> OpenRun:
         """Return the journal that the files of a run, a model or (kind "uri", by experiment) a trace go to.
@@ -369,18 +356,14 @@ class Base:
             if kind == "model":
                 found = self.ask_about(subject, lambda store, remote: store.get_logged_model(remote))
                 return str(found.artifact_location)
+            if get_uri_scheme(uri) != provisional.ARTIFACT_SCHEME:  # it says itself where it is
+                self.server.ask(lambda store: store.search_experiments(max_results=1), quick=True)
+                return uri
             remote = self.ids.remote(subject)
         except NotYet:
             raise Away(f"{subject} has not been delivered yet", sent=False) from None
         root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=True).artifact_location)
-        return provisional.URI_PATTERN.sub(root.rstrip("/"), uri)
-
-
-def _path_of(uri: str) -> str:
-    """Return an artifact URI without what may stand behind the path; a directory's name may have such characters."""
-    if get_uri_scheme(uri) not in LOCAL:
-        uri = urlsplit(uri)._replace(query="", fragment="").geturl()
-    return uri.rstrip("/")
+        return provisional.URI_PATTERN.sub(lambda _: root.rstrip("/"), uri)
 
 
 def no_such(what: str, subject: str) -> MlflowException:
