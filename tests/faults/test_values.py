@@ -143,7 +143,7 @@ def leads_out(path: str) -> bool:
     """Return whether a path leads out of its folder, in any of the ways in which a server may decode it."""
     for _ in range(12):
         parts = path.replace("\\", "/").split("/")
-        if path.startswith(("/", "\\")) or ".." in parts or re.match("[A-Za-z]:", path) or "\0" in path:
+        if path.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:[/\\]", path) or "\0" in path:
             return True
         path = unquote(path)
     return False

@@ -138,7 +138,7 @@ def changed(event: Event, fields: dict[str, str]) -> Event:
         key = checked_key(fields.get("key", key), what)
         return type(event)({key: checked_text(key, fields.get("value", value), what)}, event.time_ms)
     if isinstance(event, (Artifact, FileFor)):
-        return msgspec.structs.replace(event, path=checked_artifact_path(fields["path"]))
+        return msgspec.structs.replace(event, path=checked_artifact_path(fields["path"], served=False))
     if isinstance(event, RunEnded):
         return RunEnded(checked_status(fields["status"]), event.time_ms)
     raise AssertionError(event)  # fields_of names fields for the kinds above only

@@ -137,7 +137,7 @@ class Requests:
     def _upload(self, record: RunRecord, step: Upload, refused: Refused) -> None:
         artifact = step.artifact
         try:
-            path = checked_artifact_path(artifact.path)
+            path = checked_artifact_path(artifact.path, served=False)
         except InvalidEvent as error:
             refused.add(artifact, self._own_letter(record, artifact, str(error)))
             return
@@ -221,7 +221,7 @@ class Requests:
             )
             return
         try:
-            path = checked_artifact_path(file.path)
+            path = checked_artifact_path(file.path, served=False)
             with self._calls.content(copy, path, of=record.run_id) as content:
                 owner = self._calls.rewritten(owner, of=record.run_id)
 

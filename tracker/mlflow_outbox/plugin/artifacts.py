@@ -34,7 +34,7 @@ from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
 from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.places import LOCAL, owner_by_look, root_of
 from mlflow_outbox.plugin.wrapped import Away
-from mlflow_outbox.spool import placement
+from mlflow_outbox.spool import placement, provisional
 from mlflow_outbox.spool.events import Artifact, FileFor
 from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from mlflow_outbox.views import File
 
 _PREFIX: Final = "outbox+"
+#: Schemes of artifact URIs that lead through MLflow's server.
+_SERVED: Final = frozenset({"mlflow-artifacts", "http", "https"})
 
 
 class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is not followed by mypy
@@ -61,7 +63,10 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         self._store: OutboxStore = _get_store(tracking_uri if str(tracking_uri).startswith(_PREFIX) else None)
         owner: tuple[str, str, str] = self._store.places.owner_of(artifact_uri) or owner_by_look(artifact_uri)
         self._kind, self._id, self._below = owner
-        self._place = LocalArtifactRepository(artifact_uri) if get_uri_scheme(artifact_uri) in LOCAL else None
+        scheme = get_uri_scheme(artifact_uri)
+        self._place = LocalArtifactRepository(artifact_uri) if scheme in LOCAL else None
+        destination = self._store.outbox.destination.scheme
+        self._served = scheme in _SERVED or (scheme == provisional.ARTIFACT_SCHEME and destination in _SERVED)
 
     # -- writing
 
@@ -70,18 +75,21 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
 
         Raises:
             MlflowException: the path is none that MLflow takes, or the file cannot be copied.
+            OSError: the file cannot be read.
         """
         verify_artifact_path(artifact_path)
         self._stage(local_file, artifact_path or "")
         self._store.arrivals.wait()
 
     def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
-        """Copy all files of a directory into the outbox.
+        """Copy all files of a directory into the outbox, also those behind one that cannot be.
 
         Raises:
             MlflowException: the path is none that MLflow takes, or a file cannot be copied.
+            OSError: a file cannot be read.
         """
         verify_artifact_path(artifact_path)
+        refused: list[Exception] = []
         for folder, folders, names in os.walk(local_dir):
             folders.sort()
             below = Path(os.path.relpath(folder, local_dir)).as_posix()
@@ -90,12 +98,18 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 with contextlib.suppress(OSError):  # empty ones too, which the worker does not make
                     os.makedirs(os.path.join(self._place.artifact_dir, target), exist_ok=True)
             for name in sorted(names):
-                self._stage(os.path.join(folder, name), "" if target == "." else target)
+                try:
+                    self._stage(os.path.join(folder, name), "" if target == "." else target)
+                except (MlflowException, OSError) as error:
+                    refused.append(error)
         self._store.arrivals.wait()
+        if refused:
+            raise refused[0]
 
     def _stage(self, file: str, folder: str) -> None:
         try:
-            path = checked_artifact_path(posixpath.join(self._below, folder, os.path.basename(file)))
+            path = posixpath.join(self._below, folder, os.path.basename(file))
+            path = checked_artifact_path(path, served=self._served)
             run = self._store.home_of(self._kind, self._id)
             directory = run.journal.directory.make_run(run.run_id)
             settings = self._store.outbox.settings
@@ -104,6 +118,8 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             if settings.sync == "interval":
                 run.journal.sync_later(copies, kept.sha256)
         except (ArtifactRefused, InvalidEvent, OSError) as error:
+            if isinstance(error, ArtifactRefused) and error.__cause__ is not None:
+                raise error.__cause__ from None  # it cannot be read, which is told as MLflow tells it
             raise MlflowException.invalid_parameter_value(f"the file {file!r} cannot be logged: {error}") from error
         placed = self._put_in_place(file, folder)  # first: an event that says so is true whenever the program dies
         if self._kind == "run":

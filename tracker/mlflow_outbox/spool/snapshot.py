@@ -16,7 +16,6 @@ import os
 import posixpath
 import re
 import stat
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -27,11 +26,17 @@ from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
 from mlflow_outbox.spool.private import create_private, sync_directory
 
 _CHUNK: Final = 1024 * 1024
-_MAX_PATH: Final = 1000
+#: Bytes of a path: what file systems take (4096), less room for the folder of a run.
+_MAX_PATH: Final = 3500
 #: Bytes of one part of a path that file systems take; a server that keeps artifacts in one would answer 500 for ever.
 _MAX_PART: Final = 255
-_BAD: Final = re.compile(r"[\x00-\x1f\x7f\\#]")
-_BAD_DECODED: Final = re.compile(r"[\x00\x7f\\#]")
+#: Times that a path is decoded; nobody encodes a name so often.
+_MOST_DECODED: Final = 10
+#: What leads to another place on a Windows machine too, where a colon ends a drive's name.
+_ABSOLUTE: Final = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
+_SEPARATORS: Final = re.compile(r"[/\\:]")
+#: What MLflow's server refuses in the path of a file, however it is encoded, or finds no handler for.
+_NOT_SERVED: Final = re.compile(r"[#\n]")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -62,8 +67,8 @@ class SnapshotStore:
             limit: bytes; a larger file is refused.
 
         Raises:
-            ArtifactRefused: it is missing, unreadable, not a regular file or too large, or the outbox has no room for
-                it.
+            ArtifactRefused: it is missing or unreadable, which is the cause then; it is not a regular file or too
+                large; or the outbox has no room for it.
         """
         shown = printable(os.fspath(source), 400)
         try:
@@ -71,7 +76,7 @@ class SnapshotStore:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             msg = f"the file {shown!r} cannot be read: {reason}"
-            raise ArtifactRefused("bad_file", msg) from None
+            raise ArtifactRefused("bad_file", msg) from error
         try:
             self._check_source(os.fstat(fd), shown, limit)
             return self._add(iter(lambda: os.read(fd, _CHUNK), b""), shown, limit)
@@ -153,12 +158,20 @@ def is_digest(text: str) -> bool:
     return _SHA256.fullmatch(text) is not None
 
 
-def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact path") -> str:
+def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact path", served: bool = True) -> str:
     """Return an artifact path in MLflow's form, checked to stay inside the run's artifacts.
 
     The checks are made at the call and again before delivery, because the journal may come from another machine.
     Percent signs are decoded as often as they decode to something else, since a server may do so too
-    (mlflow/utils/uri.py, validate_path_is_safe).
+    (mlflow/utils/uri.py, validate_path_is_safe), and what comes of it is checked as it is and in MLflow's form. A
+    backslash counts as a slash there, and a letter with a colon before either as absolute, as MLflow's server has it:
+    the files may be kept, or be fetched, by a machine with Windows. Such characters alone are a name like any other,
+    and so are invisible ones: MLflow takes them.
+
+    Args:
+        path: relative.
+        what: it is called so in an error.
+        served: the file goes through MLflow's server, or may do so; storage that is written to itself takes more names.
 
     Raises:
         InvalidEvent: it is absolute, climbs out, is too long, or has characters that MLflow's servers refuse.
@@ -168,34 +181,42 @@ def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact
     if not isinstance(text, str):
         msg = f"the {what} {shown!r} must be text, not {type(text).__name__}"
         raise InvalidEventType("bad_path", msg)
-    decoded, before = text, ""
-    for _ in range(10):
-        if decoded == before:
-            break
-        before, decoded = decoded, unquote(decoded)
-    for form in {text, decoded}:
-        problem = _path_problem(form, literal=form == text)
+    found = posixpath.normpath(text) if text else ""
+    for start in dict.fromkeys((text, found)):
+        problem = _problem_decoded(start, served=served)
         if problem:
             msg = f"the {what} {shown!r} {problem}; use a relative path such as 'plots/loss.png'"
             raise InvalidEvent("bad_path", msg)
-    return posixpath.normpath(text) if text else ""
+    return found
 
 
-def _path_problem(text: str, *, literal: bool) -> str | None:
-    if len(text) > _MAX_PATH:
-        return f"has {len(text)} characters, more than {_MAX_PATH}"
-    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in text.split("/"))
+def _problem_decoded(text: str, *, served: bool) -> str | None:
+    for _ in range(_MOST_DECODED):
+        for form in dict.fromkeys((text, posixpath.normpath(text))):
+            problem = _path_problem(form, served=served)
+            if problem:
+                return problem
+        text, before = unquote(text), text
+        if text == before:
+            return None
+    return "is encoded too often"
+
+
+def _path_problem(text: str, *, served: bool) -> str | None:
+    try:
+        size, longest = len(text.encode()), max(len(part.encode()) for part in text.split("/"))
+    except UnicodeEncodeError:
+        return "is no Unicode"
+    if size > _MAX_PATH:
+        return f"has {size} bytes, more than {_MAX_PATH}"
     if longest > _MAX_PART:
         return f"has a part of {longest} bytes, more than {_MAX_PART}"
-    # Older MLflow names images "loss%step%1%timestamp%17...": what that seems to escape is no control character.
-    if (_BAD if literal else _BAD_DECODED).search(text):
-        return "holds a control character, a backslash or '#'"
-    if literal and any(unicodedata.category(c) in {"Cc", "Cf", "Cs"} for c in text):
-        return "holds an invisible character"
-    if text.startswith("/") or re.match(r"[A-Za-z]:", text):
+    if "\0" in text:
+        return "holds a NUL"
+    if served and _NOT_SERVED.search(text):
+        return "holds a '#' or a line break, which MLflow's server does not take"
+    if _ABSOLUTE.match(text):
         return "is absolute"
-    if ".." in text.split("/"):
+    if any(part.strip(" ") == ".." for part in _SEPARATORS.split(text)):
         return "climbs out of the run's artifacts"
-    if any(part != part.rstrip(". ") for part in text.split("/") if part not in {"", "."}):
-        return "has a part that ends with a dot or a space"
     return None

@@ -5,7 +5,8 @@
 name; ours are called by their hash, so the repository gets a link with the right name in a private directory.
 
 Two limits are the server's: it decodes percent escapes until none are left, so that ``a%20b`` is stored as ``a b``, and
-it refuses names with ``#``. Other characters are quoted here and arrive.
+it refuses names with ``#`` and finds no handler for those with a line break. Other characters are quoted here and
+arrive.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from mlflow.utils.proto_json_utils import message_to_json
 from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import InvalidEvent
+from mlflow_outbox.spool.snapshot import checked_artifact_path
 from mlflow_outbox_worker.mlflow_sink.boundary import Refused
 from mlflow_outbox_worker.mlflow_sink.rest import Host, ServerStore, checked
 from mlflow_outbox_worker.sink import SinkError
@@ -70,9 +73,10 @@ class Artifacts:
             artifact_path: relative POSIX path below the URI.
             is_replaced: asked where a file here has another content, with its path: whether that is a later one.
         """
-        folder, name = posixpath.split(_checked_path(artifact_path))
-        _readable(file)
         scheme = urlsplit(artifact_uri).scheme
+        served = self._host is not None and scheme in {"mlflow-artifacts", "http", "https"}
+        folder, name = posixpath.split(_checked_path(artifact_path, served=served))
+        _readable(file)
         if self._host is not None and scheme == "mlflow-artifacts":
             self._put(MlflowArtifactsRepository.resolve_uri(artifact_uri, self._host.uri), file, artifact_path)
         elif self._host is not None and scheme in {"http", "https"}:
@@ -114,7 +118,7 @@ class Artifacts:
 
     def download(self, artifact_uri: str, artifact_path: str, target: Path, size: int) -> None:
         """Store the content of an artifact as a new file; the size in bytes that it should have bounds the time."""
-        path = _checked_path(artifact_path)
+        path = _checked_path(artifact_path, served=False)
         scheme = urlsplit(artifact_uri).scheme
         if self._host is not None and self._store is not None and scheme in {"mlflow-artifacts", "http", "https"}:
             uri = artifact_uri.rstrip("/")
@@ -179,13 +183,14 @@ class Artifacts:
         return get_artifact_repository(uri, tracking_uri=self._uri)
 
 
-def _checked_path(path: str) -> str:
-    parts = path.split("/")
-    unsafe = {"", ".", ".."} & set(parts) or "\\" in path or any(ord(char) < 32 for char in path)  # noqa: PLR2004 - control
-    if unsafe:
-        msg = f"the artifact path {path!r} is not a plain relative path"
-        raise SinkError(msg, kind="answer", status=400, code="INVALID_PARAMETER_VALUE", sent=False)
-    return path
+def _checked_path(path: str, *, served: bool) -> str:
+    try:
+        if path and path == checked_artifact_path(path, served=served) and path != ".":
+            return path
+        msg = f"the artifact path {printable(path)!r} is not a plain relative path"
+    except InvalidEvent as error:
+        msg = str(error)
+    raise SinkError(msg, kind="answer", status=400, code="INVALID_PARAMETER_VALUE", sent=False)
 
 
 def _readable(file: Path) -> None:
