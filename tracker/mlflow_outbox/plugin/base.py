@@ -311,12 +311,20 @@ class Base:
         return self.journals.room(subject)
 
     def model_home(self, model_id: str) -> OpenRun:
-        """Return the journal that a model's requests go to."""
+        """Return the journal that a model's requests go to.
+
+        Raises:
+            MlflowException: there is no such model.
+        """
+        home = self.name_of_model_home(model_id)
+        return self.journals.open(home, "") if provisional.is_room(home) else self.writable(home)
+
+    def name_of_model_home(self, model_id: str) -> str:
+        """Return the run or room of ``model_home``; the server is asked the first time that a model is met."""
         home = self._model_homes.get(model_id)
         if home is None:
-            home = self._find_model_home(model_id)
-            self._model_homes[model_id] = home
-        return self.journals.open(home, "") if provisional.is_room(home) else self.writable(home)
+            home = self._model_homes[model_id] = self._find_model_home(model_id)
+        return home
 
     def _find_model_home(self, model_id: str) -> str:
         if provisional.is_provisional(model_id):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.validation import _validate_experiment_name, _validate_experiment_tag
 
 from mlflow_outbox.plugin import reads
@@ -19,6 +19,11 @@ from mlflow_outbox.spool import provisional
 
 class Experiments(Base):
     """Experiments are made online first; a name met offline gets a provisional id, one for all processes."""
+
+    def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
+        super().__init__(store_uri, artifact_uri)
+        #: Those that were there, and not deleted, when this process made them or asked last.
+        self._active_experiments: set[str] = set()
 
     def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
         """Create an experiment and return its id, a provisional one when the server is away.
@@ -40,6 +45,7 @@ class Experiments(Base):
         else:
             local = str(made)
         self.know_experiment(local, name)
+        self._active_experiments.add(local)
         self.journals.room(local).request(
             "create_experiment",
             known="" if provisional.is_provisional(local) else local,
@@ -86,25 +92,50 @@ class Experiments(Base):
             self.know_experiment(theirs.experiment_id, theirs.name)
             return theirs
         local = provisional.experiment_id(self.outbox.directory.identity.id, experiment_name)
-        if self.journals.exists(provisional.room_of(local)):
-            return self.get_experiment(local)
-        known = [number for number, name in list(self._experiment_names.items()) if name == experiment_name]
-        return self.get_experiment(known[0]) if known and self.server.is_away() else None
+        known = [local] if self.journals.exists(provisional.room_of(local)) else []
+        known += sorted(self._handed_out - {local})
+        if self.server.is_away():
+            known += [number for number, name in list(self._experiment_names.items()) if name == experiment_name]
+        found = (self.get_experiment(number) for number in known)
+        return next((one for one in found if one.name == experiment_name), None)  # it may have been renamed
 
     def set_experiment_tag(self, experiment_id: str, tag: Any) -> None:
         """Set a tag of an experiment.
 
         Raises:
-            MlflowException: the tag is none that MLflow takes.
+            MlflowException: the tag is none that MLflow takes, there is no such experiment, or it is deleted.
         """
         _validate_experiment_tag(tag.key, tag.value)
-        self.journals.room(str(experiment_id)).request("set_experiment_tag", experiment_id=str(experiment_id), tag=tag)
+        given = str(experiment_id)
+        if given not in self._active_experiments:
+            self._check_active_experiment(given)
+        self.journals.room(given).request("set_experiment_tag", experiment_id=given, tag=tag)
 
     def delete_experiment_tag(self, experiment_id: str, key: str) -> None:
-        """Delete a tag of an experiment."""
-        self.journals.room(str(experiment_id)).request(
-            "delete_experiment_tag", experiment_id=str(experiment_id), key=key
-        )
+        """Delete a tag of an experiment.
+
+        Raises:
+            MlflowException: it has no such tag, there is no such experiment, or it is deleted.
+        """
+        given = str(experiment_id)
+        found = self._check_active_experiment(given)
+        if key not in found.tags and (provisional.is_provisional(given) or not self.server.is_away()):
+            msg = f"No tag with name: {key} in experiment with id {given}"
+            raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
+        self.journals.room(given).request("delete_experiment_tag", experiment_id=given, key=key)
+
+    def _check_active_experiment(self, given: str) -> Experiment:
+        """Return an experiment that can be written to, as far as that is known; what is active is not asked for again.
+
+        Somebody else may delete it later: then its changes are parked, as those of a run are.
+        """
+        found = self.get_experiment(given)
+        if found.lifecycle_stage != LifecycleStage.ACTIVE:
+            raise MlflowException.invalid_parameter_value(
+                f"The experiment {given} must be in the 'active' state. Current state is {found.lifecycle_stage}."
+            )
+        self._active_experiments.add(given)
+        return found
 
     def delete_experiment(self, experiment_id: str) -> None:
         """Delete an experiment."""
@@ -126,6 +157,7 @@ class Experiments(Base):
     def _change(self, operation: str, experiment_id: str, **arguments: Any) -> None:
         """Change an experiment as a whole: at once when the server is there, else in its place in the journal."""
         given = str(experiment_id)
+        self._active_experiments.discard(given)
         self.settle()
         try:
             remote = self.ids.remote(given)

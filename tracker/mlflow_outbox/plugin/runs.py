@@ -214,6 +214,8 @@ class Runs(RunReads):
         _validate_batch_log_limits(metrics, params, tags)
         _validate_param_keys_unique(params)
         run = self.active(run_id)
+        for model_id in {model_id for metric in metrics if (model_id := getattr(metric, "model_id", None))}:
+            self.name_of_model_home(model_id)  # refuses one that is not there
         self._check_params(run, params)
         if params:
             values = {param.key: str(param.value) for param in params}
@@ -261,6 +263,8 @@ class Runs(RunReads):
         _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
         run = self.active(run_id)
         if _is_linked(metric):
+            if metric.model_id:
+                self.name_of_model_home(metric.model_id)  # refuses one that is not there
             self._log_points(run, [metric])
         else:  # what a training loop does all the time
             run.append(MetricEvent(metric.key, float(metric.value), metric.timestamp, metric.step))

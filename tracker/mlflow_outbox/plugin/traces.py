@@ -8,8 +8,10 @@ from typing import Any, Final
 
 from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.tracing.constant import TraceTagKey
 from mlflow.utils.mlflow_tags import MLFLOW_ARTIFACT_LOCATION
+from mlflow.utils.validation import _validate_trace_tag
 
 from mlflow_outbox.plugin.models import Models
 from mlflow_outbox.plugin.wrapped import Away
@@ -89,18 +91,47 @@ class Traces(Models):
         return self.journals.room(self._rooms.get(trace_id, ""))
 
     def set_trace_tag(self, trace_id: str, key: str, value: str) -> None:
-        """Set a tag of a trace."""
+        """Set a tag of a trace.
+
+        Raises:
+            MlflowException: the key is none that MLflow takes.
+        """
+        key, value = _validate_trace_tag(key, value)
         self._room_of_trace(trace_id).request("set_trace_tag", trace_id=trace_id, key=key, value=value)
         held = self._recent.get(trace_id)
         if held is not None:
             held.tags[key] = value
 
     def delete_trace_tag(self, trace_id: str, key: str) -> None:
-        """Delete a tag of a trace."""
+        """Delete a tag of a trace.
+
+        Raises:
+            MlflowException: it has no such tag.
+        """
+        if self._lacks_tag(trace_id, key):
+            msg = f"No trace tag with key '{key}' for trace with ID '{trace_id}'"
+            raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
         self._room_of_trace(trace_id).request("delete_trace_tag", trace_id=trace_id, key=key)
         held = self._recent.get(trace_id)
         if held is not None:
             held.tags.pop(key, None)
+
+    def _lacks_tag(self, trace_id: str, key: str) -> bool:
+        """Return whether the server says that a trace has no such tag, and none is on its way from here."""
+        held = self._recent.get(trace_id)
+        if held is not None and key in held.tags:
+            return False
+        self._settle_traces()
+        if self._traced:
+            return False
+        try:
+            return key not in self.server.ask(lambda store: store.get_trace_info(trace_id), quick=True).tags
+        except Away:
+            return False
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False  # it may be on its way from another process
 
     def delete_traces(self, *args: Any, **kwargs: Any) -> int:
         """Delete traces at the server, after those of this process have had a moment to arrive there.

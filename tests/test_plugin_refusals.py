@@ -1,0 +1,93 @@
+"""Experiments, traces and models that are not there, and tags that they do not have: refused as without an outbox."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import client
+from mlflow_outbox.testing.proxy import FaultProxy
+from plugin_world import NOWHERE, deliver, store, tracking
+from servers import MlflowServer, eventually
+
+#: What MLflow refuses: called with mlflow, and the ids of an experiment and of a run of it.
+REFUSED: dict[str, Callable[[Any, str, str], object]] = {
+    "a tag of no experiment": lambda m, _e, _r: m.MlflowClient().set_experiment_tag("987654", "a", "b"),
+    "deleting a tag of no experiment": lambda m, _e, _r: m.MlflowClient().delete_experiment_tag("987654", "a"),
+    "a tag of a deleted experiment": lambda m, e, _r: (
+        m.MlflowClient().delete_experiment(e),
+        m.MlflowClient().set_experiment_tag(e, "a", "b"),
+    ),
+    "deleting no tag of an experiment": lambda m, e, _r: m.MlflowClient().delete_experiment_tag(e, "never set"),
+    "a bad key": lambda m, e, _r: m.MlflowClient().set_trace_tag(traced(m, e), "a$", "b"),
+    "a long key": lambda m, e, _r: m.MlflowClient().set_trace_tag(traced(m, e), "a" * 300, "b"),
+    "deleting no tag of a trace": lambda m, e, _r: m.MlflowClient().delete_trace_tag(traced(m, e), "never set"),
+    "a metric of no model": lambda m, _e, r: m.MlflowClient().log_metric(r, "m", 1.0, model_id="m-" + "f" * 32),
+}
+
+
+def traced(mlflow: Any, experiment: str) -> str:
+    """Return the id of a new trace."""
+    mlflow.set_experiment(experiment_id=experiment)
+    with mlflow.start_span("s") as span:
+        pass
+    mlflow.flush_trace_async_logging()
+    return str(span.trace_id)
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_what_is_not_there_is_refused_at_the_call(
+    what: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """With and without an outbox; and nothing of it is left for the worker to park or to give up."""
+    from mlflow.exceptions import MlflowException
+
+    for prefix in ("", "outbox+"):
+        uri = f"{prefix}{mlflow_server.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            number = mlflow.create_experiment(experiment_name + prefix)
+            run = mlflow.MlflowClient().create_run(number).info.run_id
+            deliver(uri)
+            with pytest.raises(MlflowException):
+                REFUSED[what](mlflow, number, run)
+            deliver(uri)
+
+
+def test_what_is_there_is_taken_whether_the_server_is_or_not(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """An experiment of somebody else's: asked for once, not while the server is away; tags come and go."""
+    with client(mlflow_server.url) as api:
+        theirs = api.create_experiment(experiment_name, tags={"old": "1", "older": "2"})
+    for up in (True, False):
+        with FaultProxy(mlflow_server.url) as proxy:
+            uri = f"outbox+{proxy.url}"
+            with tracking(uri, tmp_path / str(up)) as mlflow:
+                if not up:
+                    proxy.down()
+                api = mlflow.MlflowClient()
+                for number in range(3):
+                    api.set_experiment_tag(theirs, f"{up}", str(number))
+                api.delete_experiment_tag(theirs, "old" if up else "older")
+                asked = [request for request in proxy.requests if request.path.endswith("experiments/get")]
+                assert len(asked) <= 2, "once to write, once for the tag that goes"
+                proxy.up()
+                eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")  # noqa: B023 - called before it changes
+                deliver(uri)
+    with client(mlflow_server.url) as api:
+        assert {"True": "2", "False": "2"} == dict(api.get_experiment(theirs).tags)
+
+
+def test_an_experiment_that_was_renamed_offline_is_found_by_its_new_name_alone(tmp_path: Path) -> None:
+    """As a server has it after the rename."""
+    with tracking(NOWHERE, tmp_path, exit_timeout=0) as mlflow:
+        api = mlflow.MlflowClient()
+        number = api.create_experiment("old")
+        assert number == api.get_experiment_by_name("old").experiment_id
+        api.rename_experiment(number, "new")
+        assert api.get_experiment_by_name("old") is None
+        assert number == api.get_experiment_by_name("new").experiment_id
+        assert "new" == api.get_experiment(number).name
