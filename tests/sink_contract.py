@@ -193,12 +193,21 @@ class SinkContract:
         assert {"empty": 0} == sink.list_artifacts(run_id, "")
         assert {} == sink.list_artifacts(run_id, "no such folder")
 
-    @pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", "a\\b", "", "a\nb"])
+    @pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", "a\\..\\b", "\\a", "c:/a", "", "a\0b", "%2e%2e/a"])
     def test_a_path_that_leaves_the_run_is_refused(self, sink: Sink, run_id: str, path: str, tmp_path: Path) -> None:
         """The event is a dead letter; nothing is written."""
         (tmp_path / "copy").touch()
         refused = fails(lambda: sink.upload(run_id, tmp_path / "copy", path))
         assert ("dead_letter", False) == (classify(refused, "upload").kind, refused.sent)
+
+    def test_a_name_with_a_backslash_or_an_invisible_character_arrives(
+        self, sink: Sink, run_id: str, tmp_path: Path
+    ) -> None:
+        """Which on this system are characters like others."""
+        (tmp_path / "copy").touch()
+        for path in ("a\\b", "x\u200dy", "ends. "):
+            sink.upload(run_id, tmp_path / "copy", path)
+        assert {"a\\b", "x\u200dy", "ends. "} == set(sink.list_artifacts(run_id, ""))
 
     def test_a_conflicting_param_is_a_dead_letter(self, sink: Sink, run_id: str) -> None:
         """Every store's answer to a second value is recognised as permanent."""
