@@ -62,7 +62,9 @@ def standing() -> Standing:
     descriptors = set()
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one that lists
-            descriptors.add(f"descriptor {entry}: {os.readlink(f'/proc/self/fd/{entry}')}")
+            what = os.readlink(f"/proc/self/fd/{entry}")
+            if not what.endswith("/schedstat"):  # of ``manners``, one for each thread that logs
+                descriptors.add(f"descriptor {entry}: {what}")
     threads = [thread for thread in threading.enumerate() if thread.name.startswith(_OURS)]
     return Standing(
         frozenset(descriptors),

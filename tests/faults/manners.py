@@ -7,6 +7,7 @@ that it forks counts in a part of its own. ``row`` adds up what a test and all i
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -33,7 +34,8 @@ class Tally(NamedTuple):
     Attributes:
         calls: logging calls that returned.
         over_1_ms: that took longer than a millisecond by the clock.
-        over_50_ms: that took longer than 50 ms by the clock.
+        over_50_ms: that took longer than 50 ms by the clock, without the time that the thread was ready to run and the
+            machine, busy with the other tests, had no processor for it.
         over_1_s: that took longer than a second by the clock.
         used_1_ms: that used more than a millisecond of the processor, which a busy machine does not stretch.
         raised: that raised.
@@ -91,10 +93,10 @@ class _Counts:
         taken = self._memory[_WORDS - 1] = self._memory[_WORDS - 1] + 1
         self._part = min(taken, _PARTS - 1)
 
-    def add(self, took: int, used: int, *, raised: bool) -> None:
-        """Count one call, in nanoseconds by the clock and of the processor."""
+    def add(self, took: int, used: int, ready: int, *, raised: bool) -> None:
+        """Count one call, in nanoseconds by the clock, of the processor, and of waiting for the processor."""
         first = self._part * _WORDS
-        over = (1, took > _NS, took > 50 * _NS, took > 1000 * _NS, used > _NS, raised)
+        over = (1, took > _NS, took - ready > 50 * _NS, took > 1000 * _NS, used > _NS, raised)
         with self.lock:
             for index, one in enumerate(over, first):
                 self._memory[index] += one
@@ -167,6 +169,7 @@ def counted(log: Callable[[], T], times: list[tuple[float, float]] | None = None
         times: where the seconds that it took, by the clock and of the processor, are added.
     """
     raised = True
+    ready = _waited_ns()
     started, used = time.perf_counter_ns(), time.thread_time_ns()
     try:
         result = log()
@@ -178,10 +181,45 @@ def counted(log: Callable[[], T], times: list[tuple[float, float]] | None = None
         raise
     finally:
         took, used = time.perf_counter_ns() - started, time.thread_time_ns() - used
-        _counts.add(took, used, raised=raised)
+        _counts.add(took, used, _waited_ns() - ready if took > _NS else 0, raised=raised)
         if times is not None:
             times.append((took / 1e9, used / 1e9))
     return result
+
+
+class _Schedule:
+    """The file in which the kernel counts what one thread of one process has run and waited.
+
+    Attributes:
+        of: the process and the thread.
+    """
+
+    def __init__(self, of: tuple[int, int]) -> None:
+        self.of = of
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open(f"/proc/self/task/{of[1]}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def waited_ns(self) -> int:
+        """Return how long the thread has been ready to run without a processor; 0 where the kernel does not say."""
+        try:
+            return int(os.pread(self._fd, 80, 0).split()[1])
+        except OSError:
+            return 0
+
+
+_threads = threading.local()
+
+
+def _waited_ns() -> int:
+    of = os.getpid(), threading.get_native_id()
+    if getattr(_threads, "schedule", None) is None or _threads.schedule.of != of:
+        _threads.schedule = _Schedule(of)
+    return int(_threads.schedule.waited_ns())
 
 
 def forget_peak() -> None:

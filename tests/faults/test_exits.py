@@ -48,6 +48,7 @@ def end_by(fd: int, uri: str, outbox: str, how: str, base: int) -> None:
         os._exit(3)
     if how == "SIGINT":
         os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(60)  # another thread may get the signal, and this one its interrupt a moment later
     if how == "__del__":
         del late
     if how == "a closed tracker":

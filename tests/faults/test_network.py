@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import pytest
@@ -93,7 +92,8 @@ def test_an_answer_lost_at_any_request_doubles_nothing(
         each.arrives(row)
         eventually(lambda each=each: each.tracker.flush(5), 30)
         each.judge(row)
-        assert (200, None) == (met.backend_status, met.status), "it was carried out, and nobody was told"
+        assert met.backend_status in {200, 404}, "it was carried out: what the session asks for first is not there yet"
+        assert met.status is None, "nobody was told"
         proxy.clear()
         each.tracker.close(1)
         row.done()
@@ -158,11 +158,8 @@ def test_an_answer_that_is_none_is_never_taken_for_success(
         row.done()
     met = [request for request in proxy.requests if request.action == action.name]
     assert len(met) > row.times, "a batch each, and the one in the script"
-    longest = eventually(
-        lambda: max(
-            (request.ended or math.inf) - request.arrived for request in proxy.requests if request.action == action.name
-        )
-    )
+    eventually(lambda: all(request.ended for request in met), message="the proxy is done with each of them")
+    longest = max(request.ended - request.arrived for request in met)
     row.measure(what=what, longest_attempt_s=longest)
     assert longest < HURRIED.request_timeout + 1
     session.settle(row)
