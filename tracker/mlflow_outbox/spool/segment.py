@@ -60,7 +60,9 @@ class Segment:
         """Whether the file has lost its name."""
         try:
             return self.fd >= 0 and os.fstat(self.fd).st_nlink == 0
-        except OSError:
+        except OSError as error:
+            if is_foreign(error):
+                raise
             return True
 
     @property
