@@ -130,7 +130,8 @@ def test_of_many_workers_one_delivers(
             def sampled(directory: Path = directory) -> bool:
                 nonlocal samples
                 samples += 1
-                found = set(lock_holders(directory / "worker.lock"))  # a list that changes while it is read names one twice
+                # A set: a list that changes while it is read can name one twice.
+                found = set(lock_holders(directory / "worker.lock"))
                 assert len(found) <= 1, f"several hold the lease: {found}"
                 return True
 
