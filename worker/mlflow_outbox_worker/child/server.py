@@ -95,7 +95,10 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
     reporter = Reporter(connection)
     reporter.tell(READY)
     lines = connection.makefile("rb")
-    modules, note = lines.readline(), lines.readline()
+    try:
+        modules, note = lines.readline(), lines.readline()
+    except OSError:  # the program was gone before it said more
+        return
     if not note:
         return
     sys.path[:] = json.loads(modules)
