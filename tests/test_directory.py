@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -155,6 +156,29 @@ def test_a_place_where_no_directory_can_be_made_is_refused(tmp_path: Path) -> No
         make_outbox(tmp_path / "file" / "below")
     with pytest.raises(OutboxUnusable):
         OutboxDirectory.open(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_disk_that_fails_for_a_moment_does_not_disable_tracking(
+    fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F21: what a network file system answers once is asked again; what it goes on to answer is said."""
+    left = [fails]
+    mkdir = os.mkdir
+
+    def fail(path: str | Path, mode: int = 0o777) -> None:
+        if Path(path).name == "runs" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    if fails < 3:
+        assert make_outbox(tmp_path).runs.is_dir()
+    else:
+        with pytest.raises(OutboxUnusable, match="Input/output error"):
+            make_outbox(tmp_path)
+    assert 0 == left[0]
 
 
 def test_an_outbox_of_another_destination_is_refused(tmp_path: Path) -> None:

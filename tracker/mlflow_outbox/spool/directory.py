@@ -24,6 +24,7 @@ refused when it belongs to somebody else, when group or others may enter it, or 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -51,6 +52,10 @@ FORMAT: Final = 1
 #: Run ids: what MLflow itself accepts (mlflow/utils/validation.py), and safe as a directory name.
 _RUN_ID: Final = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
 _IDENTITY: Final = "outbox.json"
+#: What a disk or a network file system may answer once and not again, and the seconds after which it is asked again:
+#: a whole training would go untracked for it.
+_PASSING: Final = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ENFILE, errno.EMFILE}
+_ASKED_AGAIN: Final = (0.02, 0.2)
 #: Bytes after which the doorbell is emptied; some thousand lines.
 _DOORBELL_BYTES: Final = 256 * 1024
 
@@ -105,6 +110,17 @@ class OutboxDirectory:
             OutboxUnusable: it cannot be made, or is not safe to use.
             OutboxMismatch: the directory holds an outbox of another destination or a newer format.
         """
+        for seconds in _ASKED_AGAIN:
+            try:
+                return cls._create(root, destination, now_ms)
+            except OutboxUnusable as error:
+                if getattr(error.__cause__, "errno", None) not in _PASSING:
+                    raise
+            time.sleep(seconds)
+        return cls._create(root, destination, now_ms)
+
+    @classmethod
+    def _create(cls, root: Path, destination: Destination, now_ms: int) -> OutboxDirectory:
         root = _absolute(root)
         path = root if os.path.lexists(root / _IDENTITY) else root / destination.slug
         try:
