@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from contents import client
+from mlflow_outbox.testing.proxy import FaultProxy
+from servers import MlflowServer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +27,8 @@ _HEX = re.compile(r"(?:m-|tr-)?[0-9a-f]{32}|[0-9a-z]{8}(?:-[0-9a-f]{4}){3}-[0-9a
 _OWN_TAGS = ("mlflow_outbox.",)
 #: A server that refuses connections: nothing listens on the discard port.
 NOWHERE = "outbox+http://127.0.0.1:9"
+#: Without an outbox; with the server there; with it away from the start; with it going away in the middle.
+WAYS = ("plain", "up", "away", "killed")
 
 
 def entry_points() -> dict[str, dict[str, str]]:
@@ -74,6 +78,38 @@ def tracking(uri: str, outbox: Path, **settings: object) -> Iterator[Any]:
                 store(uri).outbox.close(0)  # its worker would go on trying after the test
             mlflow.set_tracking_uri(None)
             forget()
+
+
+class World(NamedTuple):
+    """MLflow pointed at a server in one of the ways that must not be told apart."""
+
+    way: str
+    uri: str
+    mlflow: Any
+    proxy: FaultProxy
+
+    def kill(self) -> None:
+        """Take the server away from here on, in the way that this happens in."""
+        if self.way == "killed":
+            self.proxy.down()
+
+    def come_back(self) -> None:
+        """Have the server there again, and everything in it."""
+        self.proxy.up()
+        deliver(self.uri)
+
+
+@contextmanager
+def world(way: str, server: MlflowServer, outbox: Path) -> Iterator[World]:
+    """Point MLflow at a server in one of ``WAYS``; what was logged has arrived at the end."""
+    with FaultProxy(server.url) as proxy:
+        if way == "away":
+            proxy.down()
+        uri = server.url if way == "plain" else f"outbox+{proxy.url}"
+        with tracking(uri, outbox) as mlflow:
+            made = World(way, uri, mlflow, proxy)
+            yield made
+            made.come_back()
 
 
 def forget() -> None:

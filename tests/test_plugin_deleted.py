@@ -15,7 +15,7 @@ import pytest
 from contents import client
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import deliver, store, tracking
+from plugin_world import WAYS, deliver, store, tracking, world
 from servers import MlflowServer, eventually
 
 #: What MLflow refuses for a deleted run.
@@ -57,60 +57,47 @@ def refused(api: Any, run_id: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["plain", "up", "away"])
+@pytest.mark.parametrize("way", WAYS[:3])
 def test_a_deleted_run_takes_nothing_until_it_is_restored(
-    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """At the call, with and without an outbox, and offline too; files are taken all the same, as MLflow does."""
-    with FaultProxy(mlflow_server.url) as proxy:
-        if mode == "away":
-            proxy.down()
-        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            api = mlflow.MlflowClient()
-            run_id = api.create_run(api.create_experiment(experiment_name), tags={"kept": "yes"}).info.run_id
-            api.delete_run(run_id)
-            assert list(WRITES) == refused(api, run_id)
-            api.log_text(run_id, "x", "x.txt")
-            api.restore_run(run_id)
-            assert [] == refused(api, run_id)
-            proxy.up()
-            deliver(uri)
+    with world(way, mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        run_id = api.create_run(api.create_experiment(experiment_name), tags={"kept": "yes"}).info.run_id
+        api.delete_run(run_id)
+        assert list(WRITES) == refused(api, run_id)
+        api.log_text(run_id, "x", "x.txt")
+        api.restore_run(run_id)
+        assert [] == refused(api, run_id)
     with client(mlflow_server.url) as api:
         (found,) = api.search_runs([api.get_experiment_by_name(experiment_name).experiment_id])
         assert ({"m": 1.0}, {"p": "1"}) == (found.data.metrics, found.data.params)
         assert ["x.txt"] == [file.path for file in api.list_artifacts(found.info.run_id)]
 
 
-@pytest.mark.parametrize("mode", ["plain", "up", "away", "killed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_the_runs_of_a_deleted_experiment_take_nothing_until_it_is_restored(
-    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """As the program knows that deleted it, whether the server is there or not; runs of others go on."""
-    with FaultProxy(mlflow_server.url) as proxy:
-        if mode == "away":
-            proxy.down()
-        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            api = mlflow.MlflowClient()
-            number = api.create_experiment(experiment_name)
-            run_id = api.create_run(number, tags={"kept": "yes"}).info.run_id
-            other_id = api.create_run(
-                api.create_experiment(f"{experiment_name}-other"), tags={"kept": "yes"}
-            ).info.run_id
-            if mode == "killed":
-                deliver(uri)
-                proxy.down()
-            api.delete_experiment(number)
-            for _ in range(2):
-                assert list(WRITES) == refused(api, run_id)
-            assert [] == refused(api, other_id)
-            proxy.up()
-            if mode != "plain":
-                eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
-            api.restore_experiment(number)
-            assert [] == refused(api, run_id)
-            deliver(uri)
+    with world(way, mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        run_id = api.create_run(number, tags={"kept": "yes"}).info.run_id
+        other_id = api.create_run(api.create_experiment(f"{experiment_name}-other"), tags={"kept": "yes"}).info.run_id
+        if way == "killed":
+            deliver(here.uri)
+            here.kill()
+        api.delete_experiment(number)
+        for _ in range(2):
+            assert list(WRITES) == refused(api, run_id)
+        assert [] == refused(api, other_id)
+        here.proxy.up()
+        if way != "plain":
+            eventually(lambda: not store(here.uri).server.is_away(), message="the pause after the outage is over")
+        api.restore_experiment(number)
+        assert [] == refused(api, run_id)
     with client(mlflow_server.url) as api:
         for name in (experiment_name, f"{experiment_name}-other"):
             (found,) = api.search_runs([api.get_experiment_by_name(name).experiment_id])

@@ -8,34 +8,28 @@ import pytest
 
 from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import deliver, store, the_runs, tracking
+from plugin_world import WAYS, deliver, store, the_runs, tracking, world
 from servers import MlflowServer
 
 
-@pytest.mark.parametrize("mode", ["plain", "up", "away", "killed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_changed_param_of_a_model_is_refused_at_the_call(
-    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """Whether it was given at the creation or later; the first value stays, and further params are taken."""
     from mlflow.exceptions import MlflowException
 
-    with FaultProxy(mlflow_server.url) as proxy:
-        if mode == "away":
-            proxy.down()
-        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            mlflow.set_experiment(experiment_name)
-            model = mlflow.initialize_logged_model(name="m", params={"a": "1"})
-            if mode == "killed":
-                proxy.down()
-            mlflow.log_model_params({"b": "1"}, model_id=model.model_id)
-            for changed in ({"a": "2"}, {"b": "2"}, {"c": "1", "a": "2"}):
-                with pytest.raises(MlflowException) as raised:
-                    mlflow.log_model_params(changed, model_id=model.model_id)
-                assert "BAD_REQUEST" == raised.value.error_code
-            mlflow.log_model_params({"d": "1"}, model_id=model.model_id)
-            proxy.up()
-            deliver(uri)
+    with world(way, mlflow_server, tmp_path) as here:
+        mlflow = here.mlflow
+        mlflow.set_experiment(experiment_name)
+        model = mlflow.initialize_logged_model(name="m", params={"a": "1"})
+        here.kill()
+        mlflow.log_model_params({"b": "1"}, model_id=model.model_id)
+        for changed in ({"a": "2"}, {"b": "2"}, {"c": "1", "a": "2"}):
+            with pytest.raises(MlflowException) as raised:
+                mlflow.log_model_params(changed, model_id=model.model_id)
+            assert "BAD_REQUEST" == raised.value.error_code
+        mlflow.log_model_params({"d": "1"}, model_id=model.model_id)
     with client(mlflow_server.url) as api:
         number = api.get_experiment_by_name(experiment_name).experiment_id
         (found,) = api.search_logged_models([number])
@@ -89,36 +83,30 @@ def test_a_file_store_overwrites_the_param_of_a_model(file_uri: str, experiment_
         assert {"a": "2"} == mlflow.get_logged_model(model.model_id).params
 
 
-@pytest.mark.parametrize("mode", ["plain", "up", "away", "killed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_model_is_an_output_of_a_run_once(
-    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """A second time is refused at the call, with all that came with it."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
-    with FaultProxy(mlflow_server.url) as proxy:
-        if mode == "away":
-            proxy.down()
-        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            mlflow.set_experiment(experiment_name)
-            api = mlflow.MlflowClient()
-            with mlflow.start_run() as run:
-                names = ["a", "b", "c"]
-                one, two, three = (
-                    LoggedModelOutput(mlflow.initialize_logged_model(name=name).model_id, 1) for name in names
-                )
-                api.log_outputs(run.info.run_id, [one])
-                if mode == "killed":
-                    proxy.down()
-                for again in ([one], [one, two], [two, two]):
-                    with pytest.raises(MlflowException) as raised:
-                        api.log_outputs(run.info.run_id, again)
-                    assert "BAD_REQUEST" == raised.value.error_code
-                api.log_outputs(run.info.run_id, [three])
-            proxy.up()
-            deliver(uri)
+    with world(way, mlflow_server, tmp_path) as here:
+        mlflow = here.mlflow
+        mlflow.set_experiment(experiment_name)
+        api = mlflow.MlflowClient()
+        with mlflow.start_run() as run:
+            names = ["a", "b", "c"]
+            one, two, three = (
+                LoggedModelOutput(mlflow.initialize_logged_model(name=name).model_id, 1) for name in names
+            )
+            api.log_outputs(run.info.run_id, [one])
+            here.kill()
+            for again in ([one], [one, two], [two, two]):
+                with pytest.raises(MlflowException) as raised:
+                    api.log_outputs(run.info.run_id, again)
+                assert "BAD_REQUEST" == raised.value.error_code
+            api.log_outputs(run.info.run_id, [three])
     (found,) = the_runs(mlflow_server.url, experiment_name)
     with client(mlflow_server.url) as plain:
         made = sorted(plain.get_logged_model(model.model_id).name for model in found.outputs.model_outputs)

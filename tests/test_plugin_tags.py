@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from contents import client, the_run
-from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import deliver, store, tracking
+from plugin_world import WAYS, deliver, store, tracking, world
 from servers import MlflowServer
 
 #: More than MLflow takes in a tag that is set later, and a key that it takes at a creation only.
@@ -17,25 +16,19 @@ LONG = "x" * 9000
 ODD = {"user@host": "1", "long": LONG, "plain": "yes"}
 
 
-@pytest.mark.parametrize("mode", ["plain", "up", "away", "killed"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_begins_with_the_tags_that_it_was_given(
-    mode: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """Nothing is cut or refused at the call or at delivery; a description, which is a tag too, keeps its end."""
-    with FaultProxy(mlflow_server.url) as proxy:
-        if mode == "away":
-            proxy.down()
-        uri = mlflow_server.url if mode == "plain" else f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            mlflow.set_experiment(experiment_name)
-            with mlflow.start_run(tags=ODD, description="d" * 8500) as run:
-                if mode == "killed":
-                    proxy.down()
-                assert ODD | run.data.tags == run.data.tags
-                assert ODD | mlflow.get_run(run.info.run_id).data.tags == mlflow.get_run(run.info.run_id).data.tags
-                mlflow.set_tag("plain", "no")
-            proxy.up()
-            deliver(uri)
+    with world(way, mlflow_server, tmp_path) as here:
+        mlflow = here.mlflow
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run(tags=ODD, description="d" * 8500) as run:
+            here.kill()
+            assert ODD | run.data.tags == run.data.tags
+            assert ODD | mlflow.get_run(run.info.run_id).data.tags == mlflow.get_run(run.info.run_id).data.tags
+            mlflow.set_tag("plain", "no")
     tags = the_run(mlflow_server.url, experiment_name).data.tags
     assert {**ODD, "plain": "no", "mlflow.note.content": "d" * 8500} | tags == tags
 

@@ -25,6 +25,8 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _PATIENCE: Final = 15.0
 #: How the names of the product's threads and of its temporary directories begin.
 _OURS: Final = "mlflow-outbox"
+#: Processes of the nest, which live as long as the session.
+_STAYING: Final = (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker")
 #: Temporary directories that this process has made.
 _temporary: set[str] = set()
 
@@ -82,7 +84,7 @@ def _children() -> Iterator[str]:
         for name in names:
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{name}/cmdline").read_bytes()
-                if b"multiprocessing.forkserver" in command:  # the nest's, which lives as long as the session
+                if any(name in command for name in _STAYING):
                     continue
                 if command:  # a zombie has none
                     yield f"process {name}: {command.replace(bytes(1), b' ')[:300].decode(errors='replace')}"

@@ -21,6 +21,7 @@ from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.events import Metric, Tags, encode
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.delivery import Delivery
 from servers import MlflowServer, eventually
 
 HOUR = 3600.0
@@ -130,8 +131,20 @@ SUSPENDS: dict[str, tuple[float, dict[str, Any], float]] = {
 }
 
 
-def suspended(fd: int, uri: str, outbox: str, experiment: str, gap: float, signs: str, changed: dict[str, Any]) -> None:
-    """Log, be suspended for a night when told to, log on, and report when told to; nothing is flushed."""
+def is_away(tracker: MLflowTracker) -> bool:
+    """Return whether delivery has been refused, and its pause has begun."""
+    worker: Any = tracker._outbox and tracker._outbox._worker
+    loop = worker.delivery._loop if worker and worker.delivery else None
+    return isinstance(loop, Delivery) and loop.condition()[0] == "away"
+
+
+def suspended(
+    fd: int, uri: str, outbox: str, experiment: str, gap: float, signs: str, changed: dict[str, Any], asked: str
+) -> None:
+    """Log, be suspended for a night when told to, log on, and report when told to; nothing is flushed.
+
+    With ``asked`` "refused" the night begins in the pause after a refusal, with "waiting" in the middle of a request.
+    """
 
     def work() -> dict[str, Any]:
         clocks = Clocks()
@@ -140,6 +153,8 @@ def suspended(fd: int, uri: str, outbox: str, experiment: str, gap: float, signs
         for number in range(30):
             if number == 20:
                 eventually(Path(signs, "suspend").exists, 60)
+                if asked == "refused":
+                    eventually(lambda: is_away(tracker), 30, "the server has refused something")
                 clocks.gap, clocks.wall = gap, NIGHT
             if workload.log_event(run, number):
                 workload.ack(fd, number)
@@ -161,10 +176,10 @@ def test_a_suspended_machine_goes_on_at_once_and_has_lost_nothing(
         experiment, signs = f"{experiment_name}-{turn}", tmp_path / f"signs{turn}"
         signs.mkdir()
         with FaultProxy(mlflow_server.url) as proxy:
-            away = faults.forward_then_hang() if how == "in the middle of a request" else faults.status(503)
-            proxy.on("", away, times=None)
+            asked = "waiting" if how == "in the middle of a request" else "refused"
+            proxy.on("", faults.forward_then_hang() if asked == "waiting" else faults.status(503), times=None)
             outbox = str(tmp_path / f"outbox{turn}")
-            child = nest.start(suspended, proxy.url, outbox, experiment, gap, str(signs), changed)
+            child = nest.start(suspended, proxy.url, outbox, experiment, gap, str(signs), changed, asked)
             child.wait_for_lines(20)
             eventually(lambda proxy=proxy: proxy.requests, 30, "the server is asked, and is away")
             proxy.clear()
