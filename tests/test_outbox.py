@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
 import textwrap
@@ -14,6 +16,7 @@ import pytest
 from contents import QUICK, the_run
 from mlflow_outbox import FlushResult, MLflowTracker, delivery
 from mlflow_outbox.outbox import Outbox
+from mlflow_outbox.spool import disk, reader
 from mlflow_outbox_worker.flush import Watch
 from servers import eventually
 
@@ -111,6 +114,33 @@ def test_a_ledger_directory_that_is_not_safe_costs_no_event_and_raises_nothing(
         place.chmod(0o700)
         assert tracker.flush(60)
     assert 0.25 == the_run(sqlite_uri, "e").data.metrics["loss"]
+
+
+def test_a_disk_that_does_not_let_journals_be_read_raises_nothing_into_a_program(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F21: flush and close say that something is left, and count; what a signal handler raises is still raised."""
+    tracker = MLflowTracker("unread", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK)
+    with tracker, monkeypatch.context() as patch:
+        run = tracker.start_run()
+        run.log_metric("loss", 1.0)
+        assert tracker.flush(60)
+
+        def fail(*_: object) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        patch.setattr(reader, "number_behind", fail)
+        here = __name__.partition(".")[0]
+        # As if the disk had answered: what a test raises is else taken for a signal handler's.
+        patch.setattr(disk, "_OWN_FRAMES", disk._OWN_FRAMES | {here})
+        assert FlushResult(pending=1) == dataclasses.replace(tracker.flush(0.3), delivered=0)
+        assert not tracker.close(0.1)
+        assert tracker.counters["backlog_unread"] > 1
+        patch.setattr(disk, "_OWN_FRAMES", disk._OWN_FRAMES - {here})
+        with pytest.raises(OSError, match="Input/output"):
+            tracker.flush(1)
+        patch.undo()
+        assert tracker.flush(60)
 
 
 def test_trouble_of_one_outbox_at_the_exit_is_said_and_does_not_touch_the_others(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class TestRows:
         again.delivered, again.state = 2, "active"
         ledger.commit(again)
         assert [again] == list(ledger.records())
-        assert FlushResult(9, 0, 0, 1) == total({}, *_both(ledger), parked=False)
+        assert FlushResult(9, 0, 0, 0) == total({}, *_both(ledger), {}, parked=False)
         again.state = "done"
         ledger.commit(again)
         ledger.retire(["a"], gone)
@@ -113,7 +113,7 @@ class TestRows:
             return iter(found)
 
         monkeypatch.setattr(Ledger, "records", late)
-        assert FlushResult(14, 0, 0, 2) == total({}, *_both(ledger), parked=False)
+        assert FlushResult(14, 0, 0, 3) == total({}, *_both(ledger), {"b": 3}, parked=False)
 
     def test_a_kill_in_the_middle_leaves_either_state(self, tmp_path: Path) -> None:
         """Never a count twice, never none."""

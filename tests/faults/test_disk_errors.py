@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from faults import workload
+from faults import manners, workload
 from faults.children import Child, Nest
 from faults.mounts import mount, own_namespace, tmpfs, umount
 from faults.oracle import held
@@ -36,6 +36,8 @@ def log_on_failing_disk(fd: int, uri: str, outbox: str, sync: str) -> None:
 
     def work() -> dict[str, Any]:
         given = workload.settings(sync=sync, sync_interval=0.02, **workload.TINY)
+        if sync == "always":
+            manners.excuse_syncs()
         tracker = MLflowTracker("failing", uri, outbox_dir=outbox, worker="none", settings=given)
         run = tracker.start_run("failing")
         took: list[float] = []
@@ -75,6 +77,7 @@ def deliver_on_failing_disk(fd: int, uri: str, outbox: str, conflicting: bool, s
 
     def work() -> dict[str, Any]:
         given = workload.settings(sync="always", retention=0.0, poll_interval=0.001, **workload.TINY)
+        manners.excuse_syncs()
         tracker = MLflowTracker("failing", uri, outbox_dir=outbox, worker="none", settings=given)
         took: list[float] = []
         raised: list[str] = []

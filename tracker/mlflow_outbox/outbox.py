@@ -41,9 +41,10 @@ class FlushResult:
 
     Attributes:
         delivered: have arrived in MLflow, of all events that the outbox still knows.
-        pending: wait on disk and are sent as soon as MLflow takes them.
+        pending: wait on disk and are sent as soon as MLflow takes them; 1 also where the disk does not tell.
         parked: wait on disk for a person, because MLflow refuses their run or the whole outbox.
-        dead: were refused by MLflow for good, one by one, and are kept as dead letters.
+        dead: were refused by MLflow for good, one by one, and are kept as dead letters, until somebody sends them again
+            or drops them.
     """
 
     delivered: int = 0

@@ -66,13 +66,16 @@ def counted(ledger: Ledger) -> tuple[dict[str, RunRecord], Totals]:
         before = totals  # some were retired in between
 
 
-def total(ends: Targets, records: Iterable[RunRecord], retired: Totals, *, parked: bool) -> FlushResult:
+def total(
+    ends: Targets, records: Iterable[RunRecord], retired: Totals, letters: Mapping[str, int], *, parked: bool
+) -> FlushResult:
     """Return the sums over all runs.
 
     Args:
         ends: from ``targets``.
         records: what the ledger holds.
         retired: what was counted of runs that are gone.
+        letters: how many dead letters each run has now: one that was sent again or dropped is none any more.
         parked: the whole destination waits for a person.
     """
     by_id = {record.run_id: record for record in records}
@@ -81,5 +84,5 @@ def total(ends: Targets, records: Iterable[RunRecord], retired: Totals, *, parke
         delivered=retired.delivered + sum(record.delivered for record in by_id.values()),
         pending=sum(part.pending for part in parts),
         parked=sum(part.parked for part in parts),
-        dead=retired.dead + sum(record.dead for record in by_id.values()),
+        dead=sum(letters.values()),
     )

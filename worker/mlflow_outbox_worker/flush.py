@@ -13,8 +13,10 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
+from mlflow_outbox.counters import Counters, described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.outbox import FlushResult
+from mlflow_outbox.spool.disk import is_foreign
 from mlflow_outbox_worker.backlog import Targets, counted, left, targets, total
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.ledger import Ledger
@@ -42,7 +44,7 @@ _STILL_PARKED: Final = 30.0
 def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
     """Have an outbox of this process delivered; see ``Outbox.flush``."""
     wait = outbox.worker_kind != "none"
-    return Watch(outbox.directory, outbox.settings).until_delivered(timeout if wait else 0)
+    return Watch(outbox.directory, outbox.settings, outbox.counters).until_delivered(timeout if wait else 0)
 
 
 class Watch:
@@ -51,10 +53,12 @@ class Watch:
     Args:
         directory: the outbox.
         settings: where its ledger is.
+        counters: counts looks that the disk did not allow as "backlog_unread".
     """
 
-    def __init__(self, directory: OutboxDirectory, settings: Settings) -> None:
+    def __init__(self, directory: OutboxDirectory, settings: Settings, counters: Counters | None = None) -> None:
         self._directory = directory
+        self._counters = counters or Counters()
         self._path: Path = settings.ledger_dir or directory.ledger
         self._last = FlushResult()
         self._tried_ms = 0  # when what is parked was tried, the run that was tried longest ago
@@ -94,14 +98,30 @@ class Watch:
             time.sleep(pause)
             look = min(_LOOK_MOST, look * 1.2)
 
-    def measure(self, ends: Targets | None = None) -> tuple[FlushResult, Targets]:
-        """Return the counts up to given ends of the journals, or up to their present ends, and those ends."""
+    def measure(self, ends: Targets | None = None) -> tuple[FlushResult, Targets | None]:
+        """Return the counts up to given ends of the journals, or up to their present ends, and those ends.
+
+        Where the disk does not let the journals be read, something is taken to be pending: it may be.
+        """
+        try:
+            return self._measured(ends)
+        except OSError as error:
+            if is_foreign(error):
+                raise
+            self._counters.add("backlog_unread")
+            self._counters.warn_once(
+                "backlog_unread", f"mlflow-outbox: how much is delivered cannot be told now: {described(error)}"
+            )
+        return (self._last if self._last.pending or self._last.parked else FlushResult(pending=1)), ends
+
+    def _measured(self, ends: Targets | None) -> tuple[FlushResult, Targets]:
         try:
             ledger = Ledger.open(self._path, read_only=True)
         except (LedgerUnavailable, OutboxUnusable):
             return self._unknown(ends)
         try:
             records, retired = counted(ledger)
+            letters = ledger.dead_letter_counts()
             note = destination_note(ledger)
         except (LedgerUnavailable, OutboxUnusable):
             return self._unknown(ends)
@@ -110,7 +130,7 @@ class Watch:
                 ledger.close()
         known = targets(self._directory, records) if ends is None else ends
         parked = note.state == "parked"
-        self._last = total(known, records.values(), retired, parked=parked)
+        self._last = total(known, records.values(), retired, letters, parked=parked)
         if self._last.parked:
             self._tried_ms = min(
                 last_tried_ms(note, records.get(run))
@@ -127,4 +147,4 @@ class Watch:
         known = targets(self._directory, {}) if ends is None else ends
         if self._last.pending or self._last.parked:
             return self._last, known
-        return total(known, (), Totals(), parked=False), known
+        return total(known, (), Totals(), {}, parked=False), known

@@ -15,7 +15,9 @@ from mlflow_outbox.spool.private import create_private, sync_directory
 #: Tries to lock a new segment, half a millisecond apart; readers hold its lock for microseconds.
 _LOCK_TRIES: Final = 100
 #: Modules through which an error of the disk comes.
-_OWN_FRAMES: Final = frozenset({"mlflow_outbox", "os", "posixpath", "genericpath", "contextlib", "pathlib"})
+_OWN_FRAMES: Final = frozenset(
+    {"mlflow_outbox", "mlflow_outbox_worker", "os", "posixpath", "genericpath", "contextlib", "pathlib"}
+)
 
 
 class SystemDisk:

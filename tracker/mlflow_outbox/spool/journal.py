@@ -328,11 +328,7 @@ class Journal:
             self._nested.release()
 
     def _leave_to_parent(self) -> None:
-        """Become a new writer, in a forked child: descriptors, locks and unsynced events are the parent's."""
-        for segment in [self._sequence.live, *self._sequence.retired]:
-            if segment.fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(segment.fd)
+        """Become a new writer, in a forked child: locks, unsynced events and ``descriptors`` are the parent's."""
         self._reset()
 
 

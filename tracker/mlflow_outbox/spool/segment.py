@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from mlflow_outbox.spool import frame
+from mlflow_outbox.spool import descriptors, frame
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
 from mlflow_outbox.spool.events import SegmentClosed, decode, encode
 
@@ -78,7 +78,7 @@ class Segment:
         """
         data = frame.pack_header(header)
         size = len(data)
-        fd = self._disk.create(path)
+        fd = descriptors.opened(self._disk.create, path)
         try:
             if self._disk.write(fd, data) != size:
                 raise short_write()
@@ -88,7 +88,7 @@ class Segment:
             except OSError:
                 pass
             try:  # noqa: SIM105 - as in close
-                self._disk.close(fd)
+                descriptors.close(self._disk.close, fd)
             except OSError:
                 pass
             raise
@@ -161,7 +161,7 @@ class Segment:
     def close(self) -> None:
         """Give the descriptor back; it is gone whatever the disk says."""
         try:  # noqa: SIM105 - contextlib.suppress makes calls, after which a signal handler could raise
-            self._disk.close(self.fd)
+            descriptors.close(self._disk.close, self.fd)
         except OSError:
             pass
 

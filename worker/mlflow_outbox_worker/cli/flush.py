@@ -249,7 +249,11 @@ class Flush:
                 return
             records, note, letters = {}, None, {}
         if self._ends is None:
-            ends = targets(self._directory, records)
+            try:
+                ends = targets(self._directory, records)
+            except OSError as error:
+                self._trouble = printable(str(error), 300)
+                return
             self._ends = ends if self._run_id is None else {self._run_id: ends.get(self._run_id, {})}
         parked_all = note is not None and note.state == "parked"
         if (
