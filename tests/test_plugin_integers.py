@@ -154,6 +154,33 @@ def test_points_of_models_and_outputs_take_the_numbers_of_other_libraries(
         assert (0.5, _T, 2) == (seen.value, seen.timestamp, seen.step)
 
 
+@pytest.mark.parametrize("bad", [{"timestamp": "late"}, {"step": "third"}, {"step": []}])
+def test_a_refusal_names_the_point_of_a_batch_as_it_does_without_an_outbox(
+    bad: dict[str, Any], sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """In the same words; so does one of a single call."""
+    from mlflow.entities import Metric
+
+    def refusals(uri: str) -> list[str]:
+        with tracking(uri, tmp_path / "outbox") as mlflow:
+            api = mlflow.MlflowClient()
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run() as run:
+                given = {"timestamp": 1, "step": 0, **bad}
+                points = [Metric("good", 1.0, 1, 0), Metric("bad", 1.0, **given)]
+                found = []
+                for call in (
+                    lambda: api.log_batch(run.info.run_id, points),
+                    lambda: api.log_metric(run.info.run_id, "bad", 1.0, **given),
+                ):
+                    with pytest.raises(Exception, match="") as raised:
+                        call()
+                    found.append(f"{raised.type.__name__}: {raised.value}")
+            return found
+
+    assert refusals(sqlite_uri) == refusals(f"outbox+{sqlite_uri}")
+
+
 @pytest.mark.parametrize("scheme", ["http", "sqlite", "file"])
 def test_a_point_beyond_64_bits_in_a_journal_is_a_dead_letter_and_its_neighbours_arrive(
     scheme: str, request: pytest.FixtureRequest, experiment_name: str, tmp_path: Path

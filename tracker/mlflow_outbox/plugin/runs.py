@@ -208,7 +208,11 @@ class Runs(RunReads):
             MlflowException: there is no such run, one of the items is none that MLflow takes, or a param has another
                 value.
         """
-        metrics = [self.integers.point(metric, service_pb2.Metric) for metric in metrics]
+        try:
+            metrics = [self.integers.point(metric, service_pb2.Metric) for metric in metrics]
+        except MlflowException:
+            _validate_batch_log_data(metrics, params, tags)  # as a rule it refuses the same, and says which of them
+            raise
         checked = _validate_batch_log_data(metrics, params, tags)
         metrics, params, tags = checked if checked is not None else (metrics, params, tags)
         _validate_batch_log_limits(metrics, params, tags)
@@ -259,7 +263,11 @@ class Runs(RunReads):
 
     def log_metric(self, run_id: str, metric: Metric) -> None:
         """Log one metric point; see ``log_batch``."""
-        metric = self.integers.point(metric, service_pb2.LogMetric)
+        try:
+            metric = self.integers.point(metric, service_pb2.LogMetric)
+        except MlflowException:
+            _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)  # as above
+            raise
         _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
         run = self.active(run_id)
         if _is_linked(metric):
