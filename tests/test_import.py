@@ -29,7 +29,7 @@ threads = threading.active_count()
 offline = mlflow_outbox.MLflowTracker("experiment", "http://127.0.0.1:9", outbox_dir=sys.argv[1], worker="none")
 offline.start_run().log_metric("loss", 1.0)
 logged = sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split()))
-print(json.dumps({"created": created, "logged": logged, "threads": threads, "same": before == host()}))
+print(json.dumps({"created": created, "logged": logged, "threads": threads, "same": before == host()}), flush=True)
 os._exit(0)
 """
 _HEAVY = "mlflow diskcache sqlalchemy pandas numpy requests rich click tenacity sqlite3 asyncio mlflow_outbox_worker"
