@@ -292,6 +292,9 @@ class _Connection:
         try:
             tls = self._proxy.tls
             if tls is not None:
+                # A client that has gone again ends here: CPython gives no socket back, and closes none, where that is
+                # noticed in the middle of the wrapping (``SSLSocket._create``, a reset).
+                self.client.getpeername()
                 self.client = tls.wrap_socket(self.client, server_side=True, do_handshake_on_connect=False)
                 self.client.do_handshake()
             stream = self.client.makefile("rb")
