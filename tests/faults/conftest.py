@@ -4,8 +4,7 @@
   more repetitions; ``scripts/faults --tier nightly`` is the way to start the longer ones.
 * Every test that draws random numbers gets its ``rng`` from one seed, which is printed. The seed of a failure is added
   to ``tests/faults/seeds/<test>.txt`` with the tier, whose count it takes to meet it, and the test's parameters; every
-  later run of that test in that tier or a larger one repeats it, from the nightly tier on: what was mended has a test
-  of its own, and the commit tier shall be quick.
+  later run of that test in that tier or a larger one repeats it.
 * A test marked ``fault("F01", "what is injected")`` is a row of the table at the end. A test marked
   ``needs("strace")`` is not collected where that is missing: the table then says "not run", and what would be needed.
 """
@@ -118,8 +117,6 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def _kept_seeds(config: pytest.Config, name: str) -> list[tuple[str, str]]:
     """Return the seeds with which a test has failed in this tier or a smaller one, each with its other parameters."""
-    if config.getoption("--tier") == "commit":
-        return []
     path = SEEDS / f"{name}.txt"
     lines = path.read_text().splitlines() if path.exists() else []
     enough = TIERS[: TIERS.index(config.getoption("--tier")) + 1]

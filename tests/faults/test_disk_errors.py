@@ -216,7 +216,7 @@ def test_an_input_output_error_at_any_call_of_a_worker_holds_up_nothing_for_long
     first = whole.run(",".join(calls), "", deliver_on_failing_disk, False, 30.0)
     assert set() == whole.check(first, EVENTS)
     assert first.report()["delivered"]
-    some = rng.sample(calls, 3 if row.tier == "commit" else len(calls))
+    some = rng.sample(calls, 5 if row.tier == "commit" else len(calls))
     for number, (call, when, plus) in enumerate(chosen(whole, row, rng, some, 1, 4, 10_000)):
         disk = Disk(nest, row, tmp_path / str(number), empty_database)
         inject = f"{call}:error=EIO:when={when}{plus}"

@@ -235,7 +235,7 @@ def test_a_kill_at_any_system_call_loses_and_doubles_nothing(
     assert scene.conflicting == ("conflict" in whole.lines())
     points = changes(scene.trace)[part]
     nightly = len(points) if work == "artifact" else 5  # of each of six parts
-    chosen = row.sample(points, {"artifact": 4, "conflict": 2}.get(work, 1), nightly, len(points))
+    chosen = row.sample(points, {"artifact": 6, "conflict": 4}.get(work, 2), nightly, len(points))
     for index, point in enumerate(chosen):
         experiment, outbox = f"killed-{name}-{index}", tmp_path / f"outbox{index}"
         child = scene.killed(point, outbox, experiment)
@@ -254,11 +254,10 @@ def test_a_kill_during_the_recovery_from_a_kill_is_harmless(
 ) -> None:
     """What one killed program left is kept, and each time a second one, which only delivers, is killed elsewhere."""
     recoveries: list[int] = []
-    for number in range(row.pick(1, 12, 60))[part]:
+    for number in range(row.pick(2, 12, 60))[part]:
         folder, kept = tmp_path / "now", tmp_path / "kept"
         folder.mkdir()
-        work = WORKS[number % 2] if row.tier != "commit" else rng.choice(WORKS[:2])
-        scene, outbox = Scene(nest, work, folder, empty_database), folder / "outbox"
+        scene, outbox = Scene(nest, WORKS[number % 2], folder, empty_database), folder / "outbox"
         scene.run("", folder / "whole", "whole")
         points, crashed, experiment = changes(scene.trace), None, ""
         while crashed is None or not crashed.acked():

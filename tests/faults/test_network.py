@@ -76,7 +76,7 @@ def test_an_answer_lost_at_any_request_doubles_nothing(
     count = len(proxy.requests)
     assert count > 5
     create = next(place for place, request in enumerate(proxy.requests) if request.path.endswith("runs/create"))
-    places = {create, *row.sample(range(count), 5, count)}
+    places = {create, *row.sample(range(count), 10, count)}
     for place in sorted(places) * row.pick(1, 1, 5):
         lost, before = faults.forward_then_drop_response(), len(proxy.requests)
         proxy.script(*[faults.forward()] * place, lost)
