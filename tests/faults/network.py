@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from faults import workload
-from faults.oracle import Held, at_rest, held
+from faults.oracle import Held, at_rest, held, held_of
 from faults.table import Row
 from faults.test_space import check_manners
 from mlflow_outbox import MLflowTracker, Settings
@@ -36,10 +36,18 @@ class Session:
         self.took: list[float] = []
         self.acked: set[int] = set()
         self.issued: set[int] = set()
+        self._arrived: set[int] = set()
+        self._names: set[str] = set()  # of runs of which something may not have arrived
+        self._ended: set[str] = set()
+
+    def _next(self) -> int:
+        return max(self.issued, default=-1) + 1
 
     def start(self) -> Any:
-        """Start a run."""
-        return workload.timed(self.took, lambda: self.tracker.start_run(f"run {len(self.issued)}"))
+        """Start a run, named after the number of its first event."""
+        name = f"run {self._next()}"
+        self._names.add(name)
+        return workload.timed(self.took, lambda: self.tracker.start_run(name))
 
     def log_to(self, run: Any, numbers: list[int]) -> None:
         """Log events by their numbers."""
@@ -50,10 +58,11 @@ class Session:
 
     def log(self, count: int) -> None:
         """Log a run of some events and end it."""
-        first = max(self.issued, default=-1) + 1
+        first = self._next()
         run = self.start()
         self.log_to(run, list(range(first, first + count)))
         workload.timed(self.took, run.end)
+        self._ended.add(f"run {first}")
 
     def held(self) -> Held:
         """Return what the server's database holds."""
@@ -77,7 +86,17 @@ class Session:
         assert took < bound, "I6: it takes too long"
 
     def _seconds_until_there(self, numbers: set[int]) -> float:
-        return workload.seconds_until(lambda: numbers <= set(self.held().events), 120)
+        """Wait for events; those that have been there are looked at again by ``judge``, with all others."""
+        missing = numbers - self._arrived
+
+        def there() -> set[int]:
+            return set(held_of(self.server.database_uri, self.experiment, self._names).events)
+
+        took = workload.seconds_until(lambda: missing <= there(), 120)
+        self._arrived |= numbers
+        if self.issued <= self._arrived:
+            self._names -= self._ended
+        return took
 
     def settle(self, row: Row, *, dead: int = 0, timeout: float = 30.0) -> None:
         """Check liveness with a fresh run, conservation, integrity, and how long logging took."""

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -137,7 +138,18 @@ def held(uri: str, experiment: str) -> Held:
     """
     if uri.startswith("file:"):
         return _in_files(Path(unquote(urlsplit(uri).path)), experiment)
-    return _in_database(Path(uri.removeprefix("sqlite:///")), experiment)
+    return _in_database(Path(uri.removeprefix("sqlite:///")), experiment, None)
+
+
+def held_of(database_uri: str, experiment: str, names: Collection[str]) -> Held:
+    """Return what an SQLite database holds of some runs of an experiment: to look again and again costs little.
+
+    Args:
+        database_uri: of the database.
+        experiment: its name.
+        names: of the runs.
+    """
+    return _in_database(Path(database_uri.removeprefix("sqlite:///")), experiment, names)
 
 
 def at_rest(uri: str, experiment: str, within: float) -> Held:
@@ -157,7 +169,7 @@ def at_rest(uri: str, experiment: str, within: float) -> Held:
     return found
 
 
-def _in_database(path: Path, experiment: str) -> Held:
+def _in_database(path: Path, experiment: str, only: Collection[str] | None) -> Held:
     found = Held()
     connection = sqlite3.connect(path, timeout=20)  # not read-only: what a killed writer left is rolled back first
     try:
@@ -166,7 +178,7 @@ def _in_database(path: Path, experiment: str) -> Held:
             " WHERE experiments.name = ? AND runs.lifecycle_stage = 'active'",
             (experiment,),
         ).fetchall()
-        for run, name, status, artifacts in runs:
+        for run, name, status, artifacts in [run for run in runs if only is None or run[1] in only]:
             found.status[name] = status
             found.names[name] += 1
             tags = dict(connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (run,)).fetchall())

@@ -227,7 +227,7 @@ def deliver(
 
     def watch() -> None:
         deadline = time.monotonic() + seconds
-        while not found[0] and not over.wait(0.003) and time.monotonic() < deadline:
+        while not found[0] and not over.wait(0.02) and time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # where the disk fails, a look may fail too
                 found[0] = done(delivery, directory)
         delivery.stop()
