@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import threading
 from pathlib import Path
 
-from contents import QUICK, artifact_text, the_run
+import pytest
+
+from contents import QUICK, artifact_text, points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.events import Metric
+from mlflow_outbox.spool.events import Metric, RunEnded, RunStarted
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
+from mlflow_outbox.spool.window import Cursor, Window
+from mlflow_outbox.testing import FailingDisk
+from mlflow_outbox_worker import upkeep
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.retention import file_run
+from mlflow_outbox_worker.retention import file_run, passed_segments
+from servers import eventually
+from spools import RUN, header, make_journal, metric, packed, write_segment
+from workers import delivering
 
 
 def test_a_run_resumed_for_a_moment_while_it_is_filed_stays_where_it_is(tmp_path: Path) -> None:
@@ -52,3 +65,177 @@ def test_a_copy_that_was_filed_before_the_ledger_was_lost_is_found(
         result = tracker.flush(60)
     assert (0, 0, 0) == (result.pending, result.parked, result.dead)
     assert "content" == artifact_text(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "notes.txt")
+
+
+class Rewritten:
+    """A run whose first segment could not be synced: its events lie in segment 2 too, which is read before segment 1.
+
+    Attributes:
+        folder: its directory.
+        logged: how many metrics were acknowledged.
+    """
+
+    def __init__(self, outbox: OutboxDirectory) -> None:
+        disk = FailingDisk()
+        self.journal = make_journal(outbox, disk, segment_bytes=4096)
+        self.folder = outbox.run(RUN)
+        self.logged = 0
+        self.journal.append(RunStarted(1_700_000_000_000, "r", "me", {}, False))
+        self.log(20)
+        with disk.held("datasync", error=errno.EIO) as entered:
+            background = threading.Thread(target=self.journal.sync)
+            background.start()
+            assert entered.wait(30)
+            while len(list(self.folder.glob("*.log"))) < 2:
+                self.log(1)
+        background.join(30)
+        self.log(15)
+        assert 3 == len(list(self.folder.glob("*.log")))
+
+    def log(self, number: int) -> None:
+        """Log some metrics."""
+        for step in range(self.logged, self.logged + number):
+            assert self.journal.append(metric(step))
+        self.logged += number
+
+    def end(self) -> None:
+        """End the run in order."""
+        self.journal.append(RunEnded("FINISHED", 1_700_000_100_000))
+        self.journal.close()
+        self.journal.sync()
+
+    def lose_power(self) -> None:
+        """Take what was never synced, and leave the rest to a worker of the next boot."""
+        self.journal.sync()
+        first = next(self.folder.glob("*-000000.log"))
+        os.truncate(first, frame.unpack_header(first.read_bytes())[1])
+        self.journal.close()
+
+
+def steps(uri: str) -> list[int]:
+    """Return the steps of the only run's metric in MLflow, each as often as it is there."""
+    return sorted(step for step, _ in points(uri, the_run(uri, "exp").info.run_id, "loss").elements())
+
+
+class TestEventsThatWereWrittenAgain:
+    """After a failed sync they lie in a segment of a later ordinal, and are read before those that came after them."""
+
+    def test_they_arrive_after_a_power_cut_and_are_not_filed_unread(
+        self, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A turn of the worker ends within them; segment 1, which has a lower ordinal, is still to be read."""
+        monkeypatch.setattr(upkeep, "_FILE", 0.0)
+        outbox = OutboxDirectory.create(tmp_path / "outbox", resolve(sqlite_uri), now_ms=1)
+        run = Rewritten(outbox)
+        run.lose_power()
+        with delivering(outbox, sqlite_uri, Settings(batch_points=5, poll_interval=0.02)) as counters:
+            eventually(lambda: counters["delivered"] >= run.logged, 60)
+            eventually(lambda: 1 == len(list(run.folder.glob("*.log"))), 60, "what was read is filed")
+        assert list(range(run.logged)) == steps(sqlite_uri)
+        assert 0 == counters["missing"]
+
+    def test_a_run_with_such_a_segment_is_filed(self, sqlite_uri: str, tmp_path: Path) -> None:
+        """So it is reclaimed in time, as any other."""
+        outbox = OutboxDirectory.create(tmp_path / "outbox", resolve(sqlite_uri), now_ms=1)
+        run = Rewritten(outbox)
+        run.end()
+        with delivering(outbox, sqlite_uri, QUICK) as counters:
+            eventually(lambda: not run.folder.exists(), 60)
+        assert list(range(run.logged)) == steps(sqlite_uri)
+        assert (1, 0) == (counters["runs_verified"], counters["missing"])
+
+
+class Segments:
+    """A run's segments of one writer that is gone, and a ledger for filing them; nothing is sent."""
+
+    def __init__(self, path: Path) -> None:
+        self.outbox = OutboxDirectory.create(path / "outbox", resolve("http://127.0.0.1:9"), now_ms=0)
+        self.folder = self.outbox.run(RUN)
+        self._ledger = path / "ledger"
+
+    def write(self, ordinal: int, first: int, number: int) -> Path:
+        """Write a segment of so many events, the first of which has a number."""
+        head = header(ordinal=ordinal, first_seq=first & frame.SEQUENCE_MASK)
+        frames = [packed([metric(first + at)], head, (first + at) & frame.SEQUENCE_MASK)[0] for at in range(number)]
+        path = write_segment(self.folder, head, frames)
+        os.utime(path, (1, 1))
+        return path
+
+    def read(self, points: int = 1000) -> Window:
+        """Read from the beginning, so many points at most."""
+        return RunReader(self.folder).window({}, points=points)
+
+    def passed(self, cursors: dict[str, Cursor]) -> list[Path]:
+        """Return the segments that the cursors have passed."""
+        return passed_segments(RunReader(self.folder), cursors)
+
+    def file(self, cursors: dict[str, Cursor]) -> bool:
+        """File the run."""
+        with contextlib.closing(Ledger.open(self._ledger)) as ledger:
+            return file_run(self.outbox, ledger, RUN, cursors, Counters())
+
+
+@pytest.fixture
+def segments(tmp_path: Path) -> Segments:
+    """A run without a segment yet."""
+    return Segments(tmp_path)
+
+
+class TestPlaceInReadingOrder:
+    """What was passed is told by where a segment is read, not by what its file is called."""
+
+    def test_numbers_that_wrap_do_not_turn_the_order_round(self, segments: Segments) -> None:
+        """The later segment's first number is the smaller one."""
+        first = segments.write(0, (1 << 32) - 5, 5)
+        segments.write(1, 1 << 32, 5)
+        window = segments.read()
+        assert (10, 0) == (len(window.events), window.missing)
+        assert [first] == segments.passed(window.cursors)
+        assert segments.file(window.cursors)
+
+    def test_a_segment_written_again_of_which_only_the_header_is_left_is_passed_in_its_place(
+        self, segments: Segments
+    ) -> None:
+        """What it held is missing, which is counted; then the run can be filed."""
+        first, torn = segments.write(0, 0, 5), segments.write(2, 5, 0)
+        segments.write(1, 9, 5)
+        part, window = segments.read(points=5), segments.read()
+        assert [] == segments.passed(part.cursors)
+        assert (4, 10) == (window.missing, len(window.events))
+        assert [first, torn] == segments.passed(window.cursors)
+        assert segments.file(window.cursors)
+
+    def test_an_empty_segment_at_the_end_does_not_keep_a_run_from_being_filed(self, segments: Segments) -> None:
+        """Its writer was killed between the header and the first event."""
+        first = segments.write(0, 0, 5)
+        segments.write(1, 5, 0)
+        window = segments.read()
+        assert [first] == segments.passed(window.cursors)
+        assert window.cursors == RunReader(segments.folder).window(window.cursors).cursors
+        assert segments.file(window.cursors)
+        assert not segments.folder.exists()
+
+    def test_a_kill_between_the_moves_leaves_a_run_that_is_filed_the_next_time(self, segments: Segments) -> None:
+        """The first segments in reading order are moved already."""
+        moved = [segments.write(0, 0, 5), segments.write(2, 3, 2)]
+        segments.write(1, 5, 5)
+        window = segments.read()
+        target = segments.outbox.delivered / RUN
+        target.mkdir(mode=0o700)
+        for path in moved:
+            path.rename(target / path.name)
+        again = RunReader(segments.folder).window(window.cursors)
+        assert ([], 0, window.cursors) == (again.events, again.missing, again.cursors)
+        assert segments.file(window.cursors)
+
+    def test_nothing_is_passed_while_the_segment_that_was_read_last_is_not_there(self, segments: Segments) -> None:
+        """What is left is read once more, and what was sent of it is told by its numbers."""
+        first, last = segments.write(0, 0, 5), segments.write(1, 5, 5)
+        cursors = segments.read(points=7).cursors
+        last.unlink()
+        segments.write(2, 5, 5)
+        assert [] == segments.passed(cursors)
+        assert not segments.file(cursors)
+        window = RunReader(segments.folder).window(cursors)
+        assert ([7.0, 8.0, 9.0], 0) == ([event.value for _, event in window.events], window.missing)
+        assert [first] == segments.passed(window.cursors)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from mlflow_outbox.spool.frame import SEQUENCE_MASK
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox.spool.listing import Broken
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.window import Cursor
+from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox_worker import dbfile
 from mlflow_outbox_worker.database import Reader
 from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
@@ -282,6 +283,8 @@ class _Journal:
         self._missing = 0
         self._broken: list[Broken] = []
         self._ahead: list[Path] = []
+        #: Byte offsets up to which segments were delivered.
+        self._delivered: dict[Path, int] = {}
 
     def read(self) -> None:
         """Read everything."""
@@ -289,14 +292,19 @@ class _Journal:
         self.segments = sum(len(held) for held in held_by.values())
         for writer, held in held_by.items():
             first, cursor = held[0].header, self._cursors.get(writer, Cursor())
-            if first.ordinal > cursor.ordinal or writer not in self._cursors:
+            here = [segment for segment in held if segment.header.ordinal == cursor.ordinal]
+            if not here or writer not in self._cursors:
                 # Reclaimed segments are no gap: what they held is behind the cursor.
                 gap = (first.first_seq - cursor.seq) & SEQUENCE_MASK
                 self._missing += gap if gap < 1 << 31 else 0
-            for segment in held:
+            for segment in here:
                 with contextlib.suppress(FileNotFoundError):
-                    if segment.header.ordinal == cursor.ordinal and os.stat(segment.path).st_size < cursor.offset:
+                    if os.stat(segment.path).st_size < cursor.offset:
                         self._ahead.append(segment.path)
+            if writer in self._cursors:
+                passed = held[: len(held) - len(unread(held, cursor))]
+                self._delivered.update(dict.fromkeys((segment.path for segment in passed), sys.maxsize))
+                self._delivered.update(dict.fromkeys((segment.path for segment in here), cursor.offset))
         at = {writer: Cursor(held[0].header.ordinal, 0, held[0].header.first_seq) for writer, held in held_by.items()}
         while True:
             window = self._reader.window(at, points=_WINDOW, items=_WINDOW)
@@ -329,11 +337,7 @@ class _Journal:
         """Return how bad it is: a torn end is what a crash leaves, and what was passed is in quarantine."""
         if broken.kind in {"torn", "unknown", "newer"}:
             return "note"
-        writer, _, ordinal = broken.path.stem.rpartition("-")
-        cursor = self._cursors.get(writer)
-        if cursor is not None and ordinal.isdigit() and (int(ordinal), broken.start) < (cursor.ordinal, cursor.offset):
-            return "note"
-        return "bad"
+        return "note" if broken.start < self._delivered.get(broken.path, 0) else "bad"
 
 
 def _in_words(broken: Broken) -> str:

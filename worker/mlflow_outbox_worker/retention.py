@@ -28,7 +28,7 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional, reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.window import Cursor
+from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.requeue import MOVED
@@ -49,8 +49,8 @@ def passed_segments(reader: RunReader, cursors: Mapping[str, Cursor]) -> list[Pa
     return [
         segment.path
         for writer, held in reader.segments().items()
-        for segment in held
-        if writer in cursors and segment.header.ordinal < cursors[writer].ordinal
+        if writer in cursors
+        for segment in held[: len(held) - len(unread(held, cursors[writer]))]
     ]
 
 
@@ -106,14 +106,14 @@ def file_run(
     source = directory.run(run_id)
     reader = RunReader(source)
     for writer, held in reader.segments().items():
-        for segment in held:
-            cursor = cursors.get(writer)
-            if cursor is None or writer_state(segment.path, segment.header).kind == "writing":
-                return False
-            if segment.header.ordinal > cursor.ordinal:
-                return False  # begun since, perhaps closed already: a run that was resumed for a moment
-            if segment.header.ordinal == cursor.ordinal and segment.path.stat().st_size > cursor.offset:
-                return False
+        cursor = cursors.get(writer)
+        if cursor is None or any(writer_state(segment.path, segment.header).kind == "writing" for segment in held):
+            return False
+        last, *later = unread(held, cursor)
+        if later or last.header.ordinal != cursor.ordinal:
+            return False  # begun since, perhaps closed already: a run that was resumed for a moment
+        if last.path.stat().st_size > cursor.offset:
+            return False
     if reader.bad_headers():
         return False  # a person may want to look; doctor names it
     paths = [segment.path for held in reader.segments().values() for segment in held]

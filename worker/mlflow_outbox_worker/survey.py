@@ -21,7 +21,7 @@ from mlflow_outbox.spool.frame import SEQUENCE_MASK, unpack, wanted
 from mlflow_outbox.spool.listing import SegmentFile
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.tally import refused
-from mlflow_outbox.spool.window import Cursor
+from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox_worker.backlog import counted, left
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.lease import Holder
@@ -206,11 +206,7 @@ def _run(directory: OutboxDirectory, run_id: str, record: RunRecord | None, dead
             cursor = cursors.get(writer, Cursor())
             if writer not in ends or not 0 < (ends[writer] - cursor.seq) & SEQUENCE_MASK < 1 << 31:
                 continue
-            rest = [
-                (s, cursor.offset if s.header.ordinal == cursor.ordinal else 0)
-                for s in held
-                if s.header.ordinal >= cursor.ordinal
-            ]
+            rest = [(s, cursor.offset if s.header.ordinal == cursor.ordinal else 0) for s in unread(held, cursor)]
             waiting_bytes += sum(max(0, _size(segment.path) - max(offset, segment.body)) for segment, offset in rest)
             first = next(filter(None, (_time_of(segment, max(offset, segment.body)) for segment, offset in rest)), 0)
             oldest = min(oldest or first, first or oldest)

@@ -84,7 +84,7 @@ class Listing:
         for segment in self._headers.values():
             by_writer.setdefault(segment.header.writer, []).append(segment)
         for held in by_writer.values():
-            held.sort(key=lambda s: (s.header.first_seq, s.header.ordinal))
+            _sort(held)
         # Writers in the order in which they began, so that a resumed job's events follow those of the first.
         return dict(sorted(by_writer.items(), key=lambda item: (item[1][0].header.created_ms, item[0])))
 
@@ -119,6 +119,18 @@ class Listing:
             return
         self.bad.pop(name, None)
         self._headers[name] = SegmentFile(path, header, body)
+
+
+def _sort(held: list[SegmentFile]) -> None:
+    """Sort one writer's segments by their first numbers, which wrap, counted from those of its earliest file."""
+    begin = min(held, key=lambda segment: segment.header.ordinal).header.first_seq
+    half = (SEQUENCE_MASK + 1) // 2
+    held.sort(
+        key=lambda segment: (
+            ((segment.header.first_seq - begin + half) & SEQUENCE_MASK) - half,
+            segment.header.ordinal,
+        )
+    )
 
 
 def number_behind(segment: SegmentFile, offset: int, seq: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -79,6 +78,20 @@ class Budget:
         self.spent = self.points <= 0 or self.items <= 0 or self.size <= 0
 
 
+def unread(held: list[SegmentFile], cursor: Cursor) -> list[SegmentFile]:
+    """Return the segments that a reader at a cursor still looks at, in reading order, the cursor's own first.
+
+    Their place in reading order decides and not their ordinals: what was written again after a failed sync lies in a
+    later file and is read earlier. Where the cursor's own segment is not there all of them are read, for any may hold
+    what comes next; what was read before is passed by its numbers.
+
+    Args:
+        held: one writer's segments, in reading order.
+        cursor: how far it was read.
+    """
+    return held[next((i for i, segment in enumerate(held) if segment.header.ordinal == cursor.ordinal), 0) :]
+
+
 class WriterPass:
     """One writer's share of a window."""
 
@@ -106,22 +119,9 @@ class WriterPass:
 
     def read(self) -> None:
         """Read this writer's segments, from the cursor's on."""
-        for place, segment in enumerate(self._from_cursor()):
-            if self._budget.spent:
+        for segment in self._held if self.cursor is None else unread(self._held, self.cursor):
+            if self._budget.spent or not self._read_segment(segment, is_last=segment is self._held[-1]):
                 return
-            last = place == len(self._todo) - 1
-            if not self._read_segment(segment, is_last=last):
-                return
-
-    def _from_cursor(self) -> Iterable[SegmentFile]:
-        cursor = self.cursor
-        todo = self._held
-        if cursor is not None:
-            at = next((i for i, s in enumerate(todo) if s.header.ordinal == cursor.ordinal), None)
-            # A segment that was reclaimed is not there any more; go on with the first that holds later numbers.
-            todo = todo[at:] if at is not None else [s for s in todo if s.header.ordinal > cursor.ordinal]
-        self._todo = list(todo)
-        return self._todo
 
     def _read_segment(self, segment: SegmentFile, *, is_last: bool) -> bool:
         """Read on in one segment; return whether the next one may be read."""
@@ -161,9 +161,15 @@ class WriterPass:
             if closed:
                 return True
             if at_end:
-                self.live = self.live or not gone
-                return gone
+                return self._come_to_end(header.ordinal, offset, gone=gone)
             chunk, offset = self._go_on(segment, chunk, offset, stuck=cut and offset == base and not plain)
+
+    def _come_to_end(self, ordinal: int, offset: int, *, gone: bool) -> bool:
+        """Take notice that there is no more in a segment now; return whether the next one may be read."""
+        self.live = self.live or not gone
+        if gone:  # also where nothing is behind the header: the cursor is in the last segment that was read
+            self.cursor = Cursor(ordinal, offset, self._seq)
+        return gone
 
     def _pass_gap_before(self, segment: SegmentFile) -> None:
         """Count what is missing between the segments before and the number with which this one says that it begins.
