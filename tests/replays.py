@@ -11,17 +11,24 @@ from pathlib import Path
 
 from commands import console_script
 from contents import QUICK
-from mlflow_outbox import MLflowTracker
+from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox_worker.cli import main
 
 NOW_MS = 1_700_000_000_000
 
 
 def log_offline(
-    experiment: str, uri: str, root: Path, *, name: str = "offline", points: int = 100, status: str | None = "FINISHED"
+    experiment: str,
+    uri: str,
+    root: Path,
+    *,
+    name: str = "offline",
+    points: int = 100,
+    status: str | None = "FINISHED",
+    settings: Settings = QUICK,
 ) -> str:
     """Log a run to an outbox without delivering it and return its id; without a status it is left unended."""
-    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=QUICK)
+    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=settings)
     run = tracker.start_run(name, start_time=NOW_MS, tags={"phase": "train"})
     run.log_params({"depth": 3, "name": name})
     for i in range(points):

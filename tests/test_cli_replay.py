@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from commands import Here, command, environment, offline, run, waited
-from contents import numbered, points, runs
+from contents import QUICK, numbered, points, runs, the_run
+from mlflow_outbox.spool import frame
 from mlflow_outbox.testing.faults import accept_hang
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from mlflow_outbox_worker.cli.bar import Rate, ReplayBar
 from mlflow_outbox_worker.replay import Progress
+from replays import contents_of, log_offline
 from servers import MlflowServer, eventually
 from terminals import HIDE_CURSOR, SHOW_CURSOR, Terminal
 
@@ -77,6 +81,92 @@ class TestJobs:
         done = here("replay", tmp_path / "box", "--jobs", jobs)
         assert 2 == done.code
         assert "--jobs" in done.err
+
+
+class Fragment:
+    """A delivered run of several segments, the first of which was reclaimed, beside one that is whole."""
+
+    def __init__(self, uri: str, experiment: str, root: Path, here: Here) -> None:
+        small = dataclasses.replace(QUICK, segment_bytes=4096)
+        self.root = root
+        self.run_id = log_offline(experiment, uri, root, points=600, settings=small)
+        log_offline(experiment, uri, root, name="whole")
+        assert 0 == here("flush", "-d", root, "--timeout", "60").code
+        [folder] = root.glob(f"*/delivered/{self.run_id}")
+        first, second, *_ = sorted(folder.glob("*.log"))
+        self.lost = frame.unpack_header(second.read_bytes())[0].first_seq
+        self.saved = shutil.copytree(folder, root.parent / "saved")
+        first.unlink()
+
+
+@pytest.fixture
+def fragment(sqlite_uri: str, experiment_name: str, tmp_path: Path, here: Here) -> Fragment:
+    """What is left of a run."""
+    return Fragment(sqlite_uri, experiment_name, tmp_path / "box", here)
+
+
+class TestARunWhoseFirstEventsWereReclaimed:
+    """A copy of what is left would have neither its name nor its params, and look whole."""
+
+    @pytest.mark.parametrize("how", ["to another store", "into another experiment", "again", "as a bundle", "dry"])
+    def test_it_is_named_and_nothing_is_sent_forgotten_or_written(
+        self, how: str, fragment: Fragment, here: Here, tmp_path: Path
+    ) -> None:
+        """With a code that is no success, and with what to do."""
+        words = {
+            "to another store": ["replay", fragment.root, "--to", (tmp_path / "other").as_uri()],
+            "into another experiment": ["replay", fragment.root, "--experiment", "other"],
+            "again": ["replay", fragment.root, "--again"],
+            "as a bundle": ["export", "--all", "-d", fragment.root, "-o", tmp_path / "runs.tar"],
+            "dry": ["replay", fragment.root, "--again", "--dry-run"],
+        }
+        before = contents_of(tmp_path)
+        done = here(*words[how])
+        assert 1 == done.code
+        assert f"run {fragment.run_id} has lost its first {fragment.lost} events on disk" in done.err
+        assert "1 run would arrive without the beginning" in done.err
+        assert "--incomplete" in done.err
+        assert before == contents_of(tmp_path)
+
+    def test_what_is_left_of_it_is_sent_when_that_is_asked_for(
+        self, fragment: Fragment, here: Here, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """It is said how much is missing, before and after."""
+        other = (tmp_path / "other").as_uri()
+        done = here("replay", fragment.root, "--to", other, "--incomplete", "--json")
+        assert 0 == done.code
+        assert {fragment.run_id: fragment.lost} == {
+            one["run_id"]: one["missing"] for one in done.data[0]["runs"] if one["missing"]
+        }
+        [copy] = [one for one in runs(other, experiment_name) if one.data.params.get("name") != "whole"]
+        assert 602 - fragment.lost == len(points(other, copy.info.run_id, "loss"))
+
+    def test_what_is_left_of_it_is_sent_again_when_that_is_asked_for(self, fragment: Fragment, here: Here) -> None:
+        """To the store that has the rest of it still, or has it not."""
+        done = here("replay", fragment.root, "--again", "--incomplete")
+        assert 0 == done.code
+        assert f"run {fragment.run_id} has lost its first {fragment.lost} events on disk" in done.err
+        assert f"{fragment.lost} events missing or damaged on disk" in done.out
+
+    def test_a_bundle_of_it_is_one_of_what_is_left(
+        self, fragment: Fragment, here: Here, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """Which is no success when it is replayed elsewhere either, unless that is asked for."""
+        bundle, other = tmp_path / "runs.tar", (tmp_path / "other").as_uri()
+        assert 0 == here("export", fragment.run_id, "-d", fragment.root, "-o", bundle, "--incomplete").code
+        assert 1 == here("replay", bundle, "--to", other).code
+        assert 0 == here("replay", bundle, "--to", other, "--incomplete").code
+        copy = the_run(other, experiment_name)
+        assert 602 - fragment.lost == len(points(other, copy.info.run_id, "loss"))
+
+    def test_a_copy_that_still_has_its_beginning_makes_it_whole(
+        self, fragment: Fragment, here: Here, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """The two are read as one run."""
+        other = (tmp_path / "other").as_uri()
+        assert 0 == here("replay", fragment.saved, fragment.root, "--to", other).code
+        [copy] = [one for one in runs(other, experiment_name) if one.data.params.get("name") != "whole"]
+        assert numbered(600) == points(other, copy.info.run_id, "loss")
 
 
 class TestBar:

@@ -159,7 +159,7 @@ class TestOfARunThatGoesOn:
     def test_it_is_read_back_and_replayed_also_when_its_beginning_was_reclaimed(
         self, lacks: bool, going: Open, sqlite_uri: str, tmp_path: Path
     ) -> None:
-        """What is left of it is compared and replayed; what MLflow lacks of it then needs a person."""
+        """What is left of it is compared, and replayed if asked for; what MLflow lacks of it then needs a person."""
         with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, verify="full")) as counters:
             going.log(1000)
             eventually(lambda: len(segments(going.waiting)) == 1, 60)
@@ -174,7 +174,8 @@ class TestOfARunThatGoesOn:
                 eventually(lambda: not going.waiting.exists(), 60)
         assert (not lacks) == bool(counters["runs_verified"])
         other = (tmp_path / "other").as_uri()
-        assert 0 == command("replay", going.directory.path, "--to", other)
+        assert 1 == command("replay", going.directory.path, "--to", other)
+        assert 0 == command("replay", going.directory.path, "--to", other, "--incomplete")
         copy = the_run(other, going.tracker.experiment_name)
         arrived = points(other, copy.info.run_id, "loss")
         assert "FINISHED" == copy.info.status

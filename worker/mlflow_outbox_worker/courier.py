@@ -32,6 +32,7 @@ from mlflow_outbox.spool.window import Window
 from mlflow_outbox.validation import is_ordinary_tag
 from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
+from mlflow_outbox_worker.copies import copying
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.planner import plan
@@ -111,7 +112,7 @@ class Courier:
         """
         record = self._ledger.record(run_id) or RunRecord(run_id)
         view = self._ledger.view(run_id) or RunView()
-        reader = RunReader(*self._source.folders(run_id))
+        reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         for _ in range(_TURN):
             window = reader.window(record.cursors, points=self._settings.batch_points)
             if window.cursors == record.cursors and not window.events and not window.broken:

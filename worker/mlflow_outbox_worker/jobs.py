@@ -21,6 +21,8 @@ from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.backlog import left
+from mlflow_outbox_worker.copies import copying
+from mlflow_outbox_worker.fragments import lost_beginnings
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sources import Found, OutboxSource, RunsSource, Source, find_runs, merged
@@ -65,11 +67,17 @@ class Job(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a replay will do: its jobs, and what cannot be replayed, a sentence each; ``before`` runs are delivered."""
+    """What a replay will do: its jobs, and what cannot be replayed, a sentence each.
+
+    Attributes:
+        before: how many runs are delivered.
+        fragments: how many events are not on disk any more of runs that would arrive without their beginning.
+    """
 
     jobs: list[Job]
     problems: list[str]
     before: int
+    fragments: dict[str, int]
 
 
 def prepare(
@@ -123,7 +131,11 @@ def prepare(
                 group[2].append(path)
     jobs = [_own_job(*one, wish) for one in own.values()]
     jobs += [_loose_job(*group, elsewhere=elsewhere, wish=wish) for (_, elsewhere), group in loose.items()]
-    return Prepared([job for job in jobs if job.runs or wish.follow], problems, before)
+    fragments: dict[str, int] = {}
+    for job in jobs:
+        if copying(job.source):
+            fragments |= lost_beginnings(job.runs)
+    return Prepared([job for job in jobs if job.runs or wish.follow], problems, before, fragments)
 
 
 def _found(path: Path) -> Iterator[Found]:

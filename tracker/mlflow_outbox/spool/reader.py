@@ -30,12 +30,14 @@ class RunReader:
         others: further directories with segments and files of the same run; a segment may move to a later one
             meanwhile.
         settle: seconds without growth after which a segment without a lock counts as left by its writer.
+        whole: what precedes a writer's first segment is missing, not delivered before.
     """
 
-    def __init__(self, path: Path, *others: Path, settle: float = 60.0) -> None:
+    def __init__(self, path: Path, *others: Path, settle: float = 60.0, whole: bool = False) -> None:
         self.path = path
         self.paths = (path, *others)
         self._settle = settle
+        self._whole = whole
         self._listing = Listing(self.paths)
 
     def segments(self) -> dict[str, list[SegmentFile]]:
@@ -91,7 +93,7 @@ class RunReader:
         missing = 0
         live = False
         for writer, held in self.segments().items():
-            part = WriterPass(writer, held, after.get(writer), budget, self._settle, self.paths)
+            part = WriterPass(writer, held, after.get(writer), budget, self._settle, self.paths, whole=self._whole)
             part.read()
             events += part.events
             broken += part.broken

@@ -103,6 +103,8 @@ class WriterPass:
         budget: Budget,
         settle: float,
         paths: tuple[Path, ...],
+        *,
+        whole: bool = False,
     ) -> None:
         self.writer = writer
         self.events: list[tuple[str, Event]] = []
@@ -116,6 +118,8 @@ class WriterPass:
         self._paths = paths
         # Without a cursor what is there is read; earlier segments were delivered and moved before the ledger was lost.
         self._seq = cursor.seq if cursor is not None else held[0].header.first_seq
+        if whole and cursor is None and self._seq < 1 << 31:
+            self._seq = 0  # where they were delivered to somebody else, they are missing
 
     def read(self) -> None:
         """Read this writer's segments, from the cursor's on."""

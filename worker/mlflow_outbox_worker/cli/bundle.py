@@ -14,7 +14,8 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
-from mlflow_outbox_worker.cli.options import OutboxDir, Quiet, Verbose
+from mlflow_outbox_worker.cli.fragments import refuse_fragments
+from mlflow_outbox_worker.cli.options import Incomplete, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.terminal import count
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def export(
         Path, Option("--output", "-o", metavar="BUNDLE", about="The file; NAME.tar, or NAME.tar.gz for gzip.")
     ] = Path("runs.tar"),
     everything: Annotated[bool, Option("--all", about="All runs of the outbox, delivered ones too.")] = False,
+    incomplete: Incomplete = False,
     force: Annotated[bool, Option("--force", about="Replace a file that is there.")] = False,
     outbox_dir: OutboxDir = None,
     quiet: Quiet = False,
@@ -42,13 +44,15 @@ def export(
 ) -> int:
     """Put runs with their files into one file that can be carried to another machine.
 
-    A run that is still being written goes in as far as it is; the same command later takes the rest too.
+    A run that is still being written goes in as far as it is; the same command later takes the rest too. With a run
+    whose first events were delivered and reclaimed nothing is written without --incomplete: exit code 1.
 
     \b
     Examples:
       mlflow-outbox export 3f9c 81aa -o runs.tar
       mlflow-outbox export --all -o runs.tar.gz
     """
+    from mlflow_outbox_worker.fragments import lost_beginnings
     from mlflow_outbox_worker.packing import write_bundle
 
     terminal.behave(quiet=quiet, verbose=verbose)
@@ -63,6 +67,7 @@ def export(
     if not chosen:
         msg = "there is no run to export"
         raise CommandFailed(msg)
+    refuse_fragments(lost_beginnings(chosen), incomplete=incomplete, done="written")
     manifest = write_bundle(output, chosen, destination, now_ms=time.time_ns() // 1_000_000, replace=force)
     size = sum(member.size for run in manifest.runs for member in run.members)
     terminal.say(f"{count(len(manifest.runs), 'run')}, {terminal.size(size)}, in {output}")

@@ -18,5 +18,8 @@ OutboxDir = Annotated[
     ),
 ]
 AsJson = Annotated[bool, Option("--json", about="Print JSON instead of text.")]
+Incomplete = Annotated[
+    bool, Option("--incomplete", about="Also what is left of runs whose first events were reclaimed.")
+]
 Quiet = Annotated[bool, Option("--quiet", "-q", about="Print errors and asked-for data only.")]
 Verbose = Annotated[bool, Option("--verbose", "-v", about="Print more; with errors, the traceback.")]

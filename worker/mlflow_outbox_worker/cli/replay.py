@@ -18,7 +18,8 @@ from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox_worker.cli import clock, delivering, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
-from mlflow_outbox_worker.cli.options import AsJson, Quiet, Verbose
+from mlflow_outbox_worker.cli.fragments import refuse_fragments
+from mlflow_outbox_worker.cli.options import AsJson, Incomplete, Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
 from mlflow_outbox_worker.cli.terminal import Column, count
 
@@ -43,6 +44,7 @@ def replay(
     again: Annotated[
         bool, Option("--again", about="Send delivered runs once more: to a wiped or migrated server.")
     ] = False,
+    incomplete: Incomplete = False,
     follow: Annotated[bool, Option("--follow", about="Go on while the runs are still written.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", about="Only say what would be sent.")] = False,
     jobs: Annotated[
@@ -65,7 +67,9 @@ def replay(
     """Send runs that are on disk: offline runs, copies, bundles, runs on a shared file system.
 
     Interrupted and started again it goes on where it was. Nothing arrives twice, also when another machine replays
-    the same files. Whatever is not this user's own outbox is only read.
+    the same files. Whatever is not this user's own outbox is only read. Where a run is not to go on but to be copied
+    (to another place, or --again), and its first events were delivered and reclaimed, nothing is sent without
+    --incomplete: exit code 1.
 
     \b
     Examples:
@@ -95,7 +99,10 @@ def replay(
         for problem in prepared.problems:
             terminal.error(problem)
         if dry_run:
-            return _say_what_would_be_sent(prepared, settings)
+            code = _say_what_would_be_sent(prepared, settings)
+            refuse_fragments(prepared.fragments, incomplete=incomplete, done="sent")
+            return code
+        refuse_fragments(prepared.fragments, incomplete=incomplete, done="sent")
         if not prepared.jobs and not prepared.problems:
             terminal.say(_nothing(prepared))
         sent: list[dict[str, Any]] = []
