@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from commands import Here, command, environment, offline, outbox_of
-from contents import QUICK, artifacts, the_run
+from contents import QUICK, artifact_text, artifacts, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -134,6 +134,31 @@ def test_a_retried_letter_arrives(
     held = the_run(mlflow_server.url, experiment_name)
     assert ({"depth": "3"}, {"loss": 0.5}) == (held.data.params, held.data.metrics)
     assert [] == OutboxDirectory.open(outbox_of(tmp_path)).run_ids(), "filed again"
+
+
+def test_a_retried_content_does_not_take_the_place_of_a_later_one(
+    here: Here, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """A file stood where its folder had to be; a person removed it, and the program had logged on meanwhile."""
+    root = tmp_path / "outbox"
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=root, worker="none", settings=QUICK)
+    one = tracker.start_run()
+    one.log_metric("loss", 1.0)
+    assert 0 == here("flush", "-d", root, "--timeout", 60).code
+    held = the_run(sqlite_uri, experiment_name)
+    place = Path(held.info.artifact_uri.removeprefix("file://"), "notes")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("in the way")
+    one.log_text("the first", "notes/report.txt")
+    assert 5 == here("flush", "-d", root, "--timeout", 60).code
+    place.unlink()
+    one.log_text("the second", "notes/report.txt")
+    one.end()
+    tracker.close(0)
+    assert 5 == here("flush", "-d", root, "--timeout", 60).code
+    assert 0 == here("dead", "retry", "--all", "-d", root).code
+    assert 0 == here("flush", "-d", root, "--timeout", 60).code
+    assert "the second" == artifact_text(sqlite_uri, held.info.run_id, "notes/report.txt")
 
 
 def test_a_letter_refused_again_comes_back(

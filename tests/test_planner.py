@@ -6,9 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, Request, RunEnded, RunStarted, Tags
+from mlflow_outbox.spool.events import (
+    Artifact,
+    Event,
+    FileFor,
+    Metric,
+    Metrics,
+    Params,
+    Request,
+    RunEnded,
+    RunStarted,
+    Tags,
+)
 from mlflow_outbox.views import RunView
-from mlflow_outbox_worker.planner import Batch, Call, Plan, SetStatus, Step, Upload, plan
+from mlflow_outbox_worker.planner import Batch, Call, Plan, SetStatus, Step, Upload, UploadFor, plan
 
 
 def planned(*events: Event, view: RunView | None = None, points: int = 1000) -> Plan:
@@ -103,6 +114,22 @@ def test_of_several_contents_of_an_artifact_the_last_is_uploaded() -> None:
     assert [Upload(other), Upload(two)] == planned(one, other, two).steps
 
 
+def test_a_content_that_another_writer_has_overtaken_is_not_uploaded() -> None:
+    """Within the events, with what was delivered before, and across a barrier; a model's files too."""
+    late, early = Artifact("a", "1" * 64, 1, 10), Artifact("a", "0" * 64, 1, 5)
+    barrier = Request("log_inputs", b"{}", 1)
+    assert [Upload(late)] == plan([("w", late), ("v", early)], RunView()).steps
+    assert [Upload(late), Call(barrier)] == plan([("w", late), ("w", barrier), ("v", early)], RunView()).steps
+    view = RunView()
+    view.fold(late, "w")
+    assert [] == plan([("v", early)], view).steps
+    assert [Upload(early)] == plan([("w", early)], view).steps, "its clock went back"
+    ours, theirs = FileFor("model:m-1", "a", "1" * 64, 1, 10), FileFor("model:m-1", "a", "0" * 64, 1, 5)
+    assert [UploadFor(ours)] == plan([("w", ours), ("v", theirs)], RunView()).steps
+    view.fold(ours, "w")
+    assert [] == plan([("v", theirs)], view).steps
+
+
 def test_the_status_goes_last() -> None:
     """A run is not shown as finished before it is complete."""
     found = planned(RunEnded("FINISHED", 9), Metric("k", 1.0, 10, 1), Artifact("a", "0" * 64, 1, 1))
@@ -156,6 +183,8 @@ EVENTS = st.one_of(
     st.builds(Params, st.dictionaries(st.sampled_from("pq"), st.sampled_from("12")), st.integers(0, 9)),
     st.builds(Tags, st.dictionaries(st.sampled_from("tu"), st.sampled_from("12")), st.integers(0, 9)),
     st.builds(RunEnded, st.sampled_from(["FINISHED", "RUNNING"]), st.integers(0, 9)),
+    st.builds(Artifact, st.sampled_from("xy"), st.sampled_from("12"), st.just(1), st.integers(0, 9)),
+    st.builds(FileFor, st.sampled_from("mn"), st.sampled_from("xy"), st.sampled_from("12"), st.just(1), st.just(5)),
 )
 
 
@@ -173,6 +202,7 @@ def test_carrying_out_a_plan_gives_what_the_events_mean(
         view.fold(event, writer)
     params, tags, status = dict(view.params), {k: r.value for k, r in view.tags.items()}, view.status.value
     points = []
+    files = {path: file.sha256 for path, file in view.artifacts.items()}
     for step in plan(events, view).steps:
         if isinstance(step, Batch):
             points += [(p.key, p.value, p.time_ms, p.step) for p in step.points]
@@ -182,7 +212,10 @@ def test_carrying_out_a_plan_gives_what_the_events_mean(
                 params.setdefault(key, value)
         elif isinstance(step, SetStatus):
             status = step.status
+        elif isinstance(step, Upload):
+            files[step.artifact.path] = step.artifact.sha256
     for writer, event in events:
         view.fold(event, writer)
+    assert {path: file.sha256 for path, file in view.artifacts.items()} == files
     assert (view.params, {k: r.value for k, r in view.tags.items()}, view.status.value) == (params, tags, status)
     assert [(e.key, e.value, e.time_ms, e.step) for _, e in events if isinstance(e, Metric)] == points

@@ -138,6 +138,6 @@ def test_an_argument_that_cannot_be_written_is_counted_and_refused_at_the_call(
         assert [] == [
             request
             for run in held.outbox.directory.runs.iterdir()
-            for request in RunReader(run).each(Request, {})
+            for _, request in RunReader(run).each(Request, {})
             if request.operation == "log_spans"
         ]

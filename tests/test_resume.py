@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from contents import QUICK, numbered, points, runs, the_run
+from contents import QUICK, artifact_text, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from replays import command, the_outbox
-from servers import MlflowServer
+from servers import MlflowServer, eventually
 
 Job = Callable[..., str]
 
@@ -58,6 +59,34 @@ def test_three_jobs_in_one_outbox_make_one_run(
     assert 3 == len(list(root.glob(f"*/runs/{run_id}/*.log")))
     assert 0 == command("replay", root)
     check(mlflow_server.url, experiment_name, 300, 200)
+
+
+@pytest.mark.parametrize("later", ["first", "second"])
+@pytest.mark.parametrize("before", [True, False])
+def test_of_two_jobs_contents_of_one_artifact_the_later_stays(
+    before: bool, later: str, mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Whichever job began first, at a server and in a directory, and with what is there already."""
+    for name, uri in (("server", mlflow_server.url), ("here", sqlite_uri)):
+        root = tmp_path / name
+        tracker = MLflowTracker(experiment_name, uri, outbox_dir=root, worker="none", settings=QUICK)
+        jobs = {"first": tracker.start_run("shared")}
+        if before:
+            jobs["first"].log_text("before all", "report.txt")
+            assert 0 == command("flush", "--outbox-dir", root, "--timeout", "60")
+        jobs["second"] = tracker.start_run(run_id=jobs["first"].run_id)
+        earlier = next(name for name in jobs if name != later)
+        for label, text in ((earlier, "old"), (later, "new")):
+            jobs[label].log_text(text, "report.txt")
+            jobs[label].set_tag("last", text)
+            logged = time.time_ns() // 1_000_000
+            eventually(lambda logged=logged: time.time_ns() // 1_000_000 > logged)  # type: ignore[misc]
+        jobs["second"].end()
+        jobs["first"].end()
+        tracker.close(0)
+        assert 0 == command("flush", "--outbox-dir", root, "--timeout", "60")
+        run = the_run(uri, experiment_name)
+        assert ("new", "new") == (artifact_text(uri, run.info.run_id, "report.txt"), run.data.tags["last"])
 
 
 def test_a_run_goes_on_after_it_was_delivered_and_filed(

@@ -127,6 +127,30 @@ def test_an_artifact_is_its_last_content() -> None:
     assert ("1" * 64, 2) == (view.artifacts["a"].sha256, view.artifacts["a"].size)
 
 
+@pytest.mark.parametrize(
+    ("logged", "content"),
+    [
+        ([("w", "1", 1), ("w", "2", 2)], "2"),
+        ([("w", "1", 10), ("w", "2", 2)], "2"),  # the writer's clock went back; its own order counts
+        ([("w", "1", 10), ("v", "2", 2)], "1"),  # another writer, earlier
+        ([("w", "1", 2), ("v", "2", 10)], "2"),
+        ([("w", "1", 5), ("v", "2", 5)], "2"),
+    ],
+)
+@pytest.mark.parametrize("owner", ["", "model:m-1"])
+def test_an_artifact_that_another_writer_logged_earlier_is_overtaken(
+    owner: str, logged: list[tuple[str, str, int]], content: str
+) -> None:
+    """As a tag is; a model's files too."""
+
+    def event(digit: str, time: int) -> Event:
+        return FileFor(owner, "a", digit * 64, 1, time) if owner else Artifact("a", digit * 64, 1, time)
+
+    view = folded(*((writer, event(digit, time)) for writer, digit, time in logged))
+    files = view.files[owner] if owner else view.artifacts
+    assert content * 64 == files["a"].sha256
+
+
 def test_views_do_not_share_anything() -> None:
     """The defaults are each run's own."""
     folded(("w", Params({"k": "1"}, 1)), ("w", Tags({"k": "1"}, 1)), ("w", Metric("k", 1.0, 1, 1)))

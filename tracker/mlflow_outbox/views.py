@@ -1,8 +1,8 @@
 """Events folded into what a reader of runs sees: the same answer that MLflow gives once everything has arrived.
 
-The rules are MLflow's own: a param keeps its first value, a tag its last, the latest point of a metric is the one
-with the largest (step, time, value). "Last" across several writers of one run (ranks, a resumed job) means the later
-wall-clock time; within one writer it means the order of its calls, whatever its clock did.
+The rules are MLflow's own: a param keeps its first value, a tag and a path of an artifact the last, the latest point
+of a metric is the one with the largest (step, time, value). "Last" across several writers of one run (ranks, a resumed
+job) means the later wall-clock time; within one writer it means the order of its calls, whatever its clock did.
 
 The worker reads and writes a view whole with each window, so nothing in it may grow with what passes through and is
 not asked for afterwards: of traces, which an experiment's room sees without an end, it keeps only the files of the
@@ -62,12 +62,13 @@ class Latest(msgspec.Struct, array_like=True):
 
 
 class File(msgspec.Struct, array_like=True):
-    """An artifact: digest, size in bytes, time in ms, and the directory in which the call has put it itself."""
+    """An artifact: digest, size in bytes, time in ms, the directory in which the call has put it itself, its writer."""
 
     sha256: str
     size: int
     time_ms: int
     placed: str = ""
+    writer: str = ""
 
 
 class Kept(msgspec.Struct, array_like=True):
@@ -128,14 +129,13 @@ class RunView(msgspec.Struct):
             for key, text in event.values.items():
                 self.set_tag(key, text, event.time_ms, writer)
         elif isinstance(event, Artifact):
-            self.artifacts[event.path] = File(event.sha256, event.size, event.time_ms, event.placed)
+            _stored(self.artifacts, event, writer)
         elif isinstance(event, RunStarted):
             self._started(event, writer)
         elif isinstance(event, Request):
             self._requested(event, writer)
         elif isinstance(event, FileFor):
-            files = self.files.setdefault(event.owner, {})
-            files[event.path] = File(event.sha256, event.size, event.time_ms, event.placed)
+            _stored(self.files.setdefault(event.owner, {}), event, writer)
         elif isinstance(event, RunEnded) and wins(self.status, event.time_ms, writer):
             self.status = Register(event.status, event.time_ms, writer)
             self.end_time_ms = event.time_ms if event.status not in {"RUNNING", "SCHEDULED"} else None
@@ -185,9 +185,15 @@ class RunView(msgspec.Struct):
             self.set_tag(key, text, event.time_ms, writer)
 
 
-def wins(held: Register, time_ms: int, writer: str) -> bool:
+def wins(held: Register | File, time_ms: int, writer: str) -> bool:
     """Return whether a new value is later than the held one."""
     return writer == held.writer or time_ms >= held.time_ms
+
+
+def _stored(files: dict[str, File], event: Artifact | FileFor, writer: str) -> None:
+    held = files.get(event.path)
+    if held is None or wins(held, event.time_ms, writer):
+        files[event.path] = File(event.sha256, event.size, event.time_ms, event.placed, writer)
 
 
 def _order(value: float) -> float:

@@ -55,7 +55,7 @@ class Copies:
         return frozenset(
             argument_of(request.arguments, "model_id")
             for run_id in self._source.run_ids()
-            for request in RunReader(*self._source.folders(run_id)).each(Request, {})
+            for _, request in RunReader(*self._source.folders(run_id)).each(Request, {})
             if request.operation == "create_logged_model"
         )
 

@@ -51,5 +51,5 @@ class Origins:
         reader = RunReader(*self._source.folders(run_id))
         return any(
             request.operation == "create_logged_model" and argument_of(request.arguments, "model_id") == model_id
-            for request in reader.each(Request, record.cursors if record is not None else {})
+            for _, request in reader.each(Request, record.cursors if record is not None else {})
         )

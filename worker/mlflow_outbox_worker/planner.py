@@ -130,8 +130,15 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
         return _plan(events, view, batch_points)
     steps: list[Step] = []
     ended: bool | None = None
-    # What was decided before a barrier holds after it: a scratch view knows params, tags and status, no points.
-    scratch = RunView(status=view.status, params=dict(view.params), tags=dict(view.tags))
+    # What was decided before a barrier holds after it: a scratch view knows all but points.
+    owners = {event.owner for _, event in events if isinstance(event, FileFor)}
+    scratch = RunView(
+        status=view.status,
+        params=dict(view.params),
+        tags=dict(view.tags),
+        artifacts=dict(view.artifacts),
+        files={owner: dict(view.files.get(owner, {})) for owner in owners},
+    )
     begin = 0
     for index, (writer, event) in enumerate([*events, ("", None)]):
         if event is not None and not isinstance(event, (Request, FileFor)):
@@ -140,13 +147,16 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
         steps += part.steps
         ended = part.ended if part.ended is not None else ended
         for earlier_writer, earlier in events[begin:index]:
-            if isinstance(earlier, (Params, Tags, RunStarted, RunEnded)):
+            if isinstance(earlier, (Params, Tags, Artifact, RunStarted, RunEnded)):
                 scratch.fold(earlier, earlier_writer)
         if isinstance(event, Request):
             steps.append(Call(event))
             scratch.fold(event, writer)
         elif event is not None:
-            steps.append(UploadFor(event))
+            held = scratch.files[event.owner].get(event.path)
+            if held is None or wins(held, event.time_ms, writer):
+                steps.append(UploadFor(event))
+            scratch.fold(event, writer)
         begin = index + 1
     return Plan(steps, ended)
 
@@ -159,7 +169,7 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
     alone: list[Batch] = []
     tags: dict[str, Register] = {}
     created: dict[str, str] = {}
-    files: dict[str, Artifact] = {}
+    files: dict[str, tuple[Register, Artifact]] = {}
     status: Register | None = None
     end_time: int | None = None
     first_ms: int | None = None
@@ -180,8 +190,10 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
                 else:
                     alone.append(Batch((), {key: text}, {}, event.time_ms))
         elif isinstance(event, Artifact):
-            files.pop(event.path, None)
-            files[event.path] = event
+            latest = files[event.path][0] if event.path in files else view.artifacts.get(event.path)
+            if latest is None or wins(latest, event.time_ms, writer):
+                files.pop(event.path, None)
+                files[event.path] = Register(event.sha256, event.time_ms, writer), event
         else:
             if isinstance(event, RunStarted) and not event.resumed:
                 created |= {key: text for key, text in event.tags.items() if not is_ordinary_tag(key, text)}
@@ -200,7 +212,7 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
     labels = {key: held.value for key, held in tags.items() if created.get(key) != held.value}
     steps += _batches(points, params, labels, time_ms, batch_points)
     steps += alone
-    steps += [Upload(artifact) for artifact in files.values()]
+    steps += [Upload(artifact) for _, artifact in files.values()]
     if status is not None:
         steps.append(SetStatus(status.value, end_time, status.time_ms))
     return Plan(steps, None if status is None else end_time is not None)

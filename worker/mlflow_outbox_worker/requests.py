@@ -20,6 +20,7 @@ from mlflow_outbox.spool import placement
 from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnded, encode
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
+from mlflow_outbox.views import Register, wins
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.obstacles import Obstacles
 from mlflow_outbox_worker.obstacles import Upload as File
@@ -250,11 +251,11 @@ class Requests:
         trusted = not rewritten and not self._source.again
         if trusted and file.placed and file.placed == placement.identity(place.parent):
             return True
-        is_later = False
-        for event in RunReader(*self._source.folders(record.run_id)).each(type(file), record.cursors):
+        own: Register | None = None
+        for writer, event in RunReader(*self._source.folders(record.run_id)).each(type(file), record.cursors):
             if event == file:
-                is_later = True
-            elif is_later and event.path == file.path and getattr(event, "owner", "") == getattr(file, "owner", ""):
+                own = Register(file.sha256, file.time_ms, writer)
+            elif own is not None and _is_of_one_place(event, file) and wins(own, event.time_ms, writer):
                 return True
         return False
 
@@ -300,3 +301,7 @@ class Requests:
             status=None,
             time_ms=self._now_ms(),
         )
+
+
+def _is_of_one_place(one: Artifact | FileFor, other: Artifact | FileFor) -> bool:
+    return one.path == other.path and getattr(one, "owner", "") == getattr(other, "owner", "")

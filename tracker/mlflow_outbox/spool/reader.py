@@ -105,12 +105,12 @@ class RunReader:
                 break
         return Window(events, after, broken, missing, budget.spent, live or budget.spent)
 
-    def each(self, kind: type[E], cursors: Mapping[str, Cursor]) -> Iterator[E]:
-        """Yield all events of a kind behind the cursors, of a writer in their order; see ``window``."""
+    def each(self, kind: type[E], cursors: Mapping[str, Cursor]) -> Iterator[tuple[str, E]]:
+        """Yield all (writer, event) pairs of a kind behind the cursors, of a writer in their order; see ``window``."""
         more = True
         while more:
             window = self.window(cursors, points=100_000, items=100_000)
-            yield from (event for _, event in window.events if isinstance(event, kind))
+            yield from ((writer, event) for writer, event in window.events if isinstance(event, kind))
             cursors, more = window.cursors, window.more
 
     def next_numbers(self, cursors: Mapping[str, Cursor] | None = None) -> dict[str, int]:
