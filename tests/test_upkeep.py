@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool import guard
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
-from mlflow_outbox_worker import courier, room, upkeep
+from mlflow_outbox_worker import courier, finish, room, upkeep
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from replays import command
@@ -48,6 +49,11 @@ def lose(uri: str, step: int) -> None:
     """Take a point out of MLflow's database."""
     with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60)) as database, database:
         assert 1 == database.execute("DELETE FROM metrics WHERE step = ?", (step,)).rowcount
+
+
+def artifact_place(uri: str, one: Open) -> Path:
+    """Return where MLflow keeps the artifacts of a run."""
+    return Path(the_run(uri, one.tracker.experiment_name).info.artifact_uri.removeprefix("file://"))
 
 
 class Open:
@@ -152,6 +158,69 @@ class TestOfARunThatGoesOn:
             eventually(lambda: not going.waiting.exists(), 60)
         assert (1, 1) == (counters["verification_differences"], counters["runs_verified"])
         assert numbered(1000) == points(
+            sqlite_uri, the_run(sqlite_uri, going.tracker.experiment_name).info.run_id, "loss"
+        )
+
+    @pytest.mark.parametrize("reclaimed", [False, True])
+    def test_an_artifact_that_others_changed_or_deleted_stays_so_and_is_said(
+        self, reclaimed: bool, going: Open, sqlite_uri: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It was stored once; that it is another one now neither sends anything again nor parks the run."""
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            for path in ("config.txt", "checkpoints/1.bin", "checkpoints/2.bin"):
+                assert going.run.log_text("as logged", path)
+            going.log(1000)
+            eventually(lambda: len(segments(going.waiting)) == 1, 60)
+            place = artifact_place(sqlite_uri, going)
+            (place / "config.txt").write_text("by an evaluation")
+            (place / "checkpoints" / "1.bin").unlink()
+            if reclaimed:
+                (going.filed / segments(going.filed)[0]).unlink()
+            going.end()
+            eventually(lambda: not going.waiting.exists(), 60)
+        assert (1, 2) == (counters["runs_verified"], counters["artifacts_altered"])
+        assert (0, 0) == (counters["verification_differences"], counters["parked"])
+        assert "by an evaluation" == (place / "config.txt").read_text()
+        assert ["2.bin"] == sorted(path.name for path in (place / "checkpoints").iterdir())
+        said = [text for text in caplog.messages if f"all artifacts of run {going.run.run_id}" in text]
+        assert [True] == ["'checkpoints/1.bin' is missing; " in text or "'config.txt' has 16" in text for text in said]
+        with contextlib.closing(Ledger.open(going.directory.ledger, read_only=True)) as ledger:
+            record = ledger.record(going.run.run_id)
+        assert record is not None
+        assert "the artifact 'checkpoints/1.bin' is missing" in record.altered
+
+    def test_what_mlflow_lacks_is_sent_again_but_no_artifact_over_another(
+        self, going: Open, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Absent ones come back with the lost point; what others have put there stays, until it is logged anew."""
+        more = going.tracker.start_run(run_id=going.run.run_id)
+        original = finish.bring_back
+
+        def bring_back(*arguments: Any) -> None:
+            assert more.log_text("logged anew", "b.txt")
+            more.end()
+            original(*arguments)
+
+        monkeypatch.setattr(finish, "bring_back", bring_back)
+        with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, verify="full")) as counters:
+            for text in ("first", "second"):
+                for path in ("a.txt", "b.txt", "c.txt"):
+                    assert going.run.log_text(text, path)
+                going.log(1000)
+            eventually(lambda: len(segments(going.waiting)) <= 2, 60)
+            eventually(lambda: counters["delivered"] >= 2007, 60)
+            place = artifact_place(sqlite_uri, going)
+            for path in ("a.txt", "b.txt"):
+                (place / path).write_text("by others")
+            (place / "c.txt").unlink()
+            lose(sqlite_uri, 5)
+            going.end()
+            eventually(lambda: not going.waiting.exists(), 60)
+        assert (1, 1) == (counters["verification_differences"], counters["runs_verified"])
+        assert ["by others", "logged anew", "second"] == [
+            (place / path).read_text() for path in ("a.txt", "b.txt", "c.txt")
+        ]
+        assert numbered(2000) == points(
             sqlite_uri, the_run(sqlite_uri, going.tracker.experiment_name).info.run_id, "loss"
         )
 

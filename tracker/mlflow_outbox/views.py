@@ -62,13 +62,20 @@ class Latest(msgspec.Struct, array_like=True):
 
 
 class File(msgspec.Struct, array_like=True):
-    """An artifact: digest, size in bytes, time in ms, the directory in which the call has put it itself, its writer."""
+    """An artifact as it was logged.
+
+    Attributes:
+        sha256, size: digest and bytes of the content.
+        placed: the directory in which the call has put it itself.
+        settled: MLflow has been seen to hold a file there, which is not to be sent once more.
+    """
 
     sha256: str
     size: int
     time_ms: int
     placed: str = ""
     writer: str = ""
+    settled: bool = False
 
 
 class Kept(msgspec.Struct, array_like=True):

@@ -17,7 +17,7 @@ from mlflow_outbox_worker.backlog import left
 from mlflow_outbox_worker.jobs import view_of
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.sink import Sink, SinkError
-from mlflow_outbox_worker.verification import differences, wrong_contents
+from mlflow_outbox_worker.verification import altered_artifacts, differences, wrong_contents
 
 
 class Comparison(NamedTuple):
@@ -71,6 +71,7 @@ def compare(
     view = view_of(folders)
     try:
         found = differences(sink, remote_id, view, letters, "full" if deep else "latest", reader=reader)
+        found += [altered.sentence for altered in altered_artifacts(sink, remote_id, view, letters)]
     except SinkError as error:
         if error.status != HTTPStatus.NOT_FOUND and error.code != "RESOURCE_DOES_NOT_EXIST":
             raise

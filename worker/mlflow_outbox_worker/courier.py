@@ -25,7 +25,7 @@ from typing import Final, Literal, NamedTuple
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import RunStarted, Tags, encode
+from mlflow_outbox.spool.events import Artifact, Event, RunStarted, Tags, encode
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
@@ -146,10 +146,11 @@ class Courier:
         refused = Refused()
         if window.events:
             self._ensure_remote(record, view, reader)
-            steps, ended = plan(window.events, view, batch_points=self._settings.batch_points)
+            events = _unsettled(window.events, record, view, reader)
+            steps, ended = plan(events, view, batch_points=self._settings.batch_points)
             for step in self._reconciliation.unsent(record, steps):
                 self._requests.make(record, step, refused)
-            for writer, event in window.events:
+            for writer, event in events:
                 view.fold(event, writer)
             view.trim()
             if ended is not None:
@@ -336,3 +337,17 @@ class Courier:
             self._ledger.set_meta(note, b"1")
             self._count_letters(letters)
         return ask("create_run", lambda: create(ordinary))
+
+
+def _unsettled(
+    events: list[tuple[str, Event]], record: RunRecord, view: RunView, reader: RunReader
+) -> list[tuple[str, Event]]:
+    """Return events without the artifacts that are not to be sent once more (``finish``)."""
+
+    def is_settled(event: Event) -> bool:
+        return isinstance(event, Artifact) and event.path in view.artifacts and view.artifacts[event.path].settled
+
+    if record.settled is None or not any(is_settled(event) for _, event in events):
+        return events
+    later = {event for _, event in reader.each(Artifact, record.settled)}
+    return [(writer, event) for writer, event in events if not is_settled(event) or event in later]

@@ -4,11 +4,16 @@ Nothing is marked delivered because it was sent: MLflow is asked. What it lacks 
 beginning, which harms nothing, the segments included that were filed while it went on; what it still lacks then, or
 what it lacks of a run of which some were reclaimed already, needs a person, and the run is parked with the
 differences named.
+
+Artifacts that are absent or others now (``verification``) are no reason for either: they are counted, said, and left as
+they are. Where the run itself lacks something the store has lost what it had, and then absent artifacts are sent again
+too; never one over another content, as it may be what somebody has put there since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
@@ -24,7 +29,7 @@ from mlflow_outbox_worker.requeue import bring_back, is_whole
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import delete_models, delete_twins
-from mlflow_outbox_worker.verification import differences, summary
+from mlflow_outbox_worker.verification import Altered, altered_artifacts, differences, settled_artifacts, summary
 
 
 def finish(
@@ -67,16 +72,20 @@ def finish(
             letters = [*ledger.dead_letters(record.run_id), *ledger.settled_letters(record.run_id)]
             reader = RunReader(*source.everywhere(record.run_id))  # with what was filed while the run went on
             found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=reader)
+            asked = settings.verify != "off"
+            altered = altered_artifacts(sink, record.remote_id, turn.view, letters) if asked else []
         except SinkError as error:
             outcome = classify(error, "verify")
             if outcome.kind == "retry":
                 raise Later(error, outcome) from error
             raise Parked(outcome, error) from error
         if found:
-            _send_again_or_park(source, ledger, counters, record, summary(found))
+            again = RunView(artifacts=settled_artifacts(turn.view, altered, letters))
+            _send_again_or_park(source, ledger, counters, record, summary(found), again)
             return False
         record.creating = record.adopted = False
-        record.mismatch = ""
+        record.mismatch, record.settled = "", None
+        record.altered = _said(altered, record, source.path, counters)
         record.verified_at_ms = now_ms()
         counters.add("runs_verified")
     record.state = "done"
@@ -84,18 +93,34 @@ def finish(
     return True
 
 
-def _send_again_or_park(source: Source, ledger: Ledger, counters: Counters, record: RunRecord, found: str) -> None:
+def _said(altered: list[Altered], record: RunRecord, path: Path, counters: Counters) -> str:
+    """Count and say which artifacts were changed by others; return that in a sentence."""
+    if not altered:
+        return ""
+    text = summary([found.sentence for found in altered])
+    counters.add("artifacts_altered", len(altered))
+    counters.warn_once(
+        ("altered", record.run_id, text),
+        f"mlflow-outbox: MLflow had stored all artifacts of run {record.run_id}, but now {text}. That is left as it "
+        f"is; mlflow-outbox replay --again {path} sends everything once more",
+    )
+    return text
+
+
+def _send_again_or_park(
+    source: Source, ledger: Ledger, counters: Counters, record: RunRecord, found: str, view: RunView
+) -> None:
     counters.add("verification_differences")
     record.mismatch, seen = found, record.mismatch
     if seen or not _is_whole(source, record):
         reason = f"MLflow lacks something of the run although it was sent: {found}"
         raise Parked(Outcome("parked", reason), SinkError(reason, kind="answer"))
-    record.cursors = {}
+    record.cursors, record.settled = {}, record.cursors
     record.adopted = True  # everything may be there already: a store that does not deduplicate is asked what it has
     record.delivered = record.refused = record.dead = record.quarantined = record.missing = 0
     for letter in list(ledger.dead_letters(record.run_id)):
         ledger.drop_dead_letter(letter.id)  # MLflow will refuse the same event again
-    ledger.commit(record, view=RunView())
+    ledger.commit(record, view=view)
     source.ring(record.run_id)
 
 

@@ -37,7 +37,10 @@ class RunRecord(msgspec.Struct):
         failed_at_ms: wall-clock time of that error.
         ended: the last status seen is a final one.
         verified_at_ms: when reading back showed that MLflow holds the run; 0 before.
-        mismatch: what reading back found to differ; "" when nothing.
+        mismatch: what reading back found to be lacking; "" when nothing.
+        settled: how far each writer was delivered when the run began to be sent once more: up to there, artifacts that
+            are marked so in its view are not sent again. None when it is not sent once more.
+        altered: which artifacts others had changed or deleted when the run was read back; "" when none.
     """
 
     run_id: str
@@ -61,6 +64,8 @@ class RunRecord(msgspec.Struct):
     creates: int = 0
     settles_ms: int = 0
     refused: int = 0
+    settled: dict[str, Cursor] | None = None
+    altered: str = ""
 
 
 class DeadLetter(msgspec.Struct):

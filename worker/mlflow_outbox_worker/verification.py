@@ -5,6 +5,10 @@ artifacts with their sizes; "full" compares every point of every metric too. Wha
 meantime is no difference: a later point, another value of a tag, further params, what a program has added to a file in
 its place (``placement``). What MLflow changes by rule is none
 either: it cuts long values, and its SQL stores hold infinities as the largest finite number (facts, 2a).
+
+Artifacts are told apart from the rest. Delivery goes on only when an upload was answered with success, so one that is
+absent or another later was changed by others, or lost by the store: nothing there says which. It is named, and left as
+it is (``finish``): a file that was deleted or replaced on purpose would come back otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 import msgspec
@@ -37,7 +41,7 @@ from mlflow_outbox.spool.events import (
 )
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
-from mlflow_outbox.views import Latest, RunView
+from mlflow_outbox.views import File, Latest, RunView
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.records import DeadLetter
 from mlflow_outbox_worker.sink import MetricPoint, RemoteRun, Sink, SinkError
@@ -56,7 +60,7 @@ def differences(
     *,
     reader: RunReader | None = None,
 ) -> list[str]:
-    """Return what MLflow lacks of a run, one sentence each; empty when it holds everything.
+    """Return what MLflow lacks of a run, its artifacts aside, one sentence each; empty when it holds everything.
 
     Args:
         sink: the tracking store.
@@ -73,10 +77,67 @@ def differences(
         return []
     run = sink.get_run(remote_id)
     excused = _excused(letters)
-    found = [*_of_run(run, view, excused), *_of_artifacts(sink, remote_id, view, excused)]
+    found = [*_of_run(run, view, excused)]
     if level == "full" and reader is not None:
         found += _of_history(sink, remote_id, reader, excused)
     return found
+
+
+class Altered(NamedTuple):
+    """An artifact that MLflow does not hold as it was stored there, and that in a sentence."""
+
+    path: str
+    absent: bool
+    sentence: str
+
+
+def altered_artifacts(sink: Sink, remote_id: str, view: RunView, letters: Collection[DeadLetter]) -> list[Altered]:
+    """Return which artifacts are absent or have another size than was logged.
+
+    Args:
+        sink: the tracking store.
+        remote_id: the run's id there.
+        view: the run as its events describe it.
+        letters: its dead letters.
+
+    Raises:
+        SinkError: MLflow could not be asked.
+    """
+    excused = _excused(letters)
+    folders: dict[str, dict[str, int | None]] = {}
+    found = []
+    for path, file in view.artifacts.items():
+        if ("artifact", path) in excused:
+            continue
+        folder = posixpath.dirname(path)
+        if folder not in folders:
+            folders[folder] = sink.list_artifacts(remote_id, folder)
+        held = next((name for name in (path, unquote(path)) if name in folders[folder]), None)  # servers decode names
+        if held is None:
+            found.append(Altered(path, absent=True, sentence=f"the artifact {printable(path)!r} is missing"))
+            continue
+        size = folders[folder][held]
+        if size is not None and size != file.size and not placement.is_recent(file.placed):
+            sentence = f"the artifact {printable(path)!r} has {size} bytes, not {file.size}"
+            found.append(Altered(path, absent=False, sentence=sentence))
+    return found
+
+
+def settled_artifacts(view: RunView, altered: Collection[Altered], letters: Collection[DeadLetter]) -> dict[str, File]:
+    """Return the artifacts that MLflow holds, in whatever form, marked so that they are not sent once more.
+
+    Args:
+        view: the run as its events describe it.
+        altered: what ``altered_artifacts`` has found.
+        letters: the run's dead letters; their events are sent again.
+    """
+    excused = _excused(letters)
+    absent = {found.path for found in altered if found.absent}
+    return {
+        path: msgspec.structs.replace(file, settled=True)
+        for path, file in view.artifacts.items()
+        if path not in absent and ("artifact", path) not in excused
+    }
 
 
 def wrong_contents(sink: Sink, remote_id: str, view: RunView, letters: Collection[DeadLetter]) -> list[str]:
@@ -186,23 +247,6 @@ def _same(held: float, logged: float) -> bool:
     if math.isinf(logged):
         return held in {logged, math.copysign(sys.float_info.max, logged)} or abs(held) > 1e308  # noqa: PLR2004 - the largest double, as a database prints it
     return held == logged
-
-
-def _of_artifacts(sink: Sink, remote_id: str, view: RunView, excused: set[tuple[str, str]]) -> Iterator[str]:
-    folders: dict[str, dict[str, int | None]] = {}
-    for path, file in view.artifacts.items():
-        if ("artifact", path) in excused:
-            continue
-        folder = posixpath.dirname(path)
-        if folder not in folders:
-            folders[folder] = sink.list_artifacts(remote_id, folder)
-        held = next((name for name in (path, unquote(path)) if name in folders[folder]), None)  # servers decode names
-        if held is None:
-            yield f"the artifact {printable(path)!r} is missing"
-            continue
-        size = folders[folder][held]
-        if size is not None and size != file.size and not placement.is_recent(file.placed):
-            yield f"the artifact {printable(path)!r} has {size} bytes, not {file.size}"
 
 
 def _of_history(sink: Sink, remote_id: str, reader: RunReader, excused: set[tuple[str, str]]) -> Iterator[str]:

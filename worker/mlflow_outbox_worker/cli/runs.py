@@ -294,6 +294,8 @@ def _delivery(look: Look) -> str:
         ]
         if record.reason or record.mismatch:
             parts.append(record.reason or record.mismatch)
+        if record.altered:
+            parts.append(f"when it was read back {record.altered}")
     if look.dead:
         parts.append(terminal.count(look.dead, "dead letter"))
     return "; ".join(parts)
