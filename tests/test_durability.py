@@ -320,3 +320,47 @@ def test_an_offline_program_says_at_its_exit_what_waits_and_not_what_was_deliver
     _, said = child.communicate(timeout=90)
     assert 0 == child.returncode, said
     assert "mlflow-outbox: 2 events wait in" in said.decode()
+
+
+#: Logs a run in a function, drops it, and ends once the background has let go of its journal.
+DROPS_ITS_RUN = """
+    import gc, sys, weakref
+    from mlflow_outbox import MLflowTracker, Settings
+    from servers import eventually
+
+    def log():
+        settings = Settings(exit_timeout=float(sys.argv[4]), sync_interval=0.01)
+        tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker=sys.argv[5], settings=settings)
+        with tracker.start_run("dropped") as run:
+            for i in range(50):
+                run.log_metric("loss", i / 2, step=i)
+        return weakref.ref(run._journal)
+
+    journal = log()
+    eventually(lambda: gc.collect() >= 0 and journal() is None)
+"""
+
+
+def dropping(*arguments: object) -> subprocess.Popen[bytes]:
+    """Start the program that drops its run, with experiment, URI, outbox, seconds for its exit, and worker."""
+    return program(f"import sys; sys.path[:0] = {sys.path!r}\n" + textwrap.dedent(DROPS_ITS_RUN), *map(str, arguments))
+
+
+def test_an_exit_without_close_delivers_a_run_whose_journal_is_gone(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """What a function logged and ended long before the end of the program is delivered as well."""
+    _, said = dropping(experiment_name, sqlite_uri, tmp_path / "outbox", 60, "thread").communicate(timeout=90)
+    assert b"" == said
+    assert numbered(50) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
+
+
+@pytest.mark.parametrize("worker", ["thread", "none"])
+def test_an_exit_says_what_is_left_of_a_run_whose_journal_is_gone(
+    worker: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """With the server away as offline: the number of its events, and how to send them."""
+    child = dropping(experiment_name, "http://127.0.0.1:9", tmp_path / "outbox", 0.5, worker)
+    _, said = child.communicate(timeout=60)
+    assert 0 == child.returncode, said
+    assert 1 == said.decode().count("mlflow-outbox: 52 events wait in"), said

@@ -76,7 +76,9 @@ class Outbox:
         self.counters = Counters()
         self.guard = DiskGuard(directory, settings, self.counters)
         self._tally = Tally(directory.path, self.counters)
-        self._caretaker = Caretaker(settings.sync_interval, self.counters, each_round=self._look)
+        self._caretaker = Caretaker(
+            settings.sync_interval, self.counters, each_round=self._look, let_go=self._note_written
+        )
         self._pid = os.getpid()
         self._begin()
         _outboxes.add(self)
@@ -85,6 +87,8 @@ class Outbox:
         self._lock = threading.RLock()
         self._worker: delivery.Worker | None = None
         self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+        self._has_written = False
+        self._written: dict[str, tuple[str, int]] = {}
 
     def __repr__(self) -> str:
         return f"<Outbox {str(self.directory.path)!r}, worker {self.worker_kind!r}, {self.counters!r}>"
@@ -97,11 +101,16 @@ class Outbox:
             self.settings,
             self.counters,
             registry=self._caretaker,
-            wake=self._wake,
+            wake=self._begun,
             refuse=self.guard.reason,
         )
         self._journals.add(journal)
         return journal
+
+    def _begun(self) -> None:
+        """Note that a segment was begun, for the exit, when its journal may be gone; and let it be delivered."""
+        self._has_written = True
+        self._wake()
 
     def _wake(self) -> None:
         """Start the worker, or tell it that there is a new segment."""
@@ -134,6 +143,11 @@ class Outbox:
             self._wake()
         elif worker is None and self.worker_kind != "none" and self._caretaker.is_watching:
             self._wake()
+
+    def _note_written(self, journal: Journal) -> None:
+        """Remember how much a journal has written that may be gone at the exit, where nobody delivers meanwhile."""
+        if self.worker_kind == "none":
+            self._written[journal.writer] = (journal.run.run_id, journal.events)
 
     def sync(self) -> None:
         """Make everything logged so far survive a power cut."""
@@ -204,9 +218,11 @@ class Outbox:
             journal.close()
         self._tally.note()
         self._caretaker.stop(for_good=True)
-        if self._pid == os.getpid() and any(journal.events for journal in journals):
+        if self._pid == os.getpid() and self._has_written:
             if self.worker_kind == "none":
-                _say_what_is_left(self, sum(journal.events for journal in journals if self._is_left(journal)), 0)
+                for journal in journals:
+                    self._note_written(journal)
+                _say_what_is_left(self, sum(n for run_id, n in self._written.values() if self._is_left(run_id)), 0)
             else:
                 result = delivery.flush(self, max(0.0, deadline - time.monotonic()) if self._worker else 0)
                 _say_what_is_left(self, result.pending, result.parked)
@@ -215,9 +231,9 @@ class Outbox:
         for journal in journals:
             journal.release()
 
-    def _is_left(self, journal: Journal) -> bool:
-        """Return whether something that a journal wrote was not delivered by somebody else, who files what is."""
-        return any(self.directory.run(journal.run.run_id).glob("*.log"))
+    def _is_left(self, run_id: str) -> bool:
+        """Return whether something of a run was not delivered by somebody else, who files what is."""
+        return any(self.directory.run(run_id).glob("*.log"))
 
     def forked(self) -> None:
         """Begin anew in a forked child: the worker thread stayed in the parent."""

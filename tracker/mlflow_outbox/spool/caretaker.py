@@ -58,11 +58,20 @@ class Caretaker:
         interval: seconds between two rounds.
         counters: where trouble is counted.
         each_round: called at the beginning of each round, for whatever else is looked at in the background.
+        let_go: told of each journal that is closed and clean, after which it may be gone.
     """
 
-    def __init__(self, interval: float, counters: Counters, *, each_round: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        interval: float,
+        counters: Counters,
+        *,
+        each_round: Callable[[], None] = lambda: None,
+        let_go: Callable[[Journal], None] = lambda _: None,
+    ) -> None:
         self._interval = interval
         self._each_round = each_round
+        self._let_go = let_go
         self._counters = counters
         self._renew()
         _caretakers.add(self)
@@ -129,6 +138,7 @@ class Caretaker:
                 self._counters.add("caretaker_errors")
                 self._counters.warn_once(("caretaker", type(error)), f"mlflow-outbox: syncing failed: {error!r}")
             if journal.is_idle:
+                self._let_go(journal)
                 self._watched.pop(key, None)
                 if not journal.is_idle:  # an append slipped in between
                     self._watched[key] = journal
