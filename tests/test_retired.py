@@ -15,10 +15,12 @@ from contents import QUICK, client, numbered, points, the_run
 from ledgers import edit, letter, record, run, view
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.outbox import FlushResult
+from mlflow_outbox.run import Run
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import upkeep
 from mlflow_outbox_worker.backlog import counted, total
+from mlflow_outbox_worker.cli.flush import Flush
 from mlflow_outbox_worker.flush import Watch
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
@@ -231,6 +233,41 @@ class TestDelivery:
         assert numbered(30) == points(sqlite_uri, remote_id, "loss")
         assert "FINISHED" == the_run(sqlite_uri, experiment_name).info.status
 
+    def test_a_flush_ends_when_its_run_was_retired_meanwhile(
+        self, experiment_name: str, sqlite_uri: str, tmp_path: Path
+    ) -> None:
+        """Of the program as of the command; and nothing is waited for that was retired before the run went on."""
+        tracker = MLflowTracker(
+            experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", worker="none", settings=NOTHING_KEPT
+        )
+        run_id = _log(tracker.start_run("retired"))
+        assert tracker.outbox_path is not None
+        directory = OutboxDirectory.open(tracker.outbox_path)
+        watch, of_command = Watch(directory, NOTHING_KEPT), Flush(directory, NOTHING_KEPT)
+        before, ends = watch.measure()
+        of_command.look()
+        assert (3, 3) == (before.pending, of_command.left)
+        with delivering(directory, sqlite_uri, NOTHING_KEPT) as counters:
+            eventually(lambda: is_retired(directory, run_id), 60)
+            of_command.look()
+            assert (FlushResult(3, 0, 0, 0), 0) == (watch.measure(ends)[0], of_command.left)
+            _log(tracker.start_run(run_id=run_id))
+            eventually(lambda: counters["runs_verified"] == 2, 60)
+            of_command.look()
+            assert (0, 0) == (watch.measure(ends)[0].pending, of_command.left)
+        assert of_command.is_done()
+        tracker.close(0)
+
+    def test_a_run_of_which_nothing_was_delivered_is_waited_for(self, tmp_path: Path) -> None:
+        """A record is missing too where nobody has begun to deliver."""
+        tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none", settings=QUICK)
+        _log(tracker.start_run("waits"))
+        assert tracker.outbox_path is not None
+        watch = Watch(OutboxDirectory.open(tracker.outbox_path), QUICK)
+        _, ends = watch.measure()
+        assert 3 == watch.measure(ends)[0].pending
+        tracker.close(0)
+
     def test_a_bundle_of_a_run_that_is_gone_changes_nothing(
         self, experiment_name: str, sqlite_uri: str, tmp_path: Path
     ) -> None:
@@ -294,6 +331,13 @@ class TestDelivery:
         (below,) = [one for one in found if "mlflow.parentRunId" in one.data.tags]
         assert above.info.run_id == below.data.tags["mlflow.parentRunId"]
         assert ({"depth": "3"}, "yes") == (above.data.params, above.data.tags["later"])
+
+
+def _log(run: Run) -> str:
+    """Log three events with a run, the end among them; return its id."""
+    assert run.log_metric("loss", 0.5, step=0)
+    assert run.end()
+    return run.run_id
 
 
 def _both(ledger: Ledger) -> tuple[list[RunRecord], Totals]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_outbox.outbox import FlushResult
@@ -36,6 +38,36 @@ def targets(directory: OutboxDirectory, records: Mapping[str, RunRecord]) -> Tar
         record = records.get(run_id)
         result[run_id] = RunReader(directory.run(run_id)).next_numbers(record.cursors if record is not None else None)
     return result
+
+
+def remaining(directory: OutboxDirectory, ends: Targets, records: Mapping[str, RunRecord]) -> Targets:
+    """Return ends without those of writers of which neither the ledger nor the disk knows any more.
+
+    They were delivered, read back, reclaimed and retired since the ends were read.
+
+    Args:
+        directory: the outbox.
+        ends: from ``targets``, some time ago.
+        records: what the ledger holds by now, read before this is called.
+
+    Raises:
+        OSError: the disk does not tell.
+    """
+    result: Targets = {}
+    for run_id, run_ends in ends.items():
+        record = records.get(run_id)
+        known = record.cursors.keys() if record is not None else set[str]()
+        there = set[str]() if run_ends.keys() <= known else _writers(directory.run(run_id))
+        result[run_id] = {writer: end for writer, end in run_ends.items() if writer in known or writer in there}
+    return result
+
+
+def _writers(folder: Path) -> set[str]:
+    """Return the writers of which a segment is in a run's directory."""
+    try:
+        return {name.partition("-")[0] for name in os.listdir(folder)}
+    except FileNotFoundError:
+        return set()
 
 
 def left(ends: Mapping[str, int], record: RunRecord | None, *, parked: bool) -> Left:

@@ -17,7 +17,7 @@ from mlflow_outbox.counters import Counters, described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.outbox import FlushResult
 from mlflow_outbox.spool.disk import is_foreign
-from mlflow_outbox_worker.backlog import Targets, counted, left, targets, total
+from mlflow_outbox_worker.backlog import Targets, counted, left, remaining, targets, total
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import destination_note, last_tried_ms
@@ -128,7 +128,7 @@ class Watch:
         finally:
             with contextlib.suppress(LedgerUnavailable):
                 ledger.close()
-        known = targets(self._directory, records) if ends is None else ends
+        known = targets(self._directory, records) if ends is None else remaining(self._directory, ends, records)
         parked = note.state == "parked"
         self._last = total(known, records.values(), retired, letters, parked=parked)
         if self._last.parked:

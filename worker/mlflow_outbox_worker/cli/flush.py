@@ -233,7 +233,7 @@ class Flush:
 
     def look(self) -> None:
         """Find out how far it is."""
-        from mlflow_outbox_worker.backlog import left, targets
+        from mlflow_outbox_worker.backlog import left, remaining, targets
         from mlflow_outbox_worker.notes import destination_note, last_tried_ms
 
         try:
@@ -248,13 +248,15 @@ class Flush:
             if self._ends is not None:
                 return
             records, note, letters = {}, None, {}
-        if self._ends is None:
-            try:
+        try:
+            if self._ends is None:
                 ends = targets(self._directory, records)
-            except OSError as error:
-                self._trouble = printable(str(error), 300)
-                return
-            self._ends = ends if self._run_id is None else {self._run_id: ends.get(self._run_id, {})}
+                self._ends = ends if self._run_id is None else {self._run_id: ends.get(self._run_id, {})}
+            else:
+                self._ends = remaining(self._directory, self._ends, records)
+        except OSError as error:
+            self._trouble = printable(str(error), 300)
+            return
         parked_all = note is not None and note.state == "parked"
         if (
             self._directory.network
