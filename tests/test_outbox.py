@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from contents import QUICK, the_run
+from contents import QUICK, numbered, points, the_run
 from mlflow_outbox import FlushResult, MLflowTracker, delivery
 from mlflow_outbox.outbox import Outbox
-from mlflow_outbox.spool import disk, reader
+from mlflow_outbox.spool import disk, journal, reader
+from mlflow_outbox.testing import FailingDisk
 from mlflow_outbox_worker.flush import Watch
 from servers import eventually
 
@@ -56,7 +57,7 @@ def test_closing_one_tracker_leaves_another_of_its_outbox_the_syncing(tmp_path: 
         MLflowTracker(name, "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none", settings=QUICK) for name in "ab"
     )
     run = second.start_run("b")
-    journal: Any = run._journal
+    held: Any = run._journal
     outbox = first._outbox
     assert outbox is not None
     stop = outbox._caretaker.stop
@@ -69,7 +70,7 @@ def test_closing_one_tracker_leaves_another_of_its_outbox_the_syncing(tmp_path: 
     first.close(0)
     outbox._caretaker.stop = stop  # type: ignore[method-assign]
     run.log_metric("loss", 0.5, step=2)
-    live = journal._sequence.live
+    live = held._sequence.live
     eventually(lambda: live.offset == live.synced, message="the second tracker's event was synced")
     second.close(0)
 
@@ -141,6 +142,60 @@ def test_a_disk_that_does_not_let_journals_be_read_raises_nothing_into_a_program
             tracker.flush(1)
         patch.undo()
         assert tracker.flush(60)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> FailingDisk:
+    """The disk of all journals that are made from now on."""
+    disk = FailingDisk()
+    monkeypatch.setattr(journal, "SystemDisk", lambda: disk)
+    return disk
+
+
+def test_what_the_disk_has_not_taken_is_pending(sqlite_uri: str, tmp_path: Path, failing: FailingDisk) -> None:
+    """A flush is not true while acknowledged events are in memory only; once the disk is well, they arrive."""
+    with MLflowTracker("memory", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
+        run = tracker.start_run()
+        assert tracker.flush(60)
+        failing.fail("write", error=errno.ENOSPC, times=None)
+        assert all(run.log_metric("loss", step / 2, step=step) for step in range(10))
+        result = tracker.flush(0.3)
+        assert (False, 10) == (bool(result), result.pending)
+        failing.clear()
+        assert tracker.flush(60)
+    assert numbered(10) == points(sqlite_uri, the_run(sqlite_uri, "memory").info.run_id, "loss")
+
+
+def test_a_flush_waits_for_a_disk_that_recovers(sqlite_uri: str, tmp_path: Path, failing: FailingDisk) -> None:
+    """And then for what came to the disk only now."""
+    settings = dataclasses.replace(QUICK, sync_interval=60.0)
+    with MLflowTracker("memory", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=settings) as tracker:
+        run = tracker.start_run()
+        assert tracker.flush(60)
+        failing.fail("write", error=errno.ENOSPC, times=4)
+        assert run.log_metric("loss", 0.0, step=0)
+        assert tracker.flush(60)
+        assert failing.count("write") > 4
+        assert numbered(1) == points(sqlite_uri, the_run(sqlite_uri, "memory").info.run_id, "loss")
+
+
+def test_closing_one_tracker_gives_up_its_own_events_in_memory_and_no_others(
+    sqlite_uri: str, tmp_path: Path, failing: FailingDisk
+) -> None:
+    """What is given up is counted, and pending in what close returns; another tracker of the outbox keeps its own."""
+    first, second = (MLflowTracker(name, sqlite_uri, outbox_dir=tmp_path, settings=QUICK) for name in ("a", "b"))
+    one, other = first.start_run(), second.start_run()
+    assert first.flush(60)
+    failing.fail("write", error=errno.ENOSPC, times=None)
+    for run in (one, other):
+        assert all(run.log_metric("loss", step / 2, step=step) for step in range(10))
+    result = first.close(0.3)
+    assert (False, 20) == (bool(result), result.pending)
+    assert 10 == first.counters["lost_in_memory"]
+    failing.clear()
+    assert second.close(60)
+    assert 10 == first.counters["lost_in_memory"]
+    assert numbered(10) == points(sqlite_uri, the_run(sqlite_uri, "b").info.run_id, "loss")
 
 
 def test_trouble_of_one_outbox_at_the_exit_is_said_and_does_not_touch_the_others(tmp_path: Path) -> None:

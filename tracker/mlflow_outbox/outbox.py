@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox import delivery
 from mlflow_outbox.counters import Counters, logger
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from mlflow_outbox.destination import Destination
     from mlflow_outbox.spool.directory import OutboxDirectory
 
+#: Seconds for which a flush without a time waits for a disk that fails, and between two looks at it.
+_PATIENCE: Final = 5.0
+_AGAIN: Final = 0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class FlushResult:
@@ -41,7 +46,8 @@ class FlushResult:
 
     Attributes:
         delivered: have arrived in MLflow, of all events that the outbox still knows.
-        pending: wait on disk and are sent as soon as MLflow takes them; 1 also where the disk does not tell.
+        pending: wait on disk and are sent as soon as MLflow takes them; in memory too, while the disk takes none, from
+            where ``close`` gives them up; 1 also where the disk does not tell.
         parked: wait on disk for a person, because MLflow refuses their run or the whole outbox.
         dead: were refused by MLflow for good, one by one, and are kept as dead letters, until somebody sends them again
             or drops them.
@@ -157,12 +163,20 @@ class Outbox:
         """Deliver what has been logged until now, as far as possible within a time.
 
         Args:
-            timeout: seconds; None waits until nothing is pending.
+            timeout: seconds; None waits until nothing is pending, but not for a disk that goes on failing.
         """
-        self.sync()
-        if self.worker_kind != "none":
-            self._wake()
-        return delivery.flush(self, timeout)
+        begun = time.monotonic()
+        deadline, patience = (None, _PATIENCE) if timeout is None else (begun + timeout, timeout)
+        while True:
+            self.sync()
+            if self.worker_kind != "none":
+                self._wake()
+            held = sum(journal.in_memory for journal in list(self._journals))
+            result = delivery.flush(self, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            left = begun + patience - time.monotonic()
+            if not held or left <= 0 or self.worker_kind == "none":
+                return dataclasses.replace(result, pending=result.pending + held)
+            time.sleep(min(_AGAIN, left))
 
     def rest(self, timeout: float) -> bool:
         """End what this process runs for the outbox, if everything was delivered; the next event starts it again.
@@ -190,13 +204,14 @@ class Outbox:
             return False
         return True
 
-    def close(self, timeout: float) -> FlushResult:
+    def close(self, timeout: float, own: Iterable[Journal] = ()) -> FlushResult:
         """Close the journals, deliver within a time, and stop this process's worker.
 
         Another tracker that logs to this outbox meanwhile or afterwards gets a worker again.
 
         Args:
             timeout: seconds for delivery.
+            own: journals that nobody else uses: what the disk has not taken of them by then is given up.
         """
         for journal in list(self._journals):
             journal.close()
@@ -207,8 +222,9 @@ class Outbox:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop(timeout=1.0)
-        for journal in list(self._journals):
+        for journal in own:
             journal.release()
+        self._tally.note()
         return result
 
     def at_exit(self, deadline: float) -> None:
@@ -230,6 +246,7 @@ class Outbox:
             self._worker.stop(timeout=0.5)
         for journal in journals:
             journal.release()
+        self._tally.note()
 
     def _is_left(self, run_id: str) -> bool:
         """Return whether something of a run was not delivered by somebody else, who files what is."""

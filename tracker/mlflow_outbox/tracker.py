@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ from mlflow_outbox.spool.sequence import RunIdentity
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from mlflow_outbox.spool.journal import Journal
 
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 _SUMMARY: Final = "final_summary"
@@ -88,7 +91,7 @@ class MLflowTracker:
         self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
         self._lock = threading.RLock()
         self._summary: Run | None = None
-        self._closed = False
+        self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
         self._outbox = self._open(outbox_dir, worker)
         self._counters = self._outbox.counters if self._outbox is not None else Counters()
 
@@ -201,7 +204,9 @@ class MLflowTracker:
             counters.warn_once(("run id", str(run_id)[:80]), f"mlflow-outbox: {msg}")
             run_id = None
         identity = self._resumed(run_id) if run_id else RunIdentity(uuid.uuid4().hex, self.experiment_name)
-        run = Run(self._outbox.journal(identity), identity.run_id, self._settings, counters)
+        journal = self._outbox.journal(identity)
+        self._journals.add(journal)
+        run = Run(journal, identity.run_id, self._settings, counters)
         first: dict[Any, Any] = {} if run_id else _source_tags()
         if isinstance(tags, Mapping):
             first.update(tags)
@@ -354,7 +359,7 @@ class MLflowTracker:
         """
         if self._outbox is None:
             return FlushResult()
-        return self._outbox.close(self._settings.close_timeout if timeout is None else timeout)
+        return self._outbox.close(self._settings.close_timeout if timeout is None else timeout, list(self._journals))
 
 
 def create_tracker(
