@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import ArtifactRefused, EventRefused, InvalidEvent, InvalidEventType, OutboxFull
 from mlflow_outbox.run import Run
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
+from servers import eventually
 from spools import RUN, Everything, Kit, Mute, warnings
 
 # -- what is kept
@@ -320,6 +322,61 @@ def test_a_run_leaves_its_host_as_it_was(kit: Kit) -> None:
     kit.run.end()
     assert before == state()
     assert [] == list(Path.cwd().iterdir())
+
+
+def open_segments(outbox: Path) -> int:
+    """Return how many segments of an outbox this process has open."""
+    found = [os.readlink(link.path) for link in os.scandir("/proc/self/fd") if os.path.islink(link.path)]
+    return sum(path.startswith(str(outbox)) and path.endswith(".log") for path in found)
+
+
+def test_a_run_that_is_dropped_gives_its_descriptor_back(tmp_path: Path) -> None:
+    """Without having ended: its events are whole, its segment is closed, and it goes on by its id."""
+    settings = Settings(sync_interval=0.01)
+    tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none", settings=settings)
+    held = tracker.start_run("held")
+    assert held.log_metric("loss", 0.5, step=0)
+    names = []
+    for number in range(50):
+        run = tracker.start_run(f"dropped {number}")
+        assert run.log_metric("loss", 0.5, step=number)
+        names.append(run.run_id)
+    del run
+    assert tracker.outbox_path is not None
+    outbox = tracker.outbox_path
+    eventually(lambda: open_segments(outbox) == 1, message="only the one that is held is open")
+    for number, run_id in enumerate(names):
+        found = Everything(outbox / "runs" / run_id)
+        start, point = found.events
+        assert isinstance(start, RunStarted)
+        assert number == point.step  # type: ignore[union-attr]
+    again = tracker.start_run(run_id=names[0])
+    assert again.log_metric("loss", 0.25, step=1)
+    assert 4 == len(Everything(outbox / "runs" / names[0]).events)
+    tracker.close(0)
+
+
+def test_dropping_a_run_waits_for_nobody_who_writes_to_its_journal(kit: Kit) -> None:
+    """It may be collected in the middle of any call, and while the background syncs it."""
+    journal, entered, go_on = kit.journal, threading.Event(), threading.Event()
+    assert kit.run.log_metric("loss", 0.5, step=0)
+
+    def hold() -> None:
+        with journal._lock:
+            entered.set()
+            go_on.wait(60)
+
+    holding, dropping = threading.Thread(target=hold), threading.Thread(target=lambda: delattr(kit, "run"))
+    holding.start()
+    assert entered.wait(60)
+    dropping.start()
+    dropping.join(30)
+    waited = dropping.is_alive()
+    go_on.set()
+    holding.join()
+    assert not waited
+    journal.sync()
+    assert journal.is_idle
 
 
 def test_many_threads_may_use_one_run(kit: Kit) -> None:

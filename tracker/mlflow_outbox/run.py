@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ class Run:
         self._good = self._entries.good  # held like _append_event below: a look-up less in each call
         self._files = RunFiles(journal, run_id, settings, self._now_ms, self._doubts.unreadable)
         self._append_event = journal.append if journal is not None else _append_nowhere
+        if journal is not None:  # a run that is dropped and not ended gives its descriptor back all the same
+            weakref.finalize(self, journal.leave).atexit = False
 
     def __repr__(self) -> str:
         return f"<Run {self.run_id}, {'ended' if self._ended else 'running'}>"

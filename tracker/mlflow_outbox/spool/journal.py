@@ -305,6 +305,12 @@ class Journal:
         if self._nested is not None:
             self._nested.close()
 
+    def leave(self) -> None:
+        """Have the background do what ``close`` does; for a finalizer, which must neither take a lock nor wait."""
+        self._closed = True
+        if self._nested is not None:
+            self._nested.leave()
+
     def _close(self) -> None:
         sequence = self._sequence
         sequence.settle()
