@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,72 @@ def test_a_beginning_that_is_partly_refused_begins_all_the_same(kit: Kit) -> Non
     assert (None, "us?r", {"good": "2"}) == (start.run_name, start.user, start.tags)
     assert start.time_ms > 1_700_000_000_000
     assert {"refused_bad_value": 1, "refused_bad_time": 1, "refused_bad_key": 1} == kit.counters.snapshot()
+
+
+class Unresolved(Mapping[str, object]):
+    """A mapping whose values fail, as those of a lazy configuration do."""
+
+    def __getitem__(self, key: str) -> object:
+        raise Mute
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Unprintable:
+    """An object without a repr."""
+
+    def __repr__(self) -> str:
+        raise Mute
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"tags": Unresolved()}, "refused_bad_mapping"),
+        ({"tags": 5}, "refused_bad_mapping"),
+        ({"tags": {"a": Unprintable()}}, "refused_bad_value"),
+        ({"run_id": Unprintable()}, "refused_bad_run_id"),
+        ({"run_id": np.zeros(2)}, "refused_bad_run_id"),
+        ({"run_name": Unprintable()}, "refused_bad_value"),
+        ({"start_time": Unprintable()}, "refused_bad_time"),
+    ],
+)
+def test_a_run_starts_whatever_it_is_given(given: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    """What cannot be used is counted, and left out."""
+    tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none")
+    with tracker.start_run(**given) as run:
+        assert run.log_metric("loss", 0.5, step=0)
+    assert {reason: 1} == tracker.counters
+    assert tracker.outbox_path is not None
+    assert isinstance(Everything(tracker.outbox_path / "runs" / run.run_id).events[0], RunStarted)
+    tracker.close(0)
+    disabled = MLflowTracker("e", outbox_dir=tmp_path, settings=Settings(disabled=True))
+    assert not disabled.start_run(**given).log_metric("loss", 0.5)
+
+
+def test_a_run_whose_directory_cannot_be_listed_goes_on_without_raising(tmp_path: Path) -> None:
+    """What the disk refuses waits in memory; once it is well, the events are there, of the same run."""
+    tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none")
+    with tracker.start_run("first") as first:
+        assert first.log_metric("loss", 0.5, step=0)
+    assert tracker.outbox_path is not None
+    place = tracker.outbox_path / "runs" / first.run_id
+    place.rename(tmp_path / "aside")
+    place.touch()
+    again = tracker.start_run(run_id=first.run_id)
+    assert first.run_id == again.run_id
+    assert again.log_metric("loss", 0.25, step=1)
+    assert 1 == tracker.counters["internal_errors"]
+    place.unlink()
+    (tmp_path / "aside").rename(place)
+    again.end()
+    kept = Everything(place)
+    assert [0, 1] == [event.step for event in kept.events if isinstance(event, Metric)]
+    tracker.close(0)
 
 
 # -- what is refused

@@ -335,11 +335,11 @@ class Run:
         return self._refusals.attempt(lambda: self._keep(event))
 
     def _value(self, check: Callable[[], Any]) -> Any:
-        """Return what a check returns; None when it refuses, which is counted and said."""
+        """Return what a check returns; None when it refuses or fails, which is counted and said."""
         try:
             return check()
-        except EventRefused as refused:
-            self._refusals.refuse(refused, "start_run")
+        except Exception as error:  # noqa: BLE001 - start_run never raises into the experiment; counted and said
+            self._refusals.failed(error, "start_run")
             return None
 
     # -- common ground

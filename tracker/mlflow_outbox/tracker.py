@@ -20,16 +20,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mlflow_outbox import autopilot, delivery
-from mlflow_outbox.counters import Counters, printable, shown
+from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.doubts import Doubts
-from mlflow_outbox.errors import InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
+from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.outbox import FlushResult, Outbox, shared
+from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
 from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
+from mlflow_outbox.validation import checked_mapping
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,6 +96,7 @@ class MLflowTracker:
         self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
         self._outbox = self._open(outbox_dir, worker)
         self._counters = self._outbox.counters if self._outbox is not None else Counters()
+        self._refusals = Refusals(self._counters, strict=self._settings.strict)
 
     def _open(self, outbox_dir: str | os.PathLike[str] | None, worker: WorkerKind) -> Outbox | None:
         if self._settings.disabled:
@@ -195,34 +198,47 @@ class MLflowTracker:
         counters = self._counters
         if self._outbox is None:
             counters.add("disabled_runs")
-            return Run(None, run_id if run_id and is_run_id(run_id) else uuid.uuid4().hex, self._settings, counters)
+            known = run_id if run_id is not None and is_run_id(run_id) else uuid.uuid4().hex
+            return Run(None, known, self._settings, counters)
         if run_id is not None and not is_run_id(run_id):
             counters.add("refused_bad_run_id")
-            msg = f"the run id {printable(repr(run_id))} is none; a new run is started instead"
+            msg = f"the run id {shown(run_id)} is none; a new run is started instead"
             if self._settings.strict:
                 raise OutboxError(msg)
-            counters.warn_once(("run id", str(run_id)[:80]), f"mlflow-outbox: {msg}")
+            counters.warn_once(("run id", shown(run_id)), f"mlflow-outbox: {msg}")
             run_id = None
-        identity = self._resumed(run_id) if run_id else RunIdentity(uuid.uuid4().hex, self.experiment_name)
+        first: dict[Any, Any] = {} if run_id else _source_tags()
+        first.update(self._tags(tags))
+        identity = self._identity(run_id) if run_id else RunIdentity(uuid.uuid4().hex, self.experiment_name)
         journal = self._outbox.journal(identity)
         self._journals.add(journal)
         run = Run(journal, identity.run_id, self._settings, counters)
-        first: dict[Any, Any] = {} if run_id else _source_tags()
-        if isinstance(tags, Mapping):
-            first.update(tags)
-        elif tags is not None:
-            counters.add("refused_bad_mapping")
-            counters.warn_once("tags", f"mlflow-outbox: start_run takes tags as a mapping, not a {type(tags).__name__}")
         run.begin(run_name, _user(), first, start_time, resumed=run_id is not None)
         return run
 
-    def _resumed(self, run_id: str) -> RunIdentity:
-        """Find out what a run id belongs to: a run of this outbox, under either of its ids, or one of MLflow."""
+    def _tags(self, tags: Mapping[str, Any] | None) -> dict[Any, Any]:
+        try:
+            return checked_mapping(tags, "start_run(tags=...)") if tags is not None else {}
+        except EventRefused as refused:
+            self._refusals.refuse(refused, "tags")
+            return {}
+
+    def _identity(self, run_id: str) -> RunIdentity:
+        """Find out what a run id belongs to; where that cannot be told now, by whether anything is there."""
         assert self._outbox is not None  # noqa: S101 - for the type checker; the caller returned otherwise
         directory = self._outbox.directory
+        try:
+            return self._resumed(run_id, directory)
+        except Exception as error:  # noqa: BLE001 - start_run never raises into the experiment; counted and said
+            self._refusals.failed(error, run_id)
+        is_here = any(os.path.lexists(parent / run_id) for parent in (directory.runs, directory.delivered))
+        return RunIdentity(run_id, self.experiment_name, remote=not is_here)
+
+    def _resumed(self, run_id: str, directory: OutboxDirectory) -> RunIdentity:
+        """Find out what a run id belongs to: a run of this outbox, under either of its ids, or one of MLflow."""
         known = run_id
         if not (directory.runs / run_id).is_dir() and not (directory.delivered / run_id).is_dir():
-            known = delivery.reading(self._outbox).local_id(run_id) or run_id
+            known = self._reading().local_id(run_id) or run_id
         for parent in (directory.runs, directory.delivered):
             for held in RunReader(parent / known).segments().values():
                 return RunIdentity(known, held[0].header.experiment, held[0].header.remote)
