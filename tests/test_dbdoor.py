@@ -7,11 +7,13 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox_worker import dbdoor
 from mlflow_outbox_worker.dbdoor import door
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
@@ -70,8 +72,42 @@ def test_a_reader_in_the_same_process_does_not_keep_the_writer_from_recovering(l
 def test_who_stands_at_the_door_too_long_is_told_so(tmp_path: Path) -> None:
     """Nothing waits without a bound."""
     path = tmp_path / "cache.db"
-    with door(path, 1), pytest.raises(LedgerUnavailable, match="read by another thread"), door(path, 0.05):
+    with door(path, 1), pytest.raises(LedgerUnavailable, match="in use by another thread"), door(path, 0.05):
         pass
+
+
+def test_who_writes_goes_before_readers_that_have_waited_for_longer(tmp_path: Path) -> None:
+    """Only the writer makes readable what a killed process left; readers must not keep it out one after another."""
+    path, came = tmp_path / "cache.db", list[str]()
+
+    def enter(who: str, *, writing: bool) -> None:
+        with door(path, 10, writing=writing):
+            came.append(who)
+
+    readers = [threading.Thread(target=enter, args=("reader",), kwargs={"writing": False}) for _ in range(3)]
+    writer = threading.Thread(target=enter, args=("writer",), kwargs={"writing": True})
+    with door(path, 1):
+        for thread in (*readers, writer):
+            thread.start()
+        eventually(lambda: path in dbdoor._WAITING, message="the writer waits")
+    for thread in (*readers, writer):
+        thread.join()
+    assert ["writer", "reader", "reader", "reader"] == came
+
+
+def test_after_a_wait_in_vain_readers_do_not_wait_until_one_can_read(directory: Path, ledger: Ledger) -> None:
+    """A program asks many times as it starts, and would wait each time."""
+    ledger.commit(RunRecord("a"))
+    reader = Ledger.open(directory, read_only=True, timeout=0.3)
+    with door(directory / "cache.db", 1):
+        started = time.monotonic()
+        for _ in range(20):
+            with pytest.raises(LedgerUnavailable):
+                reader.record("a")
+        assert 0.3 < time.monotonic() - started < 3
+    assert reader.record("a") is not None
+    with door(directory / "cache.db", 1), pytest.raises(LedgerUnavailable, match=r"for 0\.3 s"):
+        reader.record("a")
 
 
 def test_a_forked_child_has_doors_of_its_own(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from ledgers import database, letter, record, run, script, view
+from ledgers import assert_works, database, letter, record, run, script, view
 from mlflow_outbox.errors import LedgerUnavailable, OutboxError
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.rows import put
@@ -112,6 +113,18 @@ Ledger.open(directory)
     assert 20 < statement
 
 
+def _begin_log(directory: Path) -> None:
+    """Leave a ledger as a process that was killed after the first sync of its log: with no more than a header there."""
+    run("ledger = Ledger.open(directory)\nledger.commit(RunRecord('b'))\nos._exit(0)", directory)
+    header = (directory / "cache.db-wal").read_bytes()[:32]
+    ledger = Ledger.open(directory)
+    ledger.commit(record("a", 1))
+    ledger.close()
+    for suffix, content in (("-wal", header), ("-shm", bytes(32768))):
+        (directory / f"cache.db{suffix}").write_bytes(content)
+        (directory / f"cache.db{suffix}").chmod(0o600)
+
+
 class TestReadingBesideAWriter:
     """``read_only`` is for the tracking process, while the worker process writes."""
 
@@ -169,6 +182,31 @@ class TestReadingBesideAWriter:
         with pytest.raises(LedgerUnavailable, match="before the worker"):
             Ledger.open(directory, read_only=True).record("a")
         assert ["cache.db", "cache.db-wal", "reserve"] == sorted(os.listdir(directory))
+
+    def test_a_log_of_which_there_is_only_the_header_is_read_as_none(self, directory: Path) -> None:
+        """As a kill between its first sync and its first frame leaves it; SQLite would try for ten seconds and fail."""
+        _begin_log(directory)
+        before = {path.name: path.read_bytes() for path in directory.iterdir()}
+        started = time.monotonic()
+        assert record("a", 1) == Ledger.open(directory, read_only=True).record("a")
+        assert 3 > time.monotonic() - started
+        assert before == {path.name: path.read_bytes() for path in directory.iterdir()}
+        ledger = Ledger.open(directory, report=pytest.fail)
+        assert_works(ledger)
+        ledger.close()
+
+    def test_reading_a_log_that_was_begun_leaves_the_locks_of_this_process_alone(self, directory: Path) -> None:
+        """A writer of this process has it open: whoever opens and closes the file beside it takes its locks away."""
+        _begin_log(directory)
+        header = (directory / "cache.db-wal").read_bytes()
+        ledger = Ledger.open(directory)
+        ledger.checkpoint()
+        (directory / "cache.db-wal").write_bytes(header)
+        assert record("a", 1) == Ledger.open(directory, read_only=True).record("a")
+        asks = "import fcntl; fcntl.lockf(open(directory / 'cache.db', 'rb+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        done = subprocess.run(script(asks, directory), capture_output=True, text=True, timeout=60, check=False)
+        assert "BlockingIOError" in done.stderr
+        ledger.close()
 
     def test_a_locked_ledger_can_be_read_and_a_read_one_written(self, directory: Path, ledger: Ledger) -> None:
         """Neither waits for the other."""

@@ -27,8 +27,9 @@ Reading beside a writer
 ``Reader`` opens the file for one query, read-only, and closes it: nothing is held between two queries, nothing is
 created, checkpointed or repaired, and a database that was set aside is not read on. While a ``-wal`` and a ``-shm``
 are there SQLite gives a consistent view and the writer notices nothing. Without them all is in the main file, which
-is then read as immutable, and read again when it changed meanwhile. In the writer's own process both go through
-``dbdoor``.
+is then read as immutable, and read again when it changed meanwhile. The same goes for a ``-wal`` that is a header and
+nothing else, as a process leaves it that is killed between its first sync and its first frame. In the writer's own
+process both go through ``dbdoor``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.spool import reserve
 from mlflow_outbox_worker import dbconnection, dbfile
 from mlflow_outbox_worker.dbconnection import Cache, LedgerCorrupt, Row, translated
-from mlflow_outbox_worker.dbdoor import FORK_PATIENCE, door
+from mlflow_outbox_worker.dbdoor import FORK_PATIENCE, door, is_written
 from mlflow_outbox_worker.forking import using_store
 
 #: Seconds that a checkpoint waits for readers; their queries take milliseconds.
@@ -243,42 +244,54 @@ class Reader:
         """
         with translated(self._path):
             _close_inherited()
-            attempts, deadline = _READ_ATTEMPTS, time.monotonic() + self._timeout
+            # Where one wait was in vain none is made until a read succeeds: a program asks many times as it starts.
+            patience = 0.0 if self._path in _IN_VAIN else self._timeout
+            attempts, deadline = _READ_ATTEMPTS, time.monotonic() + patience
             while True:
                 before = dbfile.look(self._directory)
                 attempts -= 1
                 try:
-                    with door(self._path, self._timeout):
+                    with door(self._path, patience):
                         before = dbfile.look(self._directory)
-                        rows = self._attempted(before, sql, arguments)
+                        rows = self._attempted(before, sql, arguments, patience)
                         if rows is not None:
+                            _IN_VAIN.discard(self._path)
                             return rows
                 except (sqlite3.Error, LedgerUnavailable) as error:
                     # Tried again when the writer came, went or began anew meanwhile, or is just about to. One attempt
                     # can take SQLite ten seconds (dbdoor), so they are not all made whatever they take.
                     passing = isinstance(error, sqlite3.OperationalError) or dbfile.look(self._directory) != before
-                    if not attempts or not passing or time.monotonic() > deadline:
+                    late = time.monotonic() >= deadline
+                    if late:
+                        _IN_VAIN.add(self._path)
+                    if late or not attempts or not passing:
                         raise
                     time.sleep(_READ_PAUSE)
                 if not attempts:
                     msg = f"the ledger {self._path} changes too fast to be read"
                     raise LedgerUnavailable(msg)
 
-    def _attempted(self, before: dict[str, dbfile.FileState], sql: str, arguments: Row) -> list[Row] | None:
+    def _attempted(
+        self, before: dict[str, dbfile.FileState], sql: str, arguments: Row, patience: float
+    ) -> list[Row] | None:
         """Return all rows, or None when the files, which were as before says, changed meanwhile."""
         if "" not in before:
             return []
-        shared = "-wal" in before and "-shm" in before
-        if not shared and "-wal" in before and before["-wal"].size:
+        logged = before["-wal"].size if "-wal" in before else 0
+        # Where a log was begun and no more, and nobody has it open, SQLite compares its header with an index that has
+        # none, for ten seconds. The locks of a writer of this process, which does have it open, are to be left alone.
+        begun = logged == dbfile.LOG_HEADER and not is_written(self._path)
+        shared = "-wal" in before and "-shm" in before and not begun
+        if not shared and not begun and logged:
             msg = f"the ledger {self._path} cannot be read before the worker has opened it again"
             raise LedgerUnavailable(msg)
-        rows = self._query_once(sql, arguments, shared=shared)
+        rows = self._query_once(sql, arguments, patience, shared=shared)
         return rows if shared or dbfile.look(self._directory) == before else None
 
-    def _query_once(self, sql: str, arguments: Row, *, shared: bool) -> list[Row]:
+    def _query_once(self, sql: str, arguments: Row, patience: float, *, shared: bool) -> list[Row]:
         # readonly_shm: SQLite would make a -shm of its own, and could not take it away again.
         options = "mode=ro&readonly_shm=1" if shared else "mode=ro&immutable=1"
-        with contextlib.closing(dbconnection.connect(self._path, options, self._timeout)) as connection:
+        with contextlib.closing(dbconnection.connect(self._path, options, patience)) as connection:
             return (
                 connection.execute(sql, arguments).fetchall() if dbconnection.verified(connection, self._path) else []
             )
@@ -287,6 +300,8 @@ class Reader:
         """Do nothing: nothing is held between two queries."""
 
 
+#: The files that a Reader has waited for in vain.
+_IN_VAIN: set[Path] = set()
 _DATABASES: weakref.WeakSet[Database] = weakref.WeakSet()
 #: Idle connections that this process inherited, to be closed before it uses SQLite itself.
 _INHERITED: list[Cache] = []

@@ -33,7 +33,7 @@ import diskcache
 
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker import dbfile
-from mlflow_outbox_worker.dbdoor import door
+from mlflow_outbox_worker.dbdoor import door, writer_came, writer_left
 from mlflow_outbox_worker.disk import BytesDisk
 
 #: Every setting that diskcache keeps in the file; a file with any other value is not used.
@@ -122,14 +122,16 @@ class Cache(diskcache.Cache):  # type: ignore[misc]
         if connection is not None:
             with contextlib.suppress(sqlite3.Error):  # what was wrong has been reported by the call that failed
                 connection.close()
+            writer_left(self._path)
 
     # What diskcache itself calls, under its names.
 
     @property
     def _con(self) -> sqlite3.Connection:
         if self._held is None:
-            with door(self._path, self._seconds):
+            with door(self._path, self._seconds, writing=True):
                 self._held = _connect_to_write(self._path, self._seconds)
+                writer_came(self._path)
             self._inode = _inode(self._path)
         return self._held
 

@@ -22,6 +22,8 @@ from mlflow_outbox.errors import OutboxUnusable
 
 #: Name of the database; diskcache's.
 NAME: Final = "cache.db"
+#: Bytes of the header of a -wal, which SQLite syncs before it writes the first frame.
+LOG_HEADER: Final = 32
 _SUFFIXES: Final = ("", "-wal", "-shm")
 #: Bytes of the smallest page that SQLite can be told to use; a shorter file it takes for an empty one.
 _LEAST_SIZE: Final = 512

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a reader waits for MLflow before it answers from the disk.
 _DEADLINE: Final = 10.0
+#: Seconds that the ledger is waited for, at least and at most; a query takes milliseconds.
+_LEDGER_PATIENCE: Final = (1.0, 5.0)
 #: What a ledger raises that is locked, or that is not safe to use: answers come from the journals alone then.
 _UNREADABLE: Final = (LedgerUnavailable, OutboxUnusable)
 
@@ -68,6 +70,8 @@ class Reading:
         self._destination = outbox.destination
         self._ledger_path = outbox.settings.ledger_dir or outbox.directory.ledger
         self._timeout = min(_DEADLINE, outbox.settings.request_timeout)
+        least, most = _LEDGER_PATIENCE
+        self._patience = min(most, max(least, outbox.settings.create_timeout))
 
     def local_id(self, remote_id: str) -> str | None:
         """Return the outbox's id of a run of MLflow, or None."""
@@ -147,7 +151,7 @@ class Reading:
         """Yield the ledger, or None where it cannot be read; a block in which it no longer can ends there."""
         ledger: Ledger | None = None
         with contextlib.suppress(*_UNREADABLE):
-            ledger = Ledger.open(self._ledger_path, read_only=True)
+            ledger = Ledger.open(self._ledger_path, timeout=self._patience, read_only=True)
         try:
             with contextlib.suppress(*_UNREADABLE):
                 yield ledger
