@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,16 @@ from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import WAYS, deliver, store, the_runs, tracking, world
 from servers import MlflowServer
+
+
+def log_model(mlflow: Any, name: str) -> Any:
+    """Log a model as users do, to the run that goes on."""
+
+    class Same(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+        def predict(self, context: Any, model_input: list[str]) -> list[str]:
+            return model_input
+
+    return mlflow.pyfunc.log_model(name=name, python_model=Same(), pip_requirements=["mlflow"])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -111,3 +122,27 @@ def test_a_model_is_an_output_of_a_run_once(
     with client(mlflow_server.url) as plain:
         made = sorted(plain.get_logged_model(model.model_id).name for model in found.outputs.model_outputs)
     assert ["a", "c"] == made
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_model_of_a_run_has_the_metrics_that_were_logged_before_it(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow copies those that are linked to no model yet, and so says a history of all, also on their way."""
+    with world(way, mlflow_server, tmp_path) as here:
+        mlflow = here.mlflow
+        mlflow.set_experiment(experiment_name)
+        here.kill()
+        with mlflow.start_run() as run:
+            for number, name in enumerate(("first", "second", "third")):
+                mlflow.log_metric(f"before {name}", number / 4)
+                log_model(mlflow, name)
+            history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "before second")
+            assert [(0.25, None)] == [(point.value, point.model_id) for point in history]
+    with client(mlflow_server.url) as api:
+        found = api.search_logged_models([api.get_experiment_by_name(experiment_name).experiment_id])
+        assert {
+            "first": ["before first", "before second", "before third"],  # MLflow links later ones to the first model
+            "second": ["before first", "before second"],
+            "third": ["before first", "before second", "before third"],
+        } == {model.name: sorted(metric.key for metric in model.metrics) for model in found}

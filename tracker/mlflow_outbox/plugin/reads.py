@@ -138,7 +138,10 @@ def links(requests: Iterable[Kept], theirs: Run | None) -> tuple[RunInputs, RunO
 
 
 def points(events: Iterable[tuple[str, Event]], key: str, *, bounded: bool = False) -> list[Metric]:
-    """Return the points of a metric among events; see ``run_of``."""
+    """Return the points of a metric among events, linked to nothing, as a server shows them; see ``run_of``.
+
+    MLflow copies to a model that is logged what a history shows as linked to none.
+    """
     found: list[Metric] = []
     for _, event in events:
         if isinstance(event, MetricEvent) and event.key == key:
@@ -146,7 +149,8 @@ def points(events: Iterable[tuple[str, Event]], key: str, *, bounded: bool = Fal
         elif isinstance(event, MetricsEvent) and key in event.values:
             found.append(Metric(key, event.values[key], event.time_ms, event.step))
         elif isinstance(event, Request) and event.operation == "log_batch":
-            found += [m for m in codec.loads(event.arguments).get("metrics") or () if m.key == key]
+            linked = codec.loads(event.arguments).get("metrics") or ()
+            found += [Metric(key, m.value, m.timestamp, m.step) for m in linked if m.key == key]
     for metric in found:
         metric._value = _shown(metric.value, bounded)
     return found
