@@ -14,8 +14,9 @@ import pytest
 
 from contents import client
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.testing.faults import delay
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import WAYS, deliver, store, tracking, world
+from plugin_world import WAYS, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
 
 #: What MLflow refuses for a deleted run.
@@ -102,6 +103,111 @@ def test_the_runs_of_a_deleted_experiment_take_nothing_until_it_is_restored(
         for name in (experiment_name, f"{experiment_name}-other"):
             (found,) = api.search_runs([api.get_experiment_by_name(name).experiment_id])
             assert ({"m": 1.0}, {"p": "1"}) == (found.data.metrics, found.data.params)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_experiment_is_deleted_after_the_runs_that_were_logged_in_it_have_arrived(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """They are deleted with it; it takes no further one, in another process either, and the others go on."""
+    from mlflow.exceptions import MlflowException
+
+    with world(way, mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        here.kill()
+        number = api.create_experiment(experiment_name)
+        run_id = api.create_run(number, run_name="inside").info.run_id
+        api.log_metric(run_id, "m", 1.0)
+        api.log_text(run_id, "x", "x.txt")
+        api.delete_experiment(number)
+        assert "deleted" == api.get_run(run_id).info.lifecycle_stage
+        with pytest.raises(MlflowException, match="must be in the 'active' state"):
+            api.create_run(number)
+        if way != "plain":
+            store(here.uri)._gone.clear()  # as in another process
+            store(here.uri)._active_experiments.clear()
+            with pytest.raises(MlflowException, match="must be in the 'active' state"):
+                api.create_run(number)
+        other_id = api.create_run(api.create_experiment(f"{experiment_name}-other")).info.run_id
+        api.log_metric(other_id, "m", 2.0)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert ("inside", "deleted", {"m": 1.0}) == (found.info.run_name, found.info.lifecycle_stage, found.data.metrics)
+    (other,) = the_runs(mlflow_server.url, f"{experiment_name}-other")
+    assert ("active", {"m": 2.0}) == (other.info.lifecycle_stage, other.data.metrics)
+
+
+def test_an_experiment_is_not_deleted_while_points_of_its_runs_are_on_their_way(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """With the server there too: its deletion overtakes nothing, and a restoration does not overtake that."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.5) as mlflow:
+            api = mlflow.MlflowClient()
+            number = api.create_experiment(experiment_name)
+            run_id = api.create_run(number).info.run_id
+            deliver(uri)
+            proxy.on("runs/log-batch", delay(3), times=1)
+            api.log_metric(run_id, "m", 1.0)
+            api.delete_experiment(number)
+            assert "deleted" == api.get_run(run_id).info.lifecycle_stage
+            api.restore_experiment(number)
+            api.delete_experiment(number)
+            deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert ("deleted", {"m": 1.0}) == (found.info.lifecycle_stage, found.data.metrics)
+
+
+def test_a_deletion_that_waits_for_a_parked_run_is_parked_with_it_and_holds_up_nobody_else(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run would be lost to it; who restores the run lets both go on."""
+    with (
+        caplog.at_level(logging.WARNING, "mlflow_outbox"),
+        FaultProxy(mlflow_server.url) as proxy,
+        client(mlflow_server.url) as plain,
+    ):
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, parked_retry=0.2) as mlflow:
+            api = mlflow.MlflowClient()
+            number = api.create_experiment(experiment_name)
+            other = api.create_experiment(f"{experiment_name}-other")
+            run_id = api.create_run(number).info.run_id
+            deliver(uri)
+            proxy.down()
+            api.log_metric(run_id, "m", 1.0)
+            api.delete_experiment(number)
+            other_id = api.create_run(other).info.run_id
+            api.log_metric(other_id, "m", 2.0)
+            plain.delete_run(run_id)
+            proxy.up()
+            left = store(uri).outbox.flush(None)
+            assert (0, 2) == (left.pending, left.parked)
+            assert f"waits for a person: it waits for {run_id}, which is parked" in caplog.text
+            assert "active" == plain.get_experiment(number).lifecycle_stage
+            assert [{"m": 2.0}] == [run.data.metrics for run in the_runs(mlflow_server.url, f"{experiment_name}-other")]
+            plain.restore_run(run_id)
+            eventually(lambda: store(uri).outbox.flush(1), 30, "both are delivered")
+        assert "deleted" == plain.get_experiment(number).lifecycle_stage
+        assert [1.0] == [point.value for point in plain.get_metric_history(run_id, "m")]
+
+
+def test_a_deletion_does_not_wait_for_a_run_that_waits_for_what_comes_behind_it(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A run that began before and names a model that was made after the experiment was restored: all of it arrives."""
+    with world("away", mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        run_id = api.create_run(number).info.run_id
+        api.delete_experiment(number)
+        api.restore_experiment(number)
+        model = api.create_logged_model(number, name="net")
+        api.set_tag(run_id, "made", model.model_id)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert "active" == found.info.lifecycle_stage
+    with client(mlflow_server.url) as plain:
+        assert "net" == plain.get_logged_model(found.data.tags["made"]).name
 
 
 @pytest.mark.parametrize("mode", ["plain", "up", "away"])

@@ -32,6 +32,7 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import copies
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.origins import Origins
+from mlflow_outbox_worker.precedence import Precedence
 from mlflow_outbox_worker.requeue import MOVED
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
@@ -71,6 +72,9 @@ class Calls:
         source: where the runs come from.
         sink: the tracking store.
         ledger: where ids are recorded.
+
+    Attributes:
+        precedence: what waits for what.
     """
 
     def __init__(self, source: Source, sink: Sink, ledger: Ledger) -> None:
@@ -81,6 +85,7 @@ class Calls:
         #: Runs were sent once more, so that an id which MLflow gave may have become another one.
         self._moved = self._copies is None and bool(ledger.meta(MOVED))
         self._origins = Origins(source, ledger)
+        self.precedence = Precedence(source, ledger)
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         self._since: dict[str, float] = {}
@@ -245,9 +250,23 @@ class Calls:
             return self._create_experiment(request, refuse, of)
         if request.known:
             return True
+        if request.operation == "delete_experiment":
+            self._await_runs(request, of)
         parts = _parts(request.operation, self.rewritten(self._placed(request, of).decode(), of=of))
         made = [self._call(request, part, refuse) for part in parts]
         return any(made) or not made
+
+    def _await_runs(self, request: Request, of: str) -> None:
+        """Let the runs come first that were logged in an experiment before it was deleted: MLflow takes none later.
+
+        Raises:
+            Waits: one of them is not delivered up to there.
+        """
+        local = _text(request.arguments, "experiment_id")
+        run_id = self.precedence.run_before(of, request.time_ms, {local, self.experiment(local, of)})
+        if run_id:
+            what = f"run {run_id}, which was logged before its experiment was deleted"
+            raise Waits(what, run_id)
 
     def _call(self, request: Request, body: str, refuse: Callable[[Request, SinkError], bool]) -> bool:
         try:

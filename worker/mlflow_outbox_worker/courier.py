@@ -25,13 +25,13 @@ from typing import Final, Literal, NamedTuple
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Artifact, Event, RunStarted, Tags, encode
+from mlflow_outbox.spool.events import Artifact, Event, Request, RunStarted, Tags, encode
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
 from mlflow_outbox.validation import is_ordinary_tag
 from mlflow_outbox.views import Register, RunView
-from mlflow_outbox_worker.calls import Calls
+from mlflow_outbox_worker.calls import Calls, Waits
 from mlflow_outbox_worker.copies import copying
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
@@ -107,6 +107,7 @@ class Courier:
         Raises:
             Later: try again after a pause.
             Parked: a person is needed.
+            Waits: something of another run or room has to come first.
             LedgerUnavailable: the ledger could not be read or written; try again after a pause.
             OSError: the run's files could not be read; try again after a pause.
         """
@@ -114,7 +115,7 @@ class Courier:
         view = self._ledger.view(run_id) or RunView()
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         for _ in range(_TURN):
-            window = reader.window(record.cursors, points=self._settings.batch_points)
+            window = self._window(reader, record)
             if window.cursors == record.cursors and not window.events and not window.broken:
                 return Turn("live" if window.live else "idle", record, view, reader)
             try:
@@ -123,12 +124,29 @@ class Courier:
                 if later.outcome.alone:
                     self._note_obstacle(run_id, later.outcome.reason)
                 raise
+            except Waits as waits:
+                self._calls.precedence.waits(run_id, waits.on)
+                raise
+            self._calls.precedence.goes_on(run_id)
             if not window.more:
                 self._reconciliation.caught_up(run_id)
                 return Turn("live" if window.live else "idle", record, view, reader)
             if self._stopped():
                 break
         return Turn("more", record, view, reader)
+
+    def _window(self, reader: RunReader, record: RunRecord) -> Window:
+        """Return the next events: of a room, those before a deletion that may have to wait, or those from it on.
+
+        What was sent before one that waits would be sent anew at each turn.
+        """
+        points = self._settings.batch_points
+        window = reader.window(record.cursors, points=points)
+        if provisional.is_room(record.run_id):
+            first = next((number for number, (_, event) in enumerate(window.events) if _is_deletion(event)), 0)
+            if first:
+                return reader.window(record.cursors, points=points, items=first)
+        return window
 
     def _note_obstacle(self, run_id: str, reason: str) -> None:
         """Say which file it is that a run stands at, while the destination takes others."""
@@ -351,3 +369,7 @@ def _unsettled(
         return events
     later = {event for _, event in reader.each(Artifact, record.settled)}
     return [(writer, event) for writer, event in events if not is_settled(event) or event in later]
+
+
+def _is_deletion(event: Event) -> bool:
+    return isinstance(event, Request) and event.operation == "delete_experiment"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: MLflow's code for what is not there.
-_UNKNOWN: Final = "RESOURCE_DOES_NOT_EXIST"
+UNKNOWN: Final = "RESOURCE_DOES_NOT_EXIST"
 #: And for what somebody may not do.
 _FORBIDDEN: Final = "PERMISSION_DENIED"
 
@@ -166,7 +166,7 @@ class Base:
         try:
             return self.server.ask(lambda store: question(store, remote), quick=quick)
         except MlflowException as error:
-            if error.error_code != _UNKNOWN or not self.ids.has_moved(subject):
+            if error.error_code != UNKNOWN or not self.ids.has_moved(subject):
                 raise
         remote = self.ids.remote(subject)
         return self.server.ask(lambda store: question(store, remote), quick=quick)
@@ -236,9 +236,7 @@ class Base:
 
     def _check_active(self, run: Any) -> None:
         if run.info.lifecycle_stage != "active":
-            raise MlflowException.invalid_parameter_value(
-                f"The run {run.info.run_id} must be in the 'active' state. Current state is {run.info.lifecycle_stage}."
-            )
+            raise not_active("run", run.info.run_id)
 
     def local_run(self, run_id: str) -> LocalRun | None:
         """Return what the outbox has of a run or room, by the id under which it keeps it."""
@@ -377,6 +375,13 @@ class Base:
 def no_such(what: str, subject: str) -> MlflowException:
     """Return MLflow's error for something that is not there."""
     return MlflowException(f"{what} with id={subject} not found", error_code=RESOURCE_DOES_NOT_EXIST)
+
+
+def not_active(what: str, subject: str) -> MlflowException:
+    """Return MLflow's error for a write to a run or experiment that is deleted."""
+    return MlflowException.invalid_parameter_value(
+        f"The {what} {subject} must be in the 'active' state. Current state is deleted."
+    )
 
 
 def _logged(pending: Iterable[tuple[str, Any]], owner: str) -> list[str]:

@@ -10,11 +10,13 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from mlflow.utils.validation import _validate_experiment_name, _validate_experiment_tag
 
 from mlflow_outbox.plugin import reads
-from mlflow_outbox.plugin.base import Base, no_such
+from mlflow_outbox.plugin.base import UNKNOWN, Base, no_such, not_active
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.events import Request
+from mlflow_outbox.spool.reader import RunReader
 
 
 class Experiments(Base):
@@ -70,7 +72,9 @@ class Experiments(Base):
             theirs = self.ask(lambda store: store.get_experiment(remote))
         except NotYet:
             pass
-        requests = local.view.requests if local is not None else []
+        requests: Any = local.view.requests if local is not None else []
+        if local is not None and theirs is not None:  # it has what was delivered, and what others did later
+            requests = [event for _, event in local.pending if isinstance(event, Request)]
         found = reads.experiment_of(requests, theirs, given, self.own_uri("experiment", given))
         if found is not None:
             self.know_experiment(given, found.name)
@@ -131,19 +135,41 @@ class Experiments(Base):
         """
         found = self.get_experiment(given)
         if found.lifecycle_stage != LifecycleStage.ACTIVE:
-            raise MlflowException.invalid_parameter_value(
-                f"The experiment {given} must be in the 'active' state. Current state is {found.lifecycle_stage}."
-            )
+            raise not_active("experiment", given)
         self._active_experiments.add(given)
         return found
 
     def delete_experiment(self, experiment_id: str) -> None:
-        """Delete an experiment."""
+        """Delete an experiment, and with it its runs."""
         self._change("delete_experiment", experiment_id)
+        self._gone.add(self.shown_experiment(str(experiment_id)))
+        self._deleted.update(self.journals.runs())  # any of them may be one of its: it is looked before the next write
 
     def restore_experiment(self, experiment_id: str) -> None:
-        """Restore a deleted experiment."""
+        """Restore a deleted experiment, and with it its runs."""
         self._change("restore_experiment", experiment_id)
+        self._gone.discard(self.shown_experiment(str(experiment_id)))
+
+    def is_gone(self, experiment_id: str) -> bool:
+        """Return whether this process deleted an experiment, and the server does not say otherwise."""
+        shown = self.shown_experiment(experiment_id)
+        if shown not in self._gone:
+            return False
+        stage = self.get_experiment(shown).lifecycle_stage
+        return self.server.was_away() or stage != LifecycleStage.ACTIVE
+
+    def refuse_deleted(self, experiment_id: str) -> None:
+        """Refuse a run in an experiment that is deleted as far as this outbox knows; the server is not there to do it.
+
+        Raises:
+            MlflowException: it is.
+        """
+        if experiment_id not in self._active_experiments and self.journals.exists(provisional.room_of(experiment_id)):
+            try:
+                self._check_active_experiment(experiment_id)
+            except MlflowException as error:
+                if error.error_code != UNKNOWN:  # the room was retired
+                    raise
 
     def rename_experiment(self, experiment_id: str, new_name: str) -> None:
         """Rename an experiment.
@@ -155,15 +181,35 @@ class Experiments(Base):
         self._change("rename_experiment", experiment_id, new_name=new_name)
 
     def _change(self, operation: str, experiment_id: str, **arguments: Any) -> None:
-        """Change an experiment as a whole: at once when the server is there, else in its place in the journal."""
+        """Change an experiment as a whole: at once when the server is there, else in its place in the journal.
+
+        There it goes too while something that it has to come after is on its way.
+        """
         given = str(experiment_id)
         self._active_experiments.discard(given)
-        self.settle()
-        try:
-            remote = self.ids.remote(given)
-            self.server.ask(lambda store: getattr(store, operation)(remote, **arguments), quick=True)
-        except (Away, NotYet):
-            self.journals.room(given).request(operation, experiment_id=given, **arguments)
+        settled = self.settle() and self.journals.wrote()  # if it wrote nothing, other processes may have
+        if settled or not self._has_to_come_after(given, runs=operation == "delete_experiment"):
+            try:
+                remote = self.ids.remote(given)
+                self.server.ask(lambda store: getattr(store, operation)(remote, **arguments), quick=True)
+            except (Away, NotYet):
+                pass
+            else:
+                return
+        self.journals.room(given).request(operation, experiment_id=given, **arguments)
+
+    def _has_to_come_after(self, given: str, *, runs: bool) -> bool:
+        """Return whether other changes of an experiment wait, or (runs) a run of it is not filed as delivered."""
+        room = self.local_run(provisional.room_of(given))
+        pending = room.pending if room is not None else ()
+        if any(isinstance(event, Request) and not event.known for _, event in pending):
+            return True
+        if not runs:
+            return False
+        directory = self.outbox.directory
+        started = (RunReader(directory.run(run_id)).started()[0] for run_id in directory.run_ids())
+        shown = self.shown_experiment(given)
+        return any(run is not None and self.shown_experiment(run.experiment_id) == shown for run in started)
 
 
 def _exists(name: str) -> MlflowException:

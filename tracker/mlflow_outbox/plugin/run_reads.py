@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from mlflow.entities import Metric, Run, ViewType
+from mlflow.entities import LifecycleStage, Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
@@ -72,7 +72,7 @@ class RunReads(Experiments):
             return self._placed(reads.folded(theirs, pending, run_id, uri, bounded=self._bounded))
         local = local or self.local_run(local_id)
         if local is not None:
-            return reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded)
+            return self._staged(reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded))
         if away is not None:
             raise self.server.needed(f"the run {run_id}", away)
         raise no_such("Run", run_id)
@@ -102,7 +102,7 @@ class RunReads(Experiments):
             self._offline_runs[local_id] = local
             while len(self._offline_runs) > _OFFLINE:
                 self._offline_runs.pop(next(iter(self._offline_runs)), None)
-            return reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded)
+            return self._staged(reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded))
 
     def _waiting(self, local_id: str) -> LocalRun | None:
         """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""
@@ -110,6 +110,12 @@ class RunReads(Experiments):
 
     def _placed(self, run: Run) -> Run:
         run.info._experiment_id = self.shown_experiment(run.info.experiment_id)
+        return self._staged(run)
+
+    def _staged(self, run: Run) -> Run:
+        """Show a run as deleted when its experiment is, with which MLflow deletes it."""
+        if self.is_gone(run.info.experiment_id):
+            run.info._lifecycle_stage = LifecycleStage.DELETED
         return run
 
     def _uri(self, local_id: str) -> str:
@@ -269,7 +275,7 @@ class RunReads(Experiments):
             return text
 
     def _local_entity(self, run: Any) -> Run:
-        return reads.local_run_of(run, run.run_id, self._uri(run.run_id), bounded=self._bounded)
+        return self._staged(reads.local_run_of(run, run.run_id, self._uri(run.run_id), bounded=self._bounded))
 
     def _shown(self, run: Run, local: Any) -> Run:
         home = local.run_id if local is not None else run.info.run_id

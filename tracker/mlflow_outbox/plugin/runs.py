@@ -28,6 +28,7 @@ from mlflow.utils.validation import (
 
 from mlflow_outbox.counters import described, printable
 from mlflow_outbox.plugin import links, reads
+from mlflow_outbox.plugin.base import not_active
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun, now_ms, say_once
 from mlflow_outbox.plugin.run_reads import RunReads
@@ -42,16 +43,6 @@ _GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
 class Runs(RunReads):
     """Runs of one tracking URI."""
 
-    def _check_active(self, run: Any) -> None:
-        super()._check_active(run)
-        # MLflow deletes the runs of an experiment with it; what is on disk alone does not say so.
-        if self.shown_experiment(run.info.experiment_id) in self._gone and not self._can_answer(
-            self.canonical(run.info.run_id)
-        ):
-            raise MlflowException.invalid_parameter_value(
-                f"The run {run.info.run_id} must be in the 'active' state. Current state is deleted."
-            )
-
     # -- life
 
     def create_run(
@@ -64,7 +55,7 @@ class Runs(RunReads):
 
         Raises:
             TypeError: a tag is no text, and MLflow's client sends nothing else.
-            MlflowException: the server said no, or the run has two names.
+            MlflowException: the server said no, the experiment is known to be deleted, or the run has two names.
         """
         experiment_id = str(experiment_id)
         if start_time is not None:
@@ -79,6 +70,8 @@ class Runs(RunReads):
                 "Both 'run_name' argument and 'mlflow.runName' tag are specified, but with different values "
                 f"(run_name='{run_name}', mlflow.runName='{named}')."
             )
+        if self.is_gone(experiment_id):  # which the server may not have heard of yet
+            raise not_active("experiment", experiment_id)
         local = provisional.new_run_id()
         attempted = False
         try:
@@ -94,6 +87,7 @@ class Runs(RunReads):
             attempted = away.sent
         else:
             return self._adopted(run, experiment_id)
+        self.refuse_deleted(experiment_id)
         return self._begun_here(local, experiment_id, start_time, given, run_name or named, attempted=attempted)
 
     def _adopted(self, run: Run, experiment_id: str) -> Run:
@@ -187,17 +181,6 @@ class Runs(RunReads):
         """
         run = self.writable(run_id)
         run.request("restore_run", run_id=run.run_id)
-
-    def delete_experiment(self, experiment_id: str) -> None:
-        """Delete an experiment, and with it its runs."""
-        super().delete_experiment(experiment_id)
-        self._gone.add(self.shown_experiment(str(experiment_id)))
-        self._deleted.update(self.journals.runs())  # any of them may be one of its: it is looked before the next write
-
-    def restore_experiment(self, experiment_id: str) -> None:
-        """Restore a deleted experiment, and with it its runs."""
-        super().restore_experiment(experiment_id)
-        self._gone.discard(self.shown_experiment(str(experiment_id)))
 
     # -- writing
 

@@ -1,0 +1,123 @@
+"""What has to be delivered before a request that changes an experiment as a whole.
+
+An experiment's changes are in the journal of its room and its runs are in journals of their own, so neither waits for
+the other by itself. But MLflow takes no run into a deleted experiment, and a name is free again only after a rename. So
+those requests wait for what was logged before them: an event that was logged first is delivered first. What is logged
+later is not waited for, nor what waits itself, directly or by others, for the room that would wait.
+"""
+
+from __future__ import annotations
+
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.events import SegmentClosed
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.sources import Source
+
+
+class Precedence:
+    """Knows what of one source comes before what; used by several threads for different runs.
+
+    Args:
+        source: where the runs come from.
+        ledger: how far they are delivered.
+    """
+
+    def __init__(self, source: Source, ledger: Ledger) -> None:
+        self._source = source
+        self._ledger = ledger
+        #: By room and time in ms: the runs that a deletion still has to wait for.
+        self._before: dict[tuple[str, int], list[str]] = {}
+        #: What each run or room waits for, of those that wait.
+        self._waiting: dict[str, str] = {}
+
+    def waits(self, run_id: str, on: str) -> None:
+        """Note that a run or room waits for another; for none that is known, if that is ""."""
+        self._waiting[_name(run_id)] = _name(on)
+
+    def goes_on(self, run_id: str) -> None:
+        """Note that a run or room waits for nothing."""
+        self._waiting.pop(_name(run_id), None)
+
+    def run_before(self, room: str, time_ms: int, experiments: set[str]) -> str:
+        """Return a run of an experiment of which something was logged before a time and is not delivered, or "".
+
+        Args:
+            room: of the experiment.
+            time_ms: wall-clock milliseconds since the epoch.
+            experiments: the ids of the experiment, here and in MLflow.
+
+        Raises:
+            LedgerUnavailable: the ledger could not be read.
+        """
+        key = (room, time_ms)
+        if key not in self._before:
+            self._before[key] = self._runs_of(room, experiments)
+        runs = self._before[key]
+        while runs and (self._waits_for(runs[0], room) or not self.is_pending(runs[0], time_ms)):
+            runs.pop(0)
+        if runs:
+            return runs[0]
+        del self._before[key]
+        return ""
+
+    def is_pending(self, run_id: str, time_ms: int) -> bool:
+        """Return whether something of a run or room that was logged before a time is not delivered.
+
+        Args:
+            run_id: the run.
+            time_ms: wall-clock milliseconds since the epoch.
+
+        Raises:
+            LedgerUnavailable: the ledger could not be read.
+        """
+        reader = RunReader(*self._source.folders(run_id))
+        record = self._ledger.record(run_id)
+        if record is None or not record.remote_id:  # the time at which it started may be of the program's choice
+            _, header = reader.started()
+            return header is not None and header.created_ms <= time_ms
+        cursors = record.cursors
+        writers: set[str] = set()
+        while True:
+            window = reader.window(cursors)
+            for writer, event in window.events:
+                if isinstance(event, SegmentClosed):
+                    continue
+                if writer not in writers and event.time_ms <= time_ms:
+                    return True
+                writers.add(writer)  # what follows was logged later still
+            if not window.more:
+                return False
+            cursors = window.cursors
+
+    def _runs_of(self, room: str, experiments: set[str]) -> list[str]:
+        _, header = RunReader(*self._source.folders(room)).started()
+        name = header.experiment if header is not None else ""
+        return [
+            run_id
+            for run_id in self._source.run_ids()
+            if not provisional.is_room(run_id) and self._is_in(run_id, experiments, name)
+        ]
+
+    def _is_in(self, run_id: str, experiments: set[str], name: str) -> bool:
+        record = self._ledger.record(run_id)
+        if record is not None and record.experiment_id:
+            return record.experiment_id in experiments
+        started, header = RunReader(*self._source.folders(run_id)).started()
+        if started is not None and started.experiment_id:
+            return started.experiment_id in experiments
+        return bool(name) and header is not None and header.experiment == name
+
+    def _waits_for(self, run_id: str, room: str) -> bool:
+        seen: set[str] = set()
+        while run_id and run_id not in seen:
+            seen.add(run_id)
+            run_id = self._waiting.get(run_id, "")
+            if run_id == _name(room):
+                return True
+        return False
+
+
+def _name(run_id: str) -> str:
+    """Return a run's id, or what its outbox calls a room; see ``provisional.experiment_of``."""
+    return run_id.partition(".")[0]
