@@ -91,3 +91,30 @@ def test_an_experiment_that_was_renamed_offline_is_found_by_its_new_name_alone(t
         assert api.get_experiment_by_name("old") is None
         assert number == api.get_experiment_by_name("new").experiment_id
         assert "new" == api.get_experiment(number).name
+
+
+@pytest.mark.parametrize("made", ["by somebody else", "by another process", "by both"])
+def test_a_changed_param_is_refused_when_a_run_is_gone_on_with(
+    made: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """With and without an outbox, and offline where the outbox knows it; the same value is taken."""
+    from mlflow.exceptions import MlflowException
+
+    for prefix in ("", "outbox+"):
+        uri = f"{prefix}{mlflow_server.url}"
+        maker = uri if made == "by another process" else mlflow_server.url
+        with tracking(maker, tmp_path) as mlflow:
+            api = mlflow.MlflowClient()
+            run_id = api.create_run(api.create_experiment(experiment_name + prefix)).info.run_id
+            api.log_param(run_id, "p", "1")
+        if made == "by both":
+            with tracking(uri, tmp_path) as mlflow:
+                mlflow.MlflowClient().log_metric(run_id, "m", 1.0)
+        offline = {"create_timeout": 0} if made == "by another process" else {}
+        with tracking(uri, tmp_path, **offline) as mlflow:
+            api = mlflow.MlflowClient()
+            api.log_param(run_id, "p", "1")
+            with pytest.raises(MlflowException, match="Changing param values is not allowed") as raised:
+                api.log_param(run_id, "p", "2")
+            assert "INVALID_PARAMETER_VALUE" == raised.value.error_code
+            deliver(uri)

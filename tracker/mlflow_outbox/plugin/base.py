@@ -193,30 +193,44 @@ class Base:
         held = self.journals.get(local)
         if held is not None:
             return held
+        known = self.local_run(local) if self.journals.exists(local) else None
+        if known is not None and (
+            known.view.lifecycle == "deleted" or self.shown_experiment(known.view.experiment_id) in self._gone
+        ):
+            self._deleted.add(local)
+        if known is None and provisional.is_provisional(local) and not delivery.reading(self.outbox).remote_id(local):
+            raise no_such("Run", run_id)
+        params: dict[str, str] = dict(known.view.params) if known is not None else {}
         experiment = ""
-        if self.journals.exists(local):
-            known = self.local_run(local)
-            if known is not None and (
-                known.view.lifecycle == "deleted" or self.shown_experiment(known.view.experiment_id) in self._gone
-            ):
-                self._deleted.add(local)
-        else:
-            if provisional.is_provisional(local) and not delivery.reading(self.outbox).remote_id(local):
-                raise no_such("Run", run_id)
-            try:
-                theirs = self.ask_about(local, lambda store, remote: store.get_run(remote))
-            except (Away, NotYet):
-                theirs = None
-            except MlflowException as error:
-                if error.error_code != _FORBIDDEN:
-                    raise
-                theirs = None  # what is written waits until somebody allows it
+        if known is None or not known.view.start_time_ms:  # what is on disk is not all
+            theirs = self._asked_for(local, known)
             if theirs is not None:
-                if theirs.info.lifecycle_stage != "active":
-                    self._deleted.add(local)
-                self._artifact_uris[local] = theirs.info.artifact_uri
-                experiment = self.experiment_name(theirs.info.experiment_id)
-        return self.journals.open(local, experiment)
+                params |= theirs.data.params
+                experiment = self.experiment_name(theirs.info.experiment_id) if known is None else ""
+        run = self.journals.open(local, experiment)
+        for key, value in params.items():
+            run.params.setdefault(key, value)
+        return run
+
+    def _asked_for(self, local: str, known: LocalRun | None) -> Any:
+        """Return what the server says of a run that is to be written to, or None.
+
+        Raises:
+            MlflowException: it does not know the run, and the outbox has nothing of it.
+        """
+        try:
+            theirs = self.ask_about(local, lambda store, remote: store.get_run(remote))
+        except (Away, NotYet):
+            return None
+        except MlflowException as error:
+            # What is written waits until somebody allows it, or has the run there again.
+            if error.error_code != _FORBIDDEN and known is None:
+                raise
+            return None
+        if theirs.info.lifecycle_stage != "active":
+            self._deleted.add(local)
+        self._artifact_uris[local] = theirs.info.artifact_uri
+        return theirs
 
     def active(self, run_id: str) -> OpenRun:
         """Return a run to write to as MLflow lets one write to runs that are not deleted.

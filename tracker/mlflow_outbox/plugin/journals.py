@@ -37,7 +37,7 @@ class OpenRun:
     """One run, or room, that this process writes to.
 
     Attributes:
-        params: those logged by this process, for MLflow's rule that a param never changes.
+        params: those that it is known to have, for MLflow's rule that a param never changes.
         outputs: models that this process logged as outputs, which a database takes once.
     """
 
