@@ -182,6 +182,42 @@ def test_the_system_metrics_monitor_survives_an_outage(
             deliver(uri)
 
 
+def test_a_run_from_elsewhere_is_shown_as_the_server_said_last_while_it_is_away(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """With what was logged since; a process that has not asked says that it needs the server, and takes writes."""
+    from mlflow.exceptions import MlflowException
+
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        theirs = api.create_run(number, run_name="theirs", tags={"t": "x", "u": "y"})
+        api.log_param(theirs.info.run_id, "lr", "0.1")
+        api.log_metric(theirs.info.run_id, "m", 1.0, step=1)
+    run_id = theirs.info.run_id
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.MlflowClient().log_metric(run_id, "m", 2.0, step=2)
+            proxy.down()
+            for step in (3, 4):
+                mlflow.MlflowClient().log_metric(run_id, "m", float(step), step=step)
+                mlflow.MlflowClient().delete_tag(run_id, "t" if step == 3 else "set by others meanwhile")
+                seen = mlflow.get_run(run_id)
+                assert (number, "theirs") == (seen.info.experiment_id, seen.info.run_name)
+                assert theirs.info.start_time == seen.info.start_time
+                assert ({"lr": "0.1"}, {"m": float(step)}) == (seen.data.params, seen.data.metrics)
+                assert {"u": "y", "mlflow.runName": "theirs"} == dict(seen.data.tags)
+        with tracking(uri, tmp_path, poll_interval=0.03) as mlflow:  # with a store of its own
+            mlflow.MlflowClient().delete_tag(run_id, "u")
+            with pytest.raises(MlflowException, match="needs the tracking server"):
+                mlflow.get_run(run_id)
+            proxy.up()
+            deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert {"m": 4.0} == found.data.metrics
+    assert {"mlflow.runName": "theirs"} == dict(found.data.tags)
+
+
 @pytest.mark.parametrize(
     ("what", "call"),
     [

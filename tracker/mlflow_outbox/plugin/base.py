@@ -16,6 +16,7 @@ from mlflow.utils.uri import get_uri_scheme
 from mlflow_outbox import delivery
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
+from mlflow_outbox.plugin.answers import Answers
 from mlflow_outbox.plugin.arrivals import Arrivals
 from mlflow_outbox.plugin.artifacts import claim
 from mlflow_outbox.plugin.ids import Ids, NotYet
@@ -78,6 +79,7 @@ class Base:
         self._artifact_uris: dict[str, str] = {}
         self._model_homes: dict[str, str] = {}
         self.places = Places()
+        self.answers = Answers()
         self._models_have_metrics = False
         #: Runs that were deleted when this process last heard of them.
         self._deleted: set[str] = set()
@@ -230,6 +232,7 @@ class Base:
         if theirs.info.lifecycle_stage != "active":
             self._deleted.add(local)
         self._artifact_uris[local] = theirs.info.artifact_uri
+        self.answers.keep(local, theirs)
         return theirs
 
     def active(self, run_id: str) -> OpenRun:

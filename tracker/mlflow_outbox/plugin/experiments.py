@@ -152,6 +152,8 @@ class Experiments(Base):
 
     def is_gone(self, experiment_id: str) -> bool:
         """Return whether this process deleted an experiment, and the server does not say otherwise."""
+        if not self._gone:
+            return False
         shown = self.shown_experiment(experiment_id)
         if shown not in self._gone:
             return False

@@ -104,12 +104,14 @@ def folded(
     return run_of(view, run_id, artifact_uri, run, bounded=bounded)
 
 
-def local_run_of(local: LocalRun, run_id: str, artifact_uri: str, *, bounded: bool = False) -> Run:
+def local_run_of(
+    local: LocalRun, run_id: str, artifact_uri: str, *, theirs: Run | None = None, bounded: bool = False
+) -> Run:
     """Return what the outbox has of a run; see ``run_of``."""
     for request in local.view.requests:
         if request.operation == "log_batch":
             fold_batch(local.view, request.arguments)
-    return run_of(local.view, run_id, artifact_uri, bounded=bounded)
+    return run_of(local.view, run_id, artifact_uri, theirs, bounded=bounded)
 
 
 def fold_batch(view: RunView, arguments: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,7 +38,8 @@ class RunReads(Experiments):
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
         super().__init__(store_uri, artifact_uri)
         self._offline_lock = threading.Lock()
-        self._offline_runs: dict[str, LocalRun] = {}
+        #: With the server's last answer of those that began elsewhere.
+        self._offline_runs: dict[str, tuple[LocalRun, Run | None]] = {}
         #: A database is behind the outbox, or behind its server, which shows infinities as the largest number.
         self._bounded = self.outbox.destination.scheme not in {"file", "databricks"}
 
@@ -67,12 +69,13 @@ class RunReads(Experiments):
             if error.error_code != "RESOURCE_DOES_NOT_EXIST" or local is None or not local.pending:
                 raise
         if theirs is not None:
+            self.answers.keep(local_id, theirs)
             uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)
             pending = local.pending if local is not None else ()
             return self._placed(reads.folded(theirs, pending, run_id, uri, bounded=self._bounded))
-        local = local or self.local_run(local_id)
-        if local is not None:
-            return self._staged(reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded))
+        found = self._offline(local_id, run_id)
+        if found is not None:
+            return found
         if away is not None:
             raise self.server.needed(f"the run {run_id}", away)
         raise no_such("Run", run_id)
@@ -93,16 +96,28 @@ class RunReads(Experiments):
         return True
 
     def _offline(self, local_id: str, run_id: str) -> Run | None:
-        """Return a run as the outbox has it, having read no more than what is new since the last time."""
+        """Return a run as the outbox has it, having read no more than what is new since the last time.
+
+        Of one that began elsewhere that is the server's last answer with all in it that is on disk; None without one.
+        """
+        reading = delivery.reading(self.outbox)
         with self._offline_lock:
-            local = delivery.reading(self.outbox).local_run(local_id, self._offline_runs.pop(local_id, None))
-            if local is None:
+            before, theirs = self._offline_runs.pop(local_id, (None, None))
+            local = reading.local_run(local_id, before)
+            if local is not None and local is not before:
+                theirs = None if local.view.start_time_ms else self.answers.of(local_id)
+                if theirs is not None:
+                    begun = copy.copy(local)
+                    begun.view, begun.cursors = reads.view_of(theirs), {}
+                    local = reading.local_run(local_id, begun)
+            if local is None or not local.view.start_time_ms:
                 return None
             local.pending = []
-            self._offline_runs[local_id] = local
+            self._offline_runs[local_id] = local, theirs
             while len(self._offline_runs) > _OFFLINE:
                 self._offline_runs.pop(next(iter(self._offline_runs)), None)
-            return self._staged(reads.local_run_of(local, run_id, self._uri(local_id), bounded=self._bounded))
+            run = reads.local_run_of(local, run_id, self._uri(local_id), theirs=theirs, bounded=self._bounded)
+            return self._placed(run) if theirs is not None else self._staged(run)
 
     def _waiting(self, local_id: str) -> LocalRun | None:
         """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""

@@ -37,6 +37,8 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics, Params, RunEnded, RunStarted, Tags
 
+#: MLflow's code for what cannot be said now.
+_LATER: Final = "TEMPORARILY_UNAVAILABLE"
 _GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
 
 
@@ -277,11 +279,19 @@ class Runs(RunReads):
         Raises:
             MlflowException: the run has no such tag.
         """
-        found = self.get_run(run_id)
-        self._check_active(found)
-        if key not in found.data.tags:
-            msg = f"No tag with name: {key} in run with id {run_id}"
-            raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
+        local_id = self.writable(run_id).run_id
+        try:
+            found = self.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != _LATER:
+                raise
+        else:
+            self._check_active(found)
+            # Somebody may have set it meanwhile where it cannot be asked for, nor is all of the run on disk.
+            is_known = not self.server.was_away() or self.began_here("run", local_id)
+            if key not in found.data.tags and is_known:
+                msg = f"No tag with name: {key} in run with id {run_id}"
+                raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
         run = self.active(run_id)
         run.request("delete_tag", run_id=run.run_id, key=key)
 
