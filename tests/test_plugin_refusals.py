@@ -10,7 +10,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import NOWHERE, deliver, store, tracking
+from plugin_world import NOWHERE, WAYS, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
 
 #: What MLflow refuses: called with mlflow, and the ids of an experiment and of a run of it.
@@ -118,3 +118,29 @@ def test_a_changed_param_is_refused_when_a_run_is_gone_on_with(
                 api.log_param(run_id, "p", "2")
             assert "INVALID_PARAMETER_VALUE" == raised.value.error_code
             deliver(uri)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_name_that_an_experiment_had_before_its_rename_is_free_for_another(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Twice in a row, and for one that the server made; a name that one has is refused. Each gets its own runs."""
+    from mlflow.exceptions import MlflowException
+
+    with world(way, mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        made = [api.create_experiment(experiment_name)]
+        here.kill()
+        for number in range(2):
+            api.rename_experiment(made[-1], f"{experiment_name}-{number}")
+            with pytest.raises(MlflowException, match="exists"):
+                api.create_experiment(f"{experiment_name}-{number}")
+            made.append(api.create_experiment(experiment_name))
+            with pytest.raises(MlflowException, match="exists"):
+                api.create_experiment(experiment_name)
+        assert 3 == len({*made})
+        assert made[-1] == api.get_experiment_by_name(experiment_name).experiment_id
+        for number in reversed(range(3)):
+            api.create_run(made[number], run_name=f"run {number}")
+    for number, name in enumerate((f"{experiment_name}-0", f"{experiment_name}-1", experiment_name)):
+        assert [f"run {number}"] == [run.info.run_name for run in the_runs(mlflow_server.url, name)]

@@ -184,7 +184,11 @@ class Calls:
         return record.remote_id if record is not None else ""
 
     def _experiment(self, local: str) -> str:
-        """Return MLflow's id of an experiment, which is created as its room says when there is none."""
+        """Return MLflow's id of an experiment, which is created as its room says when there is none.
+
+        Raises:
+            Waits: another one has its name until it is renamed.
+        """
         with self._lock:
             held = self._ledger.meta(f"experiment/{local}")
             if held:
@@ -195,6 +199,10 @@ class Calls:
                 if request is None or request.operation != "create_experiment":
                     continue
                 wanted = arguments_of(request.arguments)
+                for earlier in wanted.get("after") or ():  # it had the name before, and was renamed
+                    if self.precedence.is_pending(provisional.room_of(earlier), request.time_ms):
+                        what = f"the rename of the experiment {earlier}"
+                        raise Waits(what, provisional.room_of(earlier))
                 name = self._source.experiment(wanted["name"])
                 location, tags = wanted.get("artifact_location"), wanted.get("tags") or {}
                 remote = self._sink.create_experiment(name, location, tags)

@@ -26,6 +26,8 @@ class Experiments(Base):
         super().__init__(store_uri, artifact_uri)
         #: Those that were there, and not deleted, when this process made them or asked last.
         self._active_experiments: set[str] = set()
+        #: Names that are free again once the rename of an experiment, by its id, has arrived.
+        self._left: dict[str, str] = {}
 
     def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
         """Create an experiment and return its id, a provisional one when the server is away.
@@ -36,14 +38,16 @@ class Experiments(Base):
         _validate_experiment_name(name)
         for tag in tags or ():
             _validate_experiment_tag(tag.key, tag.value)
-        local = provisional.experiment_id(self.outbox.directory.identity.id, name)
+        after: list[str] = []
         try:
             made = self.server.ask(
                 lambda store: store.create_experiment(name, artifact_location, list(tags or ())), quick=True
             )
         except Away:
-            if self.journals.exists(provisional.room_of(local)):
+            if self._named_here(name) is not None:
                 raise _exists(name) from None
+            *after, local = self._ids_here(name)
+            after = [*after[-1:], *([self._left[name]] if name in self._left else [])]
         else:
             local = str(made)
         self.know_experiment(local, name)
@@ -55,8 +59,16 @@ class Experiments(Base):
             name=name,
             artifact_location=artifact_location or None,
             tags={tag.key: tag.value for tag in tags or ()},
+            **({"after": after} if after else {}),
         )
         return local
+
+    def _ids_here(self, name: str) -> list[str]:
+        """Return the provisional ids that experiments of a name were given, and last the one that the next would be."""
+        found: list[str] = []
+        while not found or self.journals.exists(provisional.room_of(found[-1])):
+            found.append(provisional.experiment_id(self.outbox.directory.identity.id, name, len(found)))
+        return found
 
     def get_experiment(self, experiment_id: str) -> Experiment:
         """Return an experiment.
@@ -95,9 +107,12 @@ class Experiments(Base):
                 return self.get_experiment(shown)
             self.know_experiment(theirs.experiment_id, theirs.name)
             return theirs
-        local = provisional.experiment_id(self.outbox.directory.identity.id, experiment_name)
-        known = [local] if self.journals.exists(provisional.room_of(local)) else []
-        known += sorted(self._handed_out - {local})
+        return self._named_here(experiment_name)
+
+    def _named_here(self, experiment_name: str) -> Experiment | None:
+        """Return the experiment of a name that this outbox knows of, or None."""
+        known = self._ids_here(experiment_name)[:-1]
+        known += sorted(self._handed_out - {*known})
         if self.server.is_away():
             known += [number for number, name in list(self._experiment_names.items()) if name == experiment_name]
         found = (self.get_experiment(number) for number in known)
@@ -180,12 +195,19 @@ class Experiments(Base):
             MlflowException: the name is none that MLflow takes.
         """
         _validate_experiment_name(new_name)
-        self._change("rename_experiment", experiment_id, new_name=new_name)
+        given = str(experiment_id)
+        before = self._experiment_names.get(given)
+        if not self._change("rename_experiment", given, new_name=new_name) and before is not None:
+            self._left[before] = given
+        self.know_experiment(given, new_name)
 
-    def _change(self, operation: str, experiment_id: str, **arguments: Any) -> None:
+    def _change(self, operation: str, experiment_id: str, **arguments: Any) -> bool:
         """Change an experiment as a whole: at once when the server is there, else in its place in the journal.
 
         There it goes too while something that it has to come after is on its way.
+
+        Returns:
+            Whether it was done at once.
         """
         given = str(experiment_id)
         self._active_experiments.discard(given)
@@ -197,8 +219,9 @@ class Experiments(Base):
             except (Away, NotYet):
                 pass
             else:
-                return
+                return True
         self.journals.room(given).request(operation, experiment_id=given, **arguments)
+        return False
 
     def _has_to_come_after(self, given: str, *, runs: bool) -> bool:
         """Return whether other changes of an experiment wait, or (runs) a run of it is not filed as delivered."""

@@ -5,7 +5,8 @@ one of MLflow's by its look, in any text, and is replaced there at delivery by w
 
 * a run's is 32 hex digits, a model's the same behind ``m-``, and both begin with ``0b0e5e1f``;
 * an experiment's is a number of 18 digits (MLflow takes nothing else) that begins with ``90669``, made from the
-  outbox and the experiment's name: two processes that meet the same new experiment offline give it the same id.
+  outbox and the experiment's name: two processes that meet the same new experiment offline give it the same id. One
+  that gets a name which another had before gets another id.
 
 An id that looks like this and that no outbox gave is left as it is.
 
@@ -47,9 +48,16 @@ def new_model_id() -> str:
     return f"m-{new_run_id()}"
 
 
-def experiment_id(outbox_id: str, name: str) -> str:
-    """Return the provisional id of the experiment called name."""
-    digest = hashlib.sha256(f"{outbox_id}/{name}".encode()).digest()
+def experiment_id(outbox_id: str, name: str, earlier: int = 0) -> str:
+    """Return the provisional id of the experiment called name.
+
+    Args:
+        outbox_id: the outbox.
+        name: the experiment's.
+        earlier: how many others had the name, and were renamed, while MLflow could not be asked.
+    """
+    text = f"{outbox_id}/{name}\0{earlier}" if earlier else f"{outbox_id}/{name}"
+    digest = hashlib.sha256(text.encode()).digest()
     return f"{_EXPERIMENT_MARK}{int.from_bytes(digest[:8], 'big') % 10**13:013d}"
 
 
