@@ -12,9 +12,16 @@ import pytest
 
 from contents import QUICK, artifact_text, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import Action, FaultProxy
+from mlflow_outbox_worker import upkeep
+from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.thread import ThreadWorker
 from servers import MlflowServer, eventually
+from workers import delivering
 
 
 def log_session(tracker: MLflowTracker, first: int, last: int) -> list[float]:
@@ -156,6 +163,44 @@ def test_a_refused_login_parks_everything_until_a_person_has_acted(
         assert eventually(lambda: tracker.flush(10), 60)
         tracker.close()
     check_session(mlflow_server.url, experiment_name, 2)
+
+
+def test_a_run_that_has_nothing_to_send_does_not_call_a_server_that_is_away_back(
+    own_mlflow_server: Callable[..., MlflowServer],
+    experiment_name: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is said once that the server takes no events, however often a verified run, which stays, has its turn."""
+    server = own_mlflow_server()
+    monkeypatch.setattr(upkeep, "file_run", lambda *_: False)  # somebody reads the ledger all the time
+    offline = MLflowTracker(experiment_name, server.url, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    assert offline.outbox_path is not None
+    directory = OutboxDirectory.open(offline.outbox_path)
+    log_session(offline, 0, 1)
+    with delivering(directory, server.url, QUICK) as first:
+        eventually(lambda: first["runs_verified"], 60)
+    [verified] = directory.run_ids()
+    server.kill()
+    log_session(offline, 1, 2)
+    offline.close(0)
+    delivery = Delivery(directory, resolve(server.url), QUICK, counters := Counters(), kind="thread")
+    caplog.clear()
+    worker = ThreadWorker(lambda: delivery, counters)
+    worker.start()
+    seen = []
+    try:
+        eventually(lambda: "away" == delivery.condition()[0], 60)
+        for _ in range(5):
+            failures = counters["retried"]
+            directory.ring(verified)
+            eventually(lambda failures=failures: counters["retried"] > failures, 60)  # type: ignore[misc]
+            seen.append(delivery.condition()[0])
+    finally:
+        worker.stop(60)
+    assert ["away"] * 5 == seen
+    assert 1 == sum("does not take events now" in record.getMessage() for record in caplog.records)
 
 
 def test_what_was_parked_for_an_earlier_program_is_tried_before_a_flush_calls_it_parked(

@@ -22,13 +22,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import DestinationError, LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.asked import AskedSink
 from mlflow_outbox_worker.calls import Waits
 from mlflow_outbox_worker.courier import Courier, Turn
 from mlflow_outbox_worker.finish import finish
@@ -99,7 +100,7 @@ class Delivery:
         self._lookout = Lookout(self._source, self._schedule, self._gate, clock)
         self._lanes = 0
         self._ledger: Ledger | None = None
-        self._sink: Sink | None = None
+        self._sink: AskedSink | None = None
         self._courier: Courier | None = None
 
     def __repr__(self) -> str:
@@ -267,7 +268,7 @@ class Delivery:
                 from mlflow_outbox_worker.mlflow_sink import open_sink  # imports nothing of mlflow yet
 
                 self._open_sink = open_sink
-            self._sink = self._open_sink(
+            sink = self._open_sink(
                 self._destination.secret_uri or self._destination.uri,
                 artifact_root=self._destination.artifact_root or None,
                 timeout=self._settings.request_timeout,
@@ -278,9 +279,10 @@ class Delivery:
         except (DestinationError, ImportError) as error:
             self._gate.park(self._ledger, f"{type(error).__name__}: {error}")
             return False
+        self._sink = AskedSink(sink)
         self._courier = Courier(
             self._source,
-            self._sink,
+            cast("Sink", self._sink),
             self._ledger,
             self._settings,
             self._counters,
@@ -303,8 +305,9 @@ class Delivery:
             self._take_turn(run_id)
 
     def _take_turn(self, run_id: str) -> None:
-        courier, ledger, sink = self._courier, self._ledger, self._sink
-        assert courier is not None and ledger is not None and sink is not None  # noqa: S101, PT018 - opened before any lane
+        courier, ledger, asked = self._courier, self._ledger, self._sink
+        assert courier is not None and ledger is not None and asked is not None  # noqa: S101, PT018 - opened before any lane
+        sink, before = cast("Sink", asked), asked.calls
         try:
             stamp = self._lookout.stamp(run_id)
             turn = courier.turn(run_id)
@@ -316,6 +319,8 @@ class Delivery:
                 complete = finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
             filed_in = self._upkeep.file(ledger, turn)
             # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
+            if asked.calls > before:
+                self._gate.succeeded(ledger)
             self._turned(run_id, turn)
             if complete:
                 self._schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
@@ -345,7 +350,6 @@ class Delivery:
             self._schedule.release(run_id)
 
     def _turned(self, run_id: str, turn: Turn) -> None:
-        self._gate.succeeded(self._ledger)
         tails: dict[Path, int] = {}
         if turn.progress == "live" or (self._source.remote and turn.progress == "idle" and not turn.record.ended):
             for writer, held in turn.reader.segments().items():

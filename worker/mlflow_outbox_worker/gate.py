@@ -20,6 +20,8 @@ from mlflow_outbox_worker.sink import SinkError
 
 #: Answers about whoever asks, not about what was asked for.
 _LOGIN: Final = frozenset({401, 403, 407})
+#: Seconds of a pause that is called none.
+_SOON: Final = 0.05
 
 
 class Gate:
@@ -87,7 +89,7 @@ class Gate:
         self._counters.warn_once(
             ("away", self._uri),
             f"mlflow-outbox: {self._uri} does not take events now ({printable(outcome.reason, 200)}); "
-            f"they stay on disk and are sent when it does. Next try in {pause:.1f} s",
+            f"they stay on disk and are sent when it does. Next try {f'in {pause:.1f} s' if pause >= _SOON else 'now'}",
         )
 
     def park(self, ledger: Ledger | None, reason: str) -> None:
