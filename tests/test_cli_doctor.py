@@ -68,6 +68,22 @@ def test_the_destination_is_asked(here: Here, mlflow_server: MlflowServer, tmp_p
     assert not (tmp_path / "later").exists()
 
 
+def test_a_store_that_is_gone_is_damage_where_something_was_delivered_to_it(
+    here: Here, sqlite_uri: str, tmp_path: Path
+) -> None:
+    """It is told from one that the first delivery will make, with what to do about it."""
+    offline(tmp_path / "box", sqlite_uri)
+    assert 0 == here("flush", "-d", tmp_path / "box", "--timeout", "60").code
+    assert 0 == here("doctor", "-d", tmp_path / "box").code
+    database = Path(sqlite_uri.removeprefix("sqlite:///"))
+    database.rename(tmp_path / "moved.db")
+    done = here("doctor", "-d", tmp_path / "box")
+    assert 1 == done.code
+    assert f"{database} is gone, though 1 run was delivered to it; put it back" in done.out
+    assert f"mlflow-outbox replay {outbox_of(tmp_path / 'box')} --again" in done.out
+    assert not database.exists()
+
+
 def test_damage_is_named_and_not_touched(here: Here, tmp_path: Path) -> None:
     """A flipped byte in the middle is damage, a cut end is what a crash leaves; both are shown, neither is changed."""
     first, second = offline(tmp_path, runs=2, points=100)

@@ -158,15 +158,48 @@ def test_what_was_replayed_elsewhere_is_read_back_from_there(
     assert 0 == verified("--to", mlflow_server.url)[0]
 
 
-def test_a_server_that_is_away_is_an_error_and_not_a_difference(
-    experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_is_away_is_no_difference(
+    experiment_name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
 ) -> None:
-    """Nothing is said about the runs."""
-    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
-    assert 1 == command("verify", "--outbox-dir", tmp_path / "outbox")
+    """Nothing is said about the runs, to programs neither; the code is that of doctor."""
+    run_id = log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    assert 3 == command("verify", "--outbox-dir", tmp_path / "outbox")
     said = capsys.readouterr()
     assert "cannot be asked now" in said.err
     assert "" == said.out
+    code, [one] = verified()
+    assert (3, run_id, "unknown", []) == (code, one["run_id"], one["state"], one["differences"])
+    assert 3 == command("doctor", "--outbox-dir", tmp_path / "outbox")
+
+
+@pytest.mark.parametrize("to", ["", "sqlite:///new.db", "file:newstore", "./mlx", "foo"])
+def test_a_store_that_does_not_exist_is_not_made(
+    to: str,
+    delivered: str,
+    sqlite_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """The outbox's own that was moved away, or one that was never there: it is named, and nothing was compared."""
+    monkeypatch.chdir(tmp_path)
+    database = Path(sqlite_uri.removeprefix("sqlite:///"))
+    if not to:
+        database.rename(tmp_path / "moved.db")
+    there = sorted(tmp_path.iterdir())
+    words = ["--to", to] if to else []
+    assert 1 == command("verify", "--outbox-dir", tmp_path / "outbox", *words)
+    said = capsys.readouterr()
+    path = tmp_path / to.rpartition(":///")[2].removeprefix("file:") if to else database
+    assert f"{path} does not exist; nothing was compared" in said.err
+    assert "" == said.out
+    code, [one] = verified(*words)
+    assert (1, delivered, "unknown") == (code, one["run_id"], one["state"])
+    assert there == sorted(tmp_path.iterdir())
 
 
 def test_what_others_added_to_the_run_is_no_difference(

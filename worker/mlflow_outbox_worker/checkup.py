@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from mlflow_outbox.counters import printable
-from mlflow_outbox.destination import Destination
-from mlflow_outbox.errors import DestinationError, LedgerUnavailable, OutboxUnusable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.frame import SEQUENCE_MASK
@@ -31,9 +29,7 @@ from mlflow_outbox_worker import dbfile
 from mlflow_outbox_worker.database import Reader
 from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.records import RunRecord
-from mlflow_outbox_worker.sink import SinkError
 
 #: Events read at once.
 _WINDOW: Final = 20_000
@@ -41,8 +37,6 @@ _WINDOW: Final = 20_000
 _STALE_DRAFT: Final = 3600.0
 #: Damaged places of one run that are named one by one.
 _NAMED: Final = 5
-#: Seconds for the one request to the destination.
-_ASK: Final = 10.0
 
 #: "ok"; "note": no harm; "mended"; "bad": a person should act; "away": the destination is; "parked": it refuses.
 Level = Literal["ok", "note", "mended", "bad", "away", "parked"]
@@ -349,50 +343,3 @@ def _in_words(broken: Broken) -> str:
         "newer": f"a newer version wrote it ({broken.reason})",
         "unknown": f"{where} are {broken.reason}; upgrade mlflow-outbox",
     }.get(broken.kind, broken.reason)
-
-
-# -- the destination
-
-
-def check_destination(destination: Destination) -> Finding:
-    """Ask the destination one question.
-
-    Args:
-        destination: where an outbox delivers to, with credentials if there are any.
-    """
-    missing = _not_made_yet(destination)
-    if missing is not None:
-        return missing
-    from mlflow_outbox_worker.mlflow_sink import open_sink
-
-    try:
-        sink = open_sink(
-            destination.secret_uri or destination.uri, artifact_root=destination.artifact_root or None, timeout=_ASK
-        )
-        with contextlib.closing(sink):
-            sink.find_experiment("Default")
-    except SinkError as error:
-        refused = classify(error, "open").kind == "parked"
-        text = f"{destination.uri} {'refuses' if refused else 'does not answer'}: {error}"
-        return Finding("parked" if refused else "away", "destination", text)
-    except (DestinationError, ImportError) as error:
-        return Finding("parked", "destination", f"{destination.uri} cannot be used: {error}")
-    return Finding("ok", "destination", f"{destination.uri} answers")
-
-
-def _not_made_yet(destination: Destination) -> Finding | None:
-    """Return a finding about an embedded store that does not exist; looking must not be what makes it."""
-    if destination.scheme not in {"sqlite", "file"}:
-        return None
-    from urllib.parse import unquote, urlsplit
-
-    place = destination.uri.partition(":///")[2] if destination.scheme == "sqlite" else urlsplit(destination.uri).path
-    path = Path(unquote(place if place.startswith("/") else f"/{place}"))
-    if path.exists():
-        return None
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if os.access(parent, os.W_OK | os.X_OK):
-        return Finding("ok", "destination", f"{printable(path, 300)} does not exist yet; the first delivery makes it")
-    return Finding("parked", "destination", f"{printable(path, 300)} does not exist and {parent} cannot be written to")

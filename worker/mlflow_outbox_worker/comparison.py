@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
 
     Attributes:
         state: "same": the store holds everything; "pending": not all was sent yet, and what is compared is what was;
-            "different": something differs; "absent": the store does not have the run.
+            "different": something differs; "absent": the store does not have the run; "unknown": it could not be asked.
         remote_id: the run's id in the store; "" when it has none.
         pending: events that are not sent yet.
         dead: events that the store refused for good, which are not expected in it.
@@ -33,7 +33,7 @@ class Comparison(NamedTuple):
     """
 
     run_id: str
-    state: Literal["same", "pending", "different", "absent"]
+    state: Literal["same", "pending", "different", "absent", "unknown"]
     remote_id: str = ""
     pending: int = 0
     dead: int = 0

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import click
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox.errors import OutboxUnusable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.cli import lines, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
@@ -74,10 +75,10 @@ def doctor(
 def _examine(path: Path, settings: Settings, *, repair: bool, offline: bool) -> Iterator[Finding]:
     from mlflow_outbox_worker.checkup import (
         Finding,
-        check_destination,
         check_modes,
         check_outbox,
     )
+    from mlflow_outbox_worker.presence import check_destination
 
     yield from check_modes(path, repair=repair)
     try:
@@ -87,7 +88,16 @@ def _examine(path: Path, settings: Settings, *, repair: bool, offline: bool) -> 
         return
     yield from check_outbox(directory, settings, repair=repair)
     if not offline:
-        yield check_destination(outboxes.destination_of(directory))
+        yield check_destination(outboxes.destination_of(directory), _delivered(directory, settings), path)
+
+
+def _delivered(directory: OutboxDirectory, settings: Settings) -> int:
+    """Return how many runs the ledger says are at the destination; none where it cannot be read, which is said."""
+    try:
+        with outboxes.ledger_of(directory, settings) as ledger:
+            return sum(bool(one.remote_id) and not provisional.is_room(one.run_id) for one in ledger.records())
+    except (LedgerUnavailable, OutboxUnusable):
+        return 0
 
 
 def _say(finding: Finding) -> None:

@@ -11,12 +11,11 @@ import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, resolve, with_credentials
-from mlflow_outbox.errors import TrackingUnavailable
 from mlflow_outbox.settings import tracking_uri_from_environment
 from mlflow_outbox.spool import provisional
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
-from mlflow_outbox_worker.cli.exits import ExitCode
+from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.terminal import count
 
@@ -51,7 +50,7 @@ def verify(
     """Read runs back from MLflow and compare them with what is on disk: points, params, tags, artifacts.
 
     Changes nothing, here or there. Exit code 0 says that MLflow holds everything, 1 that something differs or is
-    absent, 3 that some of it has not been sent yet.
+    absent, 3 that some of it has not been sent yet or MLflow is away, 4 that it refuses to be asked.
 
     \b
     Examples:
@@ -64,24 +63,36 @@ def verify(
     directories = outboxes.open_all(settings)
     chosen = [outboxes.find_run(directories, settings, name) for name in runs or []]
     found: list[Comparison] = []
+    codes: list[ExitCode] = []
     for directory in directories:
         wanted = {run_id for place, run_id in chosen if place.path == directory.path} if runs else None
         if wanted is None or wanted:
-            found += _of_outbox(directory, settings, wanted, to, deep=deep)
+            codes.append(_of_outbox(directory, settings, wanted, to, found, deep=deep))
     if as_json:
         terminal.raw(json.dumps([one._asdict() for one in found], indent=2))
-    else:
+    elif not found or any(one.state != "unknown" for one in found):
         _show(found)
     if any(one.state in {"different", "absent"} or one.differences for one in found if not one.pending):
-        return ExitCode.ERROR
-    return ExitCode.LEFT if any(one.pending for one in found) else ExitCode.DONE
+        codes.append(ExitCode.ERROR)
+    if any(one.pending for one in found):
+        codes.append(ExitCode.LEFT)
+    return most_urgent(codes)
 
 
 def _of_outbox(
-    directory: OutboxDirectory, settings: Settings, wanted: set[str] | None, to: str | None, *, deep: bool
-) -> Iterator[Comparison]:
-    from mlflow_outbox_worker.comparison import compare
+    directory: OutboxDirectory,
+    settings: Settings,
+    wanted: set[str] | None,
+    to: str | None,
+    found: list[Comparison],
+    *,
+    deep: bool,
+) -> ExitCode:
+    """Compare the runs of one outbox; those that MLflow could not be asked about are "unknown", which the code says."""
+    from mlflow_outbox_worker.comparison import Comparison, compare
     from mlflow_outbox_worker.ledger import Ledger
+    from mlflow_outbox_worker.outcome import classify
+    from mlflow_outbox_worker.presence import absent_store
     from mlflow_outbox_worker.sink import SinkError
     from mlflow_outbox_worker.sources import find_runs, replay_directory
 
@@ -92,21 +103,32 @@ def _of_outbox(
     on_disk = find_runs(directory.path)
     for problem in on_disk.problems:
         terminal.error(problem)
+    runs = {
+        run_id: folders
+        for run_id, folders in sorted(on_disk.runs.items())
+        if not provisional.is_room(run_id) and (wanted is None or run_id in wanted)
+    }
+    absent = absent_store(destination)
+    if absent is not None:
+        terminal.error(f"{printable(absent, 300)} does not exist; nothing was compared")
+        found += [Comparison(run_id, "unknown") for run_id in runs]
+        return ExitCode.ERROR
     try:
         with (
             _opened(destination, settings) as sink,
             terminal.progress() as show,
             contextlib.closing(Ledger.open(place, read_only=True)) as ledger,
         ):
-            for number, (run_id, folders) in enumerate(sorted(on_disk.runs.items())):
-                if provisional.is_room(run_id) or (wanted is not None and run_id not in wanted):
-                    continue
-                show(f"{number} of {count(len(on_disk.runs), 'run')} compared")
+            for number, (run_id, folders) in enumerate(runs.items()):
+                show(f"{number} of {count(len(runs), 'run')} compared")
                 letters = [*ledger.dead_letters(run_id), *ledger.settled_letters(run_id)]
-                yield compare(sink, run_id, folders, ledger.record(run_id), letters, deep=deep)
+                found.append(compare(sink, run_id, folders, ledger.record(run_id), letters, deep=deep))
     except SinkError as error:
-        msg = f"{printable(destination.uri)} cannot be asked now: {error}"
-        raise TrackingUnavailable(msg) from None
+        terminal.error(f"{printable(destination.uri)} cannot be asked now: {error}")
+        known = {one.run_id for one in found}
+        found += [Comparison(run_id, "unknown") for run_id in runs if run_id not in known]
+        return ExitCode.PARKED if classify(error, "open").kind == "parked" else ExitCode.LEFT
+    return ExitCode.DONE
 
 
 @contextlib.contextmanager
