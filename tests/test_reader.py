@@ -49,6 +49,49 @@ def test_a_window_stops_at_each_limit(tmp_path: Path, limits: dict[str, int]) ->
     assert list(range(20)) == Everything(tmp_path, **limits).steps
 
 
+def test_a_writer_that_writes_faster_than_is_read_does_not_keep_back_the_others(tmp_path: Path) -> None:
+    """They have their turns behind the one that used up a window, each in its own order, and nothing is read twice."""
+    outbox = make_outbox(tmp_path / "outbox")
+    fast, other, slow = make_journal(outbox), make_journal(outbox), make_journal(outbox)
+    for writer in (fast, other, slow):
+        assert writer.append(metric(0))
+    assert slow.append(metric(1))
+    cursors, after, number = {}, "", 0
+    read: dict[str, list[float]] = {}
+    for _ in range(6):
+        for writer in (fast, other):  # each alone fills more than a window
+            for step in range(number + 1, number + 8):
+                assert writer.append(metric(step))
+        number += 7
+        window = RunReader(outbox.run(RUN)).window(cursors, points=5, after=after)
+        cursors, after = window.cursors, window.used_up_by
+        for name, event in window.events:
+            assert isinstance(event, Metric)
+            read.setdefault(name, []).append(event.value)
+    assert 3 == len(read)
+    assert [0.0, 1.0] in read.values()
+    for values in read.values():
+        assert [float(at) for at in range(len(values))] == values
+
+
+def test_a_writer_that_has_ended_is_read_to_its_end_before_those_that_went_on_from_there(tmp_path: Path) -> None:
+    """By turns, a file of the first job would replace the one that the second has written in its place."""
+    outbox = make_outbox(tmp_path / "outbox")
+    first = make_journal(outbox)
+    for step in range(20):
+        assert first.append(metric(step))
+    first.close()
+    second = make_journal(outbox)
+    for step in range(20, 40):
+        assert second.append(metric(step))
+    cursors, after, steps = {}, "", []
+    for _ in range(8):
+        window = RunReader(outbox.run(RUN)).window(cursors, points=5, after=after)
+        cursors, after = window.cursors, window.used_up_by
+        steps += [event.step for _, event in window.events if isinstance(event, Metric)]
+    assert list(range(40)) == steps
+
+
 def test_a_reclaimed_segment_is_no_gap(tmp_path: Path) -> None:
     """What was delivered and removed is not read again and not missed."""
     writer = make_journal(make_outbox(tmp_path / "outbox"), segment_bytes=1024)

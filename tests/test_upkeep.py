@@ -20,6 +20,8 @@ from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool import guard
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Window
 from mlflow_outbox_worker import courier, finish, room, upkeep
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
@@ -54,6 +56,13 @@ def lose(uri: str, step: int) -> None:
 def artifact_place(uri: str, one: Open) -> Path:
     """Return where MLflow keeps the artifacts of a run."""
     return Path(the_run(uri, one.tracker.experiment_name).info.artifact_uri.removeprefix("file://"))
+
+
+def stored(uri: str, key: str) -> int:
+    """Return how many points of a metric are in MLflow's database."""
+    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60)) as database:
+        number: int = database.execute("SELECT count(*) FROM metrics WHERE key = ?", (key,)).fetchone()[0]
+        return number
 
 
 class Open:
@@ -146,6 +155,29 @@ class TestOfARunThatGoesOn:
         with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, batch_points=500)):
             eventually(lambda: len(segments(going.waiting)) == 1, 60)
         assert any(progress == "more" and 0 < number < before - 1 for progress, number in seen)
+
+    def test_one_of_its_programs_that_logs_without_a_pause_does_not_keep_back_the_others(
+        self, experiment_name: str, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From one turn of the run to the next too; before each window more is logged than fits one."""
+        going = Open(experiment_name, sqlite_uri, tmp_path / "outbox", QUICK)
+        original = RunReader.window
+
+        def overloaded(self: RunReader, *given: Any, **named: Any) -> Window:
+            going.log(20)
+            return original(self, *given, **named)
+
+        monkeypatch.setattr(courier, "_TURN", 1)
+        monkeypatch.setattr(RunReader, "window", overloaded)
+        going.log(20)
+        other = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "outbox", worker="none")
+        second = other.start_run(run_id=going.run.run_id)
+        assert second.log_metric("rank", 1.0)
+        with delivering(going.directory, sqlite_uri, dataclasses.replace(QUICK, batch_points=10)) as counters:
+            eventually(lambda: counters["delivered"] > 200, 60)
+            assert 1 == stored(sqlite_uri, "rank")
+        other.close(0)
+        going.end()
 
     def test_what_mlflow_lacks_of_it_is_sent_again_from_its_beginning(self, going: Open, sqlite_uri: str) -> None:
         """A look at every point sees the filed segments too, and they are brought back to be sent."""

@@ -100,6 +100,8 @@ class Courier:
         self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)
+        #: The writer of a run that used up its last turn.
+        self._after: dict[str, str] = {}
 
     def turn(self, run_id: str) -> Turn:
         """Deliver what there is of a run, up to a fair share.
@@ -114,8 +116,11 @@ class Courier:
         record = self._ledger.record(run_id) or RunRecord(run_id)
         view = self._ledger.view(run_id) or RunView()
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
+        after = self._after.pop(run_id, "")
         for _ in range(_TURN):
-            window = self._window(reader, record)
+            window = self._window(reader, record, after)
+            # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
+            after = window.used_up_by if self._sink.deduplicates_metrics else ""
             if window.cursors == record.cursors and not window.events and not window.broken:
                 return Turn("live" if window.live else "idle", record, view, reader)
             try:
@@ -133,19 +138,20 @@ class Courier:
                 return Turn("live" if window.live else "idle", record, view, reader)
             if self._stopped():
                 break
+        self._after[run_id] = after
         return Turn("more", record, view, reader)
 
-    def _window(self, reader: RunReader, record: RunRecord) -> Window:
+    def _window(self, reader: RunReader, record: RunRecord, after: str) -> Window:
         """Return the next events: of a room, those before a deletion that may have to wait, or those from it on.
 
         What was sent before one that waits would be sent anew at each turn.
         """
         points = self._settings.batch_points
-        window = reader.window(record.cursors, points=points)
+        window = reader.window(record.cursors, points=points, after=after)
         if provisional.is_room(record.run_id):
             first = next((number for number, (_, event) in enumerate(window.events) if _is_deletion(event)), 0)
             if first:
-                return reader.window(record.cursors, points=points, items=first)
+                return reader.window(record.cursors, points=points, items=first, after=after)
         return window
 
     def _note_obstacle(self, run_id: str, reason: str) -> None:

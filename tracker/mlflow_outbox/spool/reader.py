@@ -16,6 +16,7 @@ from mlflow_outbox.spool.events import Event, RunStarted
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.listing import Broken, Listing, SegmentFile, first_event, number_behind
 from mlflow_outbox.spool.window import Budget, Cursor, Window, WriterPass
+from mlflow_outbox.spool.writer import is_closed, is_gone
 
 E = TypeVar("E", bound=Event)
 
@@ -76,7 +77,13 @@ class RunReader:
         return None
 
     def window(
-        self, cursors: Mapping[str, Cursor], *, points: int = 1000, items: int = 2000, size: int = 4 * 1024 * 1024
+        self,
+        cursors: Mapping[str, Cursor],
+        *,
+        points: int = 1000,
+        items: int = 2000,
+        size: int = 4 * 1024 * 1024,
+        after: str = "",
     ) -> Window:
         """Read events behind the cursors until there are enough for a few requests.
 
@@ -85,25 +92,45 @@ class RunReader:
             points: metric points to stop at.
             items: events to stop at.
             size: bytes to stop at.
+            after: the writer that has used up the window before this one; the others have their turn first.
         """
         budget = Budget(points, items, size)
         events: list[tuple[str, Event]] = []
-        after = dict(cursors)
+        ends = dict(cursors)
         broken: list[Broken] = []
         missing = 0
         live = False
-        for writer, held in self.segments().items():
-            part = WriterPass(writer, held, after.get(writer), budget, self._settle, self.paths, whole=self._whole)
+        last = ""
+        for writer, held in self._in_turn(after):
+            part = WriterPass(writer, held, ends.get(writer), budget, self._settle, self.paths, whole=self._whole)
             part.read()
             events += part.events
             broken += part.broken
             missing += part.missing
             live = live or part.live
             if part.cursor is not None:
-                after[writer] = part.cursor
+                ends[writer] = part.cursor
             if budget.spent:
+                last = writer
                 break
-        return Window(events, after, broken, missing, budget.spent, live or budget.spent)
+        return Window(events, ends, broken, missing, budget.spent, live or budget.spent, last)
+
+    def _in_turn(self, after: str) -> list[tuple[str, list[SegmentFile]]]:
+        """Return the writers in the order in which they began, or, behind one that used up a window, by turns.
+
+        Else one that writes faster than is delivered would keep the others' events back for as long as it does. One
+        that writes no more will come to its end, and goes first: another may have gone on with the run from there.
+        """
+        writers = list(self.segments().items())
+        at = next((place for place, (writer, _) in enumerate(writers, 1) if writer == after), 0)
+        if not at or len(writers) == 1:
+            return writers
+        ended = [writer for writer, held in writers if self._has_ended(held[-1])]
+        first = [one for one in writers if one[0] in ended]
+        return first + [one for one in writers[at:] + writers[:at] if one[0] not in ended]
+
+    def _has_ended(self, last: SegmentFile) -> bool:
+        return is_closed(last.path, last.header) or is_gone(last.path, last.header, self._settle)
 
     def each(self, kind: type[E], cursors: Mapping[str, Cursor]) -> Iterator[tuple[str, E]]:
         """Yield all (writer, event) pairs of a kind behind the cursors, of a writer in their order; see ``window``."""

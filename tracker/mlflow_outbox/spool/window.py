@@ -53,6 +53,7 @@ class Window(NamedTuple):
         missing: events that must have existed, by their numbers, and are not there.
         more: there are further events to read at once.
         live: some writer may still be appending.
+        used_up_by: the writer at whose events there were enough; "" when all were read to their ends.
     """
 
     events: list[tuple[str, Event]]
@@ -61,6 +62,7 @@ class Window(NamedTuple):
     missing: int
     more: bool
     live: bool
+    used_up_by: str = ""
 
 
 class Budget:
