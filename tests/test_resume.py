@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from contents import QUICK, artifact_text, numbered, points, runs, the_run
+from contents import QUICK, artifact_text, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox_worker.ledger import Ledger
 from replays import command, the_outbox
 from servers import MlflowServer, eventually
 
 Job = Callable[..., str]
+PARENT = "mlflow.parentRunId"
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,79 @@ def test_three_jobs_in_one_outbox_make_one_run(
     assert 3 == len(list(root.glob(f"*/runs/{run_id}/*.log")))
     assert 0 == command("replay", root)
     check(mlflow_server.url, experiment_name, 300, 200)
+
+
+def log_family(tracker: MLflowTracker) -> str:
+    """Log a run, a child of it that is told so at its start, and one that is told later; return the parent's id."""
+    parent = tracker.start_run("parent")
+    with tracker.start_run("child", tags={PARENT: parent.run_id}) as child:
+        child.log_metric("loss", 1.0)
+    with tracker.start_run("later child") as child:
+        child.set_tag(PARENT, parent.run_id)
+    parent.end()
+    return parent.run_id
+
+
+def parents_of(uri: str, experiment: str) -> dict[str, str | None]:
+    """Return what each run's tag says of its parent, by name; the parent's name where that is a run there."""
+    listed = runs(uri, experiment)
+    names = {run.info.run_id: run.info.run_name for run in listed}
+    tags = {run.info.run_name: run.data.tags.get(PARENT) for run in listed}
+    return {name: names.get(tag, tag) if tag else None for name, tag in tags.items()}
+
+
+@pytest.mark.parametrize("filed", ["", "filed", "without a ledger"])
+def test_nested_runs_name_their_parent_by_mlflow_s_id(
+    filed: str, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Whichever is delivered first, also when the parent was filed before and the ledger was lost."""
+    root = tmp_path / "outbox"
+
+    def opened() -> MLflowTracker:
+        return MLflowTracker(experiment_name, sqlite_uri, outbox_dir=root, worker="none", settings=QUICK)
+
+    tracker = opened()
+    expected = {"parent": None, "child": "parent", "later child": "parent"}
+    parent = log_family(tracker)
+    if filed:
+        tracker.close(0)
+        assert 0 == command("flush", "--outbox-dir", root, "--timeout", "60")
+        assert (the_outbox(root) / "delivered" / parent).is_dir()
+        if filed == "without a ledger":
+            shutil.rmtree(the_outbox(root) / "delivery")
+        tracker = opened()
+        tracker.start_run("late child", tags={PARENT: parent}).end()
+        expected["late child"] = "parent"
+    tracker.start_run("stranger", tags={PARENT: "ab" * 16}).end()
+    tracker.close(0)
+    assert 0 == command("flush", "--outbox-dir", root, "--timeout", "60")
+    assert {**expected, "stranger": "ab" * 16} == parents_of(sqlite_uri, experiment_name)
+
+
+def test_a_child_of_a_parked_run_is_parked_with_it_and_goes_on_with_it(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds up no flush, and says for whom it waits."""
+    gone, root = f"{experiment_name}-gone", tmp_path / "outbox"
+    with client(sqlite_uri) as mlflow:
+        number = mlflow.create_experiment(gone)
+        mlflow.delete_experiment(number)
+    parents = MLflowTracker(gone, sqlite_uri, outbox_dir=root, worker="none", settings=QUICK)
+    children = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=root, worker="none", settings=QUICK)
+    with parents.start_run("parent") as parent, children.start_run("child", tags={PARENT: parent.run_id}):
+        pass
+    for tracker in (parents, children):
+        tracker.close(0)
+    assert 4 == command("flush", "--outbox-dir", root, "--timeout", "60")
+    assert 0 == command("status", "--outbox-dir", root)
+    assert f"it waits for {parent.run_id}, which is parked" in " ".join(capsys.readouterr().out.split())
+    with client(sqlite_uri) as mlflow:
+        mlflow.restore_experiment(number)
+    assert 0 == command("flush", "--outbox-dir", root, "--timeout", "60")
+    held = the_run(sqlite_uri, gone).info.run_id
+    assert {"child": held} == parents_of(sqlite_uri, experiment_name)
+    with contextlib.closing(Ledger.open(the_outbox(root) / "delivery", read_only=True)) as ledger:
+        assert [1] == [record.creates for record in ledger.records() if record.run_id != parent.run_id]
 
 
 @pytest.mark.parametrize("later", ["first", "second"])

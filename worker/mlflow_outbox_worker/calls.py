@@ -2,7 +2,8 @@
 
 Provisional ids are replaced when a request is made, not when it is logged: a run that was started offline gets
 MLflow's id only then. A request that names a run whose turn has not come waits for it (``Waits``), and with it what
-follows in the same journal. Since an id is given before it is used, nothing can wait for itself.
+follows in the same journal. Since an id is given before it is used, nothing can wait for itself. The tag that names a
+run's parent is treated so whatever the id in it looks like: the tracker's own ids do not look provisional.
 
 Once in effect: most of these requests change nothing when they are made again. The others are recognised by their
 answers (a row that exists; a model's param has to have the value, too), or carry a tag of the outbox by which what they
@@ -27,6 +28,7 @@ from typing import Any, Final
 import msgspec
 
 from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.directory import is_run_id
 from mlflow_outbox.spool.events import Request, arguments_of
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import copies
@@ -50,6 +52,7 @@ _OF_EXPERIMENTS: Final = frozenset(
     {"create_experiment", "set_experiment_tag", "delete_experiment_tag"}
     | {"rename_experiment", "delete_experiment", "restore_experiment"}
 )
+_PARENT: Final = "mlflow.parentRunId"
 _DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag"})
 
 
@@ -115,6 +118,46 @@ class Calls:
                 lambda found: self._location(found[1], self._resolved_owner(found[1], found[2], of)), text
             )
         return pattern.sub(lambda found: found.group() if found.group() == but else self.resolved(found.group()), text)
+
+    def tag(self, key: str, value: str, *, of: str) -> str:
+        """Return the value of a tag, rewritten; that of a parent also where it is a tracker's id of a run here.
+
+        Args:
+            key: the tag.
+            value: as logged.
+            of: the run that it was logged to.
+
+        Raises:
+            Waits: a run in it is not known yet.
+            SinkError: MLflow had to be asked and could not be.
+            LedgerUnavailable: the ledger could not be read.
+        """
+        names_a_run = key == _PARENT and is_run_id(value) and not provisional.is_provisional(value) and value != of
+        remote = self._parent(value) if names_a_run and self._copies is None else ""
+        return remote or self.rewritten(value, of=of)
+
+    def _parent(self, local: str) -> str:
+        """Return MLflow's id of a run of this outbox; "" when it is none, or has none to wait for."""
+        record = self._ledger.record(local)
+        if record is not None and record.remote_id:
+            return record.remote_id
+        _, header = RunReader(*self._source.everywhere(local)).started() if self._has(local) else (None, None)
+        if header is None:
+            return ""
+        if local in self._source.run_ids():
+            if record is not None and record.cursors and record.state != "parked":
+                return ""  # nothing of it could be read that would have made it a run
+            raise Waits(local, local)
+        experiment = self._sink.find_experiment(header.experiment)  # it was delivered, and the ledger lost
+        found = self._sink.find_runs(experiment, local) if experiment is not None else []
+        if found:
+            return found[0]
+        if time.monotonic() - self._since.setdefault(local, time.monotonic()) > _PATIENCE:
+            return ""
+        raise Waits(local, "")
+
+    def _has(self, run_id: str) -> bool:
+        return any(folder.is_dir() for folder in self._source.everywhere(run_id))
 
     def _location(self, kind: str, remote: str) -> str:
         return self._sink.artifact_location(kind, remote).rstrip("/")

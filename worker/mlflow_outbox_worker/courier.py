@@ -303,16 +303,16 @@ class Courier:
             if record.creates == len(twins) == 1:
                 record.creating = False  # the only one there can be was found
         else:
+            first = started.tags if started is not None else {}
+            tags = ask(  # before the try is noted: it may have to wait for another run
+                "create_run",
+                lambda: {key: self._calls.tag(key, value, of=record.run_id) for key, value in first.items()},
+            )
+            tags[RUN_ID_TAG] = record.run_id
             unknown = record.creating or attempted
             record.creating = True
             record.creates += 1
             self._ledger.commit(record)
-            first = started.tags if started is not None else {}
-            tags = ask(
-                "create_run",
-                lambda: {key: self._calls.rewritten(value, of=record.run_id) for key, value in first.items()},
-            )
-            tags[RUN_ID_TAG] = record.run_id
             start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
             record.remote_id = self._created(
                 record,

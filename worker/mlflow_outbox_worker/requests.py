@@ -122,7 +122,7 @@ class Requests:
             refused.add(event, self._own_letter(record, event, f"{printable(batch.points[0].key)!r}: {reason}"))
             return
         try:
-            tags = {key: self._calls.rewritten(value, of=record.run_id) for key, value in batch.tags.items()}
+            tags = {key: self._calls.tag(key, value, of=record.run_id) for key, value in batch.tags.items()}
             self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
         except SinkError as error:
             outcome = self._answered(error, "log_batch")
