@@ -64,6 +64,23 @@ def test_three_jobs_in_one_outbox_make_one_run(
     check(mlflow_server.url, experiment_name, 300, 200)
 
 
+def test_a_given_start_time_takes_nothing_from_a_run_that_goes_on(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its tags and its status are those of the later call; the run began when the first one said."""
+    root, began = tmp_path / "outbox", time.time_ns() // 1_000_000 - 3_600_000
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=root, worker="none", settings=QUICK)
+    with tracker.start_run("long", start_time=began, tags={"phase": "1"}) as first:
+        first.set_tag("phase", "1b")
+    assert 0 == command("flush", "--outbox-dir", root, "--timeout", "60")
+    again = tracker.start_run(run_id=first.run_id, start_time=began + 1, tags={"phase": "2"})
+    assert 0 == command("flush", "--outbox-dir", root, "--timeout", "60")
+    run = the_run(sqlite_uri, experiment_name)
+    assert ("2", "RUNNING", began) == (run.data.tags["phase"], run.info.status, run.info.start_time)
+    again.end()
+    tracker.close(0)
+
+
 def log_family(tracker: MLflowTracker) -> str:
     """Log a run, a child of it that is told so at its start, and one that is told later; return the parent's id."""
     parent = tracker.start_run("parent")

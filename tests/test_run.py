@@ -55,7 +55,8 @@ def test_every_kind_of_call_is_one_event(kit: Kit) -> None:
     assert run.log_metrics({"a": 1, "b": 2})
     assert run.end("FAILED", 9)
     start, one, two, tag, tags, metrics, end = kit.events
-    assert RunStarted(5, "name", "me", {"t": "1"}) == start
+    assert RunStarted(start.time_ms, "name", "me", {"t": "1"}, given_ms=5) == start  # type: ignore[union-attr]
+    assert 5 < start.time_ms <= one.time_ms, "the call's own time orders it"  # type: ignore[union-attr]
     assert ({"p": "3"}, {"q": "None", "r": "[1]"}) == (one.values, two.values)  # type: ignore[union-attr]
     assert ({"t": "True"}, {"u": "1.5"}) == (tag.values, tags.values)  # type: ignore[union-attr]
     assert {"a": 1.0, "b": 2.0} == metrics.values  # type: ignore[union-attr]

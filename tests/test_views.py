@@ -121,6 +121,16 @@ def test_a_run_begins_as_its_first_writer_said() -> None:
     assert ("name", "me", 5, "2") == (view.name, view.user, view.start_time_ms, view.tags["t"].value)
 
 
+def test_a_given_start_time_does_not_order_the_start_of_a_run() -> None:
+    """It is the run's only; tags and the status of who goes on with it are of the time of the call."""
+    view = folded(
+        ("w", RunStarted(5, "name", "me", {"t": "1"}, given_ms=3)),
+        ("w", RunEnded("FINISHED", 7)),
+        ("v", RunStarted(9, None, "me", {"t": "2"}, True, given_ms=3)),
+    )
+    assert (3, "2", "RUNNING") == (view.start_time_ms, view.tags["t"].value, view.status.value)
+
+
 def test_an_artifact_is_its_last_content() -> None:
     """By path."""
     view = folded(("w", Artifact("a", "0" * 64, 1, 1)), ("w", Artifact("a", "1" * 64, 2, 2)))

@@ -327,11 +327,11 @@ class Run:
             time: when it started; None is now.
             resumed: the run existed before.
         """
-        time_ms = self._value(lambda: self._time("start_run", time))
+        given_ms = self._value(lambda: self._doubts.time_ms("start_run", time)) if time is not None else None
         name = self._value(lambda: checked_text("run_name", run_name, "name")) if run_name is not None else None
         good = self._value(lambda: self._good(checked_mapping(tags, "tags").items(), "tag", self._doubts.tag)[0])
         who = user.encode("utf-8", "replace").decode()  # a name that is no Unicode must not cost the run its beginning
-        event = RunStarted(self._now_ms() if time_ms is None else time_ms, name, who, good or {}, resumed)
+        event = RunStarted(self._now_ms(), name, who, good or {}, resumed, given_ms=given_ms)
         return self._refusals.attempt(lambda: self._keep(event))
 
     def _value(self, check: Callable[[], Any]) -> Any:

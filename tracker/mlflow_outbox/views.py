@@ -181,7 +181,7 @@ class RunView(msgspec.Struct):
 
     def _started(self, event: RunStarted, writer: str) -> None:
         if not event.resumed:
-            self.start_time_ms = event.time_ms
+            self.start_time_ms = event.start_time_ms
             self.name = event.run_name or self.name
             self.user = event.user or self.user
             self.experiment_id = event.experiment_id or self.experiment_id

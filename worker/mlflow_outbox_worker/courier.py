@@ -313,7 +313,7 @@ class Courier:
             record.creating = True
             record.creates += 1
             self._ledger.commit(record)
-            start_ms = started.time_ms if started is not None else header.created_ms if header is not None else 0
+            start_ms = started.start_time_ms if started is not None else header.created_ms if header is not None else 0
             record.remote_id = self._created(
                 record,
                 tags,

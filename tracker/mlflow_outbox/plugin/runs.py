@@ -100,12 +100,13 @@ class Runs(RunReads):
         tags = {key: _text(value) for key, value in run.data.tags.items() if key != provisional.RUN_ID_TAG}
         opened.append(
             RunStarted(
-                run.info.start_time or now_ms(),
+                now_ms(),
                 run.info.run_name,
                 tags.get(MLFLOW_USER, ""),
                 tags,
                 False,
                 run.info.experiment_id,
+                given_ms=run.info.start_time or None,
             )
         )
         run.data._tags.pop(provisional.RUN_ID_TAG, None)
@@ -127,7 +128,16 @@ class Runs(RunReads):
         texts.setdefault(MLFLOW_RUN_NAME, name)
         opened = self.journals.open(local, self.experiment_name(experiment_id))
         opened.append(
-            RunStarted(start_time or now_ms(), name, texts.get(MLFLOW_USER, ""), texts, False, experiment_id, attempted)
+            RunStarted(
+                now_ms(),
+                name,
+                texts.get(MLFLOW_USER, ""),
+                texts,
+                False,
+                experiment_id,
+                attempted,
+                start_time or None,
+            )
         )
         say_once(
             self.outbox,

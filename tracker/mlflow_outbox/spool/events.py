@@ -34,13 +34,14 @@ class RunStarted(msgspec.Struct, array_like=True, tag=1, frozen=True, omit_defau
     """A writer begins to log to a run; always the first event of the process that started or resumed it.
 
     Attributes:
-        time_ms: when the run started, or was resumed.
+        time_ms: when the call was made, which orders it among the other events.
         run_name: name shown by MLflow; None lets MLflow choose.
         user: who ran it, as MLflow's ``mlflow.user`` tag.
         tags: the run's first tags.
         resumed: the run existed before, here or in MLflow; it goes on with status RUNNING.
         experiment_id: MLflow's id of the experiment, or a provisional one; "" when only its name is known.
         attempted: the caller asked MLflow to create the run and does not know whether that was carried out.
+        given_ms: when the run started, if the caller said so; None is at time_ms.
     """
 
     time_ms: int
@@ -50,6 +51,12 @@ class RunStarted(msgspec.Struct, array_like=True, tag=1, frozen=True, omit_defau
     resumed: bool = False
     experiment_id: str = ""
     attempted: bool = False
+    given_ms: int | None = None
+
+    @property
+    def start_time_ms(self) -> int:
+        """When the run started."""
+        return self.time_ms if self.given_ms is None else self.given_ms
 
 
 class Metric(msgspec.Struct, array_like=True, tag=2, frozen=True, gc=False):
