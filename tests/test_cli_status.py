@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.survey import survey
 from servers import MlflowServer, eventually
 from terminals import Terminal
+from workers import delivering
 
 
 @pytest.fixture
@@ -118,8 +120,25 @@ def test_who_delivers_and_why_nothing_arrives(here: Here, tmp_path: Path) -> Non
     assert "refused" in outbox["last_error"]
     out = here("status", "-d", tmp_path).out
     assert "a worker (thread" in out
-    assert "the destination does not take events" in out
+    assert "the destination has not taken events for " in out
     tracker.close(0)
+
+
+def test_since_when_the_destination_is_away_is_known_to_the_next_worker(tmp_path: Path) -> None:
+    """As every flush is one: it does not begin to count anew."""
+    offline(tmp_path)
+    directory = OutboxDirectory.open(outbox_of(tmp_path))
+
+    def noted() -> DestinationNote:
+        with contextlib.closing(Ledger.open(directory.ledger, read_only=True)) as ledger:
+            return destination_note(ledger)
+
+    with delivering(directory, NOBODY, QUICK):
+        first = eventually(lambda: (note := noted()).state == "away" and note, 60)
+    assert first
+    with delivering(directory, NOBODY, QUICK):
+        eventually(lambda: noted().tried_ms > first.tried_ms, 60)
+    assert (first.since_ms, "away") == (noted().since_ms, noted().state)
 
 
 def test_delivered_is_nothing_left(

@@ -1,7 +1,9 @@
 """What the worker notes in the ledger about itself, so that ``status`` and ``flush`` need not watch it to tell.
 
 How the destination stands is noted when it changes, and again with the first attempt after somebody asked to hurry:
-whoever asked learns that the attempt was made. How fast events arrive is noted every few seconds while they do.
+whoever asked learns that the attempt was made. Since when it stands so is taken over from the note of the worker
+before: a server is not away for a shorter time because somebody flushed. How fast events arrive is noted every few
+seconds while they do.
 """
 
 from __future__ import annotations
@@ -89,12 +91,15 @@ class Notes:
             reason: the error that showed it; "" when there was none.
             now_ms: wall-clock milliseconds since the epoch.
         """
-        same = state == self._noted.state
-        if same and not self._again:
+        if state == self._noted.state and not self._again:
             return
-        self._noted = DestinationNote(state, reason, self._noted.since_ms if same else now_ms, now_ms)
-        self._again = False
+        before = self._noted
         with contextlib.suppress(LedgerUnavailable):  # a note is not worth a failure
+            before = before if before.state else destination_note(ledger)
+        since_ms = before.since_ms if state == before.state else 0
+        self._noted = DestinationNote(state, reason, since_ms or now_ms, now_ms)
+        self._again = False
+        with contextlib.suppress(LedgerUnavailable):  # as above
             ledger.set_meta(_DESTINATION, msgspec.msgpack.encode(self._noted))
 
     def pace(self, ledger: Ledger, delivered: int, now: float, now_ms: int) -> None:

@@ -212,9 +212,9 @@ def sentences(one: OutboxSurvey) -> list[Cell]:
     if not one.pending and not one.parked:
         lines.append(Styled("nothing waits", "green"))
     if one.note.state != "ok":
-        since = f" since {terminal.span((one.at_ms - one.note.since_ms) / 1000)}" if one.note.since_ms else ""
-        word = "refuses events" if one.note.state == "parked" else "does not take events"
-        lines.append(Styled(f"the destination {word}{since}: {one.note.reason}", "red"))
+        span = f" for {terminal.span((one.at_ms - one.note.since_ms) / 1000)}" if one.note.since_ms else ""
+        word = "has refused events" if one.note.state == "parked" else "has not taken events"
+        lines.append(Styled(f"the destination {word}{span}: {one.note.reason}", "red"))
     if one.dead:
         lines.append(Styled(f"{terminal.count(one.dead, 'dead letter')}; see: mlflow-outbox dead list", "magenta"))
     if one.refused:
