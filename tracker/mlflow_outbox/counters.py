@@ -11,6 +11,8 @@ import threading
 from collections import Counter
 from collections.abc import Hashable
 
+from mlflow_outbox.interrupts import forward
+
 logger = logging.getLogger("mlflow_outbox")
 
 #: Distinct warnings remembered per tracker; beyond it a warning may come twice, but memory stays bounded.
@@ -73,7 +75,8 @@ def shown(thing: object, limit: int = 80) -> str:
     try:
         return printable(repr(thing), limit)
     # The repr of a host's object may raise anything; what is to be said about the object is said, and counted, without.
-    except Exception:  # noqa: BLE001
+    except Exception as failed:  # noqa: BLE001
+        forward(failed)
         return printable(object.__repr__(thing), limit)
 
 
@@ -83,6 +86,7 @@ def described(error: BaseException, limit: int = 200) -> str:
     try:
         words = " ".join(str(error).split())
     # The words of a host's exception may raise anything; the exception itself is said, and counted, without them.
-    except Exception:  # noqa: BLE001
+    except Exception as failed:  # noqa: BLE001
+        forward(failed)
         words = ""
     return printable(f"{name}: {words}" if words else name, limit)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_outbox.counters import printable, shown
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.jsontext import Reader
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import Artifact
@@ -149,6 +150,7 @@ def files_below(
         raise ArtifactRefused("bad_file", msg)
 
     def report(error: OSError) -> None:
+        forward(error)
         msg = f"the directory {printable(error.filename)!r} cannot be read: {error.strerror}"
         unreadable(ArtifactRefused("bad_file", msg), shown_path(error.filename))
 

@@ -29,6 +29,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from mlflow_outbox.counters import described
+from mlflow_outbox.interrupts import forward
 
 #: Levels of nesting that are written; a session's state has about eight.
 MAX_DEPTH: Final = 64
@@ -93,6 +94,7 @@ class Reader:
         # The host's properties and serialisers can raise anything; that must not cost it the rest. Who logs the rest
         # counts what is listed here (``Doubts.unreadable``).
         except Exception as error:  # noqa: BLE001
+            forward(error)
             self.refuse(what, described(error))
             return default
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox import delivery
 from mlflow_outbox.counters import Counters, logger
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.guard import DiskGuard
@@ -131,6 +132,7 @@ class Outbox:
                 try:
                     self._worker = delivery.start(self)
                 except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
+                    forward(error)
                     self.counters.add("worker_not_started")
                     self.counters.warn_once(
                         "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"

@@ -7,6 +7,7 @@ from typing import Final
 
 from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.errors import EventRefused, OutboxFull
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool.events import MAX_KEY_CHARS
 
 
@@ -30,7 +31,7 @@ class Refusals:
             about: the key, or path, that it is about.
 
         Raises:
-            EventRefused: only when strict; as any other error then.
+            EventRefused: only when strict; as any other error then. What a signal handler raised is raised always.
         """
         try:
             return bool(log())
@@ -49,6 +50,7 @@ class Refusals:
         """
         if isinstance(error, EventRefused):
             return self.refuse(error, about)
+        forward(error)
         if self.strict:
             raise error
         self._counters.add("internal_errors")
@@ -68,6 +70,7 @@ class Refusals:
         Raises:
             EventRefused: only when strict.
         """
+        forward(refused)
         if not isinstance(refused, OutboxFull):  # the journal has counted that
             self._counters.add(f"refused_{refused.reason}")
         if self.strict:
@@ -77,6 +80,7 @@ class Refusals:
 
     def pass_over(self, refused: EventRefused, about: object) -> bool:
         """Do as ``refuse`` with a part of a call that goes on without it; when strict, the call ends and is refused."""
+        forward(refused)
         if self.strict:
             raise refused
         return self.refuse(refused, about)

@@ -24,6 +24,7 @@ from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.doubts import Doubts
 from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.outbox import FlushResult, Outbox, shared
 from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
@@ -305,6 +306,7 @@ class MLflowTracker:
         try:
             content = read()
         except Exception as error:  # a session's objects may raise anything; counted and said, never raised
+            forward(error)
             if self._settings.strict:
                 raise
             self._counters.add("unreadable_objects")

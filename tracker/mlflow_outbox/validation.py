@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from mlflow_outbox.counters import described, printable, shown
 from mlflow_outbox.errors import InvalidEvent, InvalidEventType
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, MAX_TAG_CHARS, STATUSES
 
 _KEY: Final = re.compile(r"[/\w.\- :]+")
@@ -65,6 +66,7 @@ def checked_value(key: str, value: object) -> float:
     try:
         return float(value)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - __float__ of any framework's object may raise anything; refused, counted
+        forward(error)
         number = _tried(lambda: float(value.item()))  # type: ignore[attr-defined]
         if isinstance(number, float):
             return number
@@ -93,7 +95,9 @@ def checked_time_ms(what: str, time: object) -> int:
         try:
             aware = time if time.tzinfo is not None else time.astimezone()
             time = (aware - _EPOCH) // dt.timedelta(milliseconds=1)
-        except (OverflowError, OSError, ValueError, TypeError):  # the year 1 in a local time, pandas' "not a time"
+        # The year 1 in a local time, pandas' "not a time".
+        except (OverflowError, OSError, ValueError, TypeError) as error:
+            forward(error)
             time = None
     number = _whole(time, truncate=True)
     if not isinstance(number, int):
@@ -116,6 +120,7 @@ def _whole(number: object, *, truncate: bool = False) -> int | Exception:
     try:
         return operator.index(number)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - __index__ of any object may raise anything; it may still have a float
+        forward(error)
         if isinstance(number, (str, bytes, bytearray)):
             return error
     as_float = _tried(lambda: float(number))  # type: ignore[arg-type]
@@ -131,6 +136,7 @@ def _tried(convert: Callable[[], float]) -> float | Exception:
     try:
         return convert()
     except Exception as error:  # noqa: BLE001 - a host's object may raise anything; the caller refuses, which is counted
+        forward(error)
         return error
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.interrupts import forward
 
 if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal
@@ -135,6 +136,7 @@ class Caretaker:
             try:
                 journal.sync()
             except Exception as error:  # noqa: BLE001 - one journal's trouble must not end the syncing of the others
+                forward(error)
                 self._counters.add("caretaker_errors")
                 self._counters.warn_once(("caretaker", type(error)), f"mlflow-outbox: syncing failed: {error!r}")
             if journal.is_idle:

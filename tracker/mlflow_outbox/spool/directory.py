@@ -36,6 +36,7 @@ import msgspec
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.settings import state_directory
 from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.filesystem import is_network
@@ -215,6 +216,7 @@ class OutboxDirectory:
         try:
             found = os.stat(self.path, follow_symlinks=False)
         except OSError as error:
+            forward(error)
             msg = f"the outbox directory {self.path} is gone: {error.strerror}"
             raise OutboxUnusable(msg) from None
         if (found.st_dev, found.st_ino) != self._inode:

@@ -29,7 +29,6 @@ call. A full ring refuses the newest event and counts it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -39,6 +38,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -231,12 +231,15 @@ class Journal:
         if not self._sequence.unannounced:
             return
         self._watch()
-        with contextlib.suppress(OSError):  # a worker that is not told finds the segment at its next full look
+        try:
             self.directory.ring(self.run.run_id)
+        except OSError as error:  # a worker that is not told finds the segment at its next full look
+            forward(error)
         if self._wake is not None:
             try:
                 self._wake()
             except Exception as error:  # noqa: BLE001 - whatever keeps a worker from starting must not cost an event
+                forward(error)
                 self._counters.add("worker_not_started")
                 self._counters.warn_once(
                     "worker", f"mlflow-outbox: no worker could be started ({error!r}); events stay on disk"
