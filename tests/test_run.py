@@ -176,6 +176,25 @@ def test_a_run_starts_whatever_it_is_given(given: dict[str, Any], reason: str, t
     assert not disabled.start_run(**given).log_metric("loss", 0.5)
 
 
+class Nowhere(os.PathLike[str]):
+    """A path without a text, as that of a mount that is gone."""
+
+    def __fspath__(self) -> str:
+        raise Mute
+
+
+def test_paths_that_fail_when_they_are_asked_raise_nothing_into_the_program(tmp_path: Path) -> None:
+    """A path, a folder, and a generator of plots; each is counted."""
+    tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none")
+    run = tracker.start_run()
+    assert not run.log_artifact(Nowhere())
+    assert not run.log_artifacts(Nowhere())
+    assert not run.log_text("text", Nowhere())  # type: ignore[arg-type]
+    tracker.log_visualizations(Nowhere() / name for name in "ab")  # type: ignore[operator]
+    assert {"internal_errors": 3, "refused_bad_mapping": 1} == tracker.counters
+    tracker.close(0)
+
+
 def test_a_run_whose_directory_cannot_be_listed_goes_on_without_raising(tmp_path: Path) -> None:
     """What the disk refuses waits in memory; once it is well, the events are there, of the same run."""
     tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none")

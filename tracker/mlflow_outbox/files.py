@@ -166,7 +166,9 @@ def shown_path(path: object) -> str:
     """Return what a message can show of something given as a path."""
     try:
         return printable(os.fspath(path))  # type: ignore[call-overload]
-    except TypeError:
+    # __fspath__ of a host's object may raise anything; what refuses the path says and counts that.
+    except Exception as error:  # noqa: BLE001
+        forward(error)
         return type(path).__name__
 
 

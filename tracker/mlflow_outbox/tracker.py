@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mlflow_outbox import autopilot, delivery
-from mlflow_outbox.counters import Counters, shown
+from mlflow_outbox.counters import Counters, described, shown
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.doubts import Doubts
 from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
@@ -281,10 +281,12 @@ class MLflowTracker:
             return
         try:
             paths = [plot_paths] if isinstance(plot_paths, (str, os.PathLike)) else list(plot_paths)
-        except TypeError:
+        except Exception as error:  # noqa: BLE001 - a session's objects may raise anything; counted and said
+            forward(error)
             self._counters.add("refused_bad_mapping")
             self._counters.warn_once(
-                "plots", f"mlflow-outbox: log_visualizations takes paths, not a {type(plot_paths).__name__}"
+                "plots",
+                f"mlflow-outbox: log_visualizations takes paths, not a {type(plot_paths).__name__}: {described(error)}",
             )
             return
         run = self._summary_run(None)
