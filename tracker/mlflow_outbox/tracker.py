@@ -374,6 +374,9 @@ class MLflowTracker:
     def close(self, timeout: float | None = None) -> FlushResult:
         """Deliver within a bounded time and let go; what is left stays on disk. Logging afterwards still works.
 
+        What the disk has not taken by then, of what this tracker logged, is given up; it is counted, and pending in the
+        result.
+
         Args:
             timeout: seconds to wait at most; None means the setting ``close_timeout``.
         """
