@@ -10,7 +10,7 @@ import pytest
 from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import WAYS, deliver, store, the_runs, tracking, world
-from servers import MlflowServer
+from servers import MlflowServer, eventually
 
 
 def log_model(mlflow: Any, name: str) -> Any:
@@ -146,3 +146,52 @@ def test_each_model_of_a_run_has_the_metrics_that_were_logged_before_it(
             "second": ["before first", "before second"],
             "third": ["before first", "before second", "before third"],
         } == {model.name: sorted(metric.key for metric in model.metrics) for model in found}
+
+
+@pytest.mark.parametrize("begun", ["away", "killed"])
+def test_either_id_of_a_run_that_began_offline_finds_its_models_after_delivery(
+    begun: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow looks for the model of ``runs:/<id>/<name>`` by the id that it was given, in a later process too."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            if begun == "away":
+                proxy.down()
+            number = mlflow.set_experiment(experiment_name).experiment_id
+            proxy.down()
+            with mlflow.start_run() as run:
+                made = log_model(mlflow, "net").model_id
+            proxy.up()
+            deliver(uri)
+            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+            (there,) = the_runs(mlflow_server.url, experiment_name)
+            (model,) = there.outputs.model_outputs
+            assert made != model.model_id
+            assert_found(mlflow, number, run.info.run_id, made)
+            assert_found(mlflow, number, there.info.run_id, made)
+            assert model.model_id == mlflow.get_logged_model(model.model_id).model_id
+            assert_found(mlflow, number, run.info.run_id, model.model_id)
+        with tracking(uri, tmp_path) as mlflow:
+            assert_found(mlflow, number, there.info.run_id, model.model_id)
+            assert made == mlflow.get_logged_model(made).model_id
+            assert_found(mlflow, number, run.info.run_id, made)
+
+
+def assert_found(mlflow: Any, experiment: str, run_id: str, model_id: str) -> None:
+    """All answers call a run and its model by these ids once the run was asked for by its own."""
+    api = mlflow.MlflowClient()
+    assert "net/MLmodel" in [file.path for file in api.list_artifacts(run_id, "net")]
+    assert ["x"] == mlflow.pyfunc.load_model(f"runs:/{run_id}/net").predict(["x"])
+    assert mlflow.register_model(f"runs:/{run_id}/net", f"net of {run_id}").version
+    filters = {"filter_string": f"source_run_id = '{run_id}'", "output_format": "list"}
+    (found,) = mlflow.search_logged_models(experiment_ids=[experiment], **filters)
+    expected = (model_id, f"models:/{model_id}", run_id, experiment)
+    assert expected == (found.model_id, found.model_uri, found.source_run_id, found.experiment_id)
+    run = api.get_run(run_id)
+    assert [model_id] == [output.model_id for output in run.outputs.model_outputs]
+    (searched,) = api.search_runs([experiment])
+    assert (run_id, experiment) == (searched.info.run_id, searched.info.experiment_id)
+    assert [model_id] == [output.model_id for output in searched.outputs.model_outputs]
+    held = mlflow.get_logged_model(model_id)
+    assert expected[:3] == (held.model_id, held.model_uri, held.source_run_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -31,6 +31,8 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 
 if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+
     from mlflow_outbox.views import File
     from mlflow_outbox_worker.reading import LocalRun
 
@@ -324,6 +326,15 @@ class Base:
         if kind == "model":
             return self.model_home(subject)
         return self.journals.room(subject)
+
+    def named(self, model: LoggedModel, names: Mapping[str, str] | None = None) -> LoggedModel:
+        """Have an answer call a model, its run and its experiment as this process does; see ``ids``."""
+        names = self.ids.names() if names is None else names
+        model._model_id = names.get(model.model_id, model.model_id)
+        model._model_uri = f"models:/{model.model_id}"
+        model._source_run_id = names.get(model.source_run_id, model.source_run_id)
+        model._experiment_id = names.get(model.experiment_id) or self.shown_experiment(model.experiment_id)
+        return model
 
     def model_home(self, model_id: str) -> OpenRun:
         """Return the journal that a model's requests go to.

@@ -1,15 +1,33 @@
-"""What ids have become: provisional ones lead to MLflow's, and these back to the journals begun under others."""
+"""What ids have become: provisional ones lead to MLflow's, and these back to the journals begun under others.
+
+What answers call a run or model
+--------------------------------
+A run or model that began offline has two ids for good, and user code and MLflow itself compare ids of an answer with
+those that they asked by: MLflow finds the model of ``runs:/<id>/<name>`` by the run's id in a search for that name.
+A search does not always say by which id its answer is meant to be read, so one rule holds for all answers: **a run or
+model is called what this process called it last** when it began here, was read or was named in a filter. MLflow reads
+the run before it searches, so that either id finds its models. What this process has called by none of its ids is
+called by the server's. The ids are those fields of an answer that hold nothing else; texts, tags among them, are shown
+as they are. An experiment is called what a search asked for if that was a provisional id, else as
+``Base.shown_experiment`` says.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import re
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox import delivery
 from mlflow_outbox.spool import provisional
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
+
+_OF_RUN_OR_MODEL: Final = re.compile(r"\b(?:m-)?[0-9a-f]{32}\b")
 
 
 class NotYet(Exception):
@@ -28,6 +46,10 @@ class Ids:
         self._remote: dict[str, str] = {}
         self._local: dict[str, str] = {}
         self._lock = threading.Lock()
+        #: When this process called a run or model last by a provisional id, and by the server's.
+        self._called_here: dict[str, int] = {}
+        self._called_there: dict[str, int] = {}
+        self._turns = itertools.count()
 
     def remote(self, given: str) -> str:
         """Return MLflow's id of a run, model or experiment.
@@ -72,9 +94,48 @@ class Ids:
             self._local[given] = held
         return held
 
+    def called(self, given: str) -> None:
+        """Take note that this process called a run or model by an id."""
+        calls = self._called_here if provisional.is_provisional(given) else self._called_there
+        calls[given] = next(self._turns)
+
+    def names(self) -> dict[str, str]:
+        """Return what answers are to call runs and models, by an id of theirs; what is not in it stays as it is."""
+        found = {}
+        for local, turn in list(self._called_here.items()):
+            try:
+                remote = self.remote(local)
+            except NotYet:
+                continue
+            if turn > self._called_there.get(remote, -1):
+                found[remote] = local
+            else:
+                found[local] = remote
+        return found
+
     def remember(self, given: str) -> None:
         """Take note that a run was made by the server and is kept under its id."""
         self._local[given] = given
+
+    def asked(self, experiments: Iterable[str]) -> dict[str, str]:
+        """Return what an answer is to call experiments that were asked for by provisional ids, as ``names``."""
+        found = {}
+        for given in experiments:
+            with contextlib.suppress(NotYet):
+                if provisional.is_provisional(given):
+                    found[self.remote(given)] = given
+        return found
+
+    def searched(self, text: str | None) -> str | None:
+        """Return a filter with MLflow's ids in place of provisional ones; runs and models are called as it does.
+
+        Raises:
+            NotYet: one of them has none yet.
+        """
+        for given in _OF_RUN_OR_MODEL.findall(text or ""):
+            self.called(given)
+        found: str | None = self.outgoing(text)
+        return found
 
     def outgoing(self, value: Any) -> Any:
         """Return a value (texts, lists and mappings of them) with MLflow's ids in place of provisional ones.

@@ -131,10 +131,11 @@ def search(
     store.settle()
     wanted = [str(number) for number in experiment_ids]
     try:
-        remote, question = store.ids.outgoing(wanted), store.ids.outgoing(filter_string)
-        return store.server.ask(
+        remote, question = store.ids.outgoing(wanted), store.ids.searched(filter_string)
+        theirs: PagedList = store.server.ask(
             lambda theirs: theirs.search_logged_models(remote, question, datasets, max_results, order_by, page_token)
         )
+        return _named(store, theirs, wanted)
     except Away as error:
         away = error
     except NotYet as missing:
@@ -156,7 +157,14 @@ def search(
         page_token,
         max_results or SEARCH_LOGGED_MODEL_MAX_RESULTS_DEFAULT,
     )
-    return PagedList(page, token)
+    return _named(store, PagedList(page, token), wanted)
+
+
+def _named(store: Base, page: PagedList, wanted: list[str]) -> PagedList:
+    names = {**store.ids.names(), **store.ids.asked(wanted)}
+    for model in page:
+        store.named(model, names)
+    return page
 
 
 def _remote(store: Base, experiment_id: str) -> str:

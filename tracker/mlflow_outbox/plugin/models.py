@@ -58,6 +58,7 @@ class Models(Runs):
         }
         made = self._made_by_server(arguments)
         model_id = made.model_id if made is not None else local
+        self.ids.called(model_id)
         self._model_homes[model_id] = home.run_id
         self._model_params[model_id] = {param.key: param.value for param in params or ()}
         home.request(
@@ -66,7 +67,7 @@ class Models(Runs):
         if made is not None:
             made._artifact_location = self.shown_uri("model", model_id, made.artifact_location)
             made._tags.pop(provisional.MODEL_ID_TAG, None)
-            return made
+            return self.named(made)
         return self._folded(home, model_id, None)
 
     def _home_of_new(self, experiment_id: str, source_run_id: str | None) -> OpenRun:
@@ -110,6 +111,7 @@ class Models(Runs):
             self._models_have_metrics = False
             self.settle()
         home = self.model_home(model_id)
+        self.ids.called(model_id)
         theirs: LoggedModel | None = None
         options = {"allow_deleted": True} if allow_deleted else {}
         try:
@@ -121,7 +123,7 @@ class Models(Runs):
                 raise self.server.needed(f"the model {model_id}", away) from None
         if theirs is not None:
             theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)
-            theirs._model_id = model_id
+            self.named(theirs)._model_id = model_id
         found = self._folded(home, model_id, theirs, allow_deleted=allow_deleted)
         found._model_uri = f"models:/{model_id}"
         return found

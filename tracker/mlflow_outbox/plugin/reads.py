@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import (
@@ -19,6 +19,8 @@ from mlflow.entities import (
     ExperimentTag,
     LifecycleStage,
     LoggedModel,
+    LoggedModelInput,
+    LoggedModelOutput,
     LoggedModelStatus,
     Metric,
     Param,
@@ -137,6 +139,14 @@ def links(requests: Iterable[Kept], theirs: Run | None) -> tuple[RunInputs, RunO
             ids = {model.model_id for model in made}
             made += [m for m in codec.loads(request.arguments).get("models") or () if m.model_id not in ids]
     return RunInputs(dataset_inputs=datasets, model_inputs=read), RunOutputs(model_outputs=made)
+
+
+def named(run: Run, names: Mapping[str, str]) -> None:
+    """Call the models that a run read and made as readers do, each of them once; see ``ids``."""
+    read = dict.fromkeys(names.get(m.model_id, m.model_id) for m in run.inputs.model_inputs)
+    made = {names.get(m.model_id, m.model_id): m.step for m in run.outputs.model_outputs}
+    run._inputs = RunInputs(run.inputs.dataset_inputs, [LoggedModelInput(model_id) for model_id in read])
+    run._outputs = RunOutputs([LoggedModelOutput(model_id, step) for model_id, step in made.items()])
 
 
 def points(events: Iterable[tuple[str, Event]], key: str, *, bounded: bool = False) -> list[Metric]:

@@ -50,6 +50,7 @@ class RunReads(Experiments):
             MlflowException: there is none of this id, or only the server would know and is away.
         """
         local_id = self.canonical(run_id)
+        self.ids.called(run_id)
         if not self._can_answer(local_id):
             found = self._offline(local_id, run_id)
             if found is not None:
@@ -123,8 +124,11 @@ class RunReads(Experiments):
         """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""
         return self.local_run(local_id) if any(self.outbox.directory.run(local_id).glob("*.log")) else None
 
-    def _placed(self, run: Run) -> Run:
-        run.info._experiment_id = self.shown_experiment(run.info.experiment_id)
+    def _placed(self, run: Run, names: dict[str, str] | None = None) -> Run:
+        if names is None:
+            names = self.ids.names() if run.inputs.model_inputs or run.outputs.model_outputs else {}
+        reads.named(run, names)
+        run.info._experiment_id = names.get(run.info.experiment_id) or self.shown_experiment(run.info.experiment_id)
         return self._staged(run)
 
     def _staged(self, run: Run) -> Run:
@@ -260,7 +264,8 @@ class RunReads(Experiments):
             page: tuple[list[Run], str | None] = SearchUtils.paginate(found, page_token, max_results)
             return page
         mine = {run.remote_id or run.run_id: run for run in local}
-        shown = [self._shown(run, mine.get(run.info.run_id)) for run in runs]
+        names = {**self.ids.names(), **self.ids.asked(wanted)}
+        shown = [self._shown(run, mine.get(run.info.run_id), names) for run in runs]
         if page_token or token:
             return shown, token
         seen = {run.info.run_id for run in runs}
@@ -285,18 +290,19 @@ class RunReads(Experiments):
 
     def _outgoing_filter(self, text: str | None) -> str | None:
         try:
-            return self.ids.outgoing(text) if text else text
+            return self.ids.searched(text)
         except NotYet:
             return text
 
     def _local_entity(self, run: Any) -> Run:
         return self._staged(reads.local_run_of(run, run.run_id, self._uri(run.run_id), bounded=self._bounded))
 
-    def _shown(self, run: Run, local: Any) -> Run:
+    def _shown(self, run: Run, local: Any, names: dict[str, str]) -> Run:
         home = local.run_id if local is not None else run.info.run_id
         uri = self.shown_uri("run", home, run.info.artifact_uri)
         pending = local.pending if local is not None else ()
-        return self._placed(reads.folded(run, pending, run.info.run_id, uri, bounded=self._bounded))
+        run_id = names.get(run.info.run_id, run.info.run_id)
+        return self._placed(reads.folded(run, pending, run_id, uri, bounded=self._bounded), names)
 
     @staticmethod
     def _matching(runs: list[Run], filter_string: str, view: int, order_by: list[str] | None) -> list[Run]:
