@@ -274,8 +274,7 @@ def run(spec: ExperimentSpec, iteration: int, folder: Path) -> ExperimentResult:
     started = time.perf_counter()
     try:
         metrics = runpy.run_path(str(code_path))["metrics"]
-    # Generated code can fail in any way, and that is a result: it is kept with its traceback.
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001 - generated code can fail in any way, which is a result: kept with its traceback
         error = traceback.format_exc()
     return ExperimentResult(
         experiment_name=spec.name,

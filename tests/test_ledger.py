@@ -149,16 +149,14 @@ def test_a_lost_counter_never_overwrites_a_dead_letter(ledger: Ledger) -> None:
     assert ["1", "2", "more", "more", "more", "more"] == [found.reason for found in ledger.dead_letters()]
 
 
-def test_a_dead_letter_is_replaced_only_if_it_is_there(ledger: Ledger) -> None:
-    """Replacing keeps id, place and run."""
+def test_a_dead_letter_is_settled_only_if_it_is_there(ledger: Ledger) -> None:
+    """It leaves the queue, the others stay, and it is remembered once."""
     first = letter("a")
     ledger.commit(record("a"), dead=[first, letter("a", "second")])
-    first.reason = "still no"
-    assert ledger.replace_dead_letter(first)
-    assert ["still no", "second"] == [found.reason for found in ledger.dead_letters("a")]
-    ledger.drop_dead_letter(first.id)
-    assert not ledger.replace_dead_letter(first)
-    assert ["second"] == [found.reason for found in ledger.dead_letters()]
+    assert ledger.settle_dead_letter(first)
+    assert ["second"] == [found.reason for found in ledger.dead_letters("a")]
+    assert not ledger.settle_dead_letter(first)
+    assert [first] == list(ledger.settled_letters("a"))
 
 
 def test_a_checkpoint_brings_everything_into_the_main_file(ledger: Ledger, directory: Path, tmp_path: Path) -> None:

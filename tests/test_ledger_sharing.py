@@ -227,7 +227,7 @@ class TestReadingBesideAWriter:
             lambda: reader.forget("a"),
             lambda: reader.set_meta("m", b""),
             lambda: reader.drop_dead_letter("1"),
-            lambda: reader.replace_dead_letter(letter("a")),
+            lambda: reader.settle_dead_letter(letter("a")),
             reader.checkpoint,
         ):
             with pytest.raises(OutboxError, match="read-only"):

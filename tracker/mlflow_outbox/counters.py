@@ -74,8 +74,8 @@ def shown(thing: object, limit: int = 80) -> str:
     """Return what a message can show of any object."""
     try:
         return printable(repr(thing), limit)
-    # The repr of a host's object may raise anything; what is to be said about the object is said, and counted, without.
-    except Exception as failed:  # noqa: BLE001
+    # What is to be said about the object is said, and counted, without its own words.
+    except Exception as failed:  # noqa: BLE001 - the __repr__ of a host's object may raise anything
         forward(failed)
         return printable(object.__repr__(thing), limit)
 
@@ -85,8 +85,8 @@ def described(error: BaseException, limit: int = 200) -> str:
     name = type(error).__name__
     try:
         words = " ".join(str(error).split())
-    # The words of a host's exception may raise anything; the exception itself is said, and counted, without them.
-    except Exception as failed:  # noqa: BLE001
+    # The exception itself is said, and counted, without them.
+    except Exception as failed:  # noqa: BLE001 - the __str__ of a host's exception may raise anything
         forward(failed)
         words = ""
     return printable(f"{name}: {words}" if words else name, limit)

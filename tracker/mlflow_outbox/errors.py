@@ -63,10 +63,6 @@ class TrackingUnavailable(OutboxError, ConnectionError):
     """Raised when a call needs an answer of MLflow and MLflow cannot be reached; ask again later."""
 
 
-class RunNotFound(OutboxError, LookupError):
-    """Raised when a run is neither in this outbox nor in MLflow; check the run id."""
-
-
 class LedgerUnavailable(OutboxError):
     """Raised when the ledger cannot be read or written now, for instance because it is locked; try again."""
 

@@ -91,9 +91,8 @@ class Reader:
         """Call code that belongs to a foreign object; return default, and list the refusal, when it raises."""
         try:
             return function(*args)
-        # The host's properties and serialisers can raise anything; that must not cost it the rest. Who logs the rest
-        # counts what is listed here (``Doubts.unreadable``).
-        except Exception as error:  # noqa: BLE001
+        # That must not cost the host the rest. Who logs the rest counts what is listed here (``Doubts.unreadable``).
+        except Exception as error:  # noqa: BLE001 - the host's properties and serialisers can raise anything
             forward(error)
             self.refuse(what, described(error))
             return default

@@ -230,11 +230,6 @@ def tracking_uri_from_environment() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
-def credentials_from_environment() -> tuple[str | None, str | None]:
-    """Return ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``, each None when unset."""
-    return os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
-
-
 def environment_for_child(**extra: str) -> dict[str, str]:
     """Return a copy of this process's environment with ``extra`` added, for a worker process."""
     while True:

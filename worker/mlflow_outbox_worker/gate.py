@@ -1,8 +1,7 @@
 """The way to the destination: open, away (tried again by a back-off), or parked for a person.
 
 A failure that says something about the destination closes the gate for all runs; one beside which something else was
-seen to be taken opens it. While it is not known to be open
-again, one run at a time may try.
+seen to be taken opens it. While it is not known to be open again, one run at a time may try.
 """
 
 from __future__ import annotations

@@ -278,15 +278,6 @@ class Ledger:
         for page in self._pages("settled", _LETTERS_PAGE, run_id):
             yield from self._decoded(page, _letter_decoder.decode)
 
-    def replace_dead_letter(self, letter: DeadLetter) -> bool:
-        """Store a dead letter in the place of the one with its id; return whether there was one."""
-        key, encoded = f"dead/{letter.id}", _encode(letter)
-        with self._writing() as cache:
-            if not rows.exists(cache, key):
-                return False
-            rows.put(cache, key, encoded, tag=letter.run_id)
-            return True
-
     def meta(self, name: str) -> bytes | None:
         """Return the bytes stored under a name, or None."""
         return next(self._decoded(self._rows_at(f"meta/{name}"), bytes), None)

@@ -29,7 +29,7 @@ from typing import Literal
 from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.sink import OPERATIONS, SinkError
 
-OutcomeKind = Literal["delivered", "retry", "parked", "already_applied", "dead_letter", "split"]
+OutcomeKind = Literal["retry", "parked", "already_applied", "dead_letter", "split"]
 
 #: Requests that carry events of a run, one or many: only their events can become dead letters.
 EVENT_OPERATIONS = frozenset({"log_batch", "update_run", "upload", *OPERATIONS})
@@ -55,7 +55,7 @@ class Outcome:
     """What to do with the events of one request.
 
     Attributes:
-        kind: "delivered", "already_applied": go on; "retry": send the same again later; "parked": wait for a person;
+        kind: "already_applied": go on; "retry": send the same again later; "parked": wait for a person;
             "split": send the halves; "dead_letter": refused for good, bisect to find which event.
         reason: one sentence for people; "" when there is nothing to say.
         retry_after: seconds that the server asked to wait before a retry; None when it did not.
@@ -66,10 +66,6 @@ class Outcome:
     reason: str = ""
     retry_after: float | None = None
     alone: bool = False
-
-
-#: The outcome of a request that was answered with success.
-DELIVERED = Outcome("delivered")
 
 
 def classify(error: SinkError, operation: str = "") -> Outcome:

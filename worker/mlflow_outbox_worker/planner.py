@@ -176,7 +176,7 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
     for writer, event in events:
         kind = type(event)
         if kind is Metric:
-            points.append(MetricPoint(event.key, event.value, event.time_ms, event.step))  # type: ignore[union-attr]
+            points.append(MetricPoint(event.key, event.value, event.time_ms, event.step))  # type: ignore[union-attr]  # by its kind
             continue
         if first_ms is None:
             first_ms = getattr(event, "time_ms", None)

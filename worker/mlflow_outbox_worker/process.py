@@ -163,11 +163,3 @@ def serve(path: Path, source: IO[bytes]) -> int:
     delivery.stop()
     worker.join(1.0)
     return 0 if result else 1
-
-
-def wait_for_exit(worker: ProcessWorker, timeout: float) -> bool:
-    """Wait for a worker process to end; return whether it did."""
-    deadline = time.monotonic() + timeout
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        worker._process.wait(max(0.0, deadline - time.monotonic()))  # noqa: SLF001 - same module
-    return not worker.is_alive()

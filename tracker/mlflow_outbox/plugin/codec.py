@@ -13,7 +13,7 @@ import json
 import math
 from typing import Any, Final
 
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError  # type: ignore[import-untyped]
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError  # type: ignore[import-untyped]  # no stubs
 from mlflow.entities import (
     DatasetInput,
     ExperimentTag,

@@ -151,13 +151,6 @@ class Journals:
         if held is not None:
             held.journal.close()
 
-    def close_all(self) -> None:
-        """Close every journal."""
-        with self._lock:
-            runs = list(self._open.values())
-        for run in runs:
-            run.journal.close()
-
     def _identity(self, run_id: str, experiment: str) -> RunIdentity:
         if provisional.is_room(run_id):
             return RunIdentity(run_id, experiment)

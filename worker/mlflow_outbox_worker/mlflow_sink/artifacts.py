@@ -141,7 +141,7 @@ class Artifacts:
     def list_folder(self, run_id: str, artifact_uri: str, folder: str) -> dict[str, int | None]:
         """Return path and size in bytes of the files directly in a folder."""
         if self._store is not None and urlsplit(artifact_uri).scheme == "mlflow-artifacts":
-            return self._ask_server(run_id, folder)
+            return self._ask_server(self._store, run_id, folder)
         files = self._repository(artifact_uri).list_artifacts(folder or None)
         return {file.path: file.file_size for file in files if not file.is_dir}
 
@@ -167,12 +167,13 @@ class Artifacts:
         if mlflows or not 200 <= answer.status < 300:  # noqa: PLR2004 - success, in whatever words
             checked(answer, f"PUT {artifact_path}", empty_is_success=True)
 
-    def _ask_server(self, run_id: str, folder: str) -> dict[str, int | None]:
+    @staticmethod
+    def _ask_server(store: ServerStore, run_id: str, folder: str) -> dict[str, int | None]:
         files: dict[str, int | None] = {}
         token: str | None = None
         while True:
             request = ListArtifacts(run_id=run_id, run_uuid=run_id, path=folder or None, page_token=token)
-            answer = self._store._call_endpoint(ListArtifacts, message_to_json(request))  # type: ignore[union-attr]  # noqa: SLF001
+            answer = store._call_endpoint(ListArtifacts, message_to_json(request))  # noqa: SLF001 - no public way to ask
             files.update({file.path: int(file.file_size) for file in answer.files if not file.is_dir})
             if not answer.next_page_token or answer.next_page_token == token:
                 return files

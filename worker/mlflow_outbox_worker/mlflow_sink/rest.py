@@ -67,7 +67,7 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
     text = str(found["message"]) if found and "message" in found else _excerpt(body, secrets)
     message = clean(f"{what}: {status} {code}: {text}" if code else f"{what}: {status}: {text}", secrets)
     if status < 500 and not _is_mlflows(status, code, found):  # noqa: PLR2004 - server errors come from anybody
-        code = code or ("ENDPOINT_NOT_FOUND" if status == 404 else "")  # noqa: PLR2004
+        code = code or ("ENDPOINT_NOT_FOUND" if status == 404 else "")  # noqa: PLR2004 - not found
         raise SinkError(message, kind="not_mlflow", status=status, code=code)
     wait = _retry_after(headers)
     raise refused(SinkError(message, kind="answer", status=status, code=code, retry_after=wait))
@@ -93,9 +93,9 @@ class _OneAttempt:
         response_proto: Any = None,
     ) -> Any:
         store: Any = self
-        endpoints = store._V3_METHOD_TO_INFO if api in store._V3_APIS else store._METHOD_TO_INFO  # noqa: SLF001
+        endpoints = store._V3_METHOD_TO_INFO if api in store._V3_APIS else store._METHOD_TO_INFO  # noqa: SLF001 - its own tables
         if hasattr(store, "_validate_workspace_support_if_specified"):  # MLflow with workspaces
-            store._validate_workspace_support_if_specified()  # noqa: SLF001
+            store._validate_workspace_support_if_specified()  # noqa: SLF001 - as the method replaced here does
         path, method = endpoints[api]
         path = endpoint or path
         # Bytes are passed on as they are.
@@ -208,7 +208,7 @@ def _is_mlflows(status: int, code: str, found: dict[str, Any] | None) -> bool:
         return True
     # Without MLflow's code, a 404 means a URL that the server does not know; other refusals in JSON may be a
     # gateway's verdict.
-    return found is not None and status != 404  # noqa: PLR2004
+    return found is not None and status != 404  # noqa: PLR2004 - not found
 
 
 def _json_object(body: bytes) -> dict[str, Any] | None:
