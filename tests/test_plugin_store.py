@@ -165,6 +165,23 @@ def test_a_server_that_hangs_costs_one_deadline(
             assert time.monotonic() - begin < 25.0, "a deadline for each call would be 50 s"
 
 
+def test_a_search_in_an_experiment_that_began_offline_waits_once_and_not_each_time(
+    experiment_name: str, tmp_path: Path
+) -> None:
+    """Nothing of it can be asked for, but that the server is away is found out all the same, and remembered."""
+    with tracking(NOWHERE, tmp_path, exit_timeout=0, create_timeout=4) as mlflow:
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        with mlflow.start_run():
+            mlflow.log_metric("m", 1.0)
+        server = store(NOWHERE).server
+        for _ in range(3):
+            eventually(lambda: not server.is_away(), 30, "the pause after a failure is over")
+            begin = time.monotonic()
+            assert 1 == len(mlflow.search_runs([number]))
+            assert [] == mlflow.MlflowClient().search_logged_models([number])
+            assert time.monotonic() - begin < 4.0, "that is one wait"
+
+
 def test_the_system_metrics_monitor_survives_an_outage(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

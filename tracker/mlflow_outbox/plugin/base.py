@@ -140,7 +140,15 @@ class Base:
         """
         if self.server.is_away() or self.outbox.worker_kind == "none":
             return False
-        return not self.journals.wrote() or bool(self.outbox.flush(self.outbox.settings.create_timeout))
+        if not self.journals.wrote():
+            return True
+        # What is only on its way is asked for nowhere, so that nothing else would tell an outage from a slow delivery.
+        if self.server.was_away() and not self.server.answers():
+            return False
+        settled = bool(self.outbox.flush(self.outbox.settings.create_timeout))
+        if not settled:
+            self.server.answers()
+        return settled
 
     def ask(self, question: Callable[[Any], T], *, quick: bool = True) -> T | None:
         """Return the server's answer, or None when it is away.

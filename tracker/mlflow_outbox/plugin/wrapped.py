@@ -104,6 +104,16 @@ class Server:
         """Return whether the server failed when it was asked last."""
         return self._asleep_until > 0
 
+    def answers(self) -> bool:
+        """Return whether the server answers one short question; if it does not, it is away for a pause."""
+        try:
+            self.ask(lambda store: store.search_experiments(max_results=1), quick=True)
+        except Away:
+            return False
+        except MlflowException:
+            pass  # it said no
+        return True
+
     def ask(self, question: Callable[[Any], T], *, quick: bool = False) -> T:
         """Put a question to the store.
 
