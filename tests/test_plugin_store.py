@@ -182,6 +182,35 @@ def test_a_search_in_an_experiment_that_began_offline_waits_once_and_not_each_ti
             assert time.monotonic() - begin < 4.0, "that is one wait"
 
 
+@pytest.mark.parametrize("worker", ["thread", "process"])
+def test_what_needs_the_server_is_asked_at_once_when_a_delivery_says_that_it_is_back(
+    worker: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Whoever was told that all has arrived need not wait for the end of a pause; one more failure begins a new one."""
+    from mlflow.exceptions import MlflowException
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.down()
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, worker=worker) as mlflow:
+            number = mlflow.set_experiment(experiment_name).experiment_id
+            server = store(uri).server
+            eventually(lambda: not server.is_away(), message="the pause after the first failure is over")
+            server._pause = 30.0  # as after some more of them
+            with pytest.raises(MlflowException, match="needs the tracking server"):
+                mlflow.search_experiments()
+            mlflow.MlflowClient().create_run(number)
+            proxy.up()
+            deliver(uri)
+            assert [experiment_name] == [
+                one.name for one in mlflow.search_experiments(filter_string=f"name = '{experiment_name}'")
+            ]
+            proxy.down()
+            with pytest.raises(MlflowException, match="needs the tracking server"):
+                mlflow.search_experiments()
+            assert server.is_away()
+
+
 def test_the_system_metrics_monitor_survives_an_outage(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -71,6 +71,9 @@ class Outbox:
         destination: where it delivers to, with credentials if there are any.
         settings: the options.
         worker: "thread", "process", or "none" to only write.
+
+    Attributes:
+        arrived: events that had arrived in MLflow when a flush ended last.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Outbox:
         self._caretaker = Caretaker(
             settings.sync_interval, self.counters, each_round=self._look, let_go=self._note_written
         )
+        self.arrived = 0
         self._pid = os.getpid()
         self._begin()
         _outboxes.add(self)
@@ -175,6 +179,7 @@ class Outbox:
                 self._wake()
             held = sum(journal.in_memory for journal in list(self._journals))
             result = delivery.flush(self, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            self.arrived = result.delivered
             left = begun + patience - time.monotonic()
             if not held or left <= 0 or self.worker_kind == "none":
                 return dataclasses.replace(result, pending=result.pending + held)

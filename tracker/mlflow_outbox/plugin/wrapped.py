@@ -2,7 +2,8 @@
 
 The store is the one that the worker delivers to: one attempt for each request, an end to each wait. After a failure
 it is not asked again for a pause that doubles up to half a minute, so a training loop does not pay the deadline at
-every call of an outage.
+every call of an outage. A delivery that succeeds ends the pause: who is told that everything has arrived may ask. If
+the question fails then all the same, the pauses are kept until one is answered.
 
 What the server says no to is raised as MLflow's own exception: 403 too, which is about who asks for what, while 401,
 429 and what a gateway says are about everything. An error inside of MLflow (500, with its JSON) is about the one
@@ -85,6 +86,8 @@ class Server:
         self._opened: dict[float, Any] = {}
         self._asleep_until = 0.0
         self._pause = _PAUSE_FIRST
+        #: Events that had arrived when the server failed last; None when their arrival says nothing about questions.
+        self._arrived: tuple[int, int] | None = (0, 0)
         self._why = ""
         self._under_way = 0
         self._embedded = outbox.destination.scheme not in {"http", "https", "databricks"}
@@ -97,8 +100,17 @@ class Server:
         return self._outbox.destination.uri
 
     def is_away(self) -> bool:
-        """Return whether the server failed so recently that it is not asked."""
-        return time.monotonic() < self._asleep_until
+        """Return whether the server failed so recently that it is not asked, and nothing was delivered since."""
+        if time.monotonic() >= self._asleep_until:
+            return False
+        if self._arrived is None or self._arrived == self._arrivals():
+            return True
+        self._arrived, self._asleep_until = None, time.monotonic()
+        return False
+
+    def _arrivals(self) -> tuple[int, int]:
+        """Return what this process's worker has counted, and what was found when somebody waited for a delivery."""
+        return self._outbox.counters["delivered"], self._outbox.arrived
 
     def was_away(self) -> bool:
         """Return whether the server failed when it was asked last."""
@@ -141,7 +153,7 @@ class Server:
             if type(error).__name__ != "SinkError":
                 raise
             raise self._meaning(error) from None
-        self._pause, self._asleep_until = _PAUSE_FIRST, 0.0
+        self._pause, self._asleep_until, self._arrived = _PAUSE_FIRST, 0.0, (0, 0)
         return answer
 
     def _asked(self, question: Callable[[Any], T], timeout: float) -> T:
@@ -196,6 +208,8 @@ class Server:
             self._outbox.counters.add("questions_failed")
             return Away(str(found), sent=found.sent, answer=self._answer(error, found.code))
         self._why = str(found)
+        if self._arrived is not None:
+            self._arrived = self._arrivals()
         self._asleep_until = time.monotonic() + self._pause
         self._pause = min(_PAUSE_MOST, self._pause * 2)
         return Away(str(found), sent=found.sent)
