@@ -143,3 +143,24 @@ def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
     shown = picture(mlflow_server.url, experiment_name)
     assert [("left open", "FINISHED")] == [(run["name"], run["status"]) for run in shown["runs"]], output
     assert 1 == len(shown["traces"]), output
+
+
+@pytest.mark.parametrize("prefix", ["", "outbox+"])
+def test_a_program_that_is_interrupted_ends_by_the_signal(
+    prefix: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Shells show that as 130, and loops of scripts end by it too; its run is delivered as failed all the same."""
+    text = textwrap.dedent(f"""
+        import os, signal, time
+        mlflow.set_experiment({experiment_name!r})
+        with mlflow.start_run(run_name="interrupted"):
+            mlflow.log_metric("m", 1.0)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    """)
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"{prefix}{mlflow_server.url}")
+    output, _ = child.communicate(timeout=60)
+    assert -signal.SIGINT == child.returncode, output
+    assert [("FAILED", {"m": 1.0})] == [
+        (run.info.status, run.data.metrics) for run in the_runs(mlflow_server.url, experiment_name)
+    ]

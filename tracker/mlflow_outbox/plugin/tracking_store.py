@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import weakref
 from typing import Any
@@ -71,16 +72,18 @@ def _at_exit() -> None:
     if not _stores:
         return
     rest.end()
-    from mlflow.tracing import provider
     from mlflow.tracking import fluent
 
     with contextlib.suppress(Exception):  # whatever MLflow's own handlers raise, MLflow ignores as well
         fluent._safe_end_run()
     with contextlib.suppress(Exception):
-        exporter = provider._get_trace_exporter()
-        queue = getattr(exporter, "_async_queue", None)
-        if queue is not None:
-            queue.flush(terminate=True)
+        # Only of a program that has traced: else it would start OpenTelemetry, whose imports run text as code, and
+        # after that Python has forgotten that the program ends by ctrl-C.
+        tracing: Any = sys.modules.get("mlflow.tracing.provider")
+        if tracing is not None and tracing.provider.once._done:
+            queue = getattr(tracing._get_trace_exporter(), "_async_queue", None)
+            if queue is not None:
+                queue.flush(terminate=True)
 
 
 atexit.register(_at_exit)
