@@ -14,7 +14,7 @@ from contents import client
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.faults import accept_hang, delay, forward_then_drop_response
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import NOWHERE, deliver, picture, store, the_runs, tracking
+from plugin_world import NOWHERE, deliver, forget, picture, register, store, the_runs, tracking
 from servers import MlflowServer, eventually
 
 # -- ids
@@ -384,3 +384,36 @@ def test_the_end_of_a_run_says_where_it_can_be_looked_at(
         with mlflow.start_run():
             pass
         assert "View run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["http", "sqlite"])
+def test_a_disabled_outbox_leaves_what_the_uri_is_without_the_prefix(
+    kind: str, mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Runs, files, models and the registry are MLflow's own, at once, and nothing is kept on disk."""
+    import mlflow.pyfunc
+
+    class Same(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow is not followed by mypy
+        def predict(self, context: Any, model_input: list[str]) -> list[str]:
+            return model_input
+
+    plain = {"http": mlflow_server.url, "sqlite": sqlite_uri}[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_OUTBOX_DISABLED", "1")
+        patch.setenv("MLFLOW_OUTBOX_DIR", str(tmp_path / "outbox"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"outbox+{plain}")
+        register()
+        forget()
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_metric("m", 1.0)
+            mlflow.log_text("x", "x.txt")
+            model = mlflow.pyfunc.log_model(name="same", python_model=Same(), pip_requirements=[])
+        mlflow.register_model(model.model_uri, experiment_name)
+        assert "x" == mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/x.txt")
+        assert ["a"] == mlflow.pyfunc.load_model(f"models:/{experiment_name}/1").predict(["a"])
+    forget()
+    (found,) = the_runs(plain, experiment_name)
+    assert {"m": 1.0} == found.data.metrics
+    assert [] == [key for key in found.data.tags if key.startswith("mlflow_outbox")]
+    assert not (tmp_path / "outbox").exists()

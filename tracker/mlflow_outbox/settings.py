@@ -102,7 +102,8 @@ class Settings:
     root: Path | None = None
     #: Exact directory for the ledger, when it must not be inside the outbox; None decides by file system.
     ledger_dir: Path | None = None
-    #: Switches the whole outbox off: nothing is kept and nothing is delivered.
+    #: Switches the whole outbox off: nothing is kept and nothing is delivered; an ``outbox+`` tracking URI is then what
+    #: it is without the prefix.
     disabled: bool = False
 
     def __post_init__(self) -> None:

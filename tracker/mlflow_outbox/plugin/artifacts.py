@@ -264,7 +264,8 @@ class _Claimed:
         from mlflow.tracking._tracking_service.utils import _get_store
 
         uri = str(tracking_uri or get_tracking_uri())
-        if uri.startswith(_PREFIX) and _get_store(uri).places.owner_of(artifact_uri):
+        places = getattr(_get_store(uri), "places", None) if uri.startswith(_PREFIX) else None  # none when switched off
+        if places is not None and places.owner_of(artifact_uri):
             return StagedArtifacts(artifact_uri, uri, registry_uri)
         return self._theirs(artifact_uri, tracking_uri, registry_uri)
 

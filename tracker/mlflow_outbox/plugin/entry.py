@@ -1,4 +1,7 @@
-"""MLflow's entry points: loaded by every ``import mlflow`` beside this package, so they import nothing yet."""
+"""MLflow's entry points: loaded by every ``import mlflow`` beside this package, so they import nothing yet.
+
+With the setting ``disabled`` an ``outbox+`` URI is what it is without the prefix: MLflow's own stores and repositories.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ _PREFIX = "outbox+"
 
 def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
     """Return the tracking store of an ``outbox+`` URI."""
+    if _is_disabled():
+        from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+        plain = store_uri.removeprefix(_PREFIX)
+        return _tracking_store_registry.get_store_builder(plain)(store_uri=plain, artifact_uri=artifact_uri)
     from mlflow_outbox.plugin.tracking_store import OutboxStore
 
     return OutboxStore(store_uri, artifact_uri)
@@ -16,13 +24,32 @@ def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
 
 def registry_store(store_uri: str, tracking_uri: str | None = None) -> Any:
     """Return the model registry store of an ``outbox+`` URI."""
+    if _is_disabled():
+        import inspect
+
+        from mlflow.tracking._model_registry.utils import _get_store_registry
+
+        plain = store_uri.removeprefix(_PREFIX)
+        builder = _get_store_registry().get_store_builder(plain)
+        takes_uri = "tracking_uri" in inspect.signature(builder).parameters
+        options = {"tracking_uri": str(tracking_uri or store_uri).removeprefix(_PREFIX)} if takes_uri else {}
+        return builder(store_uri=plain, **options)
     from mlflow_outbox.plugin.registry_store import OutboxRegistry
 
     return OutboxRegistry(store_uri, tracking_uri)
 
 
 def staged_artifacts(artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:
-    """Return the repository of an ``outbox-artifacts:`` URI."""
+    """Return the repository of an ``outbox-artifacts:`` URI.
+
+    Raises:
+        MlflowException: the outbox, which is all that knows what is there, is switched off.
+    """
+    if _is_disabled():
+        from mlflow.exceptions import MlflowException
+
+        msg = f"{artifact_uri} is a place in an outbox, and MLFLOW_OUTBOX_DISABLED switches outboxes off"
+        raise MlflowException.invalid_parameter_value(msg)
     from mlflow_outbox.plugin.artifacts import StagedArtifacts
 
     return StagedArtifacts(artifact_uri, tracking_uri, registry_uri)
@@ -34,7 +61,15 @@ def proxied_artifacts(artifact_uri: str, tracking_uri: str | None = None, regist
 
     uri = str(tracking_uri or get_tracking_uri())
     if uri.startswith(_PREFIX):
-        return staged_artifacts(artifact_uri, uri, registry_uri)
+        if not _is_disabled():
+            return staged_artifacts(artifact_uri, uri, registry_uri)
+        tracking_uri = uri.removeprefix(_PREFIX)
     from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 
     return MlflowArtifactsRepository(artifact_uri, tracking_uri=tracking_uri, registry_uri=registry_uri)
+
+
+def _is_disabled() -> bool:
+    from mlflow_outbox.settings import Settings
+
+    return Settings.from_environment().disabled
