@@ -124,3 +124,22 @@ def test_a_file_that_cannot_be_read_is_told_as_the_system_tells_it(
             with pytest.raises(kind) as caught:
                 mlflow.log_artifact(str(tmp_path / path))
             assert os.fspath(tmp_path / path) == caught.value.filename
+
+
+@pytest.mark.parametrize("kind", ["http", "sqlite"])
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/x"])
+def test_a_folder_outside_of_a_runs_files_is_not_listed(
+    path: str, kind: str, mlflow_server: MlflowServer, sqlite_uri: str, tmp_path: Path
+) -> None:
+    """With and without an outbox, and offline."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError
+
+    plain = {"http": mlflow_server.url, "sqlite": sqlite_uri}[kind]
+    for uri, options in ((plain, {}), (f"outbox+{plain}", {}), (f"outbox+{plain}", {"create_timeout": 0})):
+        with tracking(uri, tmp_path / "outbox", **options) as mlflow, mlflow.start_run() as run:
+            mlflow.log_text("x", "a/x.txt")
+            refusals = (MlflowException, HTTPError) if uri == plain else MlflowException
+            with pytest.raises(refusals, match=r"Invalid|400"):
+                mlflow.MlflowClient().list_artifacts(run.info.run_id, path)
+            assert ["a/x.txt"] == [info.path for info in mlflow.MlflowClient().list_artifacts(run.info.run_id, "a/")]

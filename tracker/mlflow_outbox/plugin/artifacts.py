@@ -159,11 +159,11 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         """Return files and folders directly in a folder.
 
         Raises:
-            MlflowException: the server is away, and the outbox has no file of it and did not see it begin; or the
-                server said no.
+            MlflowException: the path climbs or is absolute; the server is away, and the outbox has no file of it and
+                did not see it begin; or the server said no.
         """
+        folder = self._folder(path) if path else self._below
         local, pending = self._local()
-        folder = posixpath.normpath(posixpath.join(self._below, path)) if path else self._below
         found: dict[str, FileInfo] = {}
         try:
             for info in self._remote_list(folder):
@@ -184,6 +184,14 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         cut = len(self._below) + 1 if self._below else 0
         infos = [FileInfo(info.path[cut:], info.is_dir, info.file_size) for info in found.values()]
         return sorted(infos, key=lambda info: info.path)
+
+    def _folder(self, path: str) -> str:
+        """Return the folder that a path names; a directory takes one that climbs within, MLflow's server none."""
+        folder = posixpath.normpath(path)
+        if folder.startswith("/") or ".." in (path if self._served else folder).split("/"):
+            msg = f"Invalid path: {path!r}"
+            raise MlflowException.invalid_parameter_value(msg)
+        return posixpath.normpath(posixpath.join(self._below, folder))
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         if self._place is not None and os.path.isfile(os.path.join(self._place.artifact_dir, remote_file_path)):
