@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from contents import client, the_run
-from plugin_world import WAYS, deliver, store, tracking, world
+from plugin_world import NOWHERE, WAYS, deliver, store, tracking, world
 from servers import MlflowServer
 
 #: More than MLflow takes in a tag that is set later, and a key that it takes at a creation only.
@@ -80,3 +81,19 @@ def test_a_run_whose_tags_the_store_refuses_at_delivery_is_made_without_them(
         number = api.get_experiment_by_name(experiment_name).experiment_id
         found = [run for run in api.search_runs([number]) if run.data.metrics]
     assert [("yes", None)] == [(run.data.tags.get("good"), run.data.tags.get("user@host")) for run in found]
+
+
+def test_what_is_cut_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For a long param and a long tag, alone and in a batch, as without an outbox."""
+    logger = logging.getLogger("mlflow.utils.validation")
+    logger.addHandler(caplog.handler)  # MLflow's loggers do not propagate
+    try:
+        with tracking(NOWHERE, tmp_path, exit_timeout=0) as mlflow, mlflow.start_run() as run:
+            mlflow.log_param("p", "x" * 7000)
+            mlflow.set_tag("t", LONG)
+            mlflow.log_params({"q": "y" * 7000})
+            kept = mlflow.get_run(run.info.run_id).data
+        assert (6000, 6000, 8000) == (len(kept.params["p"]), len(kept.params["q"]), len(kept.tags["t"]))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert 3 == len([record for record in caplog.records if "is truncated to" in record.getMessage()])

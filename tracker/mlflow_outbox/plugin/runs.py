@@ -212,6 +212,10 @@ class Runs(RunReads):
         metrics, params, tags = checked if checked is not None else (metrics, params, tags)
         _validate_batch_log_limits(metrics, params, tags)
         _validate_param_keys_unique(params)
+        self._log(run_id, metrics, params, tags)
+
+    def _log(self, run_id: str, metrics: Sequence[Metric], params: Sequence[Any], tags: Sequence[Any]) -> None:
+        """Log what was validated, which says each time what it cuts."""
         run = self.active(run_id)
         for model_id in {model_id for metric in metrics if (model_id := getattr(metric, "model_id", None))}:
             self.name_of_model_home(model_id)  # refuses one that is not there
@@ -274,14 +278,12 @@ class Runs(RunReads):
 
     def log_param(self, run_id: str, param: Any) -> Any:
         """Log one param; see ``log_batch``."""
-        _validate_param(param.key, param.value)
-        self.log_batch(run_id, [], [param], [])
+        self._log(run_id, [], [_validate_param(param.key, param.value)], [])
         return param
 
     def set_tag(self, run_id: str, tag: Any) -> None:
         """Set one tag; see ``log_batch``."""
-        _validate_tag(tag.key, tag.value)
-        self.log_batch(run_id, [], [], [tag])
+        self._log(run_id, [], [], [_validate_tag(tag.key, tag.value)])
 
     def delete_tag(self, run_id: str, key: str) -> None:
         """Delete a tag.
