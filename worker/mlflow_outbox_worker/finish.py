@@ -5,9 +5,10 @@ beginning, which harms nothing, the segments included that were filed while it w
 what it lacks of a run of which some were reclaimed already, needs a person, and the run is parked with the
 differences named.
 
-Artifacts that are absent or others now (``verification``) are no reason for either: they are counted, said, and left as
-they are. Where the run itself lacks something the store has lost what it had, and then absent artifacts are sent again
-too; never one over another content, as it may be what somebody has put there since.
+Artifacts are told apart (``verification``). One that is absent is sent again like all else, once: a store that has lost
+a file that it had taken looks like one in which somebody has deleted it, and a file too many does less harm. One that is
+another now is not, as it may be what somebody has put there since. What stays absent or other is counted and said, and
+parks no run.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def finish(
             if outcome.kind == "retry":
                 raise Later(error, outcome) from error
             raise Parked(outcome, error) from error
-        if found:
+        absent = [one.sentence for one in altered if one.absent]
+        if found or (absent and not record.mismatch and _is_whole(source, record)):
             again = RunView(artifacts=settled_artifacts(turn.view, altered, letters))
-            _send_again_or_park(source, ledger, counters, record, summary(found), again)
+            _send_again_or_park(source, ledger, counters, record, summary([*found, *absent]), again)
             return False
         record.creating = record.adopted = False
         record.mismatch, record.settled = "", None

@@ -7,8 +7,8 @@ its place (``placement``). What MLflow changes by rule is none
 either: it cuts long values, and its SQL stores hold infinities as the largest finite number (facts, 2a).
 
 Artifacts are told apart from the rest. Delivery goes on only when an upload was answered with success, so one that is
-absent or another later was changed by others, or lost by the store: nothing there says which. It is named, and left as
-it is (``finish``): a file that was deleted or replaced on purpose would come back otherwise.
+absent or another later was changed by others, or lost by the store: nothing there says which. What becomes of either is
+decided by ``finish``.
 """
 
 from __future__ import annotations
