@@ -51,13 +51,11 @@ class Child:
         paused: bool,
     ) -> None:
         reader, writer = context.Pipe(duplex=False)
-        gate_reader, self._gate = context.Pipe(duplex=False)
-        self.process = context.Process(
-            target=_child, args=(target, writer, gate_reader, arguments, counts), daemon=False
-        )
+        gate, self._gate = context.Pipe()
+        self.process = context.Process(target=_child, args=(target, writer, gate, arguments, counts), daemon=False)
         self.process.start()
         writer.close()
-        gate_reader.close()
+        gate.close()
         self._reader = reader
         self._data = bytearray()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -69,6 +67,15 @@ class Child:
     def pid(self) -> int:
         """The process id."""
         return int(self.process.pid)
+
+    def wait_at_gate(self) -> None:
+        """Wait until a paused child has imported what it needs: a fault that is injected from then on is its target's.
+
+        Raises:
+            AssertionError: it does not come to that.
+        """
+        assert self._gate.poll(60), f"{self.process} does not begin"
+        assert b"here" == self._gate.recv_bytes()
 
     def go(self) -> None:
         """Let a paused child begin."""
@@ -225,6 +232,7 @@ class Nest:
             only: trace, count and inject only the calls that use one of these files; empty means all.
         """
         child = self.start(target, *arguments, paused=True)
+        child.wait_at_gate()
         command = [
             "strace",
             "-f",
@@ -269,6 +277,8 @@ def _child(
     manners.count_in(*counts)
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(2**64 - 1), 0, 0, 0)
+    with contextlib.suppress(OSError):  # who does not pause it has gone on already
+        gate.send_bytes(b"here")
     try:
         gate.recv_bytes()
     except (EOFError, OSError):

@@ -6,9 +6,9 @@ what it lacks of a run of which some were reclaimed already, needs a person, and
 differences named.
 
 Artifacts are told apart (``verification``). One that is absent is sent again like all else, once: a store that has lost
-a file that it had taken looks like one in which somebody has deleted it, and a file too many does less harm. One that is
-another now is not, as it may be what somebody has put there since. What stays absent or other is counted and said, and
-parks no run.
+a file that it had taken looks like one in which somebody has deleted it, and a file too many does less harm. One that
+is another now is not, as it may be what somebody has put there since. What stays absent or other is counted and said,
+and parks no run.
 """
 
 from __future__ import annotations
