@@ -100,7 +100,7 @@ def test_damage_is_named_and_not_touched(here: Here, tmp_path: Path) -> None:
     assert f"{flipped}: bytes" in done.out
     assert "are damaged; delivery sets them aside" in done.out
     assert "are the beginning of an event whose writer died" in done.out
-    assert "1 events must have existed and are not there" in done.out
+    assert "1 event must have existed and is not there" in done.out
     assert before == contents(outbox.path)
 
 
@@ -195,7 +195,7 @@ def test_stale_drafts_are_removed_and_fresh_ones_are_not(here: Here, tmp_path: P
     for path in (stale, fresh):
         path.touch(0o600)
     os.utime(stale, (1, 1))
-    assert "1 drafts were left" in here("doctor", "--offline", "-d", tmp_path).out
+    assert "1 draft left" in here("doctor", "--offline", "-d", tmp_path).out
     assert 0 == here("doctor", "--offline", "--repair", "-d", tmp_path).code
     assert (False, True) == (stale.exists(), fresh.exists())
 

@@ -78,6 +78,17 @@ def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None
     assert 13 == here("status", "-d", tmp_path, "--json").data["pending"]
 
 
+def test_a_flush_that_ends_early_says_why(here: Here, tmp_path: Path) -> None:
+    """Beside what is left, whoever has delivered: its own warning came earlier, or not at all."""
+    open_sink(NOBODY).close()  # imports mlflow, which may take longer than the time-out below
+    offline(tmp_path)
+    done = here("flush", "-d", tmp_path, "--timeout", 4)
+    assert 3 == done.code
+    _, begun, reason = " ".join(done.err.split()).rpartition(f"{outbox_of(tmp_path).name}: ")
+    assert begun
+    assert "refused" in reason
+
+
 @pytest.mark.parametrize("seconds", [0.5, 4.0])
 def test_a_hung_server_holds_up_no_flush(seconds: float, silent: str, tmp_path: Path) -> None:
     """The time-out is kept to within a second, with requests that never end under way."""

@@ -47,11 +47,11 @@ def test_runs_past_retention_go(here: Here, tmp_path: Path) -> None:
     dry = here("gc", "--dry-run", "-d", tmp_path)
     assert 0 == dry.code
     assert "would free" in dry.out
-    assert "3 runs; 0 kept" in dry.out
+    assert "3 runs; 0 delivered runs kept" in dry.out
     assert 3 == len(outbox.delivered_ids())
     (told,) = here("gc", "-d", tmp_path, "--json", "--dry-run").data
     assert (sorted(outbox.delivered_ids()), 0, True) == (sorted(told["runs"]), told["kept"], told["dry_run"])
-    assert "of 3 runs; 0 kept" in here("gc", "-d", tmp_path).out
+    assert "of 3 runs; 0 delivered runs kept" in here("gc", "-d", tmp_path).out
     assert [] == outbox.delivered_ids()
 
 
@@ -102,11 +102,21 @@ def test_killed_at_any_moment_it_is_finished_by_the_next(here: Here, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("0", 0.0), ("90", 90.0), ("1.5h", 5400.0), ("15 min", 900.0), ("7d", 604_800.0)]
+    ("text", "seconds"), [("0", 0.0), ("90s", 90.0), ("1.5h", 5400.0), ("15 min", 900.0), ("7d", 604_800.0)]
 )
 def test_time_spans(text: str, seconds: float) -> None:
-    """Seconds, or a number with a unit."""
+    """A number with a unit, or 0."""
     assert seconds == seconds_of(text)
+
+
+@pytest.mark.parametrize("text", ["5", "1.5"])
+def test_a_number_without_a_unit_is_asked_for_one(text: str, here: Here, tmp_path: Path) -> None:
+    """As seconds it would delete what was meant to be kept for days."""
+    delivered(tmp_path, 1)
+    done = here("gc", "--older-than", text, "-d", tmp_path)
+    assert 2 == done.code
+    assert f"'{text}' has no unit; write {text}s, {text}min, {text}h or {text}d" in " ".join(done.err.split())
+    assert 1 == len(OutboxDirectory.open(outbox_of(tmp_path)).delivered_ids())
 
 
 @pytest.mark.parametrize("text", ["", "-1", "d", "1w", "1 2"])

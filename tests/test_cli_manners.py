@@ -381,6 +381,10 @@ def test_nobody_is_asked_where_nobody_can_answer(monkeypatch: pytest.MonkeyPatch
     [
         (["flsh"], 2, "No such command 'flsh'. Did you mean 'flush'?"),
         (["flush", "--timeout", "soon"], 2, "'soon' is not a number of at least 0."),
+        (["flush", "--timeout", "nan"], 2, "'nan' is not a number of at least 0."),
+        (["flush", "--timeout", "inf"], 2, "'inf' is not a number of at least 0."),
+        (["import", "nosuch"], 2, "there is nothing at nosuch; give a file made by export"),
+        (["export", "--all", "-d", "box", "-o", "box"], 1, "there is a file box already; --force replaces it"),
         (["worker", "--metrics-port", "99999"], 2, "'99999' is not a whole number from 0 to 65535."),
         (["replay", "nowhere"], 2, "there is nothing at nowhere; give an outbox, a run's directory or a bundle"),
         (["replay", "box", "--to", "localhost:5000"], 1, "a server's address begins with http:// or https://"),

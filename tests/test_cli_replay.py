@@ -83,6 +83,32 @@ class TestJobs:
         assert "--jobs" in done.err
 
 
+class TestJson:
+    def test_a_dry_run_is_told_to_programs(self, here: Here, tmp_path: Path) -> None:
+        """Numbers are numbers, and of a bundle its own path is named, not where it is unpacked just now."""
+        [run_id] = offline(tmp_path / "box")
+        bundle = tmp_path / "runs.tar"
+        assert 0 == here("export", "--all", "-d", tmp_path / "box", "-o", bundle).code
+        done = here("replay", bundle, "--dry-run", "--json")
+        assert 0 == done.code
+        [job] = done.data
+        assert [{"run_id": run_id, "in": str(bundle), "name": "run-0", "status": "FINISHED", "to_send": 13}] == job[
+            "runs"
+        ]
+        assert str(tmp_path / "box") in here("replay", tmp_path / "box", "--dry-run", "--json").data[0]["runs"][0]["in"]
+
+    def test_that_all_was_delivered_before_is_told_to_programs(
+        self, here: Here, sqlite_uri: str, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """As the same command says it to people."""
+        offline(tmp_path / "box", sqlite_uri, experiment=experiment_name)
+        assert 0 == here("flush", "-d", tmp_path / "box", "--timeout", "60").code
+        assert "1 run delivered before" in here("replay", tmp_path / "box").out
+        for more in ([], ["--dry-run"]):
+            [told] = here("replay", tmp_path / "box", "--json", *more).data
+            assert ("before", 1, []) == (told["cut_short"], told["delivered_before"], told["runs"])
+
+
 class Fragment:
     """A delivered run of several segments, the first of which was reclaimed, beside one that is whole."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from email.utils import formatdate
 
 import pytest
@@ -10,6 +11,10 @@ import tenacity
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.settings import Settings
+from mlflow_outbox_worker.gate import Gate
+from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.retry import Backoff, is_retryable, parse_retry_after, policy
 from mlflow_outbox_worker.sink import SinkError
 
@@ -167,3 +172,12 @@ def test_no_header_breaks_the_parser(header: str) -> None:
     """Whatever a server sends, the answer is a pause or nothing."""
     seconds = parse_retry_after(header, NOW)
     assert seconds is None or seconds >= 0
+
+
+def test_a_pause_too_short_to_tell_is_told_as_none(caplog: pytest.LogCaptureFixture) -> None:
+    """No "next try in 0.0 s"."""
+    settings = Settings(retry_initial=0.01, retry_max=0.02)
+    gate = Gate("http://127.0.0.1:9", settings, Counters(), clock=time.monotonic, now_ms=lambda: 0)
+    error = refused()
+    gate.failed(None, error, classify(error))
+    assert caplog.messages[-1].endswith("Next try now")

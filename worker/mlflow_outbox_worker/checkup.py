@@ -26,6 +26,7 @@ from mlflow_outbox.spool.listing import Broken
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox_worker import dbfile
+from mlflow_outbox_worker.cli.terminal import count, size
 from mlflow_outbox_worker.database import Reader
 from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
 from mlflow_outbox_worker.ledger import Ledger
@@ -138,23 +139,23 @@ def _space(directory: OutboxDirectory, settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "bad",
             "directory",
-            f"{free:,} bytes are free on its disk and free_bytes keeps {settings.free_bytes:,}: new events are refused",
+            f"{size(free)} are free there and free_bytes keeps {size(settings.free_bytes)}: new events are refused",
         )
     elif used >= settings.outbox_bytes:
         yield Finding(
             "bad",
             "directory",
-            f"it holds {used:,} bytes and outbox_bytes allows {settings.outbox_bytes:,}: new events are refused",
+            f"it holds {size(used)} and outbox_bytes allows {size(settings.outbox_bytes)}: new events are refused",
         )
     else:
-        yield Finding("ok", "directory", f"it holds {used:,} bytes, {free:,} are free")
+        yield Finding("ok", "directory", f"it holds {size(used)}, {size(free)} are free")
     if directory.network:
         yield Finding("note", "directory", f"it is on a network file system; the ledger is in {directory.ledger}")
     with contextlib.suppress(FileNotFoundError):
         number = len(os.listdir(directory.quarantine))
         if number:
             yield Finding(
-                "note", "directory", f"{number:,} damaged pieces of journals are kept in {directory.quarantine}"
+                "note", "directory", f"{count(number, 'damaged piece')} of journals kept in {directory.quarantine}"
             )
 
 
@@ -175,13 +176,13 @@ def _drafts(directory: OutboxDirectory, *, repair: bool, now: float) -> Iterator
         return
     if not repair:
         yield Finding(
-            "note", "directory", f"{len(stale):,} drafts were left by programs that died; --repair removes them"
+            "note", "directory", f"{count(len(stale), 'draft')} left by programs that died; --repair removes such"
         )
         return
     for path in stale:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-    yield Finding("mended", "directory", f"{len(stale):,} drafts of programs that died are removed")
+    yield Finding("mended", "directory", f"{count(len(stale), 'draft')} of programs that died removed")
 
 
 # -- the ledger
@@ -227,12 +228,12 @@ def _ledger(path: Path, records: dict[str, RunRecord]) -> Iterator[Finding]:
     except (LedgerUnavailable, OutboxUnusable) as error:
         yield Finding("bad", "ledger", f"{error}; try --repair when no worker runs")
         return
-    yield Finding("ok", "ledger", f"it knows {len(records):,} runs and {letters:,} dead letters")
+    yield Finding("ok", "ledger", f"it knows {count(len(records), 'run')} and {count(letters, 'dead letter')}")
     if bad:
         yield Finding(
             "note",
             "ledger",
-            f"{bad:,} of its rows were damaged and are kept aside; what they said is rebuilt from the journals",
+            f"{count(bad, 'damaged row')} of it kept aside; what was said there is rebuilt from the journals",
         )
     with contextlib.suppress(OSError):
         aside = sorted(name for name in os.listdir(path) if ".corrupt-" in name and not name.endswith(("-wal", "-shm")))
@@ -258,7 +259,11 @@ def _journals(directory: OutboxDirectory, records: dict[str, RunRecord]) -> Iter
             sound = sound and finding.level != "bad"
             yield finding
     if sound:
-        yield Finding("ok", "journals", f"{events:,} events in {segments:,} segments of {len(runs):,} runs are intact")
+        yield Finding(
+            "ok",
+            "journals",
+            f"{count(events, 'event')} in {count(segments, 'segment')} of {count(len(runs), 'run')} are intact",
+        )
 
 
 class _Journal:
@@ -317,11 +322,11 @@ class _Journal:
         rest = self._broken[_NAMED:]
         if rest:
             worst: Level = "bad" if any(self._level(broken) == "bad" for broken in rest) else "note"
-            yield Finding(worst, "journals", f"run {run_id}: {len(rest):,} more damaged places")
+            yield Finding(worst, "journals", f"run {run_id}: {count(len(rest), 'more damaged place')}")
         if self._missing:
-            yield Finding(
-                "bad", "journals", f"run {run_id}: {self._missing:,} events must have existed and are not there"
-            )
+            verb = "is" if self._missing == 1 else "are"
+            text = f"run {run_id}: {count(self._missing, 'event')} must have existed and {verb} not there"
+            yield Finding("bad", "journals", text)
         for path in self._ahead:
             yield Finding(
                 "bad", "journals", f"{path} is shorter than what was delivered of it: it was cut off or replaced"

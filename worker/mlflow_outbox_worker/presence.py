@@ -12,6 +12,7 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import DestinationError
 from mlflow_outbox_worker.checkup import Finding
+from mlflow_outbox_worker.cli.terminal import count
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import SinkError
 
@@ -63,7 +64,7 @@ def check_destination(destination: Destination, delivered: int, outbox: Path) ->
 def _of_absent(path: Path, delivered: int, outbox: Path) -> Finding:
     shown = printable(path, 300)
     if delivered:
-        runs = f"{delivered:,} run was" if delivered == 1 else f"{delivered:,} runs were"
+        runs = f"{count(delivered, 'run')} {'was' if delivered == 1 else 'were'}"
         again = f"mlflow-outbox replay {printable(outbox, 300)} --again"
         text = f"{shown} is gone, though {runs} delivered to it; put it back, or fill a new one: {again}"
         return Finding("bad", "destination", text)

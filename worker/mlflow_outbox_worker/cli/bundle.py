@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,6 +63,9 @@ def export(
     if not output.absolute().parent.is_dir():
         msg = f"there is no directory {printable(output.absolute().parent, 300)} to write {printable(output.name)} in"
         raise CommandFailed(msg, ExitCode.USAGE)
+    if os.path.lexists(output) and not force:
+        msg = f"there is a file {printable(output, 300)} already; --force replaces it"
+        raise CommandFailed(msg)
     settings = outboxes.settings_for(outbox_dir)
     destination, chosen = _everything(settings) if everything else _chosen(runs or [], settings)
     if not chosen:
@@ -130,6 +134,9 @@ def import_(
     from mlflow_outbox_worker.unpacking import import_bundle
 
     terminal.behave(quiet=quiet, verbose=verbose)
+    if not bundle.exists():
+        msg = f"there is nothing at {printable(bundle, 300)}; give a file made by export"
+        raise CommandFailed(msg, ExitCode.USAGE)
     manifest = read_manifest(bundle)
     root = outboxes.root_of(outboxes.settings_for(outbox_dir))
     destination = Destination(manifest.destination, manifest.artifact_root)

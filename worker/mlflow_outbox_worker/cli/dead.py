@@ -191,7 +191,7 @@ def edit(
       mlflow-outbox dead edit 8 --set value=0.01 --set step=3
     """
     terminal.behave(quiet=quiet, verbose=verbose)
-    from mlflow_outbox_worker.letters import changed, event_of, send_again
+    from mlflow_outbox_worker.letters import changed, event_of, fields_of, send_again
 
     fields: dict[str, str] = {}
     for change in changes:
@@ -202,7 +202,14 @@ def edit(
         fields[name.strip()] = value
     settings = outboxes.settings_for(outbox_dir)
     directory, letter = _one(settings, letter_id)
-    replacement = changed(event_of(letter), fields)
+    event = event_of(letter)
+    possible = fields_of(event)
+    if unknown := sorted(fields.keys() - set(possible)):
+        msg = f"--set {printable(unknown[0])} names no field of this event; " + (
+            f"it has {', '.join(possible)}" if possible else "nothing of it can be changed: send it again or drop it"
+        )
+        raise CommandFailed(msg, ExitCode.USAGE)
+    replacement = changed(event, fields)
     with outboxes.ledger_of(directory, settings, write=True) as ledger:
         send_again(directory, ledger, settings, letter, replacement)
     _hurry(directory)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import NoneType
@@ -221,13 +222,16 @@ class _Whole(click.IntRange):
 
 
 class _Number(click.FloatRange):
-    """A number, and what to say of anything else."""
+    """A finite number, and what to say of anything else."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return super().convert(value, param, ctx)
+            number = super().convert(value, param, ctx)
         except click.BadParameter:
+            number = math.nan
+        if not math.isfinite(number):
             self.fail(f"{value!r} is not a number{_bounds(self.min, self.max)}.", param, ctx)
+        return number
 
     def _describe_range(self) -> str:
         return ""

@@ -170,7 +170,6 @@ class Flush:
         self._began_ms = time.time_ns() // 1_000_000
         self._tried = False  # an attempt was made since this began, by whichever worker
         self._held_by = ""
-        self._delivered_itself = False
         self._worker: CommandWorker | None = None
         self._trouble = ""
         self._refused_before: int | None = None
@@ -201,9 +200,8 @@ class Flush:
         """Let the delivery end after the requests under way, and see whether another worker kept this one from it."""
         if self._worker is None:
             return
-        self._delivered_itself = self._worker.delivery.holds_lease()
         nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
-        if nothing and not self._delivered_itself:
+        if nothing and not self._worker.delivery.holds_lease():
             from mlflow_outbox_worker.host_lease import described, is_elsewhere
 
             found = self._worker.delivery.other_worker()
@@ -344,7 +342,7 @@ class Flush:
             terminal.note(f"{where}{self._held_by}")
         elif seen.pending and not (seen.reason or self._tried or self._done):
             terminal.note(f"{where}{self._directory.destination.uri} has not answered yet")
-        elif seen.reason and self.left and not self._delivered_itself:  # its own warnings have said so
+        elif seen.reason and self.left:
             terminal.note(f"{where}{seen.reason}")
 
 

@@ -20,7 +20,7 @@ from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 
 _SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|)")
-_SECONDS: Final = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86_400}
+_SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 
 
 def register(app: click.Group) -> None:
@@ -96,7 +96,8 @@ def gc(
                 terminal.say(f"{run_id}  {terminal.size(sizes.get(run_id, 0))}")
         kept = len(directory.delivered_ids()) - (len(gone) if dry_run else 0)
         verb = "would free" if dry_run else "freed"
-        terminal.say(f"{name}: {verb} {terminal.size(freed)} of {terminal.count(len(gone), 'run')}; {kept:,} kept")
+        stay = f"{terminal.count(kept, 'delivered run')} kept"
+        terminal.say(f"{name}: {verb} {terminal.size(freed)} of {terminal.count(len(gone), 'run')}; {stay}")
         freed_of.append({"path": str(directory.path), "runs": gone, "bytes": freed, "kept": kept, "dry_run": dry_run})
         for trouble in stays:
             terminal.error(f"{name}: {printable(str(trouble))}")
@@ -107,7 +108,7 @@ def gc(
 
 
 def seconds_of(text: str) -> float:
-    """Return the seconds of a time span such as 90, 15min, 12h or 7d.
+    """Return the seconds of a time span such as 0, 15min, 12h or 7d.
 
     Raises:
         CommandFailed: it is none.
@@ -116,7 +117,12 @@ def seconds_of(text: str) -> float:
     if found is None:
         msg = f"{printable(repr(text))} is no time span; write for instance 0, 90min, 12h or 7d"
         raise CommandFailed(msg, ExitCode.USAGE)
-    return float(found[1]) * _SECONDS[found[2]]
+    number, unit = found.groups()
+    if not unit and float(number):
+        units = " or ".join([", ".join(f"{number}{unit}" for unit in ("s", "min", "h")), f"{number}d"])
+        msg = f"{number!r} has no unit; write {units}"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    return float(number) * _SECONDS.get(unit, 1)
 
 
 def _bytes(folder: Path) -> int:

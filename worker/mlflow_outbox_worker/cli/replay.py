@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +48,10 @@ def replay(
     follow: Annotated[bool, Option("--follow", about="Go on while the runs are still written.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", about="Only say what would be sent.")] = False,
     jobs: Annotated[
-        int | None, Option("--jobs", "-j", least=1, metavar="N", about="Runs sent side by side.", default="4")
+        int | None,
+        Option(
+            "--jobs", "-j", least=1, metavar="N", about="Runs sent side by side.", default="the setting parallel_runs"
+        ),
     ] = None,
     timeout: Annotated[
         float | None,
@@ -95,17 +98,17 @@ def replay(
     settings = dataclasses.replace(settings, parallel_runs=jobs) if jobs is not None else settings
     wish = Wish(to, tracking_uri_from_environment(), experiment, only_finished, again, follow)
     with _unpacked(paths, deadline) as places:
-        prepared = prepare(places, wish, copies=set(places) - set(paths), deadline=deadline)
+        prepared = prepare(list(places), wish, copies=set(places) - set(paths), deadline=deadline)
         for problem in prepared.problems:
             terminal.error(problem)
         if dry_run:
-            code = _say_what_would_be_sent(prepared, settings)
+            code = _say_what_would_be_sent(prepared, settings, places, as_json=as_json)
             refuse_fragments(prepared.fragments, incomplete=incomplete, done="sent")
             return code
         refuse_fragments(prepared.fragments, incomplete=incomplete, done="sent")
         if not prepared.jobs and not prepared.problems:
             terminal.say(_nothing(prepared))
-        sent: list[dict[str, Any]] = []
+        sent = _sent_before(prepared)
         code = _send_all(prepared, settings, wish, deadline, sent)
     if as_json:
         terminal.raw(json.dumps(sent, indent=2))
@@ -113,10 +116,10 @@ def replay(
 
 
 @contextlib.contextmanager
-def _unpacked(paths: list[Path], deadline: float | None) -> Iterator[list[Path]]:
-    """Yield the paths with every bundle among them unpacked; what was unpacked is removed at the end."""
+def _unpacked(paths: list[Path], deadline: float | None) -> Iterator[dict[Path, Path]]:
+    """Yield where each path's runs are to be read, bundles unpacked; what was unpacked is removed at the end."""
     with contextlib.ExitStack() as stack:
-        places: list[Path] = []
+        places: dict[Path, Path] = {}
         for path in paths:
             if not path.exists():
                 msg = f"there is nothing at {printable(path, 300)}; give an outbox, a run's directory or a bundle"
@@ -124,9 +127,9 @@ def _unpacked(paths: list[Path], deadline: float | None) -> Iterator[list[Path]]
             if path.is_file():
                 from mlflow_outbox_worker.unpacking import unpacked
 
-                places.append(stack.enter_context(unpacked(path, deadline)))
+                places[stack.enter_context(unpacked(path, deadline))] = path
             else:
-                places.append(path)
+                places[path] = path
         yield places
 
 
@@ -136,22 +139,42 @@ def _nothing(prepared: Prepared) -> str:
     return "nothing to send: no runs there"
 
 
-def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
+def _sent_before(prepared: Prepared) -> list[dict[str, Any]]:
+    """Return how what was delivered before is told to programs."""
+    before = prepared.before
+    return [{"destination": None, "cut_short": "before", "runs": [], "delivered_before": before}] if before else []
+
+
+def _say_what_would_be_sent(
+    prepared: Prepared, settings: Settings, places: Mapping[Path, Path], *, as_json: bool
+) -> int:
+    """Say what each job would send, and from where: of a bundle the file, not where it is unpacked just now."""
     from mlflow_outbox_worker.jobs import known_records, pending_events, view_of
 
     if not prepared.jobs:
         terminal.say(_nothing(prepared))
+    told = _sent_before(prepared)
     for job in prepared.jobs:
         records = {} if job.again else known_records(job, settings)
         waiting = pending_events(job, records)
-        rows = []
+        rows: list[list[str]] = []
+        runs: list[dict[str, Any]] = []
         for run_id, folders in job.runs.items():
+            bundles = [path for place, path in places.items() if path.is_file() and place in folders[0].parents]
+            where = str((bundles or folders)[0])
             try:
                 view = view_of(folders)
             except OSError as error:
-                rows.append([run_id, "", "cannot be read", str(error.strerror), ""])
+                rows.append([run_id, "", "cannot be read", str(error.strerror), where])
+                runs.append({"run_id": run_id, "in": where, "error": str(error.strerror)})
                 continue
-            rows.append([run_id, view.name, view.status.value, f"{waiting.get(run_id, 0):,}", str(folders[0])])
+            number = waiting.get(run_id, 0)
+            rows.append([run_id, view.name, view.status.value, f"{number:,}", where])
+            known = {"name": view.name, "status": view.status.value, "to_send": number}
+            runs.append({"run_id": run_id, "in": where, **known})
+        told.append({"destination": job.destination.uri, "runs": runs})
+        if as_json:
+            continue
         terminal.say(f"to {job.destination.uri}:")
         terminal.table(
             (
@@ -163,6 +186,8 @@ def _say_what_would_be_sent(prepared: Prepared, settings: Settings) -> int:
             ),
             rows,
         )
+    if as_json:
+        terminal.raw(json.dumps(told, indent=2))
     return ExitCode.ERROR if prepared.problems else ExitCode.DONE
 
 
