@@ -181,7 +181,7 @@ def test_commands_with_zero_bytes_free(
     assert ["0", "0", "0", "0"] == re.findall(r"^code (\d+)$", text, re.MULTILINE), text
     assert re.search(r"^ *0$", text, re.MULTILINE), text
     assert "13 events wait" in text
-    assert "of 1 run; 0 kept" in text
+    assert "of 1 run; 0 delivered runs kept" in text
     assert first != second
     for name, number in ((experiment_name, 9000), (f"{experiment_name}-2", 10)):
         assert numbered(number) == points(sqlite_uri, the_run(sqlite_uri, name).info.run_id, "loss")
