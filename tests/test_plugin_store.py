@@ -417,3 +417,47 @@ def test_a_disabled_outbox_leaves_what_the_uri_is_without_the_prefix(
     assert {"m": 1.0} == found.data.metrics
     assert [] == [key for key in found.data.tags if key.startswith("mlflow_outbox")]
     assert not (tmp_path / "outbox").exists()
+
+
+@pytest.mark.parametrize("begun", ["up", "away"])
+def test_pages_hold_all_runs_each_once_whether_or_not_they_have_arrived(
+    begun: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Of an experiment that began offline, of one at the server with runs on their way, and after delivery."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        if begun == "away":
+            proxy.down()
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, worker="none") as mlflow:
+            api = mlflow.MlflowClient()
+            number = api.create_experiment(experiment_name)
+            for name in range(7):
+                if name == 3:
+                    proxy.down()
+                api.create_run(number, run_name=str(name), start_time=(name * 3) % 7 + 1)
+
+            check_pages(mlflow, number)
+            proxy.up()
+            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+            check_pages(mlflow, number)
+        with tracking(uri, tmp_path) as mlflow:
+            deliver(uri)
+            check_pages(mlflow, number)
+
+
+def check_pages(mlflow: Any, number: str) -> None:
+    """Seven runs come in the order that was asked for, cut into pages of the size that was asked for."""
+
+    def pages(size: int, **options: Any) -> list[list[str]]:
+        found: list[list[str]] = []
+        token = None
+        while token is not None or not found:
+            page = mlflow.MlflowClient().search_runs([number], max_results=size, page_token=token, **options)
+            found.append([run.info.run_name for run in page])
+            token = page.token
+        return found
+
+    assert [["2", "4"], ["6", "1"], ["3", "5"], ["0"]] == pages(2)
+    assert [["0", "5", "3"], ["1", "6", "4"], ["2"]] == pages(3, order_by=["attributes.start_time ASC"])
+    some = "attributes.start_time > 1 and attributes.run_name != '2' and attributes.run_name != '1'"
+    assert [["4", "6"], ["3", "5"]] == pages(2, filter_string=some)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mlflow.entities import LifecycleStage, Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities.paged_list import PagedList
-from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
+from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT, SEARCH_MAX_RESULTS_THRESHOLD
 from mlflow.utils.search_utils import SearchUtils
 
 from mlflow_outbox import delivery
@@ -247,37 +247,50 @@ class RunReads(Experiments):
             for run in self._local_runs()
             if {run.view.experiment_id, self._remote_experiment(run)} & {*wanted, *known}
         ]
+        page: tuple[list[Run], str | None]
+        fresh = [run for run in local if not run.remote_id and provisional.is_provisional(run.run_id)]
+        mixed = self._matching([self._local_entity(run) for run in fresh], filter_string, run_view_type, None)
+        asked = self._outgoing_filter(filter_string)
+        runs: list[Run] = []
+        token = None
         try:
-            if known:
+            if mixed and known:  # they may belong on any page: pages are cut here, from the server's up to this one
+                wanted_runs = SearchUtils.parse_start_offset_from_page_token(page_token) + max_results + 1
+                runs = self._first(known, asked, run_view_type, wanted_runs, order_by)
+            elif known:
                 runs, token = self.server.ask(
-                    lambda store: store._search_runs(
-                        known, self._outgoing_filter(filter_string), run_view_type, max_results, order_by, page_token
-                    )
+                    lambda store: store._search_runs(known, asked, run_view_type, max_results, order_by, page_token)
                 )
-            else:
-                runs, token = [], None
         except Away as away:
             if not local:
                 raise self.server.needed("a search for runs that this outbox did not make", away) from None
             say_once(self.outbox, "search", "the server is away, so a search for runs found only those of this outbox")
             found = self._matching([self._local_entity(run) for run in local], filter_string, run_view_type, order_by)
-            page: tuple[list[Run], str | None] = SearchUtils.paginate(found, page_token, max_results)
+            page = SearchUtils.paginate(found, page_token, max_results)
             return page
         mine = {run.remote_id or run.run_id: run for run in local}
         names = {**self.ids.names(), **self.ids.asked(wanted)}
         shown = [self._shown(run, mine.get(run.info.run_id), names) for run in runs]
-        if page_token or token:
+        if not mixed:
             return shown, token
-        seen = {run.info.run_id for run in runs}
-        fresh = [
-            run
-            for key, run in mine.items()
-            if key not in seen and not run.remote_id and provisional.is_provisional(run.run_id)
-        ]
-        if fresh:
-            shown += self._matching([self._local_entity(run) for run in fresh], filter_string, run_view_type, None)
-            shown = SearchUtils.sort(shown, order_by)[:max_results]
-        return shown, None
+        arrived = {run.data.tags.get(provisional.RUN_ID_TAG) for run in runs}  # since the ledger was read
+        shown += [run for run in mixed if run.info.run_id not in arrived]
+        page = SearchUtils.paginate(SearchUtils.sort(shown, order_by), page_token, max_results)
+        return page
+
+    def _first(self, known: list[str], asked: str | None, view: int, count: int, order_by: list[str]) -> list[Run]:
+        """Return the first runs that the server finds, in as many requests as it takes."""
+        found: list[Run] = []
+        token = None
+        while len(found) < count:
+            size = min(count - len(found), SEARCH_MAX_RESULTS_THRESHOLD)
+            some, token = self.server.ask(
+                lambda store: store._search_runs(known, asked, view, size, order_by, token)  # noqa: B023 - called before the next turn
+            )
+            found += some
+            if not token:
+                break
+        return found
 
     def _local_runs(self) -> list[Any]:
         return list(delivery.reading(self.outbox).local_runs())
