@@ -4,7 +4,8 @@ Of a run or model that began here everything is on disk: that it has no file, or
 without the server. The same goes for a search. MLflow makes one for a model's name whenever it lists a folder of a
 run (the model may be what the folder is called after) and to choose an active model, which it makes when there is
 none; so a search for a name is answered while the server is away, with what was made here. Other searches are where
-something here is in the experiments that are searched.
+something here is in the experiments that are searched, but for those by metrics of models, which need the server: the
+points that belong to a model are in the journals of any runs, and not all there any more once they were delivered.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def search(
 
     Raises:
         MlflowException: the server is away, and it is no search for a name, nor in experiments with models that were
-            made here; or the server said no.
+            made here, or it is one by metrics; or the server said no.
     """
     store.settle()
     wanted = [str(number) for number in experiment_ids]
@@ -140,6 +141,8 @@ def search(
         away = error
     except NotYet as missing:
         away = Away(f"{missing} has not been delivered yet", sent=False)
+    if datasets or _names_metrics(filter_string, order_by):
+        raise store.server.needed("a search for models by their metrics", away) from None
     numbers = {*wanted, *(_remote(store, number) for number in wanted)}
     found = [
         m for m in store.made_here.models(location) if {m.experiment_id, _remote(store, m.experiment_id)} & numbers
@@ -165,6 +168,13 @@ def _named(store: Base, page: PagedList, wanted: list[str]) -> PagedList:
     for model in page:
         store.named(model, names)
     return page
+
+
+def _names_metrics(filter_string: str | None, order_by: list[dict[str, Any]] | None) -> bool:
+    """Return whether a search needs metrics of models, which any run may have logged: only the server has them all."""
+    return any(
+        clause["type"] == "metric" for clause in SearchLoggedModelsUtils.parse_search_filter(filter_string)
+    ) or any(str(order.get("field_name", "")).startswith("metrics.") for order in order_by or ())
 
 
 def _remote(store: Base, experiment_id: str) -> str:
