@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlflow_outbox.plugin import codec
+from mlflow_outbox.plugin import codec, trace_rooms
 from mlflow_outbox.plugin.journals import MOST_INLINE
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.letters import send_again
-from plugin_world import deliver, store, tracking
+from plugin_world import NOWHERE, deliver, store, tracking
 from servers import MlflowServer
 
 
@@ -141,3 +143,44 @@ def test_an_argument_that_cannot_be_written_is_counted_and_refused_at_the_call(
             for _, request in RunReader(run).each(Request, {})
             if request.operation == "log_spans"
         ]
+
+
+def start_traces(uri: str, experiment_id: str, count: int) -> list[str]:
+    """Record traces without spans, and return their ids."""
+    from mlflow.entities import TraceInfo, TraceLocation, TraceState
+
+    ids = [f"tr-{uuid.uuid4().hex}" for _ in range(count)]
+    for trace_id in ids:
+        place = TraceLocation.from_experiment_id(experiment_id)
+        store(uri).start_trace(TraceInfo(trace_id, place, 1_700_000_000_000, TraceState.OK, tags={"given": "first"}))
+    return ids
+
+
+def test_changes_of_a_trace_follow_it_however_many_wait(experiment_name: str, tmp_path: Path) -> None:
+    """In the room of its experiment: in another one they can be sent before it, and come to nothing."""
+    with tracking(NOWHERE, tmp_path, worker="none", exit_timeout=0) as mlflow:
+        number = mlflow.create_experiment(experiment_name)
+        ids = start_traces(NOWHERE, number, 260)
+        mlflow.set_trace_tag(ids[0], "late", "yes")
+        mlflow.MlflowClient().delete_trace_tag(ids[1], "given")
+        rooms = {
+            (request.operation, codec.loads(request.arguments).get("trace_id")): run.name
+            for run in store(NOWHERE).outbox.directory.runs.iterdir()
+            for request in RunReader(run).each(Request, {})
+        }
+        room = provisional.room_of(number)
+        assert [room, room] == [rooms["set_trace_tag", ids[0]], rooms["delete_trace_tag", ids[1]]]
+
+
+def test_traces_that_were_delivered_are_forgotten(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered is bounded by what waits, not by what was ever logged."""
+    monkeypatch.setattr(trace_rooms, "_REMEMBERED", 20)
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        number = mlflow.create_experiment(experiment_name)
+        for _ in range(4):
+            start_traces(uri, number, 15)
+            deliver(uri)
+        assert len(store(uri)._rooms) <= 20

@@ -166,6 +166,13 @@ class Reading:
             return (ledger.meta(name) or b"").decode() if ledger is not None else ""
         return ""
 
+    def reached(self, run_id: str) -> dict[str, int]:
+        """Return, for each writer of a run or room, the number of its first event that was not delivered."""
+        with self._ledger() as ledger:
+            record = ledger.record(run_id) if ledger is not None else None
+            return {writer: cursor.seq for writer, cursor in record.cursors.items()} if record is not None else {}
+        return {}
+
     def remote_id(self, run_id: str) -> str:
         """Return MLflow's id of a run of this outbox, or "" while it has none."""
         with self._ledger() as ledger:

@@ -14,6 +14,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_ARTIFACT_LOCATION
 from mlflow.utils.validation import _validate_trace_tag
 
 from mlflow_outbox.plugin.models import Models
+from mlflow_outbox.plugin.trace_rooms import TraceRooms
 from mlflow_outbox.plugin.wrapped import Away
 
 #: Traces of this process that are remembered until the server can be asked for them.
@@ -27,7 +28,7 @@ class Traces(Models):
         super().__init__(store_uri, artifact_uri)
         self._recent: OrderedDict[str, TraceInfo] = OrderedDict()
         self._spans: OrderedDict[str, dict[str, Span]] = OrderedDict()
-        self._rooms: OrderedDict[str, str] = OrderedDict()
+        self._rooms = TraceRooms(self.outbox)
         self._recent_lock = threading.Lock()
         self._traced = False
 
@@ -40,7 +41,9 @@ class Traces(Models):
         """Record a trace."""
         experiment = str(trace_info.experiment_id)
         self._traced = True
-        self.journals.room(experiment).request("start_trace", trace_info=trace_info)
+        room = self.journals.room(experiment)
+        room.request("start_trace", trace_info=trace_info)
+        self._rooms.remember(trace_info.trace_id, experiment, room)
         shown = TraceInfo.from_dict(trace_info.to_dict())
         shown.tags[MLFLOW_ARTIFACT_LOCATION] = (
             f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
@@ -48,7 +51,6 @@ class Traces(Models):
         if self._has_spans:
             shown.tags[TraceTagKey.SPANS_LOCATION] = "TRACKING_STORE"
         self._remember(self._recent, trace_info.trace_id, shown)
-        self._remember(self._rooms, trace_info.trace_id, experiment)
         return shown
 
     def _remember(self, where: OrderedDict[str, Any], key: str, value: Any) -> None:
@@ -88,7 +90,7 @@ class Traces(Models):
 
     def _room_of_trace(self, trace_id: str) -> Any:
         self._traced = True
-        return self.journals.room(self._rooms.get(trace_id, ""))
+        return self.journals.room(self._rooms.experiment(trace_id))
 
     def set_trace_tag(self, trace_id: str, key: str, value: str) -> None:
         """Set a tag of a trace.
