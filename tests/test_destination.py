@@ -32,6 +32,7 @@ SECRET = "canary"
         ("databricks://profile", "databricks://profile"),
         ("sqlite:////abs/m.db", "sqlite:////abs/m.db"),
         ("sqlite:////abs/../m.db", "sqlite:////m.db"),
+        ("sqlite+pysqlite:////abs/m.db", "sqlite:////abs/m.db"),
         ("sqlite:////a%20b/m.db", "sqlite:////a%20b/m.db"),
         ("sqlite:////a b/m.db?timeout=5", "sqlite:////a%20b/m.db"),
         (f"postgresql://user:{SECRET}@host:5432/db", "postgresql://host:5432/db"),
@@ -96,6 +97,19 @@ def test_a_uri_that_names_no_place_is_refused_without_showing_its_secret(uri: st
     with pytest.raises(DestinationError) as caught:
         resolve(uri)
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("sqlite://", "sqlite:///:memory:", "sqlite+pysqlite://", "outbox+sqlite:///:memory:"),
+        *("sqlite:///file::memory:?uri=true", "sqlite:///file:m?mode=memory&uri=true"),
+    ],
+)
+def test_a_database_in_memory_is_refused_as_one(uri: str) -> None:
+    """It is gone with the program, so nothing can be delivered to it later; no file of such a name is made."""
+    with pytest.raises(DestinationError, match=r"is a database in memory.*use sqlite:///path/to/mlflow\.db"):
+        resolve(uri)
 
 
 def test_the_secret_form_is_what_was_given() -> None:

@@ -79,6 +79,7 @@ def test_every_entry_point_leads_somewhere() -> None:
         "outbox+http",
         "outbox+https",
         "outbox+sqlite",
+        "outbox+sqlite+pysqlite",
         "outbox+postgresql",
         "outbox+file",
         "outbox+databricks",
@@ -174,3 +175,18 @@ def test_nothing_of_mlflows_store_is_left_out(tmp_path: Path) -> None:
             and next(part for part in kind.__mro__ if name in part.__dict__) in bases
         ]
     assert [] == [name for name in left if not name.startswith("_abc")]
+
+
+def test_a_database_whose_driver_is_named_is_the_same_one(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """SQLAlchemy's own name for an SQLite file; the registry is found by it too."""
+    uri = f"outbox+{sqlite_uri.replace('sqlite:', 'sqlite+pysqlite:')}"
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run():
+            mlflow.log_metric("m", 1.0)
+        assert experiment_name == mlflow.MlflowClient().create_registered_model(experiment_name).name
+        assert store(f"outbox+{sqlite_uri}").outbox is store(uri).outbox
+        deliver(uri)
+    assert [{"m": 1.0}] == [run.data.metrics for run in the_runs(sqlite_uri, experiment_name)]

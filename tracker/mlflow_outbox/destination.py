@@ -142,9 +142,14 @@ def _server(text: str) -> Destination:
 
 def _sqlite(text: str) -> Destination:
     scheme, _, path = text.partition("///")
-    path = unquote(path.partition("?")[0])
-    if not path:
-        msg = f"the tracking URI {text!r} names no file; use sqlite:///path/to/mlflow.db"
+    scheme = "sqlite:" if scheme == "sqlite+pysqlite:" else scheme  # the driver that is taken without a name
+    path, _, query = path.partition("?")
+    path = unquote(path)
+    if not path or ":memory:" in path or "mode=memory" in query:
+        msg = (
+            f"the tracking URI {printable(text)!r} is a database in memory, which ends with its program, and nothing "
+            "that waits can be delivered to it; use sqlite:///path/to/mlflow.db"
+        )
         raise DestinationError(msg)
     absolute = os.path.abspath(os.path.expanduser(path))
     uri = f"{scheme}///{quote(absolute, safe='/')}"
