@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,18 @@ from mlflow_outbox.destination import resolve
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.events import Metric, RunEnded, RunStarted
+from mlflow_outbox.spool.events import Artifact, Metric, RunEnded, RunStarted
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
+from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.spool.window import Cursor, Window
 from mlflow_outbox.testing import FailingDisk
 from mlflow_outbox_worker import upkeep
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.retention import file_run, passed_segments
 from servers import eventually
-from spools import RUN, header, make_journal, metric, packed, write_segment
+from spools import RUN, Kit, header, make_journal, metric, packed, write_segment
 from workers import delivering
 
 
@@ -48,6 +50,49 @@ def test_a_run_resumed_for_a_moment_while_it_is_filed_stays_where_it_is(tmp_path
     finally:
         ledger.close()
     assert [] == directory.run_ids()
+
+
+def test_a_run_is_not_filed_while_a_file_is_logged_to_it(tmp_path: Path) -> None:
+    """Its event comes next; a draft is left alone until its writer is gone."""
+    kit = Kit(tmp_path / "outbox")
+    kit.run.log_text("before", "before.txt")
+    kit.run.end()
+    store = SnapshotStore(kit.outbox.run(RUN))
+    delivered = RunReader(kit.outbox.run(RUN)).window({}).cursors
+    with contextlib.closing(Ledger.open(tmp_path / "ledger")) as ledger:
+        with store.held():
+            draft = store.path / ".draft-0"
+            draft.touch()
+            assert not file_run(kit.outbox, ledger, RUN, delivered, Counters())
+            assert draft.exists()
+        assert file_run(kit.outbox, ledger, RUN, delivered, Counters())
+    assert [] == kit.outbox.run_ids()
+    assert 1 == len(list((kit.outbox.delivered / RUN / "files").iterdir()))
+
+
+def test_a_file_that_is_logged_after_the_end_is_kept_while_its_run_is_filed(tmp_path: Path) -> None:
+    """As an autopilot session logs its plots after its summary: nothing is refused, and no event lacks its file."""
+    kit = Kit(tmp_path / "outbox")
+    ended = threading.Event()
+
+    def file() -> None:
+        with contextlib.closing(Ledger.open(tmp_path / "ledger")) as ledger:
+            while not ended.is_set():
+                with contextlib.suppress(FileNotFoundError):
+                    delivered = RunReader(kit.outbox.run(RUN)).window({}).cursors
+                    file_run(kit.outbox, ledger, RUN, delivered, Counters())
+
+    with ThreadPoolExecutor() as pool:
+        filing = pool.submit(file)
+        for number in range(200):
+            assert kit.run.log_text(str(number), f"{number}.txt"), kit.counters.snapshot()
+            kit.run.end()
+        ended.set()
+        filing.result()
+    assert kit.outbox.delivered_ids()
+    reader = RunReader(kit.outbox.run(RUN), kit.outbox.delivered / RUN)
+    named = [event.sha256 for event in reader.each(Artifact, {})]
+    assert 200 == len(named) == sum(reader.file(digest).is_file() for digest in named)
 
 
 def test_a_copy_that_was_filed_before_the_ledger_was_lost_is_found(

@@ -12,7 +12,7 @@ import pytest
 from contents import client
 from mlflow_outbox.plugin.places import owner_by_look
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import deliver, store, tracking
+from plugin_world import NOWHERE, deliver, store, tracking
 from servers import MlflowServer
 
 
@@ -167,3 +167,15 @@ def test_the_uri_of_a_run_that_this_process_has_not_met_is_told_by_the_id_in_it(
         "mlflow-artifacts:/12/traces/tr-1/artifacts": ("uri", "12", ""),
     }
     assert looks == {uri: owner_by_look(uri) for uri in looks}
+
+
+def test_at_the_cap_the_outbox_copies_nothing(tmp_path: Path) -> None:
+    """Files, and arguments that are kept as a file; each refusal is counted."""
+    with tracking(NOWHERE, tmp_path / "outbox", worker="none", outbox_bytes=300_000, free_bytes=0) as mlflow:
+        client = mlflow.MlflowClient()
+        run = client.create_run(client.create_experiment("e"))
+        outbox = store(NOWHERE).outbox
+        for number in range(6):
+            client.log_text(run.info.run_id, str(number) * 100_000, f"{number}.txt")
+        assert 3 == outbox.counters["refused_full"]
+        assert 3 == len(list(outbox.directory.runs.glob("*/files/*")))

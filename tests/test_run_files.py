@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 import os
@@ -12,8 +13,13 @@ import numpy as np
 import pytest
 
 from mlflow_outbox.errors import ArtifactRefused
+from mlflow_outbox.run import Run
+from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import Artifact
-from spools import Kit, warnings
+from mlflow_outbox.spool.guard import DiskGuard
+from mlflow_outbox.spool.snapshot import alone
+from servers import eventually
+from spools import RUN, Kit, make_journal, warnings
 
 
 def test_a_file_is_kept_as_it_was_at_the_call(kit: Kit) -> None:
@@ -136,6 +142,61 @@ def test_a_file_for_which_there_is_no_room_is_counted(kit: Kit, tmp_path: Path) 
     kit.outbox.path.rename(tmp_path / "away")
     assert not kit.run.log_text("x", "x")
     assert 1 == kit.counters["refused_no_room_for_file"]
+
+
+def test_at_the_cap_nothing_is_copied(kit: Kit, tmp_path: Path) -> None:
+    """What no event names would fill the disk; the file that reaches the cap is the last one, measured or not."""
+    most = 3_500
+    guard = DiskGuard(kit.outbox, Settings(outbox_bytes=most, free_bytes=0), kit.counters)
+    journal = make_journal(kit.outbox, counters=kit.counters, refuse=guard.reason)
+    run = Run(journal, RUN, kit.settings, kit.counters)
+    source = tmp_path / "source"
+
+    def log(number: int) -> bool:
+        source.write_bytes(bytes([number]) * 1_000)
+        return run.log_artifact(source) and run.log_text(str(number) * 1_000, "text")
+
+    assert [True, True, False, False] == [log(number) for number in range(4)]
+    files = kit.outbox.run(RUN) / "files"
+    assert 4 == len(list(files.iterdir()))
+    guard.look()
+    assert not log(4)
+    assert 4 == len(list(files.iterdir()))
+    assert 3 == kit.counters["refused_full"]
+    for path in files.iterdir():
+        path.unlink()
+    guard.look()
+    assert log(5)
+
+
+def test_the_copy_of_an_event_that_is_refused_is_removed(kit: Kit) -> None:
+    """The disk fails, and the memory for that is full: the copy has no event; one that has stays."""
+    assert kit.run.log_text("kept", "a.txt")
+    kit.disk.fail("write", times=None)
+    kit.settings = dataclasses.replace(kit.settings, memory_bytes=0)
+    run = Run(
+        make_journal(kit.outbox, kit.disk, counters=kit.counters, memory_bytes=0), RUN, kit.settings, kit.counters
+    )
+    assert not run.log_text("kept", "b.txt")
+    assert not run.log_text("new", "c.txt")
+    assert 2 == kit.counters["refused_disk"]
+    assert [b"kept"] == [path.read_bytes() for path in (kit.outbox.run(RUN) / "files").iterdir()]
+
+
+def test_workers_keep_away_from_a_copy_whose_event_waits_in_memory(kit: Kit) -> None:
+    """The disk does not take the event, and nothing on disk says that the copy is needed."""
+    kit.disk.fail("write", times=None)
+    assert kit.run.log_text("x", "x.txt")
+    assert 1 == kit.journal.in_memory
+    files = kit.outbox.run(RUN) / "files"
+    with alone(files) as is_alone:
+        assert not is_alone
+    kit.disk.clear()
+    eventually(lambda: kit.journal.sync() or not kit.journal.in_memory, 10)
+    kit.journal.sync()
+    with alone(files) as is_alone:
+        assert is_alone
+    assert b"x" == kit.content("x.txt")
 
 
 def test_a_copy_is_durable_before_its_event_at_always_and_later_at_interval(

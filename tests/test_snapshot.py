@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
 from mlflow_outbox.spool import snapshot
-from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path, is_digest
+from mlflow_outbox.spool.snapshot import SnapshotStore, alone, checked_artifact_path, is_digest
+from servers import eventually
 
 LIMIT = 10_000_000
 
@@ -107,7 +111,8 @@ def test_a_full_disk_refuses_the_file_and_leaves_no_draft(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot.os, "rename", full)
+        for call in ("link", "rename"):
+            patch.setattr(snapshot.os, call, full)
         with pytest.raises(ArtifactRefused) as caught:
             store.add_bytes(b"x", limit=9)
     assert "no_room_for_file" == caught.value.reason
@@ -121,10 +126,90 @@ def test_a_copy_that_is_interrupted_leaves_no_draft(store: SnapshotStore, monkey
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snapshot.os, "rename", interrupt)
+    monkeypatch.setattr(snapshot.os, "link", interrupt)
     with pytest.raises(KeyboardInterrupt):
         store.add_bytes(b"x", limit=9)
     assert [] == list(store.path.iterdir())
+
+
+def test_a_copy_is_made_while_a_worker_takes_its_directory_away(store: SnapshotStore) -> None:
+    """Again and again: a run that goes on while it is filed. Nothing is refused, and nothing is moved half-made."""
+    moved, done = store.path.parent / "moved", threading.Event()
+    moved.mkdir()
+    seen: list[int] = []
+
+    def take() -> None:
+        while not done.is_set():
+            with contextlib.suppress(FileNotFoundError), alone(store.path) as is_alone:
+                if is_alone:
+                    for name in os.listdir(store.path):
+                        assert is_digest(name)
+                        os.rename(store.path / name, moved / name)
+                        seen.append(1)
+                    os.rmdir(store.path)
+
+    with ThreadPoolExecutor() as pool:
+        taking = pool.submit(take)
+        kept = [store.add_bytes(str(number).encode(), limit=9) for number in range(2000)]
+        eventually(lambda: not store.path.exists(), 30)
+        done.set()
+        taking.result()
+    assert 2000 == len({one.sha256 for one in kept}) == len(list(moved.iterdir())) == len(seen)
+
+
+def test_a_worker_has_no_copy_to_itself_while_a_file_is_logged(store: SnapshotStore) -> None:
+    """Nor while several are; a child that was forked meanwhile and lives on keeps nobody from them."""
+    with store.held():
+        with store.held():
+            store.add_bytes(b"x", limit=9)
+        with alone(store.path) as is_alone:
+            assert not is_alone
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+    with alone(store.path) as is_alone:
+        assert is_alone
+    os.close(writer)
+    os.waitpid(child, 0)
+    os.close(reader)
+
+
+def test_a_worker_that_was_stopped_with_copies_to_itself_costs_a_refusal(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call does not hang."""
+    store.add_bytes(b"x", limit=9)
+    monkeypatch.setattr(snapshot, "_PATIENCE", 0.05)
+    with alone(store.path), pytest.raises(ArtifactRefused) as caught:
+        store.add_bytes(b"y", limit=9)
+    assert "files_in_use" == caught.value.reason
+    assert 1 == store.add_bytes(b"y", limit=9).size
+
+
+def test_a_copy_whose_event_was_refused_goes_if_no_other_event_can_name_it(store: SnapshotStore) -> None:
+    """One that was there before stays, and one that somebody else has made again or is just logging."""
+
+    def discarded(before: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None) -> bool:
+        before()
+        with store.held() as hold:
+            kept = store.add_bytes(b"x", limit=9, hold=hold)
+            after()
+            hold.discard(kept.sha256)
+        there = (store.path / kept.sha256).exists()
+        (store.path / kept.sha256).unlink(missing_ok=True)
+        return not there
+
+    def make() -> None:
+        store.add_bytes(b"x", limit=9)
+
+    assert discarded()
+    assert not discarded(before=make)
+    assert not discarded(after=make)
+    with store.held():
+        assert not discarded()
 
 
 def test_a_durable_copy_has_its_names_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Files of a run, as the experiment gives them: a path, a directory, a text, an object or a figure.
 
 Each is copied into the run's directory as it is now, under the digest of its content, and becomes an ``Artifact``
-event for the caller to keep. What can be no artifact is an ``EventRefused``.
+event. What can be no artifact is an ``EventRefused``. While new events are refused nothing is copied, and the copy of
+an event that is refused all the same is removed: what no event names would take room for nothing.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from mlflow_outbox.interrupts import forward
 from mlflow_outbox.jsontext import Reader
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import Artifact
-from mlflow_outbox.spool.snapshot import Snapshot, SnapshotStore, checked_artifact_path
+from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore, checked_artifact_path, size_of
 
 if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal
 
 
 class RunFiles:
-    """Copies the files of one run; the methods return the event to keep, or None when nothing can be kept.
+    """Copies the files of one run, and logs them; the methods return whether a file was kept.
 
     Args:
-        journal: the run's; None keeps nothing.
+        journal: the run's; None keeps nothing. What it refuses it has counted.
         run_id: the run's id in the outbox.
         settings: sync level, and bytes that all copies together may have.
         now_ms: wall-clock milliseconds since the epoch, for the event.
@@ -50,7 +51,7 @@ class RunFiles:
         self._now_ms = now_ms
         self._unreadable = unreadable
 
-    def copy(self, path: str | os.PathLike[str], artifact_path: str | None) -> Artifact | None:
+    def copy(self, path: str | os.PathLike[str], artifact_path: str | None) -> bool:
         """Copy a regular file.
 
         Raises:
@@ -59,12 +60,12 @@ class RunFiles:
         folder = checked_artifact_path(artifact_path or "")
         name = os.path.basename(os.path.abspath(_path_text(path)))
         target = checked_artifact_path(posixpath.join(folder, name), what="file name")
-        store = self._store()
-        if store is None:
-            return None
-        return self._event(target, store.add_file(path, limit=self._settings.artifact_bytes), store)
+        limit = self._settings.artifact_bytes
+        return self._log(
+            target, min(size_of(path), limit), lambda store, hold: store.add_file(path, limit=limit, hold=hold)
+        )
 
-    def text(self, text: object, artifact_file: object) -> Artifact | None:
+    def text(self, text: object, artifact_file: object) -> bool:
         """Copy a string, as UTF-8.
 
         Raises:
@@ -75,7 +76,7 @@ class RunFiles:
             raise InvalidEventType("bad_value", msg)
         return self._bytes(text.encode("utf-8", "surrogatepass"), artifact_file)
 
-    def document(self, content: Any, artifact_file: object) -> Artifact | None:
+    def document(self, content: Any, artifact_file: object) -> bool:
         """Copy a mapping or list, as JSON, or as YAML when the name ends so.
 
         Raises:
@@ -96,7 +97,7 @@ class RunFiles:
             text = yaml.safe_dump(json.loads(text), sort_keys=False, allow_unicode=True)
         return self._bytes(text.encode("utf-8", "surrogatepass"), artifact_file)
 
-    def figure(self, figure: Any, artifact_file: object) -> Artifact | None:
+    def figure(self, figure: Any, artifact_file: object) -> bool:
         """Copy a figure, rendered in the format that the name's extension says.
 
         Raises:
@@ -104,30 +105,38 @@ class RunFiles:
         """
         return self._bytes(_rendered(figure, artifact_file), artifact_file)
 
-    def _bytes(self, data: bytes, artifact_file: object) -> Artifact | None:
+    def _bytes(self, data: bytes, artifact_file: object) -> bool:
         target = checked_artifact_path(_path_text(artifact_file), what="artifact file")
         if target in {"", "."}:
             msg = "the artifact file has no name; give one such as 'notes.txt'"
             raise InvalidEvent("bad_path", msg)
-        store = self._store()
-        if store is None:
-            return None
-        return self._event(target, store.add_bytes(data, limit=self._settings.artifact_bytes, name=target), store)
+        limit = self._settings.artifact_bytes
+        return self._log(
+            target, len(data), lambda store, hold: store.add_bytes(data, limit=limit, name=target, hold=hold)
+        )
 
-    def _store(self) -> SnapshotStore | None:
-        if self._journal is None:
-            return None
+    def _log(self, target: str, size: int, copy: Callable[[SnapshotStore, Hold], Snapshot]) -> bool:
+        journal = self._journal
+        if journal is None or not journal.takes(size):
+            return False
+        store = self._store(journal)
+        with store.held() as hold:
+            kept = copy(store, hold)
+            if self._settings.sync == "interval":
+                journal.sync_later(store, kept.sha256)
+            if not journal.append(Artifact(target, kept.sha256, kept.size, self._now_ms())):
+                hold.discard(kept.sha256)
+                return False
+            journal.keep_held(hold)
+        return True
+
+    def _store(self, journal: Journal) -> SnapshotStore:
         try:
-            folder = self._journal.directory.make_run(self._run_id)
+            folder = journal.directory.make_run(self._run_id)
         except OSError as error:
             msg = f"the outbox has no room for files: {error.strerror or error}"
             raise ArtifactRefused("no_room_for_file", msg) from None
         return SnapshotStore(folder, durable=self._settings.sync == "always")
-
-    def _event(self, target: str, kept: Snapshot, store: SnapshotStore) -> Artifact:
-        if self._settings.sync == "interval" and self._journal is not None:
-            self._journal.sync_later(store, kept.sha256)
-        return Artifact(target, kept.sha256, kept.size, self._now_ms())
 
 
 def files_below(

@@ -24,7 +24,6 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import (
     INT64_MAX,
     INT64_MIN,
-    Artifact,
     Event,
     Metric,
     Metrics,
@@ -229,7 +228,9 @@ class Run:
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._refusals.attempt(lambda: self._artifact(self._files.copy(path, artifact_path)), shown_path(path))
+        return self._refusals.attempt(
+            lambda: self._files.copy(path, artifact_path) or self._not_kept(), shown_path(path)
+        )
 
     def log_artifacts(self, directory: str | os.PathLike[str], artifact_path: str | None = None) -> bool:
         """Copy all files of a directory and those below it; a file that is refused does not hold back the others.
@@ -259,7 +260,7 @@ class Run:
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._refusals.attempt(lambda: self._artifact(self._files.text(text, artifact_file)))
+        return self._refusals.attempt(lambda: self._files.text(text, artifact_file) or self._not_kept())
 
     def log_dict(self, dictionary: Any, artifact_file: str) -> bool:
         """Keep a mapping or list as a JSON artifact, or as YAML when the name ends so.
@@ -271,7 +272,7 @@ class Run:
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._refusals.attempt(lambda: self._artifact(self._files.document(dictionary, artifact_file)))
+        return self._refusals.attempt(lambda: self._files.document(dictionary, artifact_file) or self._not_kept())
 
     def log_figure(self, figure: Any, artifact_file: str) -> bool:
         """Render a matplotlib or plotly figure, or save a PIL image, and keep it as an artifact.
@@ -283,15 +284,12 @@ class Run:
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._refusals.attempt(lambda: self._artifact(self._files.figure(figure, artifact_file)))
-
-    def _artifact(self, event: Artifact | None) -> bool:
-        return event is not None and self._keep(event)
+        return self._refusals.attempt(lambda: self._files.figure(figure, artifact_file) or self._not_kept())
 
     def _each_file(self, path: str, folder: str) -> bool:
         """Keep one file of several: one that is refused does not hold back the others, unless strict."""
         try:
-            return self._artifact(self._files.copy(path, folder))
+            return self._files.copy(path, folder) or self._not_kept()
         except EventRefused as refused:
             return self._refusals.pass_over(refused, shown_path(path))
 

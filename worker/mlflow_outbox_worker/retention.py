@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool import provisional, reserve
+from mlflow_outbox.spool import provisional, reserve, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
@@ -103,6 +103,22 @@ def file_run(
     """
     if not ledger.checkpoint():
         return False
+    files = directory.run(run_id) / "files"
+    if not files.is_dir():
+        return _file_run(directory, ledger, run_id, cursors, counters, files=False)
+    with snapshot.alone(files) as alone:  # else a file is being logged, and its event comes next
+        return alone and _file_run(directory, ledger, run_id, cursors, counters, files=True)
+
+
+def _file_run(
+    directory: OutboxDirectory,
+    ledger: Ledger,
+    run_id: str,
+    cursors: dict[str, Cursor],
+    counters: Counters,
+    *,
+    files: bool,
+) -> bool:
     source = directory.run(run_id)
     reader = RunReader(source)
     for writer, held in reader.segments().items():
@@ -124,28 +140,26 @@ def file_run(
         _delete(paths, directory, counters)
         paths = []
         # Copied files are never deleted here: a run that goes on just now may name one that is among them.
-        target = _target(directory, run_id) if (source / "files").is_dir() else None
+        target = _target(directory, run_id) if files else None
     if target is not None:
-        _move_content(source / "files", target / "files")
+        if files:
+            _move_content(source / "files", target / "files")
         for path in paths:
             os.rename(path, target / path.name)
-    with contextlib.suppress(OSError):  # a writer began a new segment in it: it stays
+    with contextlib.suppress(OSError):  # a writer began a new segment in it, or logs a first file: it stays
         os.rmdir(source)
     return True
 
 
 def _move_content(source: Path, target: Path) -> None:
-    try:
-        names = os.listdir(source)
-    except FileNotFoundError:
-        return
+    names = os.listdir(source)
     with contextlib.suppress(FileExistsError):
         os.mkdir(target, 0o700)
     for name in names:
-        if not name.startswith("."):
+        if not snapshot.is_draft(name):
             os.rename(source / name, target / name)
         else:
-            os.unlink(source / name)  # the draft of a copy whose writer died
+            os.unlink(source / name)  # its writer died, for nobody else is there
     with contextlib.suppress(OSError):
         os.rmdir(source)
 

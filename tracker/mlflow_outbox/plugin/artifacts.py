@@ -35,8 +35,8 @@ from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.places import LOCAL, owner_by_look, root_of
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import placement, provisional
-from mlflow_outbox.spool.events import Artifact, FileFor
-from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path
+from mlflow_outbox.spool.events import Artifact, Event, FileFor
+from mlflow_outbox.spool.snapshot import Snapshot, checked_artifact_path, size_of
 
 if TYPE_CHECKING:
     from mlflow_outbox.plugin.tracking_store import OutboxStore
@@ -111,21 +111,24 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             path = posixpath.join(self._below, folder, os.path.basename(file))
             path = checked_artifact_path(path, served=self._served)
             run = self._store.home_of(self._kind, self._id)
-            directory = run.journal.directory.make_run(run.run_id)
-            settings = self._store.outbox.settings
-            copies = SnapshotStore(directory, durable=settings.sync == "always")
-            kept = copies.add_file(file, limit=settings.artifact_bytes)
-            if settings.sync == "interval":
-                run.journal.sync_later(copies, kept.sha256)
+            limit = self._store.outbox.settings.artifact_bytes
+            is_kept = run.append_with(
+                min(size_of(file), limit),
+                lambda store, hold: store.add_file(file, limit=limit, hold=hold),
+                lambda kept: self._event(path, kept, file, folder),
+            )
+            if not is_kept:
+                self._put_in_place(file, folder)  # the program may open it there all the same
         except (ArtifactRefused, InvalidEvent, OSError) as error:
             if isinstance(error, ArtifactRefused) and error.__cause__ is not None:
                 raise error.__cause__ from None  # it cannot be read, which is told as MLflow tells it
             raise MlflowException.invalid_parameter_value(f"the file {file!r} cannot be logged: {error}") from error
+
+    def _event(self, path: str, kept: Snapshot, file: str, folder: str) -> Event:
         placed = self._put_in_place(file, folder)  # first: an event that says so is true whenever the program dies
         if self._kind == "run":
-            run.append(Artifact(path, kept.sha256, kept.size, now_ms(), placed))
-        else:
-            run.append(FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms(), placed))
+            return Artifact(path, kept.sha256, kept.size, now_ms(), placed)
+        return FileFor(self._owner_name(), path, kept.sha256, kept.size, now_ms(), placed)
 
     def _put_in_place(self, file: str, folder: str) -> str:
         """Copy a file to a directory where others open it; return which one, "" when the worker is to do it."""

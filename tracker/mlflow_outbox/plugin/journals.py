@@ -16,7 +16,7 @@ from mlflow_outbox.spool import frame, provisional
 from mlflow_outbox.spool.events import Event, Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
-from mlflow_outbox.spool.snapshot import SnapshotStore
+from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -48,9 +48,39 @@ class OpenRun:
         self.params: dict[str, str] = {}
         self.outputs: set[str] = set()
 
-    def append(self, event: Event) -> None:
-        """Write one event; what the disk refuses is counted and said by the journal."""
-        self.journal.append(event)
+    def append(self, event: Event) -> bool:
+        """Write one event; return whether it was kept. What is refused is counted and said by the journal."""
+        return self.journal.append(event)
+
+    def append_with(
+        self, size: int, copy: Callable[[SnapshotStore, Hold], Snapshot], event: Callable[[Snapshot], Event]
+    ) -> bool:
+        """Copy a file and write the event that names it; return whether it was kept, as ``append`` does.
+
+        Args:
+            size: of the file in bytes.
+            copy: copies it.
+            event: returns the event, given the copy.
+
+        Raises:
+            ArtifactRefused: it cannot be copied.
+        """
+        if not self.journal.takes(size):
+            return False
+        settings = self._outbox.settings
+        try:
+            store = SnapshotStore(self.journal.directory.make_run(self.run_id), durable=settings.sync == "always")
+        except OSError as error:
+            raise ArtifactRefused("no_room_for_file", str(error)) from None
+        with store.held() as hold:
+            kept = copy(store, hold)
+            if settings.sync == "interval":
+                self.journal.sync_later(store, kept.sha256)
+            if not self.append(event(kept)):
+                hold.discard(kept.sha256)
+                return False
+            self.journal.keep_held(hold)
+        return True
 
     def request(self, operation: str, *, known: str = "", **arguments: Any) -> None:
         """Write a call of the tracking store.
@@ -66,32 +96,20 @@ class OpenRun:
         """
         try:
             content = codec.dumps(arguments)
-            kept = ""
-            if len(content) > MOST_INLINE:
-                reason = self._outbox.guard.reason()
-                if reason is not None:  # as the journal does with an event
-                    self._outbox.counters.add("refused_full")
-                    self._outbox.counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
-                    return
-                kept, content = self._keep(content), codec.short(arguments)
+            if len(content) <= MOST_INLINE:
+                self.append(Request(operation, content, now_ms(), known))
+                return
+            short, limit = codec.short(arguments), self._outbox.settings.artifact_bytes
+            self.append_with(
+                len(content),
+                lambda store, hold: store.add_bytes(content, limit=limit, name="arguments", hold=hold),
+                lambda kept: Request(operation, short, now_ms(), known, kept.sha256),
+            )
         except (TypeError, ValueError, RecursionError, ArtifactRefused) as error:
             self._outbox.counters.add("requests_refused")
             reason = f"{operation} cannot be kept: {printable(error, 300)}"
             say_once(self._outbox, f"refused {operation} {type(error).__name__}", reason)
             raise MlflowException.invalid_parameter_value(reason) from error
-        self.append(Request(operation, content, now_ms(), known, kept))
-
-    def _keep(self, content: bytes) -> str:
-        """Keep arguments as a file of the run, as files are; it is there before the event that names it."""
-        settings = self._outbox.settings
-        try:
-            copies = SnapshotStore(self.journal.directory.make_run(self.run_id), durable=settings.sync == "always")
-        except OSError as error:
-            raise ArtifactRefused("no_room_for_file", str(error)) from None
-        kept = copies.add_bytes(content, limit=settings.artifact_bytes, name="arguments")
-        if settings.sync == "interval":
-            self.journal.sync_later(copies, kept.sha256)
-        return kept.sha256
 
 
 class Journals:

@@ -59,10 +59,24 @@ class DiskGuard:
         self._took = 0.0
         self._used = 0
         self._free_then = 0
+        #: Bytes of the files that were copied since.
+        self._copied = 0
 
-    def reason(self) -> str | None:
-        """Return why new events are refused, or None when they are not."""
-        return self._reason
+    def reason(self, size: int = 0) -> str | None:
+        """Return why new events are refused, or None when they are not.
+
+        Args:
+            size: bytes of a file that is to be copied for the event. Unless it is refused it counts as part of the
+                outbox from now on, before anything is measured. The one that fills the outbox is taken: what is
+                delivered gives way in an outbox that is full, and not for what waits outside.
+        """
+        if self._reason is not None or not size:
+            return self._reason
+        used = self._used + self._copied
+        if used >= self._settings.outbox_bytes:
+            return self._over(used)
+        self._copied += size  # two threads may count for one here, until the next measurement
+        return None
 
     def look(self) -> None:
         """Measure, and decide anew."""
@@ -86,8 +100,11 @@ class DiskGuard:
             self._measure(free or 0)
         if self._used < self._settings.outbox_bytes:
             return None
+        return self._over(self._used)
+
+    def _over(self, used: int) -> str:
         allowed = self._settings.outbox_bytes
-        return f"{self._directory.path} holds {self._used:,} bytes, the setting outbox_bytes allows {allowed:,}"
+        return f"{self._directory.path} holds {used:,} bytes, the setting outbox_bytes allows {allowed:,}"
 
     def _measure(self, free: int) -> None:
         directory, begin, used = self._directory, self._clock(), 0
@@ -116,13 +133,13 @@ class DiskGuard:
 
     def _note(self, used: int, free: int, begin: float) -> None:
         now = self._clock()
-        self._used, self._free_then, self._measured_at, self._took = used, free, now, now - begin
+        self._used, self._copied, self._free_then, self._measured_at, self._took = used, 0, free, now, now - begin
 
     def _pause(self, free: int | None) -> float:
         """Return the seconds from one measurement to the next."""
-        if self._reason is not None:
+        room = self._settings.outbox_bytes - self._used - self._copied
+        if self._reason is not None or room <= 0:
             return _URGENT * self._took if self._took > _QUICK else 0.0
-        room = self._settings.outbox_bytes - self._used
         is_near = free is None or self._free_then - free >= room // 2
         return max(_MEASURE_EVERY, (_URGENT if is_near else _USUAL) * self._took)
 

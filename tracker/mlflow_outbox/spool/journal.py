@@ -46,7 +46,7 @@ from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
 from mlflow_outbox.spool.events import Event, encode
 from mlflow_outbox.spool.ring import MemoryRing
 from mlflow_outbox.spool.sequence import EventSequence, Means, RunIdentity
-from mlflow_outbox.spool.snapshot import SnapshotStore
+from mlflow_outbox.spool.snapshot import Hold, SnapshotStore
 from mlflow_outbox.spool.sync_round import SyncRound
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class Journal:
         wake: called when a segment was opened, to let the worker know.
         disk: the system calls.
         clock_ms: wall-clock milliseconds since the epoch, for the segment header.
-        refuse: why new events are refused, or None.
+        refuse: why new events are refused, or None; given the size in bytes of a file that is to be copied, if any.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Journal:
         wake: Callable[[], None] | None = None,
         disk: SystemDisk | None = None,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-        refuse: Callable[[], str | None] = lambda: None,
+        refuse: Callable[..., str | None] = lambda *_: None,
     ) -> None:
         self.run = run
         self.directory = directory
@@ -113,6 +113,7 @@ class Journal:
         self._busy = False
         self._nested: Journal | None = None
         self._closed = False
+        self._holds: list[Hold] = []
         self._sequence = EventSequence(self._means)
         self._round = SyncRound(self._sequence, self.directory.run(self.run.run_id), self.directory.runs)
 
@@ -193,11 +194,7 @@ class Journal:
                 f"mlflow-outbox: an event of {len(payload)} bytes was refused, the most is {frame.MAX_PAYLOAD}",
             )
             return False
-        reason = self._refuse()
-        if reason is not None:
-            self._counters.add("refused_full")
-            self._counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
-            self._watch()  # so that somebody looks whether there is room again
+        if self._is_full(self._refuse()):
             return False
         self._closed = False
         kept = self._sequence.write(payload)
@@ -205,6 +202,22 @@ class Journal:
         if self._sequence.ring:
             self._watch()
         return kept
+
+    def takes(self, size: int) -> bool:
+        """Return whether a file may be copied for an event that is to come; one that may not is counted as refused.
+
+        Args:
+            size: of the file in bytes.
+        """
+        return not self._is_full(self._refuse(size))
+
+    def _is_full(self, reason: str | None) -> bool:
+        if reason is None:
+            return False
+        self._counters.add("refused_full")
+        self._counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
+        self._watch()  # so that somebody looks whether there is room again
+        return True
 
     def _keep(self, payload: bytes, error: OSError) -> bool:
         kept = self._sequence.keep(payload, error)
@@ -256,6 +269,7 @@ class Journal:
         self._round.run(self._alone, self._prepare)
         if self._nested is not None:
             self._nested.sync()
+        self._let_go()
 
     def _prepare(self) -> None:
         """Write what waits, and leave what is complete, removed or broken."""
@@ -284,6 +298,15 @@ class Journal:
             self._alone(lambda: self._round.add_copy(store, sha256))
         self._watch()
 
+    def keep_held(self, hold: Hold) -> None:
+        """Keep workers from a run's copies while events wait in memory, of which one may name what the hold is for."""
+        if self.in_memory:
+            self._holds.append(hold.handed_on())
+
+    def _let_go(self) -> None:
+        while self._holds and not self.in_memory:
+            self._holds.pop().let_go()
+
     def _alone(self, work: Callable[[], T]) -> T:
         """Do some work on the sequence under the lock; an exception in the middle makes the sequence suspect."""
         with self._lock:
@@ -307,6 +330,7 @@ class Journal:
             self._alone(self._close)
         if self._nested is not None:
             self._nested.close()
+        self._let_go()
 
     def leave(self) -> None:
         """Have the background do what ``close`` does; for a finalizer, which must neither take a lock nor wait."""
@@ -335,6 +359,7 @@ class Journal:
             )
         if self._nested is not None:
             self._nested.release()
+        self._let_go()
 
     def _leave_to_parent(self) -> None:
         """Become a new writer, in a forked child: locks, unsynced events and ``descriptors`` are the parent's."""

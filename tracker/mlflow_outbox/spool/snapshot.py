@@ -6,16 +6,31 @@ same content logged twice is kept once.
 
 The source is opened without blocking and must be a regular file: a FIFO would stop the experiment, a device would
 never end. A file that changes while it is copied is taken as read; its digest is that of the copy.
+
+What a worker may take away
+---------------------------
+A worker moves copies that are delivered out of ``files`` while the run goes on, and ``files`` itself with a run that is
+filed. Whoever logs a file holds a shared lock (flock) on the directory from before the copy's draft is made until the
+event that names it is on disk (``Hold``). A worker moves something only while it has the directory to itself
+(``alone``), and only what no undelivered event on disk names by then. So it never meets a copy whose event is still to
+come, and what it has moved no later event relies on: a call always makes a copy of its own, at its place in ``files``.
+
+Any of them may be killed at any point, and the kernel gives back what it held. A program killed before its event was
+written leaves a draft, or a copy that no event names: the next worker removes the one and takes the other for
+delivered. A worker that is killed has moved some copies and not others, each of them by one rename. The lock is that
+of the directory's inode, so whoever gets it looks whether its path still leads there, and else begins anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import posixpath
 import re
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -23,9 +38,15 @@ from urllib.parse import unquote
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
+from mlflow_outbox.spool import descriptors
 from mlflow_outbox.spool.private import create_private, sync_directory
 
 _CHUNK: Final = 1024 * 1024
+#: What the draft of a copy is called at first.
+_DRAFT: Final = ".draft-"
+#: Seconds for which a call waits for a worker that moves copies, which takes it milliseconds; and between two tries.
+_PATIENCE: Final = 5.0
+_PAUSE: Final = 0.002
 #: Bytes of a path: what file systems take (4096), less room for the folder of a run.
 _MAX_PATH: Final = 3500
 #: Bytes of one part of a path that file systems take; a server that keeps artifacts in one would answer 500 for ever.
@@ -47,6 +68,68 @@ class Snapshot(NamedTuple):
     size: int
 
 
+class Hold:
+    """Keeps workers from a run's copies, as long as it is not let go; see the module's text.
+
+    Args:
+        folder: the ``files`` directory.
+        fd: a descriptor of it; what a forked child has of it is closed.
+    """
+
+    def __init__(self, folder: Path, fd: int) -> None:
+        self._folder = folder
+        self._fd = fd
+        self._pid = os.getpid()
+        #: The copies that were not there before.
+        self._made: dict[str, tuple[int, int]] = {}
+
+    def is_locked(self, kind: int) -> bool:
+        """Lock the directory, if that can be done at once and its path still leads to it; return whether it is so."""
+        try:
+            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: a call goes on, a worker moves nothing
+            return kind == fcntl.LOCK_SH
+        try:
+            found = os.stat(self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        held = os.fstat(self._fd)
+        return (held.st_dev, held.st_ino) == (found.st_dev, found.st_ino)
+
+    def made(self, sha256: str, found: os.stat_result) -> None:
+        """Take notice of a copy that was not there before."""
+        self._made[sha256] = found.st_dev, found.st_ino
+
+    def handed_on(self) -> Hold:
+        """Return another hold in place of this one, which has nothing to let go of any more."""
+        other, self._fd = Hold(self._folder, self._fd), -1
+        return other
+
+    def discard(self, sha256: str) -> None:
+        """Remove a copy whose event was refused and end the hold; where others may rely on it, it is left to a worker.
+
+        Nobody else may be between a copy and its event, and nobody may have made the same one meanwhile.
+        """
+        made = self._made.get(sha256)
+        if made is None or self._fd < 0 or self._pid != os.getpid():
+            return
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = os.stat(self._folder / sha256, follow_symlinks=False)
+            if (found.st_dev, found.st_ino) == made:
+                os.unlink(self._folder / sha256)
+
+    def let_go(self) -> None:
+        """Let workers have the copies."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and self._pid == os.getpid():
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a process that was forked meanwhile may hold a copy of the descriptor
+            descriptors.close(os.close, fd)
+
+
 class SnapshotStore:
     """The ``files`` directory of one run.
 
@@ -59,12 +142,54 @@ class SnapshotStore:
         self.path = run_directory / "files"
         self._durable = durable
 
-    def add_file(self, source: str | os.PathLike[str], *, limit: int) -> Snapshot:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Hold]:
+        """Keep what is copied meanwhile where it is; for a call, until the event is written.
+
+        Raises:
+            ArtifactRefused: the directory cannot be made, or a worker does not let go of it.
+        """
+        try:
+            hold = self._hold()
+        except ArtifactRefused:  # which is an OSError too
+            raise
+        except OSError as error:
+            raise self._no_room("a file", error) from None
+        try:
+            yield hold
+        finally:
+            hold.let_go()
+
+    def _hold(self) -> Hold:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.path.parent, 0o700)
+            with contextlib.suppress(FileNotFoundError):  # a worker that files the run removes what is empty
+                hold = self._try_to_hold()
+                if hold is not None:
+                    return hold
+            if time.monotonic() >= until:
+                msg = f"a worker keeps {self.path} to itself; is it stopped?"
+                raise ArtifactRefused("files_in_use", msg)
+            time.sleep(_PAUSE)
+
+    def _try_to_hold(self) -> Hold | None:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.path, 0o700)
+        hold = Hold(self.path, descriptors.opened(_opened, self.path))
+        try:
+            return hold.handed_on() if hold.is_locked(fcntl.LOCK_SH) else None
+        finally:
+            hold.let_go()
+
+    def add_file(self, source: str | os.PathLike[str], *, limit: int, hold: Hold | None = None) -> Snapshot:
         """Copy a file.
 
         Args:
             source: path of a regular file; a symbolic link is followed.
             limit: bytes; a larger file is refused.
+            hold: from ``held``; None takes one for as long as the copying lasts.
 
         Raises:
             ArtifactRefused: it is missing or unreadable, which is the cause then; it is not a regular file or too
@@ -79,7 +204,7 @@ class SnapshotStore:
             raise ArtifactRefused("bad_file", msg) from error
         try:
             self._check_source(os.fstat(fd), shown, limit)
-            return self._add(iter(lambda: os.read(fd, _CHUNK), b""), shown, limit)
+            return self._add(iter(lambda: os.read(fd, _CHUNK), b""), shown, limit, hold)
         finally:
             os.close(fd)
 
@@ -93,20 +218,21 @@ class SnapshotStore:
             msg = f"the file {shown!r} has {found.st_size} bytes, the setting artifact_bytes allows {limit}"
             raise ArtifactRefused("file_too_large", msg)
 
-    def add_bytes(self, data: bytes, *, limit: int, name: str = "text") -> Snapshot:
-        """Keep bytes that have no file.
+    def add_bytes(self, data: bytes, *, limit: int, name: str = "text", hold: Hold | None = None) -> Snapshot:
+        """Keep bytes that have no file; see ``add_file``.
 
         Raises:
             ArtifactRefused: they are too large, or the outbox has no room for them.
         """
-        return self._add(iter([data] if data else []), name, limit)
+        return self._add(iter([data] if data else []), name, limit, hold)
 
-    def _add(self, chunks: Iterator[bytes], shown: str, limit: int) -> Snapshot:
-        draft = self.path / f".draft-{os.urandom(8).hex()}"
+    def _add(self, chunks: Iterator[bytes], shown: str, limit: int, hold: Hold | None) -> Snapshot:
+        if hold is None:
+            with self.held() as own:
+                return self._add(chunks, shown, limit, own)
+        draft = self.path / f"{_DRAFT}{os.urandom(8).hex()}"
         digest, size = hashlib.sha256(), 0
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(self.path, 0o700)
             with os.fdopen(create_private(draft), "wb") as copy:
                 for chunk in chunks:
                     size += len(chunk)
@@ -118,22 +244,36 @@ class SnapshotStore:
                 copy.flush()
                 if self._durable:
                     os.fsync(copy.fileno())
-            os.rename(draft, self.path / digest.hexdigest())
+            self._name(draft, digest.hexdigest(), hold)
             if self._durable:
                 self._sync_names()
         except ArtifactRefused:  # which is an OSError too
             raise
         except OSError as error:
-            msg = f"no copy of {shown!r} could be made in {self.path}: {error.strerror or error}"
-            raise ArtifactRefused("no_room_for_file", msg) from None
+            raise self._no_room(repr(shown), error) from None
         finally:
             self._discard(draft)  # by now it has its final name, unless something went wrong
         return Snapshot(digest.hexdigest(), size)
+
+    def _name(self, draft: Path, sha256: str, hold: Hold) -> None:
+        """Give a draft its final name; only a link tells for sure that there was no such copy before."""
+        place = self.path / sha256
+        try:
+            os.link(draft, place)
+        except OSError:  # there is one, or the file system knows no links
+            os.rename(draft, place)
+        else:
+            hold.made(sha256, os.stat(place, follow_symlinks=False))
+
+    def _no_room(self, what: str, error: OSError) -> ArtifactRefused:
+        msg = f"no copy of {what} could be made in {self.path}: {error.strerror or error}"
+        return ArtifactRefused("no_room_for_file", msg)
 
     def sync(self, sha256: str) -> None:
         """Make a copy and its name survive a power cut.
 
         Raises:
+            FileNotFoundError: it is not there any more.
             OSError: the disk could not do it.
         """
         fd = os.open(self.path / sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -151,6 +291,40 @@ class SnapshotStore:
     def _discard(draft: Path) -> None:
         with contextlib.suppress(OSError):
             os.unlink(draft)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Have a ``files`` directory to oneself, to move what is in it; false while somebody logs a file there.
+
+    Args:
+        folder: the directory.
+
+    Raises:
+        OSError: there is none, or it cannot be opened.
+    """
+    hold = Hold(folder, descriptors.opened(_opened, folder))
+    try:
+        yield hold.is_locked(fcntl.LOCK_EX)
+    finally:
+        hold.let_go()
+
+
+def is_draft(name: str) -> bool:
+    """Return whether a file is called like a draft; while ``alone``, it is of a program that died."""
+    return name.startswith(_DRAFT)
+
+
+def _opened(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def size_of(source: str | os.PathLike[str]) -> int:
+    """Return the bytes of a file that is to be copied; 0 when they cannot be told, which the copying then says."""
+    try:
+        return os.stat(source).st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def is_digest(text: str) -> bool:

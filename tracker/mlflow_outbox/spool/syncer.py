@@ -84,5 +84,7 @@ class Syncer:
         """Make a copied file survive a power cut."""
         try:
             store.sync(sha256)
+        except FileNotFoundError:
+            return  # its event was delivered meanwhile, and the copy filed; or it was refused
         except OSError:
             self._counters.add("sync_errors")
