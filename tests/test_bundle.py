@@ -23,6 +23,7 @@ from mlflow_outbox_worker.packing import write_bundle
 from mlflow_outbox_worker.sources import find_runs
 from mlflow_outbox_worker.unpacking import import_bundle
 from replays import command, contents_of, log_offline, run_with_kills, the_outbox
+from spools import RUN, Kit
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -67,6 +68,21 @@ def test_runs_arrive_as_they_were(name: str, tmp_path: Path, experiment_name: st
     assert views(tmp_path / "from") == views(tmp_path / "to")
     before, after = (contents_of(the_outbox(tmp_path / place) / "runs") for place in ("from", "to"))
     assert {k: v[2] for k, v in before.items()} == {k: v[2] for k, v in after.items()}
+
+
+def test_a_file_that_is_filed_here_comes_again_with_a_segment_that_may_name_it(tmp_path: Path) -> None:
+    """The run goes on in two places and logs the same file in both; what is filed gives way at any time."""
+    here, there = Kit(tmp_path / "here"), Kit(tmp_path / "there")
+    for kit in (here, there):
+        assert kit.run.log_text("same", f"{kit.outbox.path.parent.name}.txt")
+        kit.journal.close()
+    files, filed = here.outbox.run(RUN) / "files", here.outbox.delivered / RUN
+    filed.mkdir()
+    files.rename(filed / "files")
+    write_bundle(tmp_path / "runs.tar", {RUN: (there.outbox.run(RUN),)}, resolve(NOWHERE), now_ms=1)
+    assert {RUN: "completed"} == import_bundle(tmp_path / "runs.tar", here.outbox)
+    assert ["same"] == [path.read_text() for path in files.iterdir()]
+    assert {RUN: "unchanged"} == import_bundle(tmp_path / "runs.tar", here.outbox)
 
 
 def test_a_bundle_is_carried_to_another_machine_and_delivered(

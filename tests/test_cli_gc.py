@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 
 import pytest
 
-from commands import Here, offline, outbox_of
+from commands import NOBODY, Here, offline, outbox_of
+from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric, encode
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.cli.exits import CommandFailed
 from mlflow_outbox_worker.cli.gc import seconds_of
 from mlflow_outbox_worker.lease import Lease
@@ -99,6 +102,30 @@ def test_killed_at_any_moment_it_is_finished_by_the_next(here: Here, tmp_path: P
     assert (True, 0) == (killed > 0, code)
     assert ([], [waiting]) == (outbox.delivered_ids(), outbox.run_ids())
     assert 13 == here("status", "-d", tmp_path, "--json").data["pending"]
+
+
+def test_what_is_delivered_of_a_run_without_an_end_goes_too(here: Here, tmp_path: Path) -> None:
+    """No worker has filed it. What waits stays; doctor says what may go before gc does."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=Settings(sync="os"))
+    run = tracker.start_run("left")
+    run.log_text("x" * 100_000, "x.txt")
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    files = outbox.run(run.run_id) / "files"
+    with contextlib.closing(Ledger.open(outbox.ledger)) as ledger:
+        cursors = RunReader(outbox.run(run.run_id)).window({}).cursors
+        ledger.commit(RunRecord(run.run_id, remote_id="r", cursors=cursors))
+    run.log_text("y" * 1000, "y.txt")
+    assert 2 == len(list(files.iterdir()))
+    told = here("gc", "--older-than", "0", "--dry-run", "-d", tmp_path)
+    assert 2 == len(list(files.iterdir()))
+    assert "would free 100 kB of 0 runs and of runs that go on" in told.out
+    assert 0 == here("gc", "-d", tmp_path).code, "filed, and kept for the retention time"
+    assert "100,000 bytes of it are delivered" in here("doctor", "--offline", "-d", tmp_path).out
+    (done,) = here("gc", "--older-than", "0", "-d", tmp_path, "--json").data
+    assert 100_000 == done["bytes"]
+    assert ["y" * 1000] == [path.read_text() for path in files.iterdir()]
+    assert [] == list((outbox.delivered / run.run_id / "files").iterdir())
+    tracker.close(0)
 
 
 @pytest.mark.parametrize(

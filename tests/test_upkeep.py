@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,19 @@ from typing import Any
 import pytest
 
 from commands import offline, outbox_of
-from contents import QUICK, client, numbered, points, runs, the_run
+from contents import QUICK, artifacts, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import guard
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Artifact, encode
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
 from mlflow_outbox_worker import courier, finish, room, upkeep
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.retention import file_passed, filed_parts
 from replays import command
 from servers import eventually
 from workers import delivering
@@ -301,6 +307,141 @@ class TestOfARunThatGoesOn:
         with client(sqlite_uri) as mlflow:
             held = the_run(sqlite_uri, going.tracker.experiment_name)
             assert 1010 == len(mlflow.get_metric_history(held.info.run_id, "loss"))
+
+
+def names(folder: Path) -> list[str]:
+    """Return the digests of the copies in a run's directory."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.listdir(folder / "files")
+    return []
+
+
+class TestCopies:
+    def test_those_that_are_delivered_give_way_at_the_cap(
+        self, experiment_name: str, sqlite_uri: str, tmp_path: Path
+    ) -> None:
+        """A run that goes on logs checkpoints of many times what its outbox may hold."""
+        most = 2_000_000
+        settings = dataclasses.replace(QUICK, sync_interval=0.05, outbox_bytes=most)
+        one = Open(experiment_name, sqlite_uri, tmp_path / "outbox", settings)
+        with delivering(one.directory, sqlite_uri, settings) as counters:
+            for number in range(10):
+                (tmp_path / "checkpoint").write_bytes(os.urandom(600_000))
+                eventually(
+                    lambda number=number: one.run.log_artifact(tmp_path / "checkpoint", str(number)),  # type: ignore[misc]
+                    60,
+                )
+            eventually(lambda: names(one.waiting) == [], 60)
+            eventually(lambda: used_bytes(one.directory) < most, 60)
+            assert counters["reclaimed_early"] > 3
+            eventually(one.run.end, 60)
+            one.tracker.close(0)
+            eventually(lambda: not one.waiting.exists(), 60)
+        assert (1, 0, 0) == (counters["runs_verified"], counters["verification_differences"], counters["dead_letters"])
+        held = the_run(sqlite_uri, experiment_name).info.run_id
+        assert [f"{number}/checkpoint" for number in range(10)] == artifacts(sqlite_uri, held)
+
+    def test_one_that_is_logged_again_is_there_for_its_event(
+        self, going: Open, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same content, while the copy of the call before is filed and deleted as fast as it goes."""
+        monkeypatch.setattr(upkeep, "_FILE", 0.0)
+        monkeypatch.setattr(upkeep, "_RECLAIM", 0.0)
+        settings = dataclasses.replace(SMALL, retention=0, poll_interval=0.001)
+        with delivering(going.directory, sqlite_uri, settings) as counters:
+            for number in range(100):
+                assert going.run.log_text("always the same", f"{number % 10}/{number}.txt")
+            eventually(lambda: names(going.waiting) == names(going.filed) == [], 60)
+            going.end()
+            eventually(lambda: counters["runs_verified"], 60)
+        assert (0, 0, {}) == (counters["dead_letters"], counters["run_errors"], going.tracker.counters)
+        held = the_run(sqlite_uri, going.tracker.experiment_name).info.run_id
+        assert 100 == sum(len(artifacts(sqlite_uri, held, str(folder))) for folder in range(10))
+
+    def test_one_that_a_dead_letter_or_an_event_behind_the_cursors_names_stays(
+        self, going: Open, sqlite_uri: str
+    ) -> None:
+        """Among others, which are filed; and when the ledger was lost nothing that is filed goes."""
+        for number in range(3):
+            assert going.run.log_text(str(number), f"{number}.txt")
+        refused, waits, free = (hashlib.sha256(str(number).encode()).hexdigest() for number in range(3))
+        cursors = RunReader(going.waiting).window({}).cursors
+        assert going.run.log_text("1", "again.txt")
+        letter = encode(Artifact("0.txt", refused, 1, 1))
+        with contextlib.closing(Ledger.open(going.directory.ledger)) as ledger:
+            record = RunRecord(going.run.run_id, remote_id="r", cursors=cursors)
+            ledger.commit(record, dead=[DeadLetter(record.run_id, "r", letter, "no", "", 400, 1)])
+            (going.waiting / "files" / ".draft-0").touch()
+            assert file_passed(going.directory, ledger, record, [], Counters(), copies=True)
+            assert sorted([refused, waits]) == sorted(names(going.waiting))
+            assert [free] == names(going.filed) == [path.name for path, _ in filed_parts(going.directory, ledger)]
+            ledger.forget(record.run_id)
+            assert [] == filed_parts(going.directory, ledger)
+
+    def test_files_that_were_given_back_are_no_dead_letters_when_the_ledger_is_lost(
+        self, going: Open, sqlite_uri: str
+    ) -> None:
+        """All events are delivered again; what MLflow has is not asked for."""
+        with delivering(going.directory, sqlite_uri, SMALL):
+            assert going.run.log_text("x", "folder/x.txt")
+            eventually(lambda: names(going.filed), 60)
+        shutil.rmtree(going.filed)
+        shutil.rmtree(going.directory.ledger)
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            going.end()
+            eventually(lambda: counters["runs_verified"], 60)
+        assert 0 == counters["dead_letters"]
+
+    def test_files_that_were_given_back_are_not_sent_again(self, going: Open, sqlite_uri: str) -> None:
+        """What MLflow lacks of the run needs a person then, and nothing becomes a dead letter."""
+        with delivering(going.directory, sqlite_uri, dataclasses.replace(SMALL, verify="full")) as counters:
+            going.log(10)
+            assert going.run.log_text("x", "x.txt")
+            eventually(lambda: names(going.filed), 60)
+            shutil.rmtree(going.filed)
+            lose(sqlite_uri, 5)
+            going.end()
+            eventually(lambda: counters["parked"], 60)
+        assert 0 == counters["dead_letters"]
+
+
+_KILLED = """
+import os, signal, sys
+from mlflow_outbox import MLflowTracker, Settings
+tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="none", settings=Settings())
+run = tracker.start_run("killed")
+run.log_metric("loss", 0.0, step=0)
+run.log_text("x" * 100_000, "x.txt")
+print(run.run_id, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_that_was_killed_is_read_back_filed_and_gone_on_with(
+    experiment_name: str, sqlite_uri: str, tmp_path: Path
+) -> None:
+    """It is given back like one that has ended; MLflow shows it as running, and who resumes it finds all of it."""
+    words = [sys.executable, "-c", _KILLED, experiment_name, sqlite_uri, str(tmp_path / "outbox")]
+    run_id = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True).stdout.strip()
+    directory = OutboxDirectory.open(outbox_of(tmp_path / "outbox"))
+    with delivering(directory, sqlite_uri, QUICK) as counters:
+        eventually(lambda: directory.run_ids() == [], 60)
+        assert 1 == counters["runs_verified"]
+        assert "RUNNING" == the_run(sqlite_uri, experiment_name).info.status
+        tracker = MLflowTracker(
+            experiment_name, sqlite_uri, outbox_dir=tmp_path / "outbox", worker="none", settings=QUICK
+        )
+        with tracker.start_run(run_id=run_id) as run:
+            run.log_metric("loss", 0.5, step=1)
+            eventually(lambda: counters["delivered"] >= 5, 60)
+            assert directory.run_ids()
+        eventually(lambda: directory.run_ids() == [], 60)
+        tracker.close(0)
+    held = the_run(sqlite_uri, experiment_name)
+    assert "FINISHED" == held.info.status
+    assert numbered(2) == points(sqlite_uri, held.info.run_id, "loss")
+    assert 0 == command("gc", "--older-than", "0", "-d", tmp_path / "outbox")
+    assert [] == directory.delivered_ids()
 
 
 class TestTrouble:

@@ -31,6 +31,7 @@ from mlflow_outbox_worker.database import Reader
 from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.room import bytes_that_may_go
 
 #: Events read at once.
 _WINDOW: Final = 20_000
@@ -127,7 +128,7 @@ def check_outbox(
     if repair:
         yield from _mend_ledger(directory, path)
     records: dict[str, RunRecord] = {}
-    yield from _ledger(path, records)
+    yield from _ledger(directory, path, records)
     yield from _journals(directory, records)
 
 
@@ -208,7 +209,7 @@ def _mend_ledger(directory: OutboxDirectory, path: Path) -> Iterator[Finding]:
         lease.release()
 
 
-def _ledger(path: Path, records: dict[str, RunRecord]) -> Iterator[Finding]:
+def _ledger(directory: OutboxDirectory, path: Path, records: dict[str, RunRecord]) -> Iterator[Finding]:
     try:
         if "" not in dbfile.look(path):
             yield Finding("ok", "ledger", "there is none yet; the first delivery makes it")
@@ -223,12 +224,16 @@ def _ledger(path: Path, records: dict[str, RunRecord]) -> Iterator[Finding]:
                 return
         with contextlib.closing(Ledger.open(path, read_only=True)) as ledger:
             records.update({record.run_id: record for record in ledger.records()})
-            letters = sum(1 for _ in ledger.dead_letters())
+            letters, delivered = sum(1 for _ in ledger.dead_letters()), 0
             bad = ledger.quarantined_rows
+            with contextlib.suppress(OSError):  # moved or reclaimed meanwhile
+                delivered = bytes_that_may_go(directory, ledger)
     except (LedgerUnavailable, OutboxUnusable) as error:
         yield Finding("bad", "ledger", f"{error}; try --repair when no worker runs")
         return
     yield Finding("ok", "ledger", f"it knows {count(len(records), 'run')} and {count(letters, 'dead letter')}")
+    if delivered:
+        yield Finding("ok", "directory", f"{size(delivered)} of it are delivered: gc gives them back, and want of room")
     if bad:
         yield Finding(
             "note",

@@ -9,6 +9,9 @@ Artifacts are told apart (``verification``). One that is absent is sent again li
 a file that it had taken looks like one in which somebody has deleted it, and a file too many does less harm. One that
 is another now is not, as it may be what somebody has put there since. What stays absent or other is counted and said,
 and parks no run.
+
+A run that was left by its programs, killed before they could end it, is read back, filed and reclaimed like any other.
+MLflow shows it as running, as it would without an outbox. Whoever goes on with it later finds it as one that has ended.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.writer import has_ended
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.courier import Turn
 from mlflow_outbox_worker.ledger import Ledger
@@ -63,7 +67,7 @@ def finish(
         record.state, record.verified_at_ms = "done", now_ms()
         ledger.commit(record)
         return True
-    if not record.ended:
+    if not record.ended and not _is_left(turn.reader):
         return True
     if not record.verified_at_ms:
         try:
@@ -93,6 +97,12 @@ def finish(
     record.state = "done"
     ledger.commit(record)
     return True
+
+
+def _is_left(reader: RunReader) -> bool:
+    """Return whether all programs that wrote to a run have ended."""
+    written = [segment for held in reader.segments().values() for segment in held]
+    return bool(written) and all(has_ended(segment.path, segment.header) for segment in written)
 
 
 def _said(altered: list[Altered], record: RunRecord, path: Path, counters: Counters) -> str:

@@ -8,9 +8,11 @@ An upload that a server fails to carry out is judged by whether it takes others 
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import unquote
 
 import msgspec
 
@@ -144,6 +146,8 @@ class Requests:
             return
         file = RunReader(*self._source.everywhere(record.run_id)).file(artifact.sha256)
         if not is_digest(artifact.sha256) or file.is_symlink() or not file.is_file():
+            if self._is_stored(record, path, artifact.size):
+                return
             refused.add(
                 artifact, self._own_letter(record, artifact, f"the copy of {printable(path)!r} is not in the outbox")
             )
@@ -160,6 +164,13 @@ class Requests:
             )
 
         self._store(record, artifact, refused, File("run", record.remote_id, file, attempt))
+
+    def _is_stored(self, record: RunRecord, path: str, size: int) -> bool:
+        """Return whether MLflow has a file whose copy is gone: it was delivered before the ledger was lost."""
+        if not record.adopted:
+            return False
+        held = ask("verify", lambda: self._sink.list_artifacts(record.remote_id, posixpath.dirname(path)))
+        return any(name in held and held[name] in {size, None} for name in (path, unquote(path)))
 
     def _store(self, record: RunRecord, event: Artifact | FileFor, refused: Refused, file: File) -> None:
         failed = self._obstacles.upload(event, record.run_id, file)

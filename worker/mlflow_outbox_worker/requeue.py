@@ -21,6 +21,7 @@ from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.copies import Copies
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.snapshots import has_all_copies
 from mlflow_outbox_worker.sources import Source
 
 #: The worker's note that ids which MLflow gave may have become others.
@@ -71,7 +72,7 @@ def _forget_ids(source: Source, ledger: Ledger, run_ids: Collection[str]) -> Non
 
 
 def is_whole(reader: RunReader, cursors: Mapping[str, Cursor]) -> bool:
-    """Return whether every segment of a run that its cursors have passed is still there.
+    """Return whether every segment of a run that its cursors have passed is still there, and every file they name.
 
     Args:
         reader: of all the run's directories.
@@ -82,7 +83,7 @@ def is_whole(reader: RunReader, cursors: Mapping[str, Cursor]) -> bool:
         there = {segment.header.ordinal for segment in segments.get(writer, ())}
         if not there.issuperset(range(cursor.ordinal + 1)):
             return False
-    return True
+    return has_all_copies(reader)
 
 
 def bring_back(directory: OutboxDirectory, run_id: str) -> None:

@@ -11,6 +11,10 @@ never asks for files of a run that is done.
 A file is only ever deleted by its exact name and only if its segment is one that the cursor has passed. Nothing is
 deleted by age or by a directory's name alone, and nothing that is being written.
 
+The copies of logged files that are delivered (``snapshots``) are filed with the segments of a run that goes on, while
+nobody is in the middle of logging a file to it. They are looked at once more before they are deleted: the ledger may
+have been lost since, and then their events are delivered again.
+
 A disk can be so full that there is no room to make the directory for a run that is to be filed. Then its segments,
 which are delivered, are not kept but deleted, as ``room`` would do with them a moment later.
 """
@@ -31,7 +35,9 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requeue import MOVED
+from mlflow_outbox_worker.snapshots import passed_copies
 
 #: Seconds for which an id that MLflow can name itself is remembered after its run was reclaimed: a month.
 _REMEMBERED: Final = 30 * 24 * 3600.0
@@ -54,17 +60,25 @@ def passed_segments(reader: RunReader, cursors: Mapping[str, Cursor]) -> list[Pa
     ]
 
 
-def file_segments(
-    directory: OutboxDirectory, ledger: Ledger, run_id: str, passed: Sequence[Path], counters: Counters
+def file_passed(
+    directory: OutboxDirectory,
+    ledger: Ledger,
+    record: RunRecord,
+    passed: Sequence[Path],
+    counters: Counters,
+    *,
+    copies: bool,
 ) -> bool:
-    """Move segments that its cursors have passed to ``delivered``, while the run goes on.
+    """Move segments that its cursors have passed, and copies that are delivered, to ``delivered``: the run goes on.
 
     Args:
         directory: the outbox.
         ledger: says what is delivered, and is made durable first.
-        run_id: the run.
+        record: of the run, as the ledger has it.
         passed: from ``passed_segments``.
         counters: counts what there was no room to keep.
+        copies: whether there are copies to move; which, is found out when nobody can log one. They stay as long as
+            somebody does.
 
     Returns:
         False when the ledger could not be made durable first.
@@ -74,12 +88,19 @@ def file_segments(
     """
     if not ledger.checkpoint():
         return False
-    target = _target(directory, run_id)
-    if target is None:
-        _delete(passed, directory, counters)
+    target = _made(directory, directory.delivered / record.run_id)
+    _move(passed, target, directory, counters)
+    if not copies:
         return True
-    for path in passed:
-        os.rename(path, target / path.name)
+    source = directory.run(record.run_id)
+    with snapshot.alone(source / "files") as alone:
+        if not alone:
+            return True
+        letters = list(ledger.dead_letters(record.run_id))
+        free = passed_copies(source / "files", RunReader(source), record.cursors, letters)
+        _move(free, target and _made(directory, target / "files"), directory, counters)
+        for name in filter(snapshot.is_draft, os.listdir(source / "files")):
+            os.unlink(source / "files" / name)  # its writer died, for nobody else is there
     return True
 
 
@@ -133,14 +154,14 @@ def _file_run(
     if reader.bad_headers():
         return False  # a person may want to look; doctor names it
     paths = [segment.path for held in reader.segments().values() for segment in held]
-    target = _target(directory, run_id)
+    target = _made(directory, directory.delivered / run_id)
     if target is None:
         if run_id in ledger.dead_letter_counts():
             return False
         _delete(paths, directory, counters)
         paths = []
         # Copied files are never deleted here: a run that goes on just now may name one that is among them.
-        target = _target(directory, run_id) if files else None
+        target = _made(directory, directory.delivered / run_id) if files else None
     if target is not None:
         if files:
             _move_content(source / "files", target / "files")
@@ -199,23 +220,38 @@ def reclaim(
     return gone
 
 
-def reclaim_segments(directory: OutboxDirectory, *, before_ms: int, failed: Callable[[OSError], None]) -> None:
-    """Delete segments that were filed before a time of runs that go on.
+def reclaim_parts(
+    directory: OutboxDirectory,
+    ledger: Ledger,
+    *,
+    before_ms: int,
+    failed: Callable[[OSError], None],
+    dry_run: bool = False,
+) -> int:
+    """Delete segments and copies that were filed before a time of runs that go on; return how many bytes they have.
 
     Args:
         directory: the outbox.
+        ledger: of its worker.
         before_ms: wall-clock milliseconds.
-        failed: told of each segment that cannot be deleted.
+        failed: told of each file that cannot be deleted.
+        dry_run: only return what would go.
 
     Raises:
+        LedgerUnavailable: the ledger cannot be read now.
         OSError: what is there cannot be listed.
     """
-    for path, found in filed_segments(directory):
+    size = 0
+    for path, found in filed_parts(directory, ledger):
         if max(found.st_mtime, found.st_ctime) * 1000 < before_ms:  # the latter is when it was moved there
             try:
-                os.unlink(path)
+                if not dry_run:
+                    os.unlink(path)
             except OSError as error:
                 failed(error)
+            else:
+                size += found.st_size
+    return size
 
 
 def retire(directory: OutboxDirectory, ledger: Ledger, *, now: float) -> int:
@@ -255,8 +291,13 @@ def retire(directory: OutboxDirectory, ledger: Ledger, *, now: float) -> int:
     return number
 
 
-def filed_segments(directory: OutboxDirectory) -> list[tuple[Path, os.stat_result]]:
-    """Return the filed segments of runs that go on."""
+def filed_parts(directory: OutboxDirectory, ledger: Ledger) -> list[tuple[Path, os.stat_result]]:
+    """Return the filed segments of runs that go on, and the copies filed with them that may go.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be read now.
+        OSError: what is there cannot be listed.
+    """
     result = []
     for run_id in directory.delivered_ids():
         if not directory.run(run_id).exists():
@@ -267,6 +308,14 @@ def filed_segments(directory: OutboxDirectory) -> list[tuple[Path, os.stat_resul
                 for entry in entries
                 if entry.name.endswith(".log")
             ]
+        record = ledger.record(run_id)
+        if record is None:
+            continue
+        letters = list(ledger.dead_letters(run_id))
+        reader = RunReader(directory.run(run_id))
+        for path in passed_copies(directory.delivered / run_id / "files", reader, record.cursors, letters):
+            with contextlib.suppress(FileNotFoundError):
+                result.append((path, os.stat(path, follow_symlinks=False)))
     return result
 
 
@@ -286,9 +335,8 @@ def reclaimable(directory: OutboxDirectory, ledger: Ledger) -> list[tuple[str, i
     return found
 
 
-def _target(directory: OutboxDirectory, run_id: str) -> Path | None:
-    """Return the directory in which a run is filed, made if need be; None when the disk has no room for it."""
-    target = directory.delivered / run_id
+def _made(directory: OutboxDirectory, target: Path) -> Path | None:
+    """Return a directory in which something is filed, made if need be; None when the disk has no room for it."""
     try:
         os.mkdir(target, 0o700)
     except OSError:  # for want of room too: not every file system says so, and SFTP then says that it exists
@@ -298,6 +346,15 @@ def _target(directory: OutboxDirectory, run_id: str) -> Path | None:
             raise
         return None
     return target
+
+
+def _move(paths: Sequence[Path], target: Path | None, directory: OutboxDirectory, counters: Counters) -> None:
+    """Move files that are delivered; without a target they are deleted."""
+    if target is None:
+        _delete(paths, directory, counters)
+        return
+    for path in paths:
+        os.rename(path, target / path.name)
 
 
 def _delete(paths: Sequence[Path], directory: OutboxDirectory, counters: Counters) -> None:

@@ -2,8 +2,9 @@
 
 Delivered runs are kept for the retention time as a courtesy. When the disk has less than ``free_bytes`` left, or the
 outbox holds more than ``outbox_bytes``, the experiment's new events are refused, and then they are worth more: the
-delivered runs go, the one first that was verified first, and after them the filed segments of runs that go on. All of
-them are behind a checkpoint of the ledger (``retention``), so whatever the ledger forgets, it never asks for them.
+delivered runs go, the one first that was verified first, and after them the filed segments and copies of runs that go
+on. All of them are behind a checkpoint of the ledger (``retention``), so whatever the ledger forgets, it never asks for
+them.
 A run with dead letters stays, because a person may still send those.
 """
 
@@ -25,7 +26,7 @@ from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
-from mlflow_outbox_worker.retention import filed_segments, gave_way, reclaimable
+from mlflow_outbox_worker.retention import filed_parts, gave_way, reclaimable
 
 #: Seconds between two measurements of the outbox, at least, and how many times as long as one takes.
 _MEASURE: Final = 5.0
@@ -148,24 +149,41 @@ class Room:
         return used - most + most // 10 if used >= most else 0
 
 
+def bytes_that_may_go(directory: OutboxDirectory, ledger: Ledger) -> int:
+    """Return how many bytes of an outbox are delivered and give way.
+
+    Args:
+        directory: the outbox.
+        ledger: of its worker.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be read now.
+        OSError: what is there cannot be listed.
+    """
+    return sum(map(_size, _delivered(directory, ledger)))
+
+
 def _delivered(directory: OutboxDirectory, ledger: Ledger) -> Iterator[Path]:
-    """Yield what may go, in the order in which it goes: whole runs, then segments."""
+    """Yield what may go, in the order in which it goes: whole runs, then segments and copies."""
     done = sorted((verified_ms, run_id) for run_id, verified_ms in reclaimable(directory, ledger))
     for _, run_id in done:
         yield directory.delivered / run_id
-    yield from (path for _, path in sorted((found.st_mtime_ns, path) for path, found in filed_segments(directory)))
+    parts = filed_parts(directory, ledger)
+    yield from (path for _, path in sorted((found.st_mtime_ns, path) for path, found in parts))
 
 
 def _remove(path: Path) -> int:
-    """Delete a run's directory or a segment and return how many bytes that freed."""
-    if not path.is_dir():
-        size = os.stat(path, follow_symlinks=False).st_size
+    """Delete a run's directory, a segment or a copy, and return how many bytes that freed."""
+    size = _size(path)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
         os.unlink(path)
-        return size
-    size = sum(
-        os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
-        for folder, _, names in os.walk(path)
-        for name in names
-    )
-    shutil.rmtree(path)
     return size
+
+
+def _size(path: Path) -> int:
+    files = [path]
+    if path.is_dir():
+        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    return sum(os.stat(file, follow_symlinks=False).st_size for file in files)

@@ -29,6 +29,7 @@ from mlflow_outbox.settings import state_directory
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.private import create_private, sync_directory
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox_worker.bundle import (
     BundledRun,
     Manifest,
@@ -45,6 +46,7 @@ from mlflow_outbox_worker.bundle import (
 
 _CHUNK: Final = 1024 * 1024
 _STAGING: Final = ".import-"
+_FILES: Final = "files/"
 
 #: What an import did with a run: it is new, it got something it lacked, or it had everything.
 Imported = Literal["new", "completed", "unchanged"]
@@ -147,7 +149,7 @@ def _lacking(run: BundledRun, staging: Path, directory: OutboxDirectory) -> list
     segments: list[str] = []
     for member in run.members:
         held = next((place / member.name for place in places if os.path.lexists(place / member.name)), None)
-        if member.name.startswith("files/"):
+        if member.name.startswith(_FILES):
             files += [member.name] if held is None else []
         elif held is None or _is_beginning(held, staging / run.run_id / member.name):
             segments.append(member.name)
@@ -177,13 +179,15 @@ def _publish(run: BundledRun, lacking: list[str] | None, staging: Path, director
         return "new"
     if not lacking:
         return "unchanged"
-    for place in (target, target / "files"):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(place, 0o700)
-    for name in lacking:
-        os.rename(source / name, target / name)
-    sync_directory(target / "files")
-    sync_directory(target)
+    with SnapshotStore(target).held():  # a worker must not take a file for delivered before the segment is there
+        if any(not name.startswith(_FILES) for name in lacking):
+            # Also those that are filed, which give way: a segment that comes may name them.
+            files = (member.name for member in run.members if member.name.startswith(_FILES))
+            lacking = [*(name for name in files if not os.path.lexists(target / name)), *lacking]
+        for name in dict.fromkeys(lacking):
+            os.rename(source / name, target / name)
+        sync_directory(target / "files")
+        sync_directory(target)
     return "completed"
 
 

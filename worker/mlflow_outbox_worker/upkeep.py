@@ -5,12 +5,13 @@ other runs are seen to all the same.
 
 * A run that is delivered and read back is filed whole. Of one that goes on the segments that its cursors have passed
   are filed as it goes, also while there is more to send, at a rate at which the checkpoint that comes before costs
-  nothing. So all that is delivered of it, but the segment that is being written, is there to make room.
+  nothing; and the copies of its files that are delivered, once there is nothing more to send. So all that is
+  delivered of it, but the segment that is being written, is there to make room.
 * Where the ledger cannot be brought into its main file just now (somebody reads it), something new has come in
   meanwhile, or a file cannot be moved, the next try comes after a pause, doubled each time up to minutes.
-* Runs go when the retention time has passed since they were read back, segments of runs that go on when it has
-  passed since they were filed. Where there is no room they go earlier (``room``). What the ledger holds of a run goes
-  after its files, whoever has deleted these.
+* Runs go when the retention time has passed since they were read back, segments and copies of runs that go on when it
+  has passed since they were filed. Where there is no room they go earlier (``room``). What the ledger holds of a run
+  goes after its files, whoever has deleted these.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.courier import Turn
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.retention import (
+    file_passed,
     file_run,
-    file_segments,
     passed_segments,
     reclaim,
-    reclaim_segments,
+    reclaim_parts,
     retire,
 )
 from mlflow_outbox_worker.room import Room
+from mlflow_outbox_worker.snapshots import copies_to_file
 
 #: Seconds between two rounds of reclaiming what is past retention.
 _RECLAIM: Final = 300.0
@@ -100,7 +102,7 @@ class Upkeep:
         before_ms = self._now_ms() - int(self._settings.retention * 1000)
         try:
             reclaim(self._directory, ledger, before_ms=before_ms, failed=self._stays)
-            reclaim_segments(self._directory, before_ms=before_ms, failed=self._stays)
+            reclaim_parts(self._directory, ledger, before_ms=before_ms, failed=self._stays)
             retire(self._directory, ledger, now=self._now_ms() / 1000)
         except OSError as error:
             self._stays(error)
@@ -132,7 +134,8 @@ class Upkeep:
             return 0.0
         done = record.state == "done" and any(folder.is_dir() for folder in turn.reader.paths)
         passed = [] if done else passed_segments(turn.reader, record.cursors)
-        if not done and not passed:
+        copies = [] if done or turn.progress == "more" else copies_to_file(directory, ledger, record, turn.reader)
+        if not done and not passed and not copies:
             return 0.0
         now = self._clock()
         due, pause = self._filings.get(record.run_id, (now, 0.0))
@@ -142,7 +145,7 @@ class Upkeep:
             if done:
                 filed = file_run(directory, ledger, record.run_id, record.cursors, self._counters)
             else:
-                filed = file_segments(directory, ledger, record.run_id, passed, self._counters)
+                filed = file_passed(directory, ledger, record, passed, self._counters, copies=bool(copies))
         except LedgerCorrupt:
             raise
         except (LedgerUnavailable, OSError) as error:
@@ -158,6 +161,6 @@ class Upkeep:
         self._room.filed()
         if done:
             self._filings.pop(record.run_id, None)
-        else:
-            self._filings[record.run_id] = now + _FILE, 0.0
-        return 0.0
+            return 0.0
+        self._filings[record.run_id] = now + _FILE, 0.0
+        return _FILE if copies else 0.0  # they stay where they are while one is being logged

@@ -210,3 +210,10 @@ def points_of(event: Event) -> int:
     if type(event) is Metric:
         return 1
     return len(event.values) if type(event) is Metrics else 0
+
+
+def digest_of(event: Event) -> str:
+    """Return the hex digest of the copied file that an event names; "" for one that names none."""
+    if isinstance(event, (Artifact, FileFor)):
+        return event.sha256
+    return event.kept if isinstance(event, Request) else ""

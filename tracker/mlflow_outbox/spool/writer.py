@@ -77,6 +77,18 @@ def is_gone(path: Path, header: SegmentHeader, settle: float) -> bool:
     return state.idle > _SURELY * settle or _unchanged(path) > settle
 
 
+def has_ended(path: Path, header: SegmentHeader) -> bool:
+    """Return whether the program that wrote a segment has ended; one of which that cannot be told has not.
+
+    Args:
+        path: the segment.
+        header: its header.
+    """
+    if is_network(path.parent) or header.host != os.uname().nodename or is_being_written(path):
+        return False
+    return header.boot_id != boot_id() or not _is_alive(header.pid)
+
+
 def is_closed(path: Path, header: SegmentHeader) -> bool:
     """Return whether a segment ends with the frame by which its writer says that the run's journal is closed."""
     try:
@@ -119,6 +131,16 @@ def _unchanged(path: Path) -> float:
         while len(_seen) > _REMEMBERED:
             _seen.popitem(last=False)
     return now - held[1]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's by now
+        return True
+    return True
 
 
 def _idle(path: Path, now: float | None) -> float:

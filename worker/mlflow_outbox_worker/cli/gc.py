@@ -1,4 +1,8 @@
-"""``mlflow-outbox gc``: give back the space of what is delivered, read back and past its retention time."""
+"""``mlflow-outbox gc``: give back the space of what is delivered, read back and past its retention time.
+
+Of runs that go on, or that were left by a program that died, it gives back what is delivered as a worker does: it files
+that first, if there is room to open the ledger for it, and what is filed goes when it is old enough.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,24 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import click
 
-from mlflow_outbox.counters import printable
+from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable, OutboxUnusable
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from mlflow_outbox.settings import Settings
+    from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox_worker.records import RunRecord
 
 _SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|)")
 _SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
@@ -45,7 +56,8 @@ def gc(
 ) -> int:
     """Delete runs that are delivered, read back and kept long enough; say what that freed.
 
-    A run goes only when MLflow was asked and holds all of it. A worker does the same every few minutes by itself.
+    A run goes only when MLflow was asked and holds all of it; of one that goes on, segments and files that are
+    delivered do. A worker does the same every few minutes by itself.
 
     \b
     Examples:
@@ -55,11 +67,10 @@ def gc(
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     keep = settings.retention if older_than is None else seconds_of(older_than)
-    before_ms = time.time_ns() // 1_000_000 - int(keep * 1000)
     codes, freed_of = [], []
     for directory in outboxes.open_all(settings):
         from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
-        from mlflow_outbox_worker.retention import reclaim, retire
+        from mlflow_outbox_worker.retention import reclaim, reclaim_parts, retire
 
         name = printable(directory.path.name)
         lease = lease_of(directory, "command")
@@ -72,11 +83,15 @@ def gc(
             continue
         stays: list[OSError] = []
         try:
+            unfiled = _file(directory, settings, stays.append, dry_run=dry_run)
+            before_ms = time.time_ns() // 1_000_000 - int(keep * 1000)
             # Only read: with zero bytes free there is not even room to open it for more.
             with outboxes.ledger_of(directory, settings) as ledger:
                 would = reclaim(directory, ledger, before_ms=before_ms, failed=stays.append, dry_run=True)
                 sizes = {run_id: _bytes(directory.delivered / run_id) for run_id in would}
                 gone = would if dry_run else reclaim(directory, ledger, before_ms=before_ms, failed=stays.append)
+                parts = reclaim_parts(directory, ledger, before_ms=before_ms, failed=stays.append, dry_run=dry_run)
+                parts += unfiled if keep == 0 else 0
             if gone and not dry_run:
                 # With no room for that, a worker does it later.
                 with (
@@ -90,14 +105,15 @@ def gc(
             continue
         finally:
             lease.release()
-        freed = sum(sizes.get(run_id, 0) for run_id in gone)
+        freed = sum(sizes.get(run_id, 0) for run_id in gone) + parts
         if terminal.is_verbose():
             for run_id in gone:
                 terminal.say(f"{run_id}  {terminal.size(sizes.get(run_id, 0))}")
         kept = len(directory.delivered_ids()) - (len(gone) if dry_run else 0)
         verb = "would free" if dry_run else "freed"
+        of = terminal.count(len(gone), "run") + (" and of runs that go on" if parts else "")
         stay = f"{terminal.count(kept, 'delivered run')} kept"
-        terminal.say(f"{name}: {verb} {terminal.size(freed)} of {terminal.count(len(gone), 'run')}; {stay}")
+        terminal.say(f"{name}: {verb} {terminal.size(freed)} of {of}; {stay}")
         freed_of.append({"path": str(directory.path), "runs": gone, "bytes": freed, "kept": kept, "dry_run": dry_run})
         for trouble in stays:
             terminal.error(f"{name}: {printable(str(trouble))}")
@@ -105,6 +121,41 @@ def gc(
     if as_json:
         terminal.raw(json.dumps(freed_of, indent=2))
     return most_urgent(codes)
+
+
+def _file(directory: OutboxDirectory, settings: Settings, failed: Callable[[OSError], None], *, dry_run: bool) -> int:
+    """File what is delivered of runs that go on, as a worker does; return how many bytes a dry run has left unfiled."""
+    from mlflow_outbox_worker.retention import file_passed, passed_segments
+    from mlflow_outbox_worker.snapshots import copies_to_file
+
+    found: list[tuple[RunRecord, list[Path], list[Path]]] = []
+    with outboxes.ledger_of(directory, settings) as ledger:
+        for run_id in directory.run_ids():
+            record = ledger.record(run_id)
+            if record is None or record.state == "done":
+                continue
+            try:
+                reader = RunReader(directory.run(run_id))
+                copies = copies_to_file(directory, ledger, record, reader)
+                found.append((record, passed_segments(reader, record.cursors), copies))
+            except OSError as error:
+                failed(error)
+    found = [part for part in found if any(part[1:])]
+    if not found:
+        return 0
+    if dry_run:
+        return sum(_size(path) for _, passed, copies in found for path in (*passed, *copies))
+    # With no room to open it for more, a worker does it later.
+    with (
+        contextlib.suppress(LedgerUnavailable, OutboxUnusable),
+        outboxes.ledger_of(directory, settings, write=True) as whole,
+    ):
+        for record, passed, copies in found:
+            try:
+                file_passed(directory, whole, record, passed, Counters(), copies=bool(copies))
+            except OSError as error:
+                failed(error)
+    return 0
 
 
 def seconds_of(text: str) -> float:
@@ -126,11 +177,11 @@ def seconds_of(text: str) -> float:
 
 
 def _bytes(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
-            except OSError:
-                continue  # gone meanwhile
-    return total
+    return sum(_size(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return 0  # gone meanwhile
