@@ -120,7 +120,7 @@ def test_what_is_delivered_of_a_run_without_an_end_goes_too(here: Here, tmp_path
     assert 2 == len(list(files.iterdir()))
     assert "would free 100 kB of 0 runs and of runs that go on" in told.out
     assert 0 == here("gc", "-d", tmp_path).code, "filed, and kept for the retention time"
-    assert "100,000 bytes of it are delivered" in here("doctor", "--offline", "-d", tmp_path).out
+    assert "100 kB of it are delivered" in here("doctor", "--offline", "-d", tmp_path).out
     (done,) = here("gc", "--older-than", "0", "-d", tmp_path, "--json").data
     assert 100_000 == done["bytes"]
     assert ["y" * 1000] == [path.read_text() for path in files.iterdir()]

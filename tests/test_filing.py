@@ -91,7 +91,7 @@ def test_a_file_that_is_logged_after_the_end_is_kept_while_its_run_is_filed(tmp_
         filing.result()
     assert kit.outbox.delivered_ids()
     reader = RunReader(kit.outbox.run(RUN), kit.outbox.delivered / RUN)
-    named = [event.sha256 for event in reader.each(Artifact, {})]
+    named = [event.sha256 for _, event in reader.each(Artifact, {})]
     assert 200 == len(named) == sum(reader.file(digest).is_file() for digest in named)
 
 

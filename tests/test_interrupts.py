@@ -111,7 +111,7 @@ def test_an_interrupt_in_an_object_that_is_logged_reaches_the_program(
 
 
 @pytest.mark.parametrize("kind", [TimeoutError, Limit, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["open", "read", "rename", "mkdir", "fstat", "scandir"])
+@pytest.mark.parametrize("place", ["open", "read", "link", "mkdir", "fstat", "scandir"])
 def test_an_interrupt_while_files_are_copied_reaches_the_program(
     place: str, kind: type[BaseException], kit: Kit, install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

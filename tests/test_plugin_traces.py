@@ -166,7 +166,7 @@ def test_changes_of_a_trace_follow_it_however_many_wait(experiment_name: str, tm
         rooms = {
             (request.operation, codec.loads(request.arguments).get("trace_id")): run.name
             for run in store(NOWHERE).outbox.directory.runs.iterdir()
-            for request in RunReader(run).each(Request, {})
+            for _, request in RunReader(run).each(Request, {})
         }
         room = provisional.room_of(number)
         assert [room, room] == [rooms["set_trace_tag", ids[0]], rooms["delete_trace_tag", ids[1]]]

@@ -232,5 +232,5 @@ def _artifacts(found: Held, folder: Path) -> None:
     if not folder.is_dir():
         return
     for name in os.listdir(folder):
-        if name[0] == "a" and name.endswith(".txt"):
+        if name[0] == "a" and name.endswith(".txt") and name[1:-4].isdigit():  # others have other names (F91)
             found._take(int(name[1:-4]), (folder / name).read_text(), "artifact")

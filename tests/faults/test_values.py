@@ -194,7 +194,7 @@ def test_files_of_any_path_are_inside_the_run_s_folder_or_nowhere(
                 checked_text("path", path, "tag")
             except EventRefused:
                 continue
-            sha = run._files._store().add_bytes(b"forged", limit=10).sha256
+            sha = run._files._store(run._files._journal).add_bytes(b"forged", limit=10).sha256
             forged.add(path)
             assert run._keep(Artifact(path, sha, 6, 1))
             row.done()

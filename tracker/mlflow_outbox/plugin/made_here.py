@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.store.tracking import SEARCH_LOGGED_MODEL_MAX_RESULTS_DEFAULT
 from mlflow.utils.search_utils import SearchLoggedModelsUtils
@@ -172,9 +173,13 @@ def _named(store: Base, page: PagedList, wanted: list[str]) -> PagedList:
 
 def _names_metrics(filter_string: str | None, order_by: list[dict[str, Any]] | None) -> bool:
     """Return whether a search needs metrics of models, which any run may have logged: only the server has them all."""
-    return any(
-        clause["type"] == "metric" for clause in SearchLoggedModelsUtils.parse_search_filter(filter_string)
-    ) or any(str(order.get("field_name", "")).startswith("metrics.") for order in order_by or ())
+    try:
+        clauses = SearchLoggedModelsUtils.parse_search_filter(filter_string)
+    except MlflowException:  # no filter; what is to be said of the server comes first
+        clauses = []
+    return any(clause["type"] == "metric" for clause in clauses) or any(
+        str(order.get("field_name", "")).startswith("metrics.") for order in order_by or ()
+    )
 
 
 def _remote(store: Base, experiment_id: str) -> str:

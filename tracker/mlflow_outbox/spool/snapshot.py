@@ -38,6 +38,7 @@ from urllib.parse import unquote
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool import descriptors
 from mlflow_outbox.spool.private import create_private, sync_directory
 
@@ -260,7 +261,8 @@ class SnapshotStore:
         place = self.path / sha256
         try:
             os.link(draft, place)
-        except OSError:  # there is one, or the file system knows no links
+        except OSError as error:  # there is one, or the file system knows no links
+            forward(error)
             os.rename(draft, place)
         else:
             hold.made(sha256, os.stat(place, follow_symlinks=False))
