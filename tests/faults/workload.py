@@ -227,9 +227,11 @@ def deliver(
 
     def watch() -> None:
         deadline = time.monotonic() + seconds
-        while not found[0] and not over.wait(0.02) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # where the disk fails, a look may fail too
                 found[0] = done(delivery, directory)
+            if found[0] or over.wait(0.02):
+                break
         delivery.stop()
 
     watcher = threading.Thread(target=watch, daemon=True)
