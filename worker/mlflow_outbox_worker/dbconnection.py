@@ -212,6 +212,9 @@ def translated(path: Path) -> Iterator[None]:
     except (PermissionError, NotADirectoryError) as error:
         msg = f"the ledger {path} cannot be made or used: {error}"
         raise OutboxUnusable(msg) from error
+    except UnicodeDecodeError as error:  # of a text in the schema, of which sqlite3 makes no error of its own
+        msg = f"the ledger {path} is damaged: {error}"
+        raise LedgerCorrupt(msg) from error
     except (sqlite3.Error, diskcache.Timeout, OSError) as error:
         cause: BaseException = error
         # diskcache hides whatever kept a transaction from beginning behind Timeout, and SQLite's first error
