@@ -20,6 +20,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric, SegmentClosed, encode
 from mlflow_outbox.spool.frame import SegmentHeader, pack, pack_header
 from mlflow_outbox.spool.tally import Tally, refused
+from mlflow_outbox_worker import thread
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import DestinationNote, Notes, Pace, destination_note, noted_pace
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
@@ -106,8 +107,9 @@ def test_it_counts_while_a_program_logs(here: Here, tmp_path: Path) -> None:
     tracker.close()
 
 
-def test_who_delivers_and_why_nothing_arrives(here: Here, tmp_path: Path) -> None:
+def test_who_delivers_and_why_nothing_arrives(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the experiment's worker meets a server that is down, status names the worker and the error."""
+    monkeypatch.setattr(thread, "is_mlflow_imported", lambda: True)  # so that this process delivers, and no child
     tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, settings=QUICK)
     tracker.start_run().log_metric("loss", 1.0)
 
