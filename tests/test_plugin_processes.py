@@ -151,12 +151,12 @@ def test_a_program_that_is_interrupted_ends_by_the_signal(
 ) -> None:
     """Shells show that as 130, and loops of scripts end by it too; its run is delivered as failed all the same."""
     text = textwrap.dedent(f"""
-        import os, signal, time
+        import os, signal
         mlflow.set_experiment({experiment_name!r})
         with mlflow.start_run(run_name="interrupted"):
             mlflow.log_metric("m", 1.0)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)
+            signal.pause()
     """)
     child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"{prefix}{mlflow_server.url}")
     output, _ = child.communicate(timeout=60)
