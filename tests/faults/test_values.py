@@ -20,6 +20,7 @@ from faults.oracle import held
 from faults.table import Row
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.errors import EventRefused, InvalidEvent
+from mlflow_outbox.spool.enclosure import store_of
 from mlflow_outbox.spool.events import Artifact
 from mlflow_outbox.spool.snapshot import checked_artifact_path
 from mlflow_outbox.validation import checked_text
@@ -194,7 +195,7 @@ def test_files_of_any_path_are_inside_the_run_s_folder_or_nowhere(
                 checked_text("path", path, "tag")
             except EventRefused:
                 continue
-            sha = run._files._store(run._files._journal).add_bytes(b"forged", limit=10).sha256
+            sha = store_of(run._files._journal, "interval").add_bytes(b"forged", limit=10).sha256
             forged.add(path)
             assert run._keep(Artifact(path, sha, 6, 1))
             row.done()

@@ -19,6 +19,7 @@ from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.jsontext import Reader
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.enclosure import append_enclosing
 from mlflow_outbox.spool.events import Artifact
 from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore, checked_artifact_path, size_of
 
@@ -31,7 +32,6 @@ class RunFiles:
 
     Args:
         journal: the run's; None keeps nothing. What it refuses it has counted.
-        run_id: the run's id in the outbox.
         settings: sync level, and bytes that all copies together may have.
         now_ms: wall-clock milliseconds since the epoch, for the event.
         unreadable: told what is left out of a document, and why.
@@ -40,13 +40,11 @@ class RunFiles:
     def __init__(
         self,
         journal: Journal | None,
-        run_id: str,
         settings: Settings,
         now_ms: Callable[[], int],
         unreadable: Callable[[str, str], object],
     ) -> None:
         self._journal = journal
-        self._run_id = run_id
         self._settings = settings
         self._now_ms = now_ms
         self._unreadable = unreadable
@@ -116,27 +114,12 @@ class RunFiles:
         )
 
     def _log(self, target: str, size: int, copy: Callable[[SnapshotStore, Hold], Snapshot]) -> bool:
-        journal = self._journal
-        if journal is None or not journal.takes(size):
+        if self._journal is None:
             return False
-        store = self._store(journal)
-        with store.held() as hold:
-            kept = copy(store, hold)
-            if self._settings.sync == "interval":
-                journal.sync_later(store, kept.sha256)
-            if not journal.append(Artifact(target, kept.sha256, kept.size, self._now_ms())):
-                hold.discard(kept.sha256)
-                return False
-            journal.keep_held(hold)
-        return True
-
-    def _store(self, journal: Journal) -> SnapshotStore:
-        try:
-            folder = journal.directory.make_run(self._run_id)
-        except OSError as error:
-            msg = f"the outbox has no room for files: {error.strerror or error}"
-            raise ArtifactRefused("no_room_for_file", msg) from None
-        return SnapshotStore(folder, durable=self._settings.sync == "always")
+        return append_enclosing(
+            *(self._journal, self._settings.sync, size, copy),
+            lambda kept: Artifact(target, kept.sha256, kept.size, self._now_ms()),
+        )
 
 
 def files_below(

@@ -70,7 +70,7 @@ class Run:
         self._entries = Entries(self._refusals)
         self._keys = self._entries.keys
         self._good = self._entries.good  # held like _append_event below: a look-up less in each call
-        self._files = RunFiles(journal, run_id, settings, self._now_ms, self._doubts.unreadable)
+        self._files = RunFiles(journal, settings, self._now_ms, self._doubts.unreadable)
         self._append_event = journal.append if journal is not None else _append_nowhere
         if journal is not None:  # a run that is dropped and not ended gives its descriptor back all the same
             weakref.finalize(self, journal.leave).atexit = False

@@ -13,6 +13,7 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import frame, provisional
+from mlflow_outbox.spool.enclosure import append_enclosing
 from mlflow_outbox.spool.events import Event, Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
@@ -65,22 +66,7 @@ class OpenRun:
         Raises:
             ArtifactRefused: it cannot be copied.
         """
-        if not self.journal.takes(size):
-            return False
-        settings = self._outbox.settings
-        try:
-            store = SnapshotStore(self.journal.directory.make_run(self.run_id), durable=settings.sync == "always")
-        except OSError as error:
-            raise ArtifactRefused("no_room_for_file", str(error)) from None
-        with store.held() as hold:
-            kept = copy(store, hold)
-            if settings.sync == "interval":
-                self.journal.sync_later(store, kept.sha256)
-            if not self.append(event(kept)):
-                hold.discard(kept.sha256)
-                return False
-            self.journal.keep_held(hold)
-        return True
+        return append_enclosing(self.journal, self._outbox.settings.sync, size, copy, event)
 
     def request(self, operation: str, *, known: str = "", **arguments: Any) -> None:
         """Write a call of the tracking store.
