@@ -65,3 +65,29 @@ def test_import_creation_and_logging_load_nothing_heavy_and_change_nothing(tmp_p
     )
     seen = json.loads(output.stdout)
     assert {"created": [], "logged": [], "threads": 1, "same": True} == seen
+
+
+_BOTH = """
+import sys, threading
+
+def program():
+    import mlflow
+    print("program", mlflow.__name__)
+
+thread = threading.Thread(target=program)
+thread.start()
+while "mlflow" not in sys.modules:
+    pass
+from mlflow_outbox_worker.mlflow_sink import open_sink
+print("delivery", open_sink("http://127.0.0.1:9").parallel)
+thread.join()
+"""
+
+
+def test_mlflow_can_be_imported_by_the_program_while_delivery_wants_it(tmp_path: Path) -> None:
+    """Each has all of it, whoever came first; neither meets half of a module."""
+    output = subprocess.run(
+        [sys.executable, "-c", _BOTH], capture_output=True, check=False, timeout=120, text=True, cwd=tmp_path
+    )
+    assert "" == output.stderr
+    assert ["delivery True", "program mlflow"] == sorted(output.stdout.splitlines())

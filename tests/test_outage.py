@@ -19,6 +19,7 @@ from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import Action, FaultProxy
 from mlflow_outbox_worker import upkeep
 from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.thread import ThreadWorker
 from servers import MlflowServer, eventually
 from workers import delivering
@@ -203,6 +204,34 @@ def test_a_run_that_has_nothing_to_send_does_not_call_a_server_that_is_away_back
     assert 1 == sum("does not take events now" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize(("failures", "states"), [(2, {"ok"}), (9, {"parked"})], ids=["now and then", "always"])
+def test_an_import_that_fails_is_tried_again_before_a_person_is_asked(
+    failures: int, states: set[str], mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Another thread may have been importing MLflow; what is broken for good is said."""
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    with tracker.start_run("run") as run:
+        assert run.log_metric("loss", 0.5)
+    tracker.close(0)
+    assert tracker.outbox_path is not None
+    left = iter(range(failures))
+
+    def open_(uri: str, **given: Any) -> Any:
+        if next(left, None) is not None:
+            raise ImportError("cannot import name 'EvaluationDataset' from 'mlflow.entities'")
+        return open_sink(uri, **given)
+
+    directory, counters = OutboxDirectory.open(tracker.outbox_path), Counters()
+    delivery = Delivery(directory, resolve(mlflow_server.url), QUICK, counters, kind="thread", open_sink=open_)
+    worker = ThreadWorker(lambda: delivery, counters)
+    worker.start()
+    try:
+        eventually(lambda: delivery.condition()[0] in states, 60)
+    finally:
+        worker.stop(60)
+    assert min(failures, 3) == counters["imports_failed"]
+
+
 def test_what_was_parked_for_an_earlier_program_is_tried_before_a_flush_calls_it_parked(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
@@ -218,6 +247,34 @@ def test_what_was_parked_for_an_earlier_program_is_tried_before_a_flush_calls_it
         with MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK) as tracker:
             assert tracker.flush(60)
     check_session(mlflow_server.url, experiment_name, 1)
+
+
+def test_a_long_run_that_is_tried_first_does_not_keep_the_others_until_it_is_through(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Once a server that was away has taken the first part of one run, the others go beside it."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("experiments/get-by-name", faults.status(503), times=3)  # once for each run
+        proxy.on("runs/log-batch", faults.forward(), times=1)
+        proxy.on("runs/log-batch", faults.accept_hang(), times=1)
+        settings = dataclasses.replace(QUICK, batch_points=20, request_timeout=60.0)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=settings)
+        for number in range(3):
+            with tracker.start_run(f"run{number}") as run:
+                for i in range(60):
+                    run.log_metric("loss", i / 2, step=i)
+        tracker.close(0)
+        assert tracker.outbox_path is not None
+
+        def whole() -> list[str]:
+            held = runs(mlflow_server.url, experiment_name)
+            return [r.info.run_id for r in held if numbered(60) == points(mlflow_server.url, r.info.run_id, "loss")]
+
+        with delivering(OutboxDirectory.open(tracker.outbox_path), proxy.url, settings):
+            eventually(lambda: 2 == len(whole()), 20, "the other two arrive while a request of one is under way")
+            [hanging] = [r for r in proxy.requests if "accept_hang" == r.action]
+            assert hanging.ended is None
+            proxy.down()
 
 
 @pytest.mark.compatibility

@@ -74,6 +74,7 @@ class Courier:
         settings: batch size.
         counters: what happened, by reason.
         now_ms: wall-clock milliseconds since the epoch.
+        taken: called after each window that was delivered, by the thread that has the run.
         stopped: asked between windows whether to leave off.
     """
 
@@ -86,6 +87,7 @@ class Courier:
         counters: Counters,
         *,
         now_ms: Callable[[], int],
+        taken: Callable[[], None] = lambda: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source = source
@@ -94,6 +96,7 @@ class Courier:
         self._settings = settings
         self._counters = counters
         self._now_ms = now_ms
+        self._taken = taken
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
         self._calls = Calls(source, sink, ledger)
@@ -133,6 +136,7 @@ class Courier:
                 self._calls.precedence.waits(run_id, waits.on)
                 raise
             self._calls.precedence.goes_on(run_id)
+            self._taken()
             if not window.more:
                 self._reconciliation.caught_up(run_id)
                 return Turn("live" if window.live else "idle", record, view, reader)

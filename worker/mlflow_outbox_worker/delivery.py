@@ -7,8 +7,8 @@ the same. It works while it holds the lease; without it, it stands by and takes 
   one lane at a time. A run gets a turn of some windows, then the next one: a long backlog holds up nobody.
 * A failed run waits by its own back-off, so it never holds up another. A failure that says something about the
   destination (no connection, a time-out, 5xx, 401, a login page) makes all runs wait by the destination's back-off,
-  and then one run at a time tries, a different one each time, until one succeeds: no storm on a server that is coming
-  back.
+  and then one run at a time tries, a different one each time, until a part of one has arrived: no storm on a server
+  that is coming back, and then no wait for the rest of that run.
 * Nothing here gives up. A parked run or destination is tried again slowly, and at once when somebody asks to hurry.
 * An idle loop looks at the doorbell and at the sizes of the segments that are being written, nothing else: ten
   thousand waiting runs cost nothing while they wait.
@@ -99,6 +99,7 @@ class Delivery:
         self._gate = Gate(destination.uri, settings, counters, clock=clock, now_ms=now_ms)
         self._lookout = Lookout(self._source, self._schedule, self._gate, clock)
         self._lanes = 0
+        self._unlucky = 0
         self._ledger: Ledger | None = None
         self._sink: AskedSink | None = None
         self._courier: Courier | None = None
@@ -246,8 +247,8 @@ class Delivery:
             return False
         if self._courier is None and not self._open():
             return False
-        parallel = self._sink is not None and self._sink.parallel and self._gate.is_proven()
-        chosen = self._schedule.take(self._settings.parallel_runs if parallel else 1)
+        parallel = self._sink is not None and self._sink.parallel
+        chosen = self._schedule.take(self._settings.parallel_runs if parallel and self._gate.is_proven() else 1)
         if not parallel:
             for run_id in chosen:
                 self._take_turn(run_id)
@@ -277,8 +278,11 @@ class Delivery:
             self._gate.failed(self._ledger, error, classify(error, "open"))
             return False
         except (DestinationError, ImportError) as error:
+            if self._is_unlucky(error):
+                return False
             self._gate.park(self._ledger, f"{type(error).__name__}: {error}")
             return False
+        self._unlucky = 0
         self._sink = AskedSink(sink)
         self._courier = Courier(
             self._source,
@@ -287,8 +291,21 @@ class Delivery:
             self._settings,
             self._counters,
             now_ms=self._now_ms,
+            taken=self._note_success,
             stopped=self.is_stopped,
         )
+        return True
+
+    def _is_unlucky(self, error: Exception) -> bool:
+        """Return whether to import again soon: another thread may have imported MLflow at the same time.
+
+        A module that is not there will not be there then either.
+        """
+        if not isinstance(error, ImportError) or isinstance(error, ModuleNotFoundError) or self._unlucky >= TRIES:
+            return False
+        self._unlucky += 1
+        self._trouble("imports_failed", error)
+        self._pause(_STAND_BY)
         return True
 
     # -- lanes
@@ -307,7 +324,8 @@ class Delivery:
     def _take_turn(self, run_id: str) -> None:
         courier, ledger, asked = self._courier, self._ledger, self._sink
         assert courier is not None and ledger is not None and asked is not None  # noqa: S101, PT018 - opened before any lane
-        sink, before = cast("Sink", asked), asked.calls
+        sink = cast("Sink", asked)
+        asked.was_asked()  # what an earlier turn of this thread asked says nothing any more
         try:
             stamp = self._lookout.stamp(run_id)
             turn = courier.turn(run_id)
@@ -318,9 +336,7 @@ class Delivery:
             if turn.progress == "idle" and not settles_in:
                 complete = finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
             filed_in = self._upkeep.file(ledger, turn)
-            # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
-            if asked.calls > before:
-                self._gate.succeeded(ledger)
+            self._note_success()  # of finish, which asks MLflow too
             self._turned(run_id, turn)
             if complete:
                 self._schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
@@ -348,6 +364,11 @@ class Delivery:
             raise
         finally:
             self._schedule.release(run_id)
+
+    def _note_success(self) -> None:
+        """Take what this thread has done since it was last here for a sign of the destination, if it asked anything."""
+        if self._sink is not None and self._sink.was_asked():
+            self._gate.succeeded(self._ledger)
 
     def _turned(self, run_id: str, turn: Turn) -> None:
         tails: dict[Path, int] = {}

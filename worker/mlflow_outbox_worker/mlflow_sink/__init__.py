@@ -28,6 +28,7 @@ import contextlib
 import functools
 import importlib
 import pkgutil
+import sys
 from typing import TYPE_CHECKING
 
 from mlflow_outbox.errors import TrackingUnavailable
@@ -186,7 +187,14 @@ def open_client(
 
 
 def _import_mlflow() -> None:
-    """Import mlflow and what lies under it, quietly: some of it announces itself to MLflow's loggers."""
+    """Import mlflow and what lies under it, quietly: some of it announces itself to MLflow's loggers.
+
+    A module inside of a package that another thread is importing may be imported beside that (Python waits for the
+    package only where it is named itself), and then both threads can meet halves of modules, and fail. So whoever is
+    at it is waited for, and not with forks held back, because that import may fork.
+    """
+    if "mlflow" in sys.modules:
+        importlib.import_module("mlflow")
     with importing():
         from mlflow_outbox_worker.mlflow_sink.boundary import quiet  # imports mlflow
 
