@@ -20,7 +20,7 @@ import pytest
 from commands import Here, command, console_script, environment, offline, outbox_of, run
 from mlflow_outbox_worker.cli import app, exits, terminal
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
-from mlflow_outbox_worker.cli.terminal import size, span
+from mlflow_outbox_worker.wording import size, span
 
 
 @pytest.fixture

@@ -266,17 +266,19 @@ def test_the_real_command_in_a_pipe(tmp_path: Path) -> None:
 
 class TestNotes:
     def test_an_attempt_is_noted_again_after_a_hurry(self, tmp_path: Path) -> None:
-        """The same state twice is one note; after a hurry the next attempt is noted, and since when stays."""
+        """The same state twice is one note; the first that begins after a hurry is noted, and since when stays."""
         ledger = Ledger.open(tmp_path / "ledger")
         notes = Notes(0.0)
-        notes.destination(ledger, "away", "refused", 1000)
-        notes.destination(ledger, "away", "refused", 2000)
-        assert DestinationNote("away", "refused", 1000, 1000) == destination_note(ledger)
-        notes.hurried()
-        notes.destination(ledger, "away", "reset", 3000)
+        notes.destination(ledger, "away", "refused", 1000, 900)
+        notes.destination(ledger, "away", "refused", 2000, 1900)
+        assert DestinationNote("away", "refused", 1000, 900) == destination_note(ledger)
+        notes.hurried(2500)
+        notes.destination(ledger, "away", "it was under way", 3000, 2400)
+        assert DestinationNote("away", "refused", 1000, 900) == destination_note(ledger)
+        notes.destination(ledger, "away", "reset", 3500, 3000)
         assert DestinationNote("away", "reset", 1000, 3000) == destination_note(ledger)
-        notes.destination(ledger, "ok", "", 4000)
-        assert DestinationNote("ok", "", 4000, 4000) == destination_note(ledger)
+        notes.destination(ledger, "ok", "", 4000, 3900)
+        assert DestinationNote("ok", "", 4000, 3900) == destination_note(ledger)
         ledger.close()
 
     def test_the_pace_is_that_of_the_last_seconds(self, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from contents import QUICK, artifact_text, numbered, points, runs, the_run
+from contents import QUICK, artifact_text, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import faults
-from mlflow_outbox.testing.proxy import Action, FaultProxy
+from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from mlflow_outbox_worker import upkeep
 from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.mlflow_sink import open_sink
@@ -275,6 +276,35 @@ def test_a_long_run_that_is_tried_first_does_not_keep_the_others_until_it_is_thr
             [hanging] = [r for r in proxy.requests if "accept_hang" == r.action]
             assert hanging.ended is None
             proxy.down()
+
+
+def test_a_refusal_that_was_under_way_when_a_flush_began_is_not_taken_for_an_answer_to_it(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The server refused before the run was restored, and its answer came after: the flush waits for a new attempt."""
+    held = threading.Event()
+
+    def late(exchange: Exchange) -> None:
+        answer = exchange.fetch()
+        held.set()
+        if answer is not None and exchange.wait(1.5):
+            exchange.send(answer)
+
+    with (
+        FaultProxy(mlflow_server.url) as proxy,
+        MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK) as tracker,
+        client(mlflow_server.url) as mlflow,
+    ):
+        run = tracker.start_run("deleted")
+        assert tracker.flush(60)
+        remote = the_run(mlflow_server.url, experiment_name).info.run_id
+        mlflow.delete_run(remote)
+        proxy.on("runs/log-batch", Action("late", late), times=1)
+        assert run.log_metric("loss", 0.5)
+        assert held.wait(60)
+        mlflow.restore_run(remote)
+        assert tracker.flush(60)
+        assert {"loss": 0.5} == mlflow.get_run(remote).data.metrics
 
 
 @pytest.mark.compatibility

@@ -179,5 +179,5 @@ def test_a_pause_too_short_to_tell_is_told_as_none(caplog: pytest.LogCaptureFixt
     settings = Settings(retry_initial=0.01, retry_max=0.02)
     gate = Gate("http://127.0.0.1:9", settings, Counters(), clock=time.monotonic, now_ms=lambda: 0)
     error = refused()
-    gate.failed(None, error, classify(error))
+    gate.failed(None, error, classify(error), 0)
     assert caplog.messages[-1].endswith("Next try now")

@@ -41,7 +41,7 @@ class Wire:
             if self._context is not None:
                 connection = self._context.wrap_socket(connection, server_side=True)
             with connection:
-                request = _read_request(connection)
+                request = read_request(connection)
                 if request:
                     self.requests.append(request)
                     self._behave(self, connection, request)
@@ -56,7 +56,8 @@ class Wire:
             thread.join(20)
 
 
-def _read_request(connection: socket.socket) -> bytes:
+def read_request(connection: socket.socket) -> bytes:
+    """Return one request, head and body; b"" when the connection ended."""
     data = b""
     while b"\r\n\r\n" not in data:
         part = connection.recv(65536)

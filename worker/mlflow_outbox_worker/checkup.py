@@ -26,12 +26,12 @@ from mlflow_outbox.spool.listing import Broken
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox_worker import dbfile
-from mlflow_outbox_worker.cli.terminal import count, size
 from mlflow_outbox_worker.database import Reader
 from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.room import bytes_that_may_go
+from mlflow_outbox_worker.wording import count, size
 
 #: Events read at once.
 _WINDOW: Final = 20_000

@@ -31,7 +31,7 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
 from mlflow_outbox.validation import is_ordinary_tag
 from mlflow_outbox.views import Register, RunView
-from mlflow_outbox_worker.calls import Calls, Waits
+from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.copies import copying
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
@@ -40,6 +40,7 @@ from mlflow_outbox_worker.quarantine import Quarantine
 from mlflow_outbox_worker.reconciliation import Reconciliation
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.refused import Refused
+from mlflow_outbox_worker.remote_ids import Waits
 from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
 from mlflow_outbox_worker.sink import RUN_ID_TAG, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
@@ -231,7 +232,9 @@ class Courier:
         if provisional.is_room(record.run_id):
             local = provisional.experiment_of(record.run_id)
             if local:
-                record.experiment_id = ask("create_experiment", lambda: self._calls.experiment(local, record.run_id))
+                record.experiment_id = ask(
+                    "create_experiment", lambda: self._calls.ids.experiment(local, record.run_id)
+                )
             record.remote_id = record.run_id  # it stays a room: there is no run behind it
             self._ledger.commit(record)
             return
@@ -293,7 +296,7 @@ class Courier:
         by_name = self._source.elsewhere or self._source.again or (header is not None and name != header.experiment)
         given = "" if started is None or by_name else started.experiment_id
         if given:
-            record.experiment_id = ask("create_experiment", lambda: self._calls.resolved(given))
+            record.experiment_id = ask("create_experiment", lambda: self._calls.ids.resolved(given))
         else:
             if name not in self._experiments:
                 self._experiments[name] = ask("create_experiment", lambda: self._sink.experiment_id(name))
@@ -310,7 +313,7 @@ class Courier:
             first = started.tags if started is not None else {}
             tags = ask(  # before the try is noted: it may have to wait for another run
                 "create_run",
-                lambda: {key: self._calls.tag(key, value, of=record.run_id) for key, value in first.items()},
+                lambda: {key: self._calls.ids.tag(key, value, of=record.run_id) for key, value in first.items()},
             )
             tags[RUN_ID_TAG] = record.run_id
             unknown = record.creating or attempted

@@ -26,11 +26,10 @@ from typing import Final, cast
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.destination import Destination
-from mlflow_outbox.errors import DestinationError, LedgerUnavailable, OutboxUnusable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.asked import AskedSink
-from mlflow_outbox_worker.calls import Waits
 from mlflow_outbox_worker.courier import Courier, Turn
 from mlflow_outbox_worker.finish import finish
 from mlflow_outbox_worker.gate import Gate, concerns_destination
@@ -38,8 +37,10 @@ from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.lookout import Lookout
-from mlflow_outbox_worker.outcome import classify, remedy
+from mlflow_outbox_worker.opener import Opener, OpenSink
+from mlflow_outbox_worker.outcome import remedy
 from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.remote_ids import Waits
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing
@@ -50,8 +51,6 @@ from mlflow_outbox_worker.upkeep import Upkeep
 
 #: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
 _STAND_BY: Final = 1.0
-
-OpenSink = Callable[..., Sink]
 
 
 class Delivery:
@@ -83,10 +82,8 @@ class Delivery:
         leave: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source: Source = OutboxSource(directory) if isinstance(directory, OutboxDirectory) else directory
-        self._destination = destination
         self._settings = settings
         self._counters = counters
-        self._open_sink = open_sink
         self._now_ms = now_ms
         self._clock = clock
         self._leave = leave
@@ -97,9 +94,11 @@ class Delivery:
         self._wakeup = threading.Event()
         self._schedule = Schedule(settings, clock)
         self._gate = Gate(destination.uri, settings, counters, clock=clock, now_ms=now_ms)
+        self._opener = Opener(
+            destination, settings, self._gate, counters, open_sink=open_sink, now_ms=now_ms, clock=clock
+        )
         self._lookout = Lookout(self._source, self._schedule, self._gate, clock)
         self._lanes = 0
-        self._unlucky = 0
         self._ledger: Ledger | None = None
         self._sink: AskedSink | None = None
         self._courier: Courier | None = None
@@ -262,28 +261,10 @@ class Delivery:
         return False
 
     def _open(self) -> bool:
-        """Open the sink; this is where mlflow is imported, when there is something to deliver and not before."""
         assert self._ledger is not None  # noqa: S101 - for the type checker: _hold opened it
-        try:
-            if self._open_sink is None:
-                from mlflow_outbox_worker.mlflow_sink import open_sink  # imports nothing of mlflow yet
-
-                self._open_sink = open_sink
-            sink = self._open_sink(
-                self._destination.secret_uri or self._destination.uri,
-                artifact_root=self._destination.artifact_root or None,
-                timeout=self._settings.request_timeout,
-            )
-        except SinkError as error:
-            self._gate.failed(self._ledger, error, classify(error, "open"))
+        self._sink = self._opener.open(self._ledger)
+        if self._sink is None:
             return False
-        except (DestinationError, ImportError) as error:
-            if self._is_unlucky(error):
-                return False
-            self._gate.park(self._ledger, f"{type(error).__name__}: {error}")
-            return False
-        self._unlucky = 0
-        self._sink = AskedSink(sink)
         self._courier = Courier(
             self._source,
             cast("Sink", self._sink),
@@ -294,18 +275,6 @@ class Delivery:
             taken=self._note_success,
             stopped=self.is_stopped,
         )
-        return True
-
-    def _is_unlucky(self, error: Exception) -> bool:
-        """Return whether to import again soon: another thread may have imported MLflow at the same time.
-
-        A module that is not there will not be there then either.
-        """
-        if not isinstance(error, ImportError) or isinstance(error, ModuleNotFoundError) or self._unlucky >= TRIES:
-            return False
-        self._unlucky += 1
-        self._trouble("imports_failed", error)
-        self._pause(_STAND_BY)
         return True
 
     # -- lanes
@@ -325,6 +294,7 @@ class Delivery:
         courier, ledger, asked = self._courier, self._ledger, self._sink
         assert courier is not None and ledger is not None and asked is not None  # noqa: S101, PT018 - opened before any lane
         sink = cast("Sink", asked)
+        began_ms = self._now_ms()
         asked.was_asked()  # what an earlier turn of this thread asked says nothing any more
         try:
             stamp = self._lookout.stamp(run_id)
@@ -342,13 +312,13 @@ class Delivery:
                 self._schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
                 self._room.look(ledger, measure=True)
         except Waits as waits:  # for another run's turn; nothing is wrong with the destination
-            self._waits(run_id, waits, ledger)
+            self._waits(run_id, waits, ledger, began_ms)
         except Later as later:
             self._counters.add("retried")
             self._schedule.failed(run_id, later.error, later.outcome.reason)
-            self._gate.failed(ledger, later.error, later.outcome)
+            self._gate.failed(ledger, later.error, later.outcome, began_ms)
         except Parked as parked:
-            self._parked(run_id, parked)
+            self._parked(run_id, parked, began_ms)
         except (LedgerUnavailable, OSError) as error:
             self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
             self._schedule.again(run_id, _STAND_BY, Standing("broken", str(error)))
@@ -380,12 +350,12 @@ class Delivery:
                     tails[segment.path] = offset
         self._schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
 
-    def _waits(self, run_id: str, waits: Waits, ledger: Ledger) -> None:
+    def _waits(self, run_id: str, waits: Waits, ledger: Ledger, began_ms: int) -> None:
         """Give a run another turn, soon unless what it waits for cannot be delivered: then it stands as that does."""
         other = self._schedule.standing(waits.on) if waits.on != run_id else Standing()
         if other.state == "parked":
             standing = Standing("parked", f"it waits for {waits.on}, which is parked: {other.reason}")
-            self._park_run(ledger, run_id, standing.reason)
+            self._park_run(ledger, run_id, standing.reason, began_ms)
         elif other.state == "broken" and other.failures >= TRIES:
             standing = Standing("broken", f"it waits for {waits.on}, which cannot be read: {other.reason}", TRIES)
         else:
@@ -393,23 +363,25 @@ class Delivery:
             return
         self._schedule.again(run_id, self._settings.retry_max, standing, after=waits.on)
 
-    def _parked(self, run_id: str, parked: Parked) -> None:
+    def _parked(self, run_id: str, parked: Parked, began_ms: int) -> None:
         self._counters.add("parked")
         standing = Standing("parked", parked.outcome.reason)
         if concerns_destination(parked.error):
-            self._gate.park(self._ledger, parked.outcome.reason)
+            self._gate.park(self._ledger, parked.outcome.reason, began_ms)
             self._schedule.again(run_id, 0.0, standing)
             return
         if self._ledger is not None:
-            self._park_run(self._ledger, run_id, parked.outcome.reason, parked.error)
+            self._park_run(self._ledger, run_id, parked.outcome.reason, began_ms, parked.error)
         self._schedule.again(run_id, self._settings.parked_retry, standing)
 
-    def _park_run(self, ledger: Ledger, run_id: str, reason: str, error: SinkError | None = None) -> None:
+    def _park_run(
+        self, ledger: Ledger, run_id: str, reason: str, began_ms: int, error: SinkError | None = None
+    ) -> None:
         record = ledger.record(run_id) or RunRecord(run_id)
         # Only a run that was there can be gone.
         advice = remedy(error, self._source.path) if error is not None and record.remote_id else ""
         reason = printable(reason, 300).rstrip(".") + advice  # MLflow's own sentences end with a full stop
-        record.state, record.reason, record.failed_at_ms = "parked", reason, self._now_ms()
+        record.state, record.reason, record.failed_at_ms = "parked", reason, began_ms
         ledger.commit(record)
         self._counters.warn_once(
             ("parked", run_id),

@@ -64,7 +64,7 @@ class Gate:
         """Let the next attempt be made now."""
         self._away.hurry()
         self._parked_until = 0.0
-        self.notes.hurried()
+        self.notes.hurried(self._now_ms())
 
     def succeeded(self, ledger: Ledger | None) -> None:
         """Note an attempt that went well."""
@@ -73,36 +73,36 @@ class Gate:
         if self.notes.state not in {"", "ok"}:
             self._counters.forget(("away", self._uri))
             self._counters.forget(("parked", self._uri))
-        self._note(ledger, "ok", "")
+        self._note(ledger, "ok", "", self._now_ms())
 
-    def failed(self, ledger: Ledger | None, error: SinkError, outcome: Outcome) -> None:
-        """Note an attempt that failed, as a rule in a way that concerns the destination."""
+    def failed(self, ledger: Ledger | None, error: SinkError, outcome: Outcome, began_ms: int) -> None:
+        """Note an attempt that began at this wall-clock time and failed, as a rule by the destination."""
         if outcome.alone:
             self.succeeded(ledger)
             return
         if outcome.kind == "parked":
-            self.park(ledger, outcome.reason)
+            self.park(ledger, outcome.reason, began_ms)
             return
         pause = self._away.failed(error)
-        self._note(ledger, "away", outcome.reason)
+        self._note(ledger, "away", outcome.reason, began_ms)
         self._counters.warn_once(
             ("away", self._uri),
             f"mlflow-outbox: {self._uri} does not take events now ({printable(outcome.reason, 200)}); "
             f"they stay on disk and are sent when it does. Next try {f'in {pause:.1f} s' if pause >= _SOON else 'now'}",
         )
 
-    def park(self, ledger: Ledger | None, reason: str) -> None:
-        """Wait for a person, trying again slowly."""
+    def park(self, ledger: Ledger | None, reason: str, began_ms: int) -> None:
+        """Wait for a person, as an attempt that began at a wall-clock time showed, trying again slowly."""
         self._parked_until = self._clock() + self._parked_retry
-        self._note(ledger, "parked", reason)
+        self._note(ledger, "parked", reason, began_ms)
         self._counters.warn_once(
             ("parked", self._uri),
             f"mlflow-outbox: {self._uri} waits for a person: {printable(reason, 300)}. Events stay on disk",
         )
 
-    def _note(self, ledger: Ledger | None, state: str, reason: str) -> None:
+    def _note(self, ledger: Ledger | None, state: str, reason: str, began_ms: int) -> None:
         if ledger is not None:
-            self.notes.destination(ledger, state, reason, self._now_ms())
+            self.notes.destination(ledger, state, reason, self._now_ms(), began_ms)
 
 
 def concerns_destination(error: SinkError) -> bool:

@@ -1,7 +1,8 @@
 """What the worker notes in the ledger about itself, so that ``status`` and ``flush`` need not watch it to tell.
 
-How the destination stands is noted when it changes, and again with the first attempt after somebody asked to hurry:
-whoever asked learns that the attempt was made. Since when it stands so is taken over from the note of the worker
+How the destination stands is noted when it changes, and again with the first attempt that begins after somebody asked
+to hurry: whoever asked learns that the attempt was made. One that was under way then says what was so before, so the
+time of an attempt is that of its beginning. Since when it stands so is taken over from the note of the worker
 before: a server is not away for a shorter time because somebody flushed. How fast events arrive is noted every few
 seconds while they do.
 """
@@ -34,7 +35,7 @@ class DestinationNote(msgspec.Struct):
     Attributes:
         reason: the error that showed it.
         since_ms: wall-clock time at which it began to stand so.
-        tried_ms: wall-clock time of the last attempt that was noted.
+        tried_ms: wall-clock time at which the last attempt that was noted began.
     """
 
     state: str
@@ -64,7 +65,7 @@ class Notes:
 
     def __init__(self, now: float) -> None:
         self._noted = DestinationNote("")
-        self._again = False
+        self._hurried_ms: int | None = None
         self._delivered = 0
         self._paced = now
 
@@ -78,11 +79,11 @@ class Notes:
         """The error that showed it; "" when there was none."""
         return self._noted.reason
 
-    def hurried(self) -> None:
-        """Note the next attempt even if nothing has changed: somebody waits for it."""
-        self._again = True
+    def hurried(self, now_ms: int) -> None:
+        """Note the next attempt that begins even if nothing has changed: somebody waits for it."""
+        self._hurried_ms = now_ms
 
-    def destination(self, ledger: Ledger, state: str, reason: str, now_ms: int) -> None:
+    def destination(self, ledger: Ledger, state: str, reason: str, now_ms: int, began_ms: int) -> None:
         """Note how an attempt found the destination, when that is news.
 
         Args:
@@ -90,15 +91,17 @@ class Notes:
             state: "ok", "away" or "parked".
             reason: the error that showed it; "" when there was none.
             now_ms: wall-clock milliseconds since the epoch.
+            began_ms: the same when the attempt began.
         """
-        if state == self._noted.state and not self._again:
+        awaited = self._hurried_ms is not None and began_ms >= self._hurried_ms
+        if state == self._noted.state and not awaited:
             return
         before = self._noted
         with contextlib.suppress(LedgerUnavailable):  # a note is not worth a failure
             before = before if before.state else destination_note(ledger)
         since_ms = before.since_ms if state == before.state else 0
-        self._noted = DestinationNote(state, reason, since_ms or now_ms, now_ms)
-        self._again = False
+        self._noted = DestinationNote(state, reason, since_ms or now_ms, began_ms)
+        self._hurried_ms = None if awaited else self._hurried_ms
         with contextlib.suppress(LedgerUnavailable):  # as above
             ledger.set_meta(_DESTINATION, msgspec.msgpack.encode(self._noted))
 

@@ -12,9 +12,9 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import DestinationError
 from mlflow_outbox_worker.checkup import Finding
-from mlflow_outbox_worker.cli.terminal import count
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import SinkError
+from mlflow_outbox_worker.wording import count
 
 #: Seconds for the one request to the destination.
 _ASK: Final = 10.0

@@ -34,7 +34,7 @@ class RunRecord(msgspec.Struct):
         dead: count of dead letters, of which one event can yield many.
         quarantined, missing: counts of ranges that held no intact events, and of events that are not there.
         reason: why the run is parked, or the last error.
-        failed_at_ms: wall-clock time of that error.
+        failed_at_ms: wall-clock time at which the attempt began that met it.
         ended: the last status seen is a final one.
         verified_at_ms: when reading back showed that MLflow holds the run; 0 before.
         mismatch: what reading back found to be lacking; "" when nothing.

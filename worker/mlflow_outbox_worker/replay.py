@@ -26,10 +26,11 @@ from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.writer import is_closed, writer_state
-from mlflow_outbox_worker.delivery import Delivery, OpenSink
+from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.host_lease import described, worker_of
 from mlflow_outbox_worker.jobs import Job, Runs, Wish, known_records, pending_events
 from mlflow_outbox_worker.lease import Holder
+from mlflow_outbox_worker.opener import OpenSink
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requeue import requeue
 from mlflow_outbox_worker.schedule import TRIES

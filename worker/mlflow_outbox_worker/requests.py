@@ -124,7 +124,7 @@ class Requests:
             refused.add(event, self._own_letter(record, event, f"{printable(batch.points[0].key)!r}: {reason}"))
             return
         try:
-            tags = {key: self._calls.tag(key, value, of=record.run_id) for key, value in batch.tags.items()}
+            tags = {key: self._calls.ids.tag(key, value, of=record.run_id) for key, value in batch.tags.items()}
             self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
         except SinkError as error:
             outcome = self._answered(error, "log_batch")
@@ -234,8 +234,8 @@ class Requests:
             return
         try:
             path = checked_artifact_path(file.path, served=False)
-            with self._calls.content(copy, path, of=record.run_id) as content:
-                owner = self._calls.rewritten(owner, of=record.run_id)
+            with self._calls.ids.content(copy, path, of=record.run_id) as content:
+                owner = self._calls.ids.rewritten(owner, of=record.run_id)
 
                 def attempt() -> None:
                     self._sink.upload_for(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from rich.text import Text
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox_worker.cli.terminal import count, span
+from mlflow_outbox_worker.wording import count, span
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions

@@ -12,12 +12,13 @@ import click
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
 from mlflow_outbox_worker.cli.fragments import refuse_fragments
 from mlflow_outbox_worker.cli.options import Incomplete, OutboxDir, Quiet, Verbose
-from mlflow_outbox_worker.cli.terminal import count
+from mlflow_outbox_worker.wording import count
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
@@ -74,7 +75,7 @@ def export(
     refuse_fragments(lost_beginnings(chosen), incomplete=incomplete, done="written")
     manifest = write_bundle(output, chosen, destination, now_ms=time.time_ns() // 1_000_000, replace=force)
     size = sum(member.size for run in manifest.runs for member in run.members)
-    terminal.say(f"{count(len(manifest.runs), 'run')}, {terminal.size(size)}, in {output}")
+    terminal.say(f"{count(len(manifest.runs), 'run')}, {wording.size(size)}, in {output}")
     return ExitCode.DONE
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import lines, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Group, Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
@@ -87,7 +88,7 @@ def listed(
             number(letter),
             short(letter.run_id),
             _in_words(letter),
-            terminal.moment(letter.time_ms),
+            wording.moment(letter.time_ms),
             Styled(letter.reason, "magenta"),
         ]
         for _, letter in found
@@ -120,7 +121,7 @@ def show(
         ("dead letter", Styled(number(letter), "bold")),
         ("run", letter.run_id),
         ("in MLflow as", letter.remote_id or "-"),
-        ("refused", terminal.moment(letter.time_ms)),
+        ("refused", wording.moment(letter.time_ms)),
         ("reason", Styled(letter.reason, "magenta")),
         ("answer", " ".join(filter(None, [str(letter.status or ""), letter.code])) or "none: it was never sent"),
     ]
@@ -168,7 +169,7 @@ def retry(
                 send_again(directory, ledger, settings, letter)
                 sent += 1
         _hurry(directory)
-    terminal.say(f"{terminal.count(sent, 'event')} will be sent again; mlflow-outbox flush does it now")
+    terminal.say(f"{wording.count(sent, 'event')} will be sent again; mlflow-outbox flush does it now")
     return ExitCode.DONE
 
 
@@ -238,13 +239,13 @@ def drop(
             letters = _letters(ledger, letter_ids)
         for letter in letters:
             terminal.raw(lines.dumps(_as_data(directory, letter)))
-        question = f"Drop {terminal.count(len(letters), 'dead letter')} for good?"
+        question = f"Drop {wording.count(len(letters), 'dead letter')} for good?"
         if not terminal.confirm(question, assume_yes=yes):
             msg = "nothing was dropped; give --yes to drop without being asked"
             raise CommandFailed(msg)
         with outboxes.ledger_of(directory, settings, write=True) as ledger:
             dropped = sum(ledger.settle_dead_letter(letter) for letter in letters)
-        terminal.note(f"{terminal.count(dropped, 'dead letter')} dropped")
+        terminal.note(f"{wording.count(dropped, 'dead letter')} dropped")
     return ExitCode.DONE
 
 

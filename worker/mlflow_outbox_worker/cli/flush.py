@@ -17,6 +17,7 @@ import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import clock, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.delivering import CommandWorker
@@ -133,7 +134,7 @@ def _progress(flushes: list[Flush]) -> str:
     total, rest = sum(one.total for one in flushes), sum(one.left for one in flushes)
     if total and not rest:
         return f"{total:,} events delivered, reading back"
-    return f"{total - rest:,} of {terminal.count(total, 'event')} delivered"
+    return f"{total - rest:,} of {wording.count(total, 'event')} delivered"
 
 
 class _Look(NamedTuple):
@@ -324,15 +325,15 @@ class Flush:
         """Say what was delivered and what is left, and what to do about it."""
         seen = self._seen
         where = f"{printable(self._directory.path.name)}: "
-        parts = [f"{terminal.count(self._done, 'event')} delivered"] if self.total else ["nothing waits"]
+        parts = [f"{wording.count(self._done, 'event')} delivered"] if self.total else ["nothing waits"]
         if seen.pending:
             parts.append(f"{seen.pending:,} left, on disk")
         if seen.parked:
             parts.append(f"{seen.parked:,} parked for a person")
         if seen.unread_back:
-            parts.append(f"{terminal.count(seen.unread_back, 'run')} not read back yet")
+            parts.append(f"{wording.count(seen.unread_back, 'run')} not read back yet")
         if seen.dead:
-            parts.append(f"{terminal.count(seen.dead, 'dead letter')} (mlflow-outbox dead list)")
+            parts.append(f"{wording.count(seen.dead, 'dead letter')} (mlflow-outbox dead list)")
         terminal.say(where + ", ".join(parts))
         if self._trouble:
             terminal.error(f"{where}how much has been delivered cannot be told: {self._trouble}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mlflow_outbox_worker.cli import terminal
 from mlflow_outbox_worker.cli.exits import CommandFailed
-from mlflow_outbox_worker.cli.terminal import count
+from mlflow_outbox_worker.wording import count
 
 
 def refuse_fragments(lost: Mapping[str, int], *, incomplete: bool, done: str) -> None:

@@ -20,6 +20,7 @@ import click
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
@@ -108,12 +109,12 @@ def gc(
         freed = sum(sizes.get(run_id, 0) for run_id in gone) + parts
         if terminal.is_verbose():
             for run_id in gone:
-                terminal.say(f"{run_id}  {terminal.size(sizes.get(run_id, 0))}")
+                terminal.say(f"{run_id}  {wording.size(sizes.get(run_id, 0))}")
         kept = len(directory.delivered_ids()) - (len(gone) if dry_run else 0)
         verb = "would free" if dry_run else "freed"
-        of = terminal.count(len(gone), "run") + (" and of runs that go on" if parts else "")
-        stay = f"{terminal.count(kept, 'delivered run')} kept"
-        terminal.say(f"{name}: {verb} {terminal.size(freed)} of {of}; {stay}")
+        of = wording.count(len(gone), "run") + (" and of runs that go on" if parts else "")
+        stay = f"{wording.count(kept, 'delivered run')} kept"
+        terminal.say(f"{name}: {verb} {wording.size(freed)} of {of}; {stay}")
         freed_of.append({"path": str(directory.path), "runs": gone, "bytes": freed, "kept": kept, "dry_run": dry_run})
         for trouble in stays:
             terminal.error(f"{name}: {printable(str(trouble))}")

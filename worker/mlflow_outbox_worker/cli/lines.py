@@ -21,7 +21,7 @@ from mlflow_outbox.spool.events import (
     RunStarted,
     Tags,
 )
-from mlflow_outbox_worker.cli import terminal
+from mlflow_outbox_worker import wording
 
 _KINDS: dict[type, str] = {
     RunStarted: "run_started",
@@ -72,9 +72,9 @@ def in_words(event: Event) -> str:
             f"{printable(key)} = {printable(value, 60)}" for key, value in event.values.items()
         )
     if isinstance(event, Artifact):
-        return f"artifact {printable(event.path)} ({terminal.size(event.size)})"
+        return f"artifact {printable(event.path)} ({wording.size(event.size)})"
     if isinstance(event, FileFor):
-        return f"file {printable(event.path)} of {printable(event.owner)} ({terminal.size(event.size)})"
+        return f"file {printable(event.path)} of {printable(event.owner)} ({wording.size(event.size)})"
     if isinstance(event, RunStarted):
         name = f" as {printable(event.run_name)}" if event.run_name else ""
         return ("run goes on" if event.resumed else "run begins") + name

@@ -21,7 +21,8 @@ from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode, most_urgent
 from mlflow_outbox_worker.cli.fragments import refuse_fragments
 from mlflow_outbox_worker.cli.options import AsJson, Incomplete, Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
-from mlflow_outbox_worker.cli.terminal import Column, count
+from mlflow_outbox_worker.cli.terminal import Column
+from mlflow_outbox_worker.wording import count
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.jobs import Job, Prepared, Wish

@@ -10,6 +10,7 @@ import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import lines, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import ExitCode
@@ -98,10 +99,10 @@ def _list(entries: list[dict[str, Any]]) -> None:
             short(entry["run_id"]),
             entry["name"] or "-",
             Styled(entry["status"] or "?", _STYLES.get(entry["status"] or "", "")),
-            terminal.count(entry["pending"]),
-            terminal.count(entry["delivered"]),
-            terminal.count(entry["dead"]),
-            terminal.moment(entry["start_time_ms"] or 0),
+            wording.count(entry["pending"]),
+            wording.count(entry["delivered"]),
+            wording.count(entry["dead"]),
+            wording.moment(entry["start_time_ms"] or 0),
             entry["experiment"] or "-",
             entry["mlflow_run_id"] or "-",
         ]
@@ -251,10 +252,10 @@ def _describe(look: Look, directory: OutboxDirectory, settings: Settings) -> Non
         ("name", view.name or "-"),
         ("experiment", look.experiment or "-"),
         ("status", Styled(view.status.value, _STYLES.get(view.status.value, ""))),
-        ("started", terminal.moment(view.start_time_ms)),
+        ("started", wording.moment(view.start_time_ms)),
     ]
     if view.end_time_ms is not None:
-        pairs.append(("ended", terminal.moment(view.end_time_ms)))
+        pairs.append(("ended", wording.moment(view.end_time_ms)))
     if view.user:
         pairs.append(("user", view.user))
     pairs += [
@@ -269,18 +270,18 @@ def _describe(look: Look, directory: OutboxDirectory, settings: Settings) -> Non
     _section(
         "metrics",
         ["metric", "last", "step", "points"],
-        [[key, f"{m.value:g}", str(m.step), terminal.count(m.points)] for key, m in sorted(view.metrics.items())],
+        [[key, f"{m.value:g}", str(m.step), wording.count(m.points)] for key, m in sorted(view.metrics.items())],
     )
     _section("tags", ["tag", "value"], [[key, held.value] for key, held in view.tags.items()])
     _section(
-        "files", ["file", "size"], [[path, terminal.size(held.size)] for path, held in sorted(view.artifacts.items())]
+        "files", ["file", "size"], [[path, wording.size(held.size)] for path, held in sorted(view.artifacts.items())]
     )
 
 
 def _delivery(look: Look) -> str:
     record = look.record
     text = {
-        "parked": f"{terminal.count(look.pending, 'event')} parked: a person is needed",
+        "parked": f"{wording.count(look.pending, 'event')} parked: a person is needed",
         "waiting": f"{look.pending:,} of its events wait",
         "sent": "everything so far is delivered",
         "verified": "everything is delivered and was read back",
@@ -297,7 +298,7 @@ def _delivery(look: Look) -> str:
         if record.altered:
             parts.append(f"when it was read back {record.altered}")
     if look.dead:
-        parts.append(terminal.count(look.dead, "dead letter"))
+        parts.append(wording.count(look.dead, "dead letter"))
     return "; ".join(parts)
 
 

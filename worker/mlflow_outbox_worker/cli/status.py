@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import click
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import exits, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
@@ -137,8 +138,8 @@ def _show(found: list[OutboxSurvey]) -> None:
         total = sum(one.pending for one in found), sum(one.parked for one in found), sum(one.dead for one in found)
         terminal.say("")
         terminal.say(
-            f"all {len(found)} outboxes: {terminal.count(total[0], 'event')} waiting, "
-            f"{total[1]:,} parked, {terminal.count(total[2], 'dead letter')}"
+            f"all {len(found)} outboxes: {wording.count(total[0], 'event')} waiting, "
+            f"{total[1]:,} parked, {wording.count(total[2], 'dead letter')}"
         )
 
 
@@ -177,11 +178,11 @@ def _row(run: RunSurvey, at_ms: int) -> list[Cell]:
     return [
         short(run.run_id),
         Styled(run.state, style),
-        terminal.count(run.waiting),
-        terminal.size(run.waiting_bytes) if run.waiting else "-",
-        terminal.span((at_ms - run.oldest_ms) / 1000) if run.oldest_ms else "-",
-        terminal.count(record.delivered) if record is not None else "0",
-        Styled(terminal.count(run.dead), "magenta" if run.dead else ""),
+        wording.count(run.waiting),
+        wording.size(run.waiting_bytes) if run.waiting else "-",
+        wording.span((at_ms - run.oldest_ms) / 1000) if run.oldest_ms else "-",
+        wording.count(record.delivered) if record is not None else "0",
+        Styled(wording.count(run.dead), "magenta" if run.dead else ""),
         run.experiment or "-",
         (record.reason or record.mismatch) if record is not None else "",
     ]
@@ -195,33 +196,33 @@ def short(run_id: str) -> str:
 def sentences(one: OutboxSurvey) -> list[Cell]:
     """Return in words what waits in an outbox, why, and who delivers it."""
     lines: list[Cell] = []
-    age = f", the oldest for {terminal.span(one.oldest_seconds)}" if one.oldest_seconds else ""
+    age = f", the oldest for {wording.span(one.oldest_seconds)}" if one.oldest_seconds else ""
     if one.pending:
         pace = f"; {one.rate:,.0f} a second arrive" if one.rate else ""
-        eta = f", all in about {terminal.span(one.eta_seconds)}" if one.eta_seconds is not None else ""
+        eta = f", all in about {wording.span(one.eta_seconds)}" if one.eta_seconds is not None else ""
         wait = "event waits" if one.pending == 1 else "events wait"
-        lines.append(Styled(f"{one.pending:,} {wait} ({terminal.size(one.waiting_bytes)}{age}){pace}{eta}", "yellow"))
+        lines.append(Styled(f"{one.pending:,} {wait} ({wording.size(one.waiting_bytes)}{age}){pace}{eta}", "yellow"))
     if one.parked:
         lines.append(
             Styled(
-                f"{terminal.count(one.parked, 'event')} parked: a person is needed"
-                + (f" ({terminal.size(one.waiting_bytes)}{age})" if not one.pending else ""),
+                f"{wording.count(one.parked, 'event')} parked: a person is needed"
+                + (f" ({wording.size(one.waiting_bytes)}{age})" if not one.pending else ""),
                 "red",
             )
         )
     if not one.pending and not one.parked:
         lines.append(Styled("nothing waits", "green"))
     if one.note.state != "ok":
-        span = f" for {terminal.span((one.at_ms - one.note.since_ms) / 1000)}" if one.note.since_ms else ""
+        span = f" for {wording.span((one.at_ms - one.note.since_ms) / 1000)}" if one.note.since_ms else ""
         word = "has refused events" if one.note.state == "parked" else "has not taken events"
         lines.append(Styled(f"the destination {word}{span}: {one.note.reason}", "red"))
     if one.dead:
-        lines.append(Styled(f"{terminal.count(one.dead, 'dead letter')}; see: mlflow-outbox dead list", "magenta"))
+        lines.append(Styled(f"{wording.count(one.dead, 'dead letter')}; see: mlflow-outbox dead list", "magenta"))
     if one.refused:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(one.refused.items()))
         lines.append(Styled(f"programs refused events, which are nowhere: {printable(reasons, 300)}", "red"))
     if one.unreadable:
-        cannot = f"{terminal.count(one.unreadable, 'segment')} cannot be read, so that its events are not delivered"
+        cannot = f"{wording.count(one.unreadable, 'segment')} cannot be read, so that its events are not delivered"
         lines.append(Styled(f"{cannot}; see: mlflow-outbox doctor", "red"))
     if one.unread:
         lines.append(Styled(f"what was delivered cannot be told now: {one.unread}", "red"))

@@ -17,7 +17,7 @@ from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
-from mlflow_outbox_worker.cli.terminal import count
+from mlflow_outbox_worker.wording import count
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings

@@ -17,6 +17,7 @@ import click
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import OutboxError, OutboxUnusable
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
 from mlflow_outbox_worker.cli.delivering import CommandWorker
@@ -199,7 +200,7 @@ class Service:
         self._say_changes()
         deadline = time.monotonic() + grace
         if self._ending.is_set():
-            log(f"ending; {terminal.span(grace)} to deliver what is left")
+            log(f"ending; {wording.span(grace)} to deliver what is left")
         while time.monotonic() < deadline and not self._ending.wait(0.05, number=2):
             busy = [one for one in self._workers.values() if one.delivery.holds_lease() and not one.delivery.is_idle()]
             if not busy:
@@ -221,7 +222,7 @@ class Service:
             codes.append(of_backlog(pending=found.pending, parked=found.parked, dead=found.dead))
             log(
                 f"{_name(one)}: {one.counters['delivered']:,} delivered, {found.pending:,} left, "
-                f"{found.parked:,} parked, {terminal.count(found.dead, 'dead letter')}"
+                f"{found.parked:,} parked, {wording.count(found.dead, 'dead letter')}"
             )
         return most_urgent(codes) if codes else ExitCode.DONE
 

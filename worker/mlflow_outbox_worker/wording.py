@@ -1,0 +1,39 @@
+"""Numbers, sizes, spans and times as people read them."""
+
+from __future__ import annotations
+
+import time
+
+
+def count(number: int, noun: str = "") -> str:
+    """Return a number with separators, and a noun in the right number behind it."""
+    text = f"{number:,}"
+    return f"{text} {noun if number == 1 else noun + 's'}" if noun else text
+
+
+def size(number: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:  # noqa: PLR2004 - the step of the units
+            return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"  # noqa: PLR2004 - three digits tell enough
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def span(seconds: float) -> str:
+    """Return a time span for people."""
+    seconds = max(0.0, seconds)
+    for limit, unit, per in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / per:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} d"
+
+
+def moment(time_ms: int) -> str:
+    """Return a wall-clock time of this machine's zone; "-" for none."""
+    if not time_ms:
+        return "-"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ms / 1000))
+    except (ValueError, OverflowError, OSError):  # a time that a program made up
+        return f"{time_ms} ms"
