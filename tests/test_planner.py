@@ -103,6 +103,22 @@ def test_tags_travel_beside_points_where_there_is_room() -> None:
     assert 1 == len(planned(Metric("k", 1.0, 1, 1), Tags({"t": "1"}, 1)).steps)
 
 
+def test_tags_that_a_run_was_made_with_just_now_are_not_sent_again() -> None:
+    """A request saved, for a run that goes on; what has another value since is sent, behind a barrier too."""
+    begun = RunStarted(5, "n", "u", {"t": "1", "u": "1"})
+    barrier = Request("log_inputs", b"{}", 6)
+
+    def made(*events: Event) -> list[dict[str, str]]:
+        made = plan([("w", event) for event in events], RunView(), made_now=True)
+        return [step.tags for step in batches(made.steps)]
+
+    assert [] == made(begun)
+    assert [{"u": "2"}] == made(begun, Tags({"u": "2"}, 6))
+    assert [{"u": "2"}] == made(begun, barrier, Tags({"u": "2"}, 7))
+    assert [] == made(Tags({"t": "0"}, 4), begun), "an older value of another writer is not sent either"
+    assert [{"t": "1"}] == made(RunStarted(5, "n", "u", {"t": "1"}, resumed=True)), "nobody has made it with these"
+
+
 def test_the_first_tags_of_a_run_are_tags() -> None:
     """A run that was resumed brings its own."""
     assert [{"t": "1"}] == [step.tags for step in batches(planned(RunStarted(1, "n", "u", {"t": "1"})).steps)]

@@ -6,6 +6,7 @@ of its own whose server is away.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,25 +42,24 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return asked | _worker(path) | {"bytes_per_event": size / request["events"]}
 
 
-_ASK = """
-import json, pathlib, sys, time
-from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox_worker import backlog
-from mlflow_outbox_worker.ledger import Ledger
-begin = time.perf_counter()
-directory = OutboxDirectory.open(pathlib.Path(sys.argv[1]))
-opened = time.perf_counter() - begin
-begin = time.perf_counter()
-ends = backlog.targets(directory, {})
-found = backlog.total(ends, (), parked=False)
-print(json.dumps({"open_s": opened, "status_s": time.perf_counter() - begin, "pending": found.pending}))
-"""
+def ask(path: str) -> None:
+    """Open an outbox and count what is pending, as ``status`` does; print how long each took, in seconds."""
+    from mlflow_outbox import Settings
+    from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox_worker.flush import Watch
+
+    begin = time.perf_counter()
+    directory = OutboxDirectory.open(Path(path))
+    opened = time.perf_counter() - begin
+    begin = time.perf_counter()
+    found, _ = Watch(directory, Settings()).measure()
+    taken = time.perf_counter() - begin
+    print(json.dumps({"open_s": opened, "status_s": taken, "pending": found.pending}))
 
 
 def _in_fresh_process(path: Any) -> dict[str, Any]:
-    import json
-
-    answer = subprocess.run([sys.executable, "-c", _ASK, str(path)], capture_output=True, check=True)
+    program = "import sys; from benchmarks.backlog import ask; ask(sys.argv[1])"
+    answer = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, check=True)
     found: dict[str, Any] = json.loads(answer.stdout)
     return found
 

@@ -5,8 +5,9 @@ call, and is meant for the program; what a user's object raises when it is asked
 through frames that are not ours. But only a handler has been given, as an argument, the very frame that it interrupted:
 the one before its own in the traceback.
 
-What was made of such an exception on the way, a refusal above all, has it as its context. A context that was caught
-by the program is none of ours: its traceback begins in a frame of the program's.
+What was made of such an exception on the way, a refusal of ours or an error of a library by which we ask MLflow, has it
+as its context. A context that was caught by the program is none of ours: its traceback begins in a frame of the
+program's, or in one of a library that is still there because it called us.
 
 A handler that has no frame, being written in C, and an exception that another thread sets
 (``PyThreadState_SetAsyncExc``) cannot be told, and end as any other error of a logging call.
@@ -19,6 +20,8 @@ from types import FrameType, TracebackType
 from typing import Final
 
 _OURS: Final = frozenset({"mlflow_outbox", "mlflow_outbox_worker"})
+#: What a question to MLflow goes through.
+_LIBRARIES: Final = frozenset({"mlflow", "requests", "urllib3", "http", "socket", "ssl", "sqlalchemy"})
 
 
 def forward(error: BaseException) -> None:
@@ -35,7 +38,16 @@ def forward(error: BaseException) -> None:
 
 
 def _is_caught_here(trace: TracebackType | None) -> bool:
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] in _OURS
+    """Return whether an exception was caught in this call: by us, or by a library that has returned to us since."""
+    if trace is None:
+        return False
+    package = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    if package not in _LIBRARIES:
+        return package in _OURS
+    frame = inspect.currentframe()
+    while frame is not None and frame is not trace.tb_frame:
+        frame = frame.f_back
+    return frame is None
 
 
 def _is_interrupt(trace: TracebackType | None) -> bool:

@@ -19,12 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from mlflow_outbox import autopilot, delivery
-from mlflow_outbox.counters import Counters, described, shown
+from mlflow_outbox import autopilot, delivery, sessions
+from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.destination import resolve
-from mlflow_outbox.doubts import Doubts
 from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
-from mlflow_outbox.interrupts import forward
 from mlflow_outbox.outbox import FlushResult, Outbox, shared
 from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
@@ -32,7 +30,7 @@ from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_envir
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
-from mlflow_outbox.validation import checked_mapping
+from mlflow_outbox.validation import checked_experiment_name, checked_mapping
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 _SUMMARY: Final = "final_summary"
-#: Characters of an experiment's name; MLflow's MAX_EXPERIMENT_NAME_LENGTH.
-_MAX_NAME: Final = 500
 
 
 class MLflowTracker:
@@ -75,21 +71,7 @@ class MLflowTracker:
         if worker not in get_args(WorkerKind):
             msg = f"worker={worker!r} must be one of {', '.join(map(repr, get_args(WorkerKind)))}"
             raise InvalidSettings(msg)
-        if not isinstance(experiment_name, str) or not experiment_name.strip():
-            msg = f"the experiment name {experiment_name!r} must be a text that is not empty"
-            raise InvalidSettings(msg)
-        try:
-            experiment_name.encode()
-        except UnicodeEncodeError:
-            msg = f"the experiment name {experiment_name!r} is not valid Unicode"
-            raise InvalidSettings(msg) from None
-        if len(experiment_name) > _MAX_NAME:
-            msg = (
-                f"the experiment name {shown(experiment_name)} has {len(experiment_name)} characters, "
-                f"MLflow takes at most {_MAX_NAME}; shorten it"
-            )
-            raise InvalidSettings(msg)
-        self.experiment_name = str.__str__(experiment_name)
+        self.experiment_name = checked_experiment_name(experiment_name)
         self._settings = Settings.from_environment() if settings is None else settings
         self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
         self._lock = threading.RLock()
@@ -279,15 +261,8 @@ class MLflowTracker:
         """
         if self.disabled:
             return
-        try:
-            paths = [plot_paths] if isinstance(plot_paths, (str, os.PathLike)) else list(plot_paths)
-        except Exception as error:  # noqa: BLE001 - a session's objects may raise anything; counted and said
-            forward(error)
-            self._counters.add("refused_bad_mapping")
-            self._counters.warn_once(
-                "plots",
-                f"mlflow-outbox: log_visualizations takes paths, not a {type(plot_paths).__name__}: {described(error)}",
-            )
+        paths = sessions.paths_of(plot_paths, self._counters)
+        if paths is None:
             return
         run = self._summary_run(None)
         for path in paths:
@@ -305,34 +280,10 @@ class MLflowTracker:
     ) -> None:
         if self.disabled:
             return
-        try:
-            content = read()
-        except Exception as error:  # a session's objects may raise anything; counted and said, never raised
-            forward(error)
-            if self._settings.strict:
-                raise
-            self._counters.add("unreadable_objects")
-            self._counters.warn_once(
-                ("unreadable", what, type(error)),
-                f"mlflow-outbox: {what} could not be read: {shown(error, 200)}",
-            )
-            return
-        for thing, reason in content.refused:
-            Doubts(self._counters).unreadable(f"{what}: {thing}", reason)
-        target = (
-            run(content.start_time_ms) if run else self.start_run(content.run_name, start_time=content.start_time_ms)
-        )
-        if content.params:
-            target.log_params(content.params)
-        if content.metrics:
-            target.log_metrics(content.metrics, timestamp=content.end_time_ms)
-        if content.tags:
-            target.set_tags(content.tags)
-        for name, text in content.texts.items():
-            target.log_text(text, name)
-        for path, folder in content.files:
-            target.log_artifact(path, folder)
-        target.end(content.status, content.end_time_ms)
+        content = sessions.content_of(what, read, self._counters, strict=self._settings.strict)
+        if content is not None:
+            start = content.start_time_ms
+            sessions.log(content, run(start) if run else self.start_run(content.run_name, start_time=start))
 
     # -- reading
 

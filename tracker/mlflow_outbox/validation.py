@@ -18,10 +18,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from mlflow_outbox.counters import described, printable, shown
-from mlflow_outbox.errors import InvalidEvent, InvalidEventType
+from mlflow_outbox.errors import InvalidEvent, InvalidEventType, InvalidSettings
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, MAX_TAG_CHARS, STATUSES
 
+#: Characters of an experiment's name; MLflow's MAX_EXPERIMENT_NAME_LENGTH.
+_MAX_EXPERIMENT_NAME: Final = 500
 _KEY: Final = re.compile(r"[/\w.\- :]+")
 #: A float time in this range is seconds since the epoch of this century, most likely given by time.time().
 _LIKELY_SECONDS: Final = (1e9, 1e11)
@@ -188,3 +190,26 @@ def checked_mapping(values: object, what: str) -> dict[Any, Any]:
     except Exception as error:  # noqa: BLE001 - a user's mapping may raise anything; refused and counted
         msg = f"{what} takes a mapping of keys to values, not a {type(values).__name__}{_because(error)}"
         raise InvalidEventType("bad_mapping", msg) from None
+
+
+def checked_experiment_name(name: object) -> str:
+    """Return the name of an experiment as plain text.
+
+    Raises:
+        InvalidSettings: it is none that MLflow takes.
+    """
+    if not isinstance(name, str) or not name.strip():
+        msg = f"the experiment name {name!r} must be a text that is not empty"
+        raise InvalidSettings(msg)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        msg = f"the experiment name {name!r} is not valid Unicode"
+        raise InvalidSettings(msg) from None
+    if len(name) > _MAX_EXPERIMENT_NAME:
+        msg = (
+            f"the experiment name {shown(name)} has {len(name)} characters, "
+            f"MLflow takes at most {_MAX_EXPERIMENT_NAME}; shorten it"
+        )
+        raise InvalidSettings(msg)
+    return str.__str__(name)

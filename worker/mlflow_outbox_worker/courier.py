@@ -174,9 +174,9 @@ class Courier:
     def _deliver(self, record: RunRecord, view: RunView, reader: RunReader, window: Window) -> None:
         refused = Refused()
         if window.events:
-            self._ensure_remote(record, view, reader)
+            made_now = self._ensure_remote(record, view, reader)
             events = _unsettled(window.events, record, view, reader)
-            steps, ended = plan(events, view, batch_points=self._settings.batch_points)
+            steps, ended = plan(events, view, batch_points=self._settings.batch_points, made_now=made_now)
             for step in self._reconciliation.unsent(record, steps):
                 self._requests.make(record, step, refused)
             for writer, event in events:
@@ -220,15 +220,16 @@ class Courier:
 
     # -- the run in MLflow
 
-    def _ensure_remote(self, record: RunRecord, view: RunView, reader: RunReader) -> None:
+    def _ensure_remote(self, record: RunRecord, view: RunView, reader: RunReader) -> bool:
+        """Have a run in MLflow; return whether it was created just now."""
         if record.remote_id:
-            return
+            return False
         started, header = reader.started()
         own = header.experiment if header is not None else record.experiment
         record.experiment = self._source.experiment(own)
         if header is not None and header.remote and record.experiment == own and self._find_existing(record):
             self._adopt(record, view)
-            return
+            return False
         if provisional.is_room(record.run_id):
             local = provisional.experiment_of(record.run_id)
             if local:
@@ -237,7 +238,7 @@ class Courier:
                 )
             record.remote_id = record.run_id  # it stays a room: there is no run behind it
             self._ledger.commit(record)
-            return
+            return False
         name = record.experiment
         remembered = name in self._experiments
         try:
@@ -249,8 +250,9 @@ class Courier:
             self._find_or_create(record, started, header)
         if record.adopted:
             self._adopt(record, view)
-        else:
-            self._ledger.commit(record)
+            return False
+        self._ledger.commit(record)
+        return True
 
     def _adopt(self, record: RunRecord, view: RunView) -> None:
         """Begin with how the run ended in MLflow, so that an older copy of it does not undo a later end."""

@@ -8,8 +8,8 @@
   server answers a batch with such a number in it with 200, and drops what follows in it.
 * Of several values of a tag, contents of an artifact path, or statuses only the last is sent; a value that another
   writer has overtaken already is not sent at all.
-* Tags with which a run begins are in MLflow since its creation, and are sent again for the case that they were taken
-  away since. Those that only a creation can set are not: MLflow would refuse or cut them now.
+* Tags with which a run begins are in MLflow since its creation. Unless it was made just now they are sent again, for
+  the case that they were taken away since; but for those that only a creation can set: MLflow would refuse or cut them.
 * The status goes last, so that a run is not shown as finished before it is complete.
 * A request of MLflow's own (a deleted tag, a logged model) is a barrier: it goes after all that precedes it, before
   all that follows.
@@ -118,16 +118,19 @@ class Plan(NamedTuple):
     ended: bool | None
 
 
-def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: int = MAX_POINTS) -> Plan:
+def plan(
+    events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: int = MAX_POINTS, made_now: bool = False
+) -> Plan:
     """Return the requests for some events of one run.
 
     Args:
         events: (writer, event) pairs in order.
         view: the run as delivered before these events; not changed.
         batch_points: metric points in one request, at most 1000.
+        made_now: the run was created for these events, with the tags with which it begins.
     """
     if not any(type(event) in {Request, FileFor} for _, event in events):
-        return _plan(events, view, batch_points)
+        return _plan(events, view, batch_points, made_now)
     steps: list[Step] = []
     ended: bool | None = None
     # What was decided before a barrier holds after it: a scratch view knows all but points.
@@ -143,7 +146,7 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
     for index, (writer, event) in enumerate([*events, ("", None)]):
         if event is not None and not isinstance(event, (Request, FileFor)):
             continue
-        part = _plan(events[begin:index], scratch, batch_points)
+        part = _plan(events[begin:index], scratch, batch_points, made_now)
         steps += part.steps
         ended = part.ended if part.ended is not None else ended
         for earlier_writer, earlier in events[begin:index]:
@@ -162,7 +165,10 @@ def plan(events: Sequence[tuple[str, Event]], view: RunView, *, batch_points: in
 
 
 def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last one of each kind leaves
-    events: Sequence[tuple[str, Event]], view: RunView, batch_points: int
+    events: Sequence[tuple[str, Event]],
+    view: RunView,
+    batch_points: int,
+    made_now: bool,  # noqa: FBT001 - handed on by plan alone
 ) -> Plan:
     points: list[MetricPoint] = []
     params: dict[str, str] = {}
@@ -196,7 +202,7 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
                 files[event.path] = Register(event.sha256, event.time_ms, writer), event
         else:
             if isinstance(event, RunStarted) and not event.resumed:
-                created |= {key: text for key, text in event.tags.items() if not is_ordinary_tag(key, text)}
+                created |= {k: text for k, text in event.tags.items() if made_now or not is_ordinary_tag(k, text)}
             if isinstance(event, (Tags, RunStarted)):
                 for key, text in (event.values if isinstance(event, Tags) else event.tags).items():
                     held = tags.get(key) or view.tags.get(key)

@@ -31,6 +31,7 @@ from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.uri import get_uri_scheme
 
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.places import LOCAL, owner_by_look, root_of
 from mlflow_outbox.plugin.wrapped import Away
@@ -101,6 +102,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 try:
                     self._stage(os.path.join(folder, name), "" if target == "." else target)
                 except (MlflowException, OSError) as error:
+                    forward(error)
                     refused.append(error)
         self._store.arrivals.wait()
         if refused:
@@ -120,6 +122,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             if not is_kept:
                 self._put_in_place(file, folder)  # the program may open it there all the same
         except (ArtifactRefused, InvalidEvent, OSError) as error:
+            forward(error)
             if isinstance(error, ArtifactRefused) and error.__cause__ is not None:
                 raise error.__cause__ from None  # it cannot be read, which is told as MLflow tells it
             raise MlflowException.invalid_parameter_value(f"the file {file!r} cannot be logged: {error}") from error
@@ -137,7 +140,8 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         try:
             self._place.log_artifact(file, folder or None)
             return placement.identity(os.path.join(self._place.artifact_dir, folder))
-        except (OSError, MlflowException):
+        except (OSError, MlflowException) as error:
+            forward(error)
             self._store.outbox.counters.add("files_not_placed")  # the worker will do it, or say why it cannot
             return ""
 
@@ -250,6 +254,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 return []
             raise
         except OSError as error:  # requests' errors are OSErrors too
+            forward(error)
             raise Away(str(error), sent=False) from None
 
     def _repository(self) -> Any:

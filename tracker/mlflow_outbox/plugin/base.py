@@ -1,29 +1,26 @@
-"""What all parts of the plugin's store share: outbox, server, journals, ids, and where things are at home."""
+"""What all parts of the plugin's store share: outbox, server, journals, ids, and the names of experiments."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
-from mlflow.utils.uri import get_uri_scheme
 
 from mlflow_outbox import delivery
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
 from mlflow_outbox.plugin.answers import Answers
 from mlflow_outbox.plugin.arrivals import Arrivals
-from mlflow_outbox.plugin.artifacts import claim
 from mlflow_outbox.plugin.ids import Ids, NotYet
 from mlflow_outbox.plugin.integers import Integers
 from mlflow_outbox.plugin.journals import Journals, OpenRun
 from mlflow_outbox.plugin.made_here import MadeHere
-from mlflow_outbox.plugin.places import Places
 from mlflow_outbox.plugin.rest import Pulse
 from mlflow_outbox.plugin.wrapped import Away, Server
 from mlflow_outbox.settings import Settings
@@ -31,9 +28,6 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 
 if TYPE_CHECKING:
-    from mlflow.entities import LoggedModel
-
-    from mlflow_outbox.views import File
     from mlflow_outbox_worker.reading import LocalRun
 
 T = TypeVar("T")
@@ -79,8 +73,6 @@ class Base:
         self.journals = Journals(self.outbox, self._experiment_names, self.pulse.beat)
         self._handed_out: set[str] = set()
         self._artifact_uris: dict[str, str] = {}
-        self._model_homes: dict[str, str] = {}
-        self.places = Places()
         self.answers = Answers()
         self._models_have_metrics = False
         #: Runs that were deleted when this process last heard of them.
@@ -301,112 +293,6 @@ class Base:
         if provisional.is_provisional(experiment_id):
             self._handed_out.add(experiment_id)
 
-    # -- files
-
-    def own_uri(self, kind: str, subject: str) -> str:
-        """Return the artifact URI of the outbox's own scheme for a "run", a "model" or an "experiment"."""
-        slug = self.outbox.directory.identity.id[:12]
-        return f"{provisional.ARTIFACT_SCHEME}:/{slug}/{kind}/{subject}/artifacts"
-
-    def shown_uri(self, kind: str, subject: str, theirs: str | None) -> str:
-        """Return the artifact URI for readers: the server's when there is one, else one of the outbox's.
-
-        MLflow asks here for the repository of either: see ``artifacts.claim``.
-        """
-        if theirs and subject in theirs:
-            scheme = get_uri_scheme(theirs)
-            self.places.show(theirs, kind, subject)
-            if scheme != "mlflow-artifacts":  # which is the plugin's anyhow
-                claim(scheme)
-                delivery.prepare_artifacts(scheme)
-            self._artifact_uris[subject] = theirs
-            return theirs
-        return self.own_uri(kind, subject)
-
-    def home_of(self, kind: str, subject: str) -> OpenRun:
-        """Return the journal that the files of a run, a model or (kind "uri", by experiment) a trace go to.
-
-        Raises:
-            MlflowException: there is no such run.
-        """
-        if kind == "run":
-            return self.writable(subject)
-        if kind == "model":
-            return self.model_home(subject)
-        return self.journals.room(subject)
-
-    def named(self, model: LoggedModel, names: Mapping[str, str] | None = None) -> LoggedModel:
-        """Have an answer call a model, its run and its experiment as this process does; see ``ids``."""
-        names = self.ids.names() if names is None else names
-        model._model_id = names.get(model.model_id, model.model_id)
-        model._model_uri = f"models:/{model.model_id}"
-        model._source_run_id = names.get(model.source_run_id, model.source_run_id)
-        model._experiment_id = names.get(model.experiment_id) or self.shown_experiment(model.experiment_id)
-        return model
-
-    def model_home(self, model_id: str) -> OpenRun:
-        """Return the journal that a model's requests go to.
-
-        Raises:
-            MlflowException: there is no such model.
-        """
-        home = self.name_of_model_home(model_id)
-        return self.journals.open(home, "") if provisional.is_room(home) else self.writable(home)
-
-    def name_of_model_home(self, model_id: str) -> str:
-        """Return the run or room of ``model_home``; the server is asked the first time that a model is met."""
-        home = self._model_homes.get(model_id)
-        if home is None:
-            home = self._model_homes[model_id] = self._find_model_home(model_id)
-        return home
-
-    def _find_model_home(self, model_id: str) -> str:
-        if provisional.is_provisional(model_id):
-            home = self.made_here.home_of_model(model_id)
-            if home is None:
-                raise no_such("Logged model", model_id)
-            return home
-        try:
-            theirs = self.ask_about(model_id, lambda store, remote: store.get_logged_model(remote))
-        except Away:
-            return self.made_here.home_of_model(model_id) or provisional.COMMON_ROOM
-        return (
-            self.ids.local(theirs.source_run_id) if theirs.source_run_id else provisional.room_of(theirs.experiment_id)
-        )
-
-    def began_here(self, kind: str, subject: str) -> bool:
-        """Return whether a run or model was made through this outbox, so that what is on disk is all there is of it."""
-        return self.made_here.began(kind, subject, self.home_of(kind, subject).run_id)
-
-    def files(self, home: str, owner: str) -> tuple[dict[str, File], dict[str, File]]:
-        """Return the files of an owner ("" is the run) that the outbox knows, and those not delivered."""
-        local = self.local_run(home)
-        if local is None:
-            return {}, {}
-        known = local.view.files.get(owner, {}) if owner else local.view.artifacts
-        return known, {path: known[path] for path in _logged(local.pending, owner) if path in known}
-
-    def remote_location(self, kind: str, subject: str, uri: str) -> str:
-        """Return MLflow's artifact URI, after one short question to the server.
-
-        Raises:
-            Away: the server is, or does not know the owner yet.
-        """
-        try:
-            if kind == "run":
-                return str(self.ask_about(subject, lambda store, remote: store.get_run(remote)).info.artifact_uri)
-            if kind == "model":
-                found = self.ask_about(subject, lambda store, remote: store.get_logged_model(remote))
-                return str(found.artifact_location)
-            if get_uri_scheme(uri) != provisional.ARTIFACT_SCHEME:  # it says itself where it is
-                self.server.ask(lambda store: store.search_experiments(max_results=1), quick=True)
-                return uri
-            remote = self.ids.remote(subject)
-        except NotYet:
-            raise Away(f"{subject} has not been delivered yet", sent=False) from None
-        root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=True).artifact_location)
-        return provisional.URI_PATTERN.sub(lambda _: root.rstrip("/"), uri)
-
 
 def no_such(what: str, subject: str) -> MlflowException:
     """Return MLflow's error for something that is not there."""
@@ -418,11 +304,3 @@ def not_active(what: str, subject: str) -> MlflowException:
     return MlflowException.invalid_parameter_value(
         f"The {what} {subject} must be in the 'active' state. Current state is deleted."
     )
-
-
-def _logged(pending: Iterable[tuple[str, Any]], owner: str) -> list[str]:
-    return [
-        event.path
-        for _, event in pending
-        if type(event).__name__ == ("FileFor" if owner else "Artifact") and getattr(event, "owner", "") == owner
-    ]

@@ -10,7 +10,8 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from mlflow.utils.validation import _validate_experiment_name, _validate_experiment_tag
 
 from mlflow_outbox.plugin import reads
-from mlflow_outbox.plugin.base import UNKNOWN, Base, no_such, not_active
+from mlflow_outbox.plugin.base import UNKNOWN, no_such, not_active
+from mlflow_outbox.plugin.homes import Homes
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.wrapped import Away
@@ -19,7 +20,7 @@ from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
 
 
-class Experiments(Base):
+class Experiments(Homes):
     """Experiments are made online first; a name met offline gets a provisional id, one for all processes."""
 
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:

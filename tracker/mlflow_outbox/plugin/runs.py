@@ -27,6 +27,7 @@ from mlflow.utils.validation import (
 )
 
 from mlflow_outbox.counters import described, printable
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.plugin import links, reads
 from mlflow_outbox.plugin.base import not_active
 from mlflow_outbox.plugin.ids import NotYet
@@ -350,6 +351,7 @@ class Runs(RunReads):
         try:
             Runs.log_batch(self, run_id, metrics, params, tags)
         except Exception as error:  # noqa: BLE001 - whatever it is, MLflow gives it to who waits; counted and said
+            forward(error)
             self.outbox.counters.add("asynchronous_refused")
             self.outbox.counters.warn_once(
                 ("asynchronous", run_id, type(error).__name__),

@@ -30,6 +30,7 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode
 from mlflow.utils.logging_utils import suppress_logs_in_thread
 
 from mlflow_outbox import delivery
+from mlflow_outbox.interrupts import forward
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -148,6 +149,7 @@ class Server:
             else:
                 answer = self._asked(question, timeout)
         except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+            forward(error)
             raise self._meaning(error) from None
         except Exception as error:
             if type(error).__name__ != "SinkError":

@@ -10,6 +10,7 @@ description, which makes every later look at the experiment fail. Here
 * the points of a batch go to the file of their metric in one write (MLflow's own opens, writes and closes for each
   point, which takes ten times as long), and a last line that a killed process or a full disk left torn is cut off
   before anything is read from the file or added to it: half a line can look like another point;
+* a run is searched for by the outbox's tag without reading the others (``tagged``);
 * what another process left torn (a run or an experiment whose description is missing, empty or cut, a metric without
   a point, an empty param) is no run, no experiment, no metric and no param.
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -35,14 +37,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mlflow.entities import ViewType
 from mlflow.exceptions import MissingConfigException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.tracking import file_store
 from mlflow.store.tracking.file_store import FileStore
 from mlflow.utils.yaml_utils import write_yaml
 
+from mlflow_outbox_worker.mlflow_sink.tagged import TaggedRuns
+from mlflow_outbox_worker.sink import RUN_ID_TAG
+
 _DRAFT_PREFIX = ".mlflow_outbox-"
 _DRAFT_SUFFIX = FileStore.TRASH_FOLDER_NAME
+#: The search for one run of an outbox, as the sink puts it.
+_BY_TAG = re.compile(rf"tags\.`{re.escape(RUN_ID_TAG)}` = '([\w.-]+)'")
 
 
 class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type information
@@ -56,6 +64,8 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
     def __init__(self, root: str, artifact_root: str) -> None:
         self._swept: set[str] = set()
         self._batch = threading.local()
+        self._search = threading.local()
+        self._tagged = TaggedRuns()
         super().__init__(root, artifact_root)
         self._sweep(self.root_directory)
 
@@ -134,9 +144,25 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
 
     def _list_run_infos(self, experiment_id: Any, *view: Any, **named: Any) -> Any:
         home = self._get_experiment_path(experiment_id)
-        if home is not None:
-            self._sweep(home)
-        return super()._list_run_infos(experiment_id, *view, **named)
+        if home is None:
+            return super()._list_run_infos(experiment_id, *view, **named)
+        self._sweep(home)
+        wanted = getattr(self._search, "wanted", None)
+        if wanted is None:
+            return super()._list_run_infos(experiment_id, *view, **named)
+        infos = []
+        for run_id in self._tagged.find(home, wanted):
+            with contextlib.suppress(MissingConfigException):  # it is gone, or torn
+                infos.append(self._get_run_info_from_dir(os.path.join(home, run_id)))
+        return infos
+
+    def _search_runs(self, experiment_ids: Any, filter_string: Any, run_view_type: Any, *more: Any, **by: Any) -> Any:
+        found = _BY_TAG.fullmatch(filter_string or "")
+        self._search.wanted = found[1] if found is not None and run_view_type == ViewType.ALL else None
+        try:
+            return super()._search_runs(experiment_ids, filter_string, run_view_type, *more, **by)
+        finally:
+            self._search.wanted = None
 
     # -- what others left torn
 

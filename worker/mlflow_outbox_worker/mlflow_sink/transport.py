@@ -44,6 +44,7 @@ import urllib3.exceptions
 from mlflow.exceptions import MlflowException
 from mlflow.utils import rest_utils
 
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox_worker.mlflow_sink import rebound
 from mlflow_outbox_worker.mlflow_sink.boundary import clean
 from mlflow_outbox_worker.sink import SinkError
@@ -260,6 +261,7 @@ class Transport:
             )
             return Answer(response.status_code, response.headers, _body(response, into), secrets)
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            forward(error)  # the plugin asks in the program's own thread
             failure = _failure(error, attempt, f"{method} {endpoint}", secrets)
         finally:
             _current.attempt = None
