@@ -171,7 +171,8 @@ def _bars(rows: dict[str, Any], names: tuple[str, ...], title: str, path: Path, 
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     ordered = sorted(rows, key=lambda subject: -rows[subject][names[0]])
     for place, subject in enumerate(ordered):
-        colour = _OURS if subject.startswith("outbox") else _OTHERS
+        ours = subject.startswith(("outbox", "plugin")) or ", worker " in subject
+        colour = _OURS if ours else _OTHERS
         for name, alpha in zip(names, (1.0, 0.35), strict=False):
             axes.barh(place, rows[subject][name], color=colour, alpha=alpha, zorder=2 - alpha)
     axes.set_yticks(range(len(ordered)), [called(subject) for subject in ordered], fontsize=8)
@@ -185,7 +186,7 @@ def _bars(rows: dict[str, Any], names: tuple[str, ...], title: str, path: Path, 
 def _draining_bars(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    rows = {name: row for name, row in found.items() if "points_per_s" in row.get("outbox", {})}
+    rows = {name: row for name, row in found.items() if "ratio" in row and "outbox" in row}  # not the counted requests
     if not rows:
         return
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
