@@ -82,6 +82,16 @@ def tracking(uri: str, outbox: Path, **settings: object) -> Iterator[Any]:
             forget()
 
 
+@contextmanager
+def away(server: MlflowServer, outbox: Path, **settings: object) -> Iterator[tuple[Any, FaultProxy, str]]:
+    """Point MLflow at an outbox whose server is away until ``proxy.up()``; yield mlflow, the proxy and the URI."""
+    with FaultProxy(server.url) as proxy:
+        proxy.down()
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, outbox, **settings) as mlflow:
+            yield mlflow, proxy, uri
+
+
 class World(NamedTuple):
     """MLflow pointed at a server in one of the ways that must not be told apart."""
 

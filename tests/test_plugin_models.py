@@ -9,7 +9,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import WAYS, deliver, store, the_runs, tracking, world
+from plugin_world import WAYS, away, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
 
 
@@ -203,27 +203,24 @@ def test_models_are_searched_by_their_metrics_at_the_server_alone(
     """An answer without points that other runs or programs logged would be wrong; the call says what it needs."""
     from mlflow.exceptions import MlflowException
 
-    with FaultProxy(mlflow_server.url) as proxy:
-        proxy.down()
-        uri = f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            number = mlflow.set_experiment(experiment_name).experiment_id
-            with mlflow.start_run():
-                for name, value in (("good", 0.9), ("bad", 0.5)):
-                    made = mlflow.initialize_logged_model(name=name, params={"metrics.acc": name})
-                    mlflow.log_metric("acc", value, model_id=made.model_id)
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        with mlflow.start_run():
+            for name, value in (("good", 0.9), ("bad", 0.5)):
+                made = mlflow.initialize_logged_model(name=name, params={"metrics.acc": name})
+                mlflow.log_metric("acc", value, model_id=made.model_id)
 
-            def found(**options: Any) -> list[str]:
-                return [model.name for model in mlflow.search_logged_models([number], output_format="list", **options)]
+        def found(**options: Any) -> list[str]:
+            return [model.name for model in mlflow.search_logged_models([number], output_format="list", **options)]
 
-            by_filter: dict[str, Any] = {"filter_string": "name != 'x' AND metrics.acc > 0.7"}
-            by_order: dict[str, Any] = {"order_by": [{"field_name": "metrics.acc", "ascending": False}]}
-            by_dataset: dict[str, Any] = {"datasets": [{"dataset_name": "table"}]}
-            for by in (by_filter, by_order, by_dataset):
-                with pytest.raises(MlflowException, match="models by their metrics needs the tracking server"):
-                    found(**by)
-            assert ["good"] == found(filter_string="params.`metrics.acc` = 'good'")
-            proxy.up()
-            deliver(uri)
-            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
-            assert (["good"], ["good", "bad"]) == (found(**by_filter), found(**by_order))
+        by_filter: dict[str, Any] = {"filter_string": "name != 'x' AND metrics.acc > 0.7"}
+        by_order: dict[str, Any] = {"order_by": [{"field_name": "metrics.acc", "ascending": False}]}
+        by_dataset: dict[str, Any] = {"datasets": [{"dataset_name": "table"}]}
+        for by in (by_filter, by_order, by_dataset):
+            with pytest.raises(MlflowException, match="models by their metrics needs the tracking server"):
+                found(**by)
+        assert ["good"] == found(filter_string="params.`metrics.acc` = 'good'")
+        proxy.up()
+        deliver(uri)
+        eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+        assert (["good"], ["good", "bad"]) == (found(**by_filter), found(**by_order))

@@ -14,7 +14,7 @@ from contents import client
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.faults import accept_hang, delay, forward_then_drop_response
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import NOWHERE, deliver, forget, picture, register, store, the_runs, tracking
+from plugin_world import NOWHERE, away, deliver, forget, picture, register, store, the_runs, tracking
 from servers import MlflowServer, eventually
 
 # -- ids
@@ -39,25 +39,22 @@ def test_a_provisional_id_stays_good_after_delivery(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """Reads, writes, files and a resumed run take the id that was given offline, and lead to the server's run."""
-    with FaultProxy(mlflow_server.url) as proxy:
-        proxy.down()
-        uri = f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            mlflow.set_experiment(experiment_name)
-            with mlflow.start_run() as run:
-                mlflow.log_metric("m", 1.0)
-            local = run.info.run_id
-            assert provisional.is_provisional(local)
-            proxy.up()
-            deliver(uri)
-            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
-            with mlflow.start_run(run_id=local):
-                mlflow.log_metric("m", 2.0, step=1)
-                mlflow.log_text("late", "late.txt")
-            deliver(uri)
-            assert [1.0, 2.0] == [point.value for point in mlflow.MlflowClient().get_metric_history(local, "m")]
-            assert "late" == mlflow.artifacts.load_text(f"runs:/{local}/late.txt")
-            assert ["m"] == list(mlflow.get_run(local).data.metrics)
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_metric("m", 1.0)
+        local = run.info.run_id
+        assert provisional.is_provisional(local)
+        proxy.up()
+        deliver(uri)
+        eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+        with mlflow.start_run(run_id=local):
+            mlflow.log_metric("m", 2.0, step=1)
+            mlflow.log_text("late", "late.txt")
+        deliver(uri)
+        assert [1.0, 2.0] == [point.value for point in mlflow.MlflowClient().get_metric_history(local, "m")]
+        assert "late" == mlflow.artifacts.load_text(f"runs:/{local}/late.txt")
+        assert ["m"] == list(mlflow.get_run(local).data.metrics)
     (found,) = the_runs(mlflow_server.url, experiment_name)
     assert {"m": 2.0} == found.data.metrics
     assert local == found.data.tags["mlflow_outbox.run_id"]
@@ -189,26 +186,23 @@ def test_what_needs_the_server_is_asked_at_once_when_a_delivery_says_that_it_is_
     """Whoever was told that all has arrived need not wait for the end of a pause; one more failure begins a new one."""
     from mlflow.exceptions import MlflowException
 
-    with FaultProxy(mlflow_server.url) as proxy:
+    with away(mlflow_server, tmp_path, worker=worker) as (mlflow, proxy, uri):
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        server = store(uri).server
+        eventually(lambda: not server.is_away(), message="the pause after the first failure is over")
+        server._pause = 30.0  # as after some more of them
+        with pytest.raises(MlflowException, match="needs the tracking server"):
+            mlflow.search_experiments()
+        mlflow.MlflowClient().create_run(number)
+        proxy.up()
+        deliver(uri)
+        assert [experiment_name] == [
+            one.name for one in mlflow.search_experiments(filter_string=f"name = '{experiment_name}'")
+        ]
         proxy.down()
-        uri = f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path, worker=worker) as mlflow:
-            number = mlflow.set_experiment(experiment_name).experiment_id
-            server = store(uri).server
-            eventually(lambda: not server.is_away(), message="the pause after the first failure is over")
-            server._pause = 30.0  # as after some more of them
-            with pytest.raises(MlflowException, match="needs the tracking server"):
-                mlflow.search_experiments()
-            mlflow.MlflowClient().create_run(number)
-            proxy.up()
-            deliver(uri)
-            assert [experiment_name] == [
-                one.name for one in mlflow.search_experiments(filter_string=f"name = '{experiment_name}'")
-            ]
-            proxy.down()
-            with pytest.raises(MlflowException, match="needs the tracking server"):
-                mlflow.search_experiments()
-            assert server.is_away()
+        with pytest.raises(MlflowException, match="needs the tracking server"):
+            mlflow.search_experiments()
+        assert server.is_away()
 
 
 def test_the_system_metrics_monitor_survives_an_outage(

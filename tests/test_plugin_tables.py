@@ -9,7 +9,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import NOWHERE, deliver, store, the_runs, tracking
+from plugin_world import NOWHERE, away, deliver, store, the_runs, tracking
 from servers import MlflowServer, eventually
 from test_plugin_processes import program
 
@@ -70,23 +70,20 @@ def test_a_program_may_begin_with_an_active_model_while_the_server_is_away(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """The model of a name that nobody here knows is made, and is found from then on; the server gets it once."""
-    with FaultProxy(mlflow_server.url) as proxy:
-        proxy.down()
-        uri = f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path) as mlflow:
-            for number in range(2):
-                if number:
-                    mlflow.set_experiment(experiment_name)
-                first = mlflow.set_active_model(name="agent")
-                assert first.model_id == mlflow.set_active_model(name="agent").model_id
-                assert first.model_id != mlflow.set_active_model(name="another").model_id
-                mlflow.clear_active_model()
-            proxy.up()
-            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
-            deliver(uri)
-            assert "agent" == mlflow.get_logged_model(first.model_id).name
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        for number in range(2):
+            if number:
+                mlflow.set_experiment(experiment_name)
+            first = mlflow.set_active_model(name="agent")
             assert first.model_id == mlflow.set_active_model(name="agent").model_id
+            assert first.model_id != mlflow.set_active_model(name="another").model_id
             mlflow.clear_active_model()
+        proxy.up()
+        eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+        deliver(uri)
+        assert "agent" == mlflow.get_logged_model(first.model_id).name
+        assert first.model_id == mlflow.set_active_model(name="agent").model_id
+        mlflow.clear_active_model()
     with client(mlflow_server.url) as api:
         found = api.search_logged_models([api.get_experiment_by_name(experiment_name).experiment_id])
         assert ["agent", "another"] == sorted(model.name for model in found)

@@ -125,7 +125,7 @@ def test_a_run_that_names_the_model_of_a_parked_run_waits_and_says_for_which(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """For as long as that takes: the model's id is known only when its run is delivered."""
-    monkeypatch.setattr("mlflow_outbox_worker.calls._PATIENCE", 2.0)
+    monkeypatch.setattr("mlflow_outbox_worker.remote_ids._PATIENCE", 2.0)
     with tracking("outbox+http://127.0.0.1:9", tmp_path / "outbox", worker="none", exit_timeout=0) as mlflow:
         maker, user = log_model_and_user(mlflow, deleted, experiment_name)
         args = ("replay", the_outbox(tmp_path / "outbox"), "--to", mlflow_server.url)
@@ -140,7 +140,7 @@ def test_a_model_of_a_parked_run_is_waited_for_longer_than_one_that_nobody_makes
     mlflow_server: MlflowServer, experiment_name: str, deleted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An id that no journal explains is sent as it is after a while, and holds nothing up."""
-    monkeypatch.setattr("mlflow_outbox_worker.calls._PATIENCE", 2.0)
+    monkeypatch.setattr("mlflow_outbox_worker.remote_ids._PATIENCE", 2.0)
     nobodys = provisional.new_model_id()
     with FaultProxy(mlflow_server.url) as proxy:
         uri = f"outbox+{proxy.url}"
