@@ -314,3 +314,11 @@ def test_what_only_mlflows_server_refuses_is_taken_for_other_places(path: str) -
     assert path == checked_artifact_path(path, served=False)
     with pytest.raises(InvalidEvent):
         checked_artifact_path("/" + path, served=False)
+
+
+def test_a_folder_that_mlflow_refuses_is_refused_at_the_call() -> None:
+    """MLflow takes no folder whose name begins with two dots, however it goes on; a file may be called so."""
+    with pytest.raises(InvalidEvent, match="folder whose name begins"):
+        snapshot.checked_artifact_path("...plots/loss.png")
+    assert "...loss.png" == snapshot.checked_artifact_path("...loss.png")
+    assert "plots/...loss.png" == snapshot.checked_artifact_path("plots/...loss.png")

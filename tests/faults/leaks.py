@@ -72,7 +72,7 @@ def standing() -> Standing:
         frozenset(descriptors),
         frozenset(f"thread {thread.name} {thread.ident}" for thread in threads),
         frozenset(_children()),
-        frozenset(f"file {path}" for path in _temporary if os.path.exists(path)),
+        frozenset(f"file {path}" for path in list(_temporary) if os.path.exists(path)),
     )
 
 

@@ -363,6 +363,9 @@ def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact
         if problem:
             msg = f"the {what} {shown!r} {problem}; use a relative path such as 'plots/loss.png'"
             raise InvalidEvent("bad_path", msg)
+    if found.startswith("..") and "/" in found:  # mlflow/utils/validation.py, path_not_unique: of the folder, as it is
+        msg = f"the {what} {shown!r} is in a folder whose name begins with '..', which MLflow does not take; rename it"
+        raise InvalidEvent("bad_path", msg)
     return found
 
 
