@@ -54,7 +54,6 @@ def test_a_refused_connection_was_certainly_not_carried_out() -> None:
     assert ("connection", False, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="needs the system to have TCP_QUICKACK")
 def test_what_a_server_sends_is_acknowledged_at_once(wire: Callable[..., Wire]) -> None:
     """MLflow's sends the body of an answer when its head was acknowledged, which else takes 40 ms a request.
 

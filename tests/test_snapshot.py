@@ -16,7 +16,8 @@ import pytest
 
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
 from mlflow_outbox.spool import snapshot
-from mlflow_outbox.spool.snapshot import SnapshotStore, alone, checked_artifact_path, is_digest
+from mlflow_outbox.spool.artifact_path import checked_artifact_path
+from mlflow_outbox.spool.snapshot import SnapshotStore, alone, is_digest
 from servers import eventually
 
 LIMIT = 10_000_000
@@ -319,6 +320,6 @@ def test_what_only_mlflows_server_refuses_is_taken_for_other_places(path: str) -
 def test_a_folder_that_mlflow_refuses_is_refused_at_the_call() -> None:
     """MLflow takes no folder whose name begins with two dots, however it goes on; a file may be called so."""
     with pytest.raises(InvalidEvent, match="folder whose name begins"):
-        snapshot.checked_artifact_path("...plots/loss.png")
-    assert "...loss.png" == snapshot.checked_artifact_path("...loss.png")
-    assert "plots/...loss.png" == snapshot.checked_artifact_path("plots/...loss.png")
+        checked_artifact_path("...plots/loss.png")
+    assert "...loss.png" == checked_artifact_path("...loss.png")
+    assert "plots/...loss.png" == checked_artifact_path("plots/...loss.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import random
@@ -32,7 +31,7 @@ def test_a_server_killed_in_the_middle_holds_everything_once(
 ) -> None:
     """Batches that it may or may not have committed are there once after it is back."""
     server = own_mlflow_server()
-    given = dataclasses.replace(PATIENT, batch_points=20)
+    given = workload.settings(request_timeout=3.0, retry_max=0.2, batch_points=20)
     session = Session(server, server.url, "killed", tmp_path / "outbox", given)
     for _ in range(row.pick(2, 100, 1000))[part]:
         session.log(rng.randint(100, 400))

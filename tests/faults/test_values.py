@@ -20,9 +20,9 @@ from faults.oracle import held
 from faults.table import Row
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.errors import EventRefused, InvalidEvent
+from mlflow_outbox.spool.artifact_path import checked_artifact_path
 from mlflow_outbox.spool.enclosure import store_of
 from mlflow_outbox.spool.events import Artifact
-from mlflow_outbox.spool.snapshot import checked_artifact_path
 from mlflow_outbox.validation import checked_text
 from servers import eventually
 

@@ -19,9 +19,10 @@ from mlflow_outbox.errors import ArtifactRefused, InvalidEvent, InvalidEventType
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.jsontext import Reader
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.artifact_path import checked_artifact_path
 from mlflow_outbox.spool.enclosure import append_enclosing
 from mlflow_outbox.spool.events import Artifact
-from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore, checked_artifact_path, size_of
+from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore, size_of
 
 if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal

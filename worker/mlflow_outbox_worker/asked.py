@@ -1,4 +1,4 @@
-"""A sink that remembers whether it was asked anything: work that asked nothing says nothing about the destination."""
+"""A sink that remembers whether it was asked anything: a turn that asked nothing says nothing about the destination."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlflow_outbox_worker.sink import Sink
 
 
 class AskedSink:
-    """Passes everything on to a sink, and remembers for each thread whether it made a call.
+    """Passes everything on to a sink, and counts the calls that each thread makes.
 
     Args:
         sink: the tracking store.
@@ -23,19 +23,19 @@ class AskedSink:
     def __repr__(self) -> str:
         return f"<AskedSink of {self._sink!r}>"
 
-    def was_asked(self) -> bool:
-        """Return whether this thread has made a call since it was last here."""
-        asked: bool = getattr(self._here, "asked", False)
-        self._here.asked = False
-        return asked
+    @property
+    def calls(self) -> int:
+        """How many calls this thread has made."""
+        number: int = getattr(self._here, "calls", 0)
+        return number
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._sink, name)
-        return self._remembering(found) if callable(found) else found
+        return self._counting(found) if callable(found) else found
 
-    def _remembering(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _counting(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            self._here.asked = True
+            self._here.calls = self.calls + 1
             return method(*arguments, **named)
 
         return call

@@ -47,7 +47,7 @@ from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import settling
 
 #: Windows of one run in a row before other runs get their turn.
-_TURN: Final = 16
+TURN: Final = 16
 
 Progress = Literal["more", "idle", "live"]
 
@@ -75,7 +75,6 @@ class Courier:
         settings: batch size.
         counters: what happened, by reason.
         now_ms: wall-clock milliseconds since the epoch.
-        taken: called after each window that was delivered, by the thread that has the run.
         stopped: asked between windows whether to leave off.
     """
 
@@ -88,7 +87,6 @@ class Courier:
         counters: Counters,
         *,
         now_ms: Callable[[], int],
-        taken: Callable[[], None] = lambda: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source = source
@@ -97,7 +95,6 @@ class Courier:
         self._settings = settings
         self._counters = counters
         self._now_ms = now_ms
-        self._taken = taken
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
         self._calls = Calls(source, sink, ledger)
@@ -107,8 +104,12 @@ class Courier:
         #: The writer of a run that used up its last turn.
         self._after: dict[str, str] = {}
 
-    def turn(self, run_id: str) -> Turn:
+    def turn(self, run_id: str, *, windows: int = TURN) -> Turn:
         """Deliver what there is of a run, up to a fair share.
+
+        Args:
+            run_id: the run.
+            windows: the share.
 
         Raises:
             Later: try again after a pause.
@@ -121,7 +122,7 @@ class Courier:
         view = self._ledger.view(run_id) or RunView()
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         after = self._after.pop(run_id, "")
-        for _ in range(_TURN):
+        for _ in range(windows):
             window = self._window(reader, record, after)
             # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
             after = window.used_up_by if self._sink.deduplicates_metrics else ""
@@ -137,7 +138,6 @@ class Courier:
                 self._calls.precedence.waits(run_id, waits.on)
                 raise
             self._calls.precedence.goes_on(run_id)
-            self._taken()
             if not window.more:
                 self._reconciliation.caught_up(run_id)
                 return Turn("live" if window.live else "idle", record, view, reader)

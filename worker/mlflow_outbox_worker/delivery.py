@@ -7,8 +7,8 @@ the same. It works while it holds the lease; without it, it stands by and takes 
   one lane at a time. A run gets a turn of some windows, then the next one: a long backlog holds up nobody.
 * A failed run waits by its own back-off, so it never holds up another. A failure that says something about the
   destination (no connection, a time-out, 5xx, 401, a login page) makes all runs wait by the destination's back-off,
-  and then one run at a time tries, a different one each time, until a part of one has arrived: no storm on a server
-  that is coming back, and then no wait for the rest of that run.
+  and then one run at a time tries, a different one each time, with its next window alone, until one has arrived: no
+  storm on a server that is coming back, and no wait for the rest of that run.
 * Nothing here gives up. A parked run or destination is tried again slowly, and at once when somebody asks to hurry.
 * An idle loop looks at the doorbell and at the sizes of the segments that are being written, nothing else: ten
   thousand waiting runs cost nothing while they wait.
@@ -30,7 +30,7 @@ from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.asked import AskedSink
-from mlflow_outbox_worker.courier import Courier, Turn
+from mlflow_outbox_worker.courier import TURN, Courier, Turn
 from mlflow_outbox_worker.finish import finish
 from mlflow_outbox_worker.gate import Gate, concerns_destination
 from mlflow_outbox_worker.host_lease import described
@@ -246,8 +246,8 @@ class Delivery:
             return False
         if self._courier is None and not self._open():
             return False
-        parallel = self._sink is not None and self._sink.parallel
-        chosen = self._schedule.take(self._settings.parallel_runs if parallel and self._gate.is_proven() else 1)
+        parallel = self._sink is not None and self._sink.parallel and self._gate.is_proven()
+        chosen = self._schedule.take(self._settings.parallel_runs if parallel else 1)
         if not parallel:
             for run_id in chosen:
                 self._take_turn(run_id)
@@ -272,7 +272,6 @@ class Delivery:
             self._settings,
             self._counters,
             now_ms=self._now_ms,
-            taken=self._note_success,
             stopped=self.is_stopped,
         )
         return True
@@ -293,12 +292,11 @@ class Delivery:
     def _take_turn(self, run_id: str) -> None:
         courier, ledger, asked = self._courier, self._ledger, self._sink
         assert courier is not None and ledger is not None and asked is not None  # noqa: S101, PT018 - opened before any lane
-        sink = cast("Sink", asked)
+        sink, before = cast("Sink", asked), asked.calls
         began_ms = self._now_ms()
-        asked.was_asked()  # what an earlier turn of this thread asked says nothing any more
         try:
             stamp = self._lookout.stamp(run_id)
-            turn = courier.turn(run_id)
+            turn = courier.turn(run_id, windows=TURN if self._gate.is_proven() else 1)
             settles_in = 0.0
             if turn.progress != "more":
                 settles_in = settle(sink, ledger, turn.record, self._settings, self._counters, now_ms=self._now_ms)
@@ -306,7 +304,9 @@ class Delivery:
             if turn.progress == "idle" and not settles_in:
                 complete = finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
             filed_in = self._upkeep.file(ledger, turn)
-            self._note_success()  # of finish, which asks MLflow too
+            # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
+            if asked.calls > before:
+                self._gate.succeeded(ledger)
             self._turned(run_id, turn)
             if complete:
                 self._schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
@@ -334,11 +334,6 @@ class Delivery:
             raise
         finally:
             self._schedule.release(run_id)
-
-    def _note_success(self) -> None:
-        """Take what this thread has done since it was last here for a sign of the destination, if it asked anything."""
-        if self._sink is not None and self._sink.was_asked():
-            self._gate.succeeded(self._ledger)
 
     def _turned(self, run_id: str, turn: Turn) -> None:
         tails: dict[Path, int] = {}

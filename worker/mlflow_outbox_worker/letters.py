@@ -17,6 +17,7 @@ import msgspec
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import ArtifactRefused, OutboxError
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.artifact_path import checked_artifact_path
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk
 from mlflow_outbox.spool.events import (
@@ -33,7 +34,7 @@ from mlflow_outbox.spool.events import (
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.sequence import RunIdentity
-from mlflow_outbox.spool.snapshot import SnapshotStore, checked_artifact_path, is_digest
+from mlflow_outbox.spool.snapshot import SnapshotStore, is_digest
 from mlflow_outbox.validation import (
     checked_key,
     checked_status,

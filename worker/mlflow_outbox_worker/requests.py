@@ -19,9 +19,10 @@ import msgspec
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.spool import placement
+from mlflow_outbox.spool.artifact_path import checked_artifact_path
 from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnded, encode
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.snapshot import checked_artifact_path, is_digest
+from mlflow_outbox.spool.snapshot import is_digest
 from mlflow_outbox.views import Register, wins
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.obstacles import Obstacles

@@ -36,8 +36,9 @@ from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.places import LOCAL, owner_by_look, root_of
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import placement, provisional
+from mlflow_outbox.spool.artifact_path import checked_artifact_path
 from mlflow_outbox.spool.events import Artifact, Event, FileFor
-from mlflow_outbox.spool.snapshot import Snapshot, checked_artifact_path, size_of
+from mlflow_outbox.spool.snapshot import Snapshot, size_of
 
 if TYPE_CHECKING:
     from mlflow_outbox.plugin.tracking_store import OutboxStore

@@ -11,10 +11,10 @@ from mlflow.utils.name_utils import _generate_random_name
 from mlflow.utils.validation import _validate_logged_model_name
 
 from mlflow_outbox.plugin import made_here, reads
+from mlflow_outbox.plugin.asynchronous import AsynchronousRuns
 from mlflow_outbox.plugin.base import no_such
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
-from mlflow_outbox.plugin.runs import Runs
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 
@@ -22,7 +22,7 @@ from mlflow_outbox.spool import provisional
 _MODELS: Final = 512
 
 
-class Models(Runs):
+class Models(AsynchronousRuns):
     """Logged models: made online first, everything after goes through the journal of the run that made them."""
 
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:

@@ -6,14 +6,12 @@ import contextlib
 import copy
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any, Final
 
 from mlflow.entities import LoggedModelOutput, Metric, Run, RunInfo, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos import service_pb2
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
-from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_MODELS, MLFLOW_RUN_NAME, MLFLOW_USER
 from mlflow.utils.name_utils import _generate_random_name
 from mlflow.utils.validation import (
@@ -26,8 +24,6 @@ from mlflow.utils.validation import (
     _validate_tag,
 )
 
-from mlflow_outbox.counters import described, printable
-from mlflow_outbox.interrupts import forward
 from mlflow_outbox.plugin import links, reads
 from mlflow_outbox.plugin.base import not_active
 from mlflow_outbox.plugin.ids import NotYet
@@ -342,49 +338,6 @@ class Runs(RunReads):
         held = self.get_run(run_id).data.tags.get(MLFLOW_LOGGED_MODELS)
         history = [*(json.loads(held) if held else ()), mlflow_model.get_tags_dict()]
         self.set_tag(run_id, RunTag(MLFLOW_LOGGED_MODELS, json.dumps(history)))
-
-    # MLflow's own asynchronous logging is a queue in memory; the journal returns sooner and keeps what it took.
-
-    def log_batch_async(self, run_id: str, metrics: Any, params: Any, tags: Any) -> RunOperations:
-        """Log at once; the returned operations are complete, and raise when they are waited for what was refused."""
-        done: Future[None] = Future()
-        try:
-            Runs.log_batch(self, run_id, metrics, params, tags)
-        except Exception as error:  # noqa: BLE001 - whatever it is, MLflow gives it to who waits; counted and said
-            forward(error)
-            self.outbox.counters.add("asynchronous_refused")
-            self.outbox.counters.warn_once(
-                ("asynchronous", run_id, type(error).__name__),
-                f"mlflow-outbox: what was logged to run {printable(run_id)} without waiting was refused: "
-                f"{described(error)}",
-            )
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-        return RunOperations([done])
-
-    def log_metric_async(self, run_id: str, metric: Any) -> RunOperations:
-        """Log one metric point; see ``log_batch_async``."""
-        return self.log_batch_async(run_id, [metric], [], [])
-
-    def log_param_async(self, run_id: str, param: Any) -> RunOperations:
-        """Log one param; see ``log_batch_async``."""
-        return self.log_batch_async(run_id, [], [param], [])
-
-    def set_tag_async(self, run_id: str, tag: Any) -> RunOperations:
-        """Set one tag; see ``log_batch_async``."""
-        return self.log_batch_async(run_id, [], [], [tag])
-
-    def flush_async_logging(self) -> None:
-        """Make everything logged so far survive a power cut; delivery goes on in the background."""
-        self.outbox.sync()
-
-    def end_async_logging(self) -> None:
-        """Do as ``flush_async_logging``."""
-        self.outbox.sync()
-
-    def shut_down_async_logging(self) -> None:
-        """Do nothing: there is no queue to shut down."""
 
 
 def _text(value: Any) -> str:

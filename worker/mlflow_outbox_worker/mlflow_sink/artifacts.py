@@ -34,7 +34,7 @@ from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
-from mlflow_outbox.spool.snapshot import checked_artifact_path
+from mlflow_outbox.spool.artifact_path import checked_artifact_path
 from mlflow_outbox_worker.mlflow_sink.boundary import Refused
 from mlflow_outbox_worker.mlflow_sink.rest import Host, ServerStore, checked
 from mlflow_outbox_worker.sink import SinkError
