@@ -47,7 +47,7 @@ from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import settling
 
 #: Windows of one run in a row before other runs get their turn.
-TURN: Final = 16
+_TURN: Final = 16
 
 Progress = Literal["more", "idle", "live"]
 
@@ -104,12 +104,12 @@ class Courier:
         #: The writer of a run that used up its last turn.
         self._after: dict[str, str] = {}
 
-    def turn(self, run_id: str, *, windows: int = TURN) -> Turn:
+    def turn(self, run_id: str, *, windows: int | None = None) -> Turn:
         """Deliver what there is of a run, up to a fair share.
 
         Args:
             run_id: the run.
-            windows: the share.
+            windows: the share; None is the usual one.
 
         Raises:
             Later: try again after a pause.
@@ -122,7 +122,7 @@ class Courier:
         view = self._ledger.view(run_id) or RunView()
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         after = self._after.pop(run_id, "")
-        for _ in range(windows):
+        for _ in range(windows or _TURN):
             window = self._window(reader, record, after)
             # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
             after = window.used_up_by if self._sink.deduplicates_metrics else ""

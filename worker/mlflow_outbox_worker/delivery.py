@@ -30,7 +30,7 @@ from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.asked import AskedSink
-from mlflow_outbox_worker.courier import TURN, Courier, Turn
+from mlflow_outbox_worker.courier import Courier, Turn
 from mlflow_outbox_worker.finish import finish
 from mlflow_outbox_worker.gate import Gate, concerns_destination
 from mlflow_outbox_worker.host_lease import described
@@ -296,7 +296,7 @@ class Delivery:
         began_ms = self._now_ms()
         try:
             stamp = self._lookout.stamp(run_id)
-            turn = courier.turn(run_id, windows=TURN if self._gate.is_proven() else 1)
+            turn = courier.turn(run_id, windows=None if self._gate.is_proven() else 1)
             settles_in = 0.0
             if turn.progress != "more":
                 settles_in = settle(sink, ledger, turn.record, self._settings, self._counters, now_ms=self._now_ms)
