@@ -207,7 +207,7 @@ def test_it_takes_over_from_a_worker_that_ends(
     flushing = start("flush", "-d", tmp_path, "--timeout", 60)
     eventually(lambda: OutboxDirectory.open(outbox_of(tmp_path)).hurry_asked() > 0, 30)
     holder.kill()
-    holder.wait()
+    holder.communicate()
     out, _ = flushing.communicate(timeout=90)
     assert 0 == flushing.returncode, out
 

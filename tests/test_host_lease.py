@@ -122,7 +122,7 @@ def test_a_machine_that_died_is_succeeded_after_the_missed_beats_and_not_before(
     second = machine("node2", beat=0.1, missed=10)
     assert not second.acquire()
     child.kill()
-    child.wait()
+    child.communicate()
     last_beat = os.stat(tmp_path / "host.lease").st_mtime
     eventually(second.acquire, 10)
     assert 1.0 < os.stat(tmp_path / "host.lease").st_mtime - last_beat

@@ -43,7 +43,9 @@ def test_child_processes_log_to_the_run(
                     child.join(30)
                 assert [0, 0] == [child.exitcode for child in children]
             else:
-                program(tmp_path, f"_log({run.info.run_id!r}, 0)\n_log({run.info.run_id!r}, 1)").wait(60)
+                other = program(tmp_path, f"_log({run.info.run_id!r}, 0)\n_log({run.info.run_id!r}, 1)")
+                output, _ = other.communicate(timeout=60)
+                assert 0 == other.returncode, output
         deliver(uri)
     (found,) = the_runs(mlflow_server.url, experiment_name)
     assert {"parent": 1.0, "child-0": 0.0, "child-1": 1.0} == found.data.metrics
@@ -116,7 +118,7 @@ def test_a_killed_program_has_lost_nothing(mlflow_server: MlflowServer, experime
     assert child.stdout is not None
     assert any("logged" in line for line in child.stdout)
     child.send_signal(signal.SIGKILL)
-    child.wait(10)
+    child.communicate(timeout=10)
     with tracking(uri, tmp_path):
         deliver(uri)
     (found,) = picture(mlflow_server.url, experiment_name)["runs"]
