@@ -287,6 +287,31 @@ def test_a_worker_process_outlives_a_killed_program(
     )
 
 
+def test_a_program_in_development_mode_is_not_warned_of_the_worker_process_that_goes_on(
+    sqlite_uri: str, tmp_path: Path
+) -> None:
+    """It is meant to, also when a tracker was closed long before the end; Python warns of a process left running."""
+    text = """
+        import sys
+        from mlflow_outbox import MLflowTracker
+        for name in ("closed", "open"):
+            tracker = MLflowTracker(name, sys.argv[1], outbox_dir=f"{sys.argv[2]}/{name}", worker="process")
+            run = tracker.start_run()
+            run.log_metric("m", 1.0)
+            if name == "closed":
+                run.end()
+                tracker.close(0)
+                del run, tracker
+        """
+    command = [sys.executable, "-X", "dev", "-c", textwrap.dedent(text), sqlite_uri, str(tmp_path)]
+    environment = {**os.environ, "MLFLOW_OUTBOX_EXIT_TIMEOUT": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert 0 == done.returncode, done.stderr
+    assert "Warning" not in done.stderr
+    names = ("closed", "open")
+    eventually(lambda: [{"m": 1.0}] * 2 == [run.data.metrics for name in names for run in runs(sqlite_uri, name)], 60)
+
+
 def test_two_trackers_with_different_destinations_never_share_a_queue(tmp_path: Path) -> None:
     """Each destination has an outbox of its own under one root."""
     one = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path / "root", worker="none")

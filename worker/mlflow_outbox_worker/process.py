@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,14 @@ from mlflow_outbox_worker.priority import stand_back
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
+
+
+class _Outliving(subprocess.Popen[bytes]):
+    """A process that goes on when nobody here knows of it any more, for which Python's own class warns."""
+
+    def __del__(self, _warn: Callable[..., object] = lambda *_args, **_named: None) -> None:
+        """Leave it to ``subprocess`` to fetch its end, without a warning; the default is there to the very last."""
+        super().__del__(_warn=_warn)  # type: ignore[call-arg]  # it has the argument; the stubs do not say so
 
 
 class ProcessWorker:
@@ -72,7 +81,7 @@ def start(outbox: Outbox) -> ProcessWorker:
     Raises:
         OSError: no process can be started.
     """
-    process = subprocess.Popen(
+    process = _Outliving(
         [sys.executable, "-m", "mlflow_outbox_worker", str(outbox.directory.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
