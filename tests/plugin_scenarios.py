@@ -172,7 +172,7 @@ def traces(mlflow: Any, experiment: str, halfway: Halfway) -> None:
     """Traces with and without a run."""
     mlflow.set_experiment(experiment)
 
-    @mlflow.trace  # type: ignore[untyped-decorator]
+    @mlflow.trace  # type: ignore[untyped-decorator]  # MLflow's
     def add(x: int, y: int) -> int:
         with mlflow.start_span("inner") as span:
             span.set_inputs({"x": x})

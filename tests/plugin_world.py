@@ -190,7 +190,7 @@ def picture(uri: str, experiment: str) -> dict[str, Any]:
             "models": [_model(client, model) for model in models],
             "traces": sorted((_trace(trace) for trace in traces), key=repr),
         }
-    return _renamed(shown, names, number)  # type: ignore[no-any-return]
+    return _renamed(shown, names, number)  # type: ignore[no-any-return]  # of the type that it was given
 
 
 def _run(client: Any, run: Any) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_a_property_that_raises_attribute_error_is_unreadable_not_missing() -> N
     class Result:
         @property
         def metrics(self) -> Any:
-            return self.scores  # type: ignore[attr-defined]
+            return self.scores  # type: ignore[attr-defined]  # it is missing: that is the mistake
 
     ((what, reason),) = of_experiment(Result()).refused
     assert "metrics" == what

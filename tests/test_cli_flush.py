@@ -151,7 +151,7 @@ def test_from_outside_while_the_experiment_backs_off(
     own_mlflow_server: object, experiment_name: str, tmp_path: Path
 ) -> None:
     """The experiment's thread holds the outbox and waits an hour after failures; a flush from outside ends the wait."""
-    server = own_mlflow_server(start=False)  # type: ignore[operator]
+    server = own_mlflow_server(start=False)  # type: ignore[operator]  # a fixture that makes servers
     server.start()
     server.kill()
     slow = Settings(poll_interval=0.02, retry_initial=3600.0, retry_max=3600.0)

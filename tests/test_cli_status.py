@@ -179,7 +179,7 @@ def test_what_programs_refused_is_known_outside_of_them(here: Here, tmp_path: Pa
     one = tracker.start_run()
     one.log_metric("loss", 1.0)
     assert {} == here("status", "-d", tmp_path, "--json").data["outboxes"][0]["refused"]
-    assert not one.log_metric("loss", "high")  # type: ignore[arg-type]
+    assert not one.log_metric("loss", "high")  # type: ignore[arg-type]  # bad input
     refused = sum(number for reason, number in tracker.counters.items() if reason.startswith("refused"))
     tracker.close()
     (told,) = here("status", "-d", tmp_path, "--json").data["outboxes"]

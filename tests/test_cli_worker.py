@@ -219,7 +219,7 @@ class _Recorder:
 def test_a_measured_sink_is_the_same_sink() -> None:
     """Answers, errors and attributes pass through; requests are counted by class, points by how late they are."""
     meter = Meter(now_ms=lambda: 10_000)
-    sink: Sink = measured(_Recorder(), meter)  # type: ignore[arg-type]
+    sink: Sink = measured(_Recorder(), meter)  # type: ignore[arg-type]  # as much of one as is used
     assert (True, False) == (sink.deduplicates_metrics, sink.parallel)
     batch = [MetricPoint("a", 1.0, 9_900, 0), MetricPoint("a", 1.0, 5_000, 1), MetricPoint("a", 1.0, 99_000, 2)]
     sink.log_batch("run", batch, {}, {})

@@ -16,6 +16,7 @@ import pytest
 
 from contents import QUICK, numbered, points, runs, stamped_points, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.run import Run
 from servers import MlflowServer, eventually
 
 
@@ -40,6 +41,7 @@ def test_ten_thousand_points_survive_kill_9_right_after_the_last_call(
         """
         import os, sys, time
         from mlflow_outbox import MLflowTracker
+from mlflow_outbox.run import Run
         tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="none")
         run = tracker.start_run("killed")
         for i in range(10_000):
@@ -94,10 +96,10 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_nothing_doubles(
     assert numbered(3000) == points(mlflow_server.url, killed[0].info.run_id, "loss")
 
 
-def log_numbered(run: object, key: str, count: int) -> None:
+def log_numbered(run: Run, key: str, count: int) -> None:
     """Log ``count`` numbered points."""
     for i in range(count):
-        run.log_metric(key, i / 2, step=i)  # type: ignore[attr-defined]
+        run.log_metric(key, i / 2, step=i)
 
 
 def spawned(uri: str, experiment: str, outbox: str, run_id: str, key: str) -> None:
@@ -232,6 +234,7 @@ def test_logging_from_del_and_atexit_is_kept(
         """
         import atexit, sys
         from mlflow_outbox import MLflowTracker
+from mlflow_outbox.run import Run
         tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker=sys.argv[4])
         run = tracker.start_run("late")
         class Late:
@@ -263,6 +266,7 @@ def test_a_worker_process_outlives_a_killed_program(
                 """
                 import os, signal, sys, time
                 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.run import Run
                 tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="process")
                 run = tracker.start_run("killed")
                 for i in range(2000):
@@ -294,6 +298,7 @@ def test_a_program_in_development_mode_is_not_warned_of_the_worker_process_that_
     text = """
         import sys
         from mlflow_outbox import MLflowTracker
+from mlflow_outbox.run import Run
         for name in ("closed", "open"):
             tracker = MLflowTracker(name, sys.argv[1], outbox_dir=f"{sys.argv[2]}/{name}", worker="process")
             run = tracker.start_run()
@@ -330,6 +335,7 @@ def test_an_offline_program_says_at_its_exit_what_waits_and_not_what_was_deliver
         """
         import sys
         from mlflow_outbox import MLflowTracker
+from mlflow_outbox.run import Run
         offline = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="none")
         with offline.start_run("sent") as run:
             for i in range(20):

@@ -80,8 +80,8 @@ class Slow(Mapping[str, object]):
 IN_OBJECTS: dict[str, Callable[[Kit], object]] = {
     "a metric": lambda kit: kit.run.log_metric("a", Slow()),
     "a step": lambda kit: kit.run.log_metric("a", 1.0, Slow()),
-    "a time": lambda kit: kit.run.log_metric("a", 1.0, timestamp=Slow()),  # type: ignore[arg-type]
-    "a key": lambda kit: kit.run.log_metric(Slow(), 1.0),  # type: ignore[arg-type]
+    "a time": lambda kit: kit.run.log_metric("a", 1.0, timestamp=Slow()),  # type: ignore[arg-type]  # bad input
+    "a key": lambda kit: kit.run.log_metric(Slow(), 1.0),  # type: ignore[arg-type]  # bad input
     "metrics": lambda kit: kit.run.log_metrics(Slow()),
     "one of several metrics": lambda kit: kit.run.log_metrics({"a": 1.0, "b": Slow(), "c": 1.0}),
     "a param": lambda kit: kit.run.log_param("a", Slow()),
@@ -91,7 +91,7 @@ IN_OBJECTS: dict[str, Callable[[Kit], object]] = {
     "tags": lambda kit: kit.run.set_tags(Slow()),
     "a document": lambda kit: kit.run.log_dict(Slow(), "a.json"),
     "a figure": lambda kit: kit.run.log_figure(Slow(), "a.png"),
-    "a status": lambda kit: kit.run.end(Slow()),  # type: ignore[arg-type]
+    "a status": lambda kit: kit.run.end(Slow()),  # type: ignore[arg-type]  # bad input
     "the beginning": lambda kit: kit.run.begin(Slow(), "me", {}, None, resumed=False),
 }
 
@@ -134,7 +134,7 @@ def test_an_interrupt_while_a_tracker_starts_a_run_or_logs_a_result_reaches_the_
     install(raising(Limit)["function"])
     calls: list[Callable[[], object]] = [
         lambda: tracker.start_run(tags=Slow()),
-        lambda: tracker.start_run(run_id=Slow()),  # type: ignore[arg-type]
+        lambda: tracker.start_run(run_id=Slow()),  # type: ignore[arg-type]  # bad input
         lambda: tracker.log_experiment(Slow()),
     ]
     for call in calls:
@@ -158,7 +158,7 @@ def test_an_interrupt_while_a_worker_is_told_reaches_the_program(
         run.log_metric("a", 1.0, step=0)
     assert run.log_metric("a", 1.0, step=1)
     assert {} == tracker.counters
-    assert 4 == run._journal.events  # type: ignore[union-attr]
+    assert 4 == run._journal.events  # type: ignore[union-attr]  # it has one
     tracker.close(0)
 
 

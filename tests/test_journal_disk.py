@@ -96,7 +96,7 @@ def test_any_call_may_fail_once_and_no_event_is_lost(
 ) -> None:
     """F21: the N-th call of each kind fails, for all N of a workload with rotation."""
     writer = make_journal(outbox, disk, sync=sync, segment_bytes=1024)
-    disk.fail(operation, at=at)  # type: ignore[arg-type]
+    disk.fail(operation, at=at)  # type: ignore[arg-type]  # one of its operations
     for number in range(60):
         assert writer.append(metric(number))
         if number % 20 == 0:

@@ -155,7 +155,7 @@ def test_pydantic_models_serialise_themselves() -> None:
         n_rows: int
         ratio: float = math.inf
 
-        @pydantic.computed_field  # type: ignore[prop-decorator]
+        @pydantic.computed_field  # type: ignore[prop-decorator]  # pydantic's way
         @property
         def doubled(self) -> int:
             return 2 * self.n_rows

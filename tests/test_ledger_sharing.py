@@ -258,7 +258,7 @@ for seq in range(1, 101):
                     seen = found.cursors["w"].seq
         assert 0 == process.returncode
         assert 0 < seen
-        assert record("a", 100).cursors["w"].seq == reader.record("a").cursors["w"].seq  # type: ignore[union-attr]
+        assert record("a", 100).cursors["w"].seq == reader.record("a").cursors["w"].seq  # type: ignore[union-attr]  # it is there
 
 
 class TestFork:

@@ -31,7 +31,7 @@ class TestSettings:
         for index in range(100):
             ledger.commit(record(str(index)), view=view())
         assert 101 == len(list(ledger.records()))
-        assert ("none", 0) == (ledger._source._cache.eviction_policy, ledger._source._cache.cull_limit)  # type: ignore[union-attr]
+        assert ("none", 0) == (ledger._source._cache.eviction_policy, ledger._source._cache.cull_limit)  # type: ignore[union-attr]  # it has one
         ledger.close()
 
     @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ class TestUnsafeFiles:
         ledger = Ledger.open(directory)
         ledger.commit(record("a"))
         with pytest.raises(TypeError):
-            ledger.set_meta("m", "no bytes")  # type: ignore[arg-type]
+            ledger.set_meta("m", "no bytes")  # type: ignore[arg-type]  # bad input
         shutil.move(directory / "cache.db", tmp_path / "moved")
         (directory / "cache.db").symlink_to(tmp_path / "moved")
         with pytest.raises(OutboxUnusable, match="symbolic link"):

@@ -60,7 +60,7 @@ class TestTrackingServer(SinkContract):
     def test_a_deleted_experiment_is_parked_with_advice(self, sink: Sink, experiment_name: str) -> None:
         """Its name is taken and it takes no runs, so a person has to decide."""
         experiment_id = sink.experiment_id(experiment_name)
-        sink._store.delete_experiment(experiment_id)  # type: ignore[attr-defined]
+        sink._store.delete_experiment(experiment_id)  # type: ignore[attr-defined]  # the only Sink that there is
         assert sink.find_experiment(experiment_name) is None
         error = fails(lambda: sink.experiment_id(experiment_name))
         assert "parked" == classify(error, "create_experiment").kind
@@ -115,7 +115,7 @@ class TestSqlite(SinkContract):
             run_id = new_run(sink, sink.experiment_id(experiment_name))
             with contextlib.closing(sqlite3.connect(sqlite_uri.removeprefix("sqlite:///"))) as other:
                 other.execute("BEGIN EXCLUSIVE")
-                wait_for_no_lock(sink._store)  # type: ignore[attr-defined]
+                wait_for_no_lock(sink._store)  # type: ignore[attr-defined]  # the only Sink that there is
                 error = fails(lambda: sink.log_batch(run_id, [], {"p": "1"}, {}))
         assert "retry" == classify(error, "log_batch").kind
         assert "locked" in str(error)

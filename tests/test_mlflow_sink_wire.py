@@ -117,7 +117,7 @@ def test_a_variable_that_goes_while_the_environment_is_read_is_no_reason_to_wait
     decoded = os.environ.decodekey  # type: ignore[attr-defined]  # what the mapping asks for the name of each variable
 
     def vanish(key: bytes) -> str:
-        os.environ._data.pop(b"VANISHING", None)  # type: ignore[attr-defined]
+        os.environ._data.pop(b"VANISHING", None)  # type: ignore[attr-defined]  # not in the stubs
         return str(decoded(key))
 
     with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
@@ -353,9 +353,9 @@ def test_credentials_are_found_where_mlflow_finds_them_and_shown_nowhere(
     with_userinfo = server.url.replace("//", f"//ada:{SECRET}@")
     for sink in (open_sink(server.url, username="ada", password=SECRET), open_sink(with_userinfo)):
         with closing(sink):
-            error = fails(lambda sink=sink: log_one(sink))  # type: ignore[misc]
+            error = fails(lambda sink=sink: log_one(sink))  # type: ignore[misc]  # mypy infers no default
             assert basic == _authorization(server)
-            assert SECRET not in f"{error} {error!r} {sink!r} {sink._opened.host!r}"  # type: ignore[attr-defined]
+            assert SECRET not in f"{error} {error!r} {sink!r} {sink._opened.host!r}"  # type: ignore[attr-defined]  # not in the stubs
     with closing(open_sink(server.url)) as sink:
         for token in ("old", "new"):
             monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)

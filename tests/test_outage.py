@@ -197,7 +197,7 @@ def test_a_run_that_has_nothing_to_send_does_not_call_a_server_that_is_away_back
         for _ in range(5):
             failures = counters["retried"]
             directory.ring(verified)
-            eventually(lambda failures=failures: counters["retried"] > failures, 60)  # type: ignore[misc]
+            eventually(lambda failures=failures: counters["retried"] > failures, 60)  # type: ignore[misc]  # mypy infers no default
             seen.append(delivery.condition()[0])
     finally:
         worker.stop(60)

@@ -66,9 +66,9 @@ def test_closing_one_tracker_leaves_another_of_its_outbox_the_syncing(tmp_path: 
         run.log_metric("loss", 0.5, step=1)
         stop(**how)
 
-    outbox._caretaker.stop = meanwhile  # type: ignore[method-assign]
+    outbox._caretaker.stop = meanwhile  # type: ignore[method-assign]  # put back below
     first.close(0)
-    outbox._caretaker.stop = stop  # type: ignore[method-assign]
+    outbox._caretaker.stop = stop  # type: ignore[method-assign]  # put back below
     run.log_metric("loss", 0.5, step=2)
     live = held._sequence.live
     eventually(lambda: live.offset == live.synced, message="the second tracker's event was synced")

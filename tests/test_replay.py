@@ -34,7 +34,7 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def replayed(*paths: Path, **wish: object) -> list[JobResult]:
     """Replay and return how it went."""
-    wanted = Wish(**wish)  # type: ignore[arg-type]
+    wanted = Wish(**wish)  # type: ignore[arg-type]  # some of its fields
     prepared = prepare(list(paths), wanted)
     assert [] == prepared.problems
     stopped = threading.Event()
@@ -344,7 +344,7 @@ def test_a_run_is_followed_while_it_is_written_and_until_it_has_ended(
         run.log_metric("loss", step / 2, step=step)
         before = contents_of(written)
         run_id = eventually(lambda: runs(uri, experiment_name), 20)[0].info.run_id
-        eventually(lambda s=step, r=run_id: numbered(s + 1) == points(uri, r, "loss"), 20)  # type: ignore[misc]
+        eventually(lambda s=step, r=run_id: numbered(s + 1) == points(uri, r, "loss"), 20)  # type: ignore[misc]  # mypy infers no default
         assert before == contents_of(written)
     assert not follower.is_over()
     assert any("writing" in note for note in follower.notes)

@@ -173,7 +173,7 @@ def test_of_two_jobs_contents_of_one_artifact_the_later_stays(
             jobs[label].log_text(text, "report.txt")
             jobs[label].set_tag("last", text)
             logged = time.time_ns() // 1_000_000
-            eventually(lambda logged=logged: time.time_ns() // 1_000_000 > logged)  # type: ignore[misc]
+            eventually(lambda logged=logged: time.time_ns() // 1_000_000 > logged)  # type: ignore[misc]  # mypy infers no default
         jobs["second"].end()
         jobs["first"].end()
         tracker.close(0)

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,17 +205,17 @@ class TestDelivery:
         self, experiment_name: str, sqlite_uri: str, tmp_path: Path
     ) -> None:
         """By the program that ended it, and by one that begins it again by either of its ids: one run in MLflow."""
-        options = {"outbox_dir": tmp_path / "box", "worker": "none", "settings": QUICK}
-        tracker = MLflowTracker(experiment_name, sqlite_uri, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"outbox_dir": tmp_path / "box", "worker": "none", "settings": QUICK}
+        tracker = MLflowTracker(experiment_name, sqlite_uri, **options)
         one = tracker.start_run("goes on")
         assert tracker.outbox_path is not None
         directory = OutboxDirectory.open(tracker.outbox_path)
         watch = Watch(directory, QUICK)
 
-        def log(to: object, first: int) -> None:
+        def log(to: Run, first: int) -> None:
             for step in range(first, first + 10):
-                assert to.log_metric("loss", step / 2, step=step)  # type: ignore[attr-defined]
-            to.end()  # type: ignore[attr-defined]
+                assert to.log_metric("loss", step / 2, step=step)
+            to.end()
 
         with delivering(directory, sqlite_uri, NOTHING_KEPT) as counters:
             log(one, 0)

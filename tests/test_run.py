@@ -41,7 +41,7 @@ def test_a_metric_is_the_same_point_however_it_is_given(kit: Kit) -> None:
         assert before <= event.time_ms <= before + 60_000
         assert (1, 0.5) == (event.step, event.value if isinstance(event, Metric) else event.values["loss"])
     assert Metric("loss", 0.5, 5, 1) == given
-    assert 0 == stepless.step  # type: ignore[union-attr]
+    assert 0 == stepless.step  # type: ignore[union-attr]  # of this kind
 
 
 def test_every_kind_of_call_is_one_event(kit: Kit) -> None:
@@ -55,11 +55,11 @@ def test_every_kind_of_call_is_one_event(kit: Kit) -> None:
     assert run.log_metrics({"a": 1, "b": 2})
     assert run.end("FAILED", 9)
     start, one, two, tag, tags, metrics, end = kit.events
-    assert RunStarted(start.time_ms, "name", "me", {"t": "1"}, given_ms=5) == start  # type: ignore[union-attr]
-    assert 5 < start.time_ms <= one.time_ms, "the call's own time orders it"  # type: ignore[union-attr]
-    assert ({"p": "3"}, {"q": "None", "r": "[1]"}) == (one.values, two.values)  # type: ignore[union-attr]
-    assert ({"t": "True"}, {"u": "1.5"}) == (tag.values, tags.values)  # type: ignore[union-attr]
-    assert {"a": 1.0, "b": 2.0} == metrics.values  # type: ignore[union-attr]
+    assert RunStarted(start.time_ms, "name", "me", {"t": "1"}, given_ms=5) == start  # type: ignore[union-attr]  # of this kind
+    assert 5 < start.time_ms <= one.time_ms, "the call's own time orders it"  # type: ignore[union-attr]  # of this kind
+    assert ({"p": "3"}, {"q": "None", "r": "[1]"}) == (one.values, two.values)  # type: ignore[union-attr]  # of this kind
+    assert ({"t": "True"}, {"u": "1.5"}) == (tag.values, tags.values)  # type: ignore[union-attr]  # of this kind
+    assert {"a": 1.0, "b": 2.0} == metrics.values  # type: ignore[union-attr]  # of this kind
     assert RunEnded("FAILED", 9) == end
     assert {} == kit.counters.snapshot()
 
@@ -123,7 +123,7 @@ def test_a_block_ends_its_run_by_what_left_it(kit: Kit, error: BaseException | N
 
 def test_a_beginning_that_is_partly_refused_begins_all_the_same(kit: Kit) -> None:
     """A bad name, time or tag, a user that is no Unicode, must not cost a run."""
-    kit.run.begin("\ud800", "us\udce9r", {"bad#key": 1, "good": 2}, "noon", resumed=False)  # type: ignore[arg-type]
+    kit.run.begin("\ud800", "us\udce9r", {"bad#key": 1, "good": 2}, "noon", resumed=False)  # type: ignore[arg-type]  # bad input
     start = kit.events[0]
     assert isinstance(start, RunStarted)
     assert (None, "us?r", {"good": "2"}) == (start.run_name, start.user, start.tags)
@@ -189,8 +189,8 @@ def test_paths_that_fail_when_they_are_asked_raise_nothing_into_the_program(tmp_
     run = tracker.start_run()
     assert not run.log_artifact(Nowhere())
     assert not run.log_artifacts(Nowhere())
-    assert not run.log_text("text", Nowhere())  # type: ignore[arg-type]
-    tracker.log_visualizations(Nowhere() / name for name in "ab")  # type: ignore[operator]
+    assert not run.log_text("text", Nowhere())  # type: ignore[arg-type]  # bad input
+    tracker.log_visualizations(Nowhere() / name for name in "ab")  # type: ignore[operator]  # bad input
     assert {"internal_errors": 3, "refused_bad_mapping": 1} == tracker.counters
     tracker.close(0)
 
@@ -220,24 +220,24 @@ def test_a_run_whose_directory_cannot_be_listed_goes_on_without_raising(tmp_path
 
 REFUSED: list[tuple[str, type[EventRefused], Callable[[Run], Any]]] = [
     ("bad_key", InvalidEvent, lambda run: run.log_metric("a#b", 1.0)),
-    ("bad_key", InvalidEventType, lambda run: run.log_metric(5, 1.0)),  # type: ignore[arg-type]
+    ("bad_key", InvalidEventType, lambda run: run.log_metric(5, 1.0)),  # type: ignore[arg-type]  # bad input
     ("bad_value", InvalidEventType, lambda run: run.log_metric("k", "high")),
     ("bad_step", InvalidEventType, lambda run: run.log_metric("k", 1.0, 3.5)),
     ("bad_step", InvalidEvent, lambda run: run.log_metric("k", 1.0, 2**63)),
     ("bad_time", InvalidEvent, lambda run: run.log_metric("k", 1.0, 1, -1)),
-    ("bad_mapping", InvalidEventType, lambda run: run.log_metrics([1])),  # type: ignore[arg-type]
+    ("bad_mapping", InvalidEventType, lambda run: run.log_metrics([1])),  # type: ignore[arg-type]  # bad input
     ("bad_step", InvalidEventType, lambda run: run.log_metrics({"k": 1.0}, "1")),
     ("bad_value", InvalidEvent, lambda run: run.log_params({"k": "\ud800"})),
     ("bad_key", InvalidEvent, lambda run: run.set_tag("", 1)),
     ("bad_status", InvalidEvent, lambda run: run.end("DONE")),
     ("bad_path", InvalidEvent, lambda run: run.log_text("x", "../x")),
     ("bad_path", InvalidEvent, lambda run: run.log_text("x", "")),
-    ("bad_path", InvalidEventType, lambda run: run.log_text("x", None)),  # type: ignore[arg-type]
-    ("bad_value", InvalidEventType, lambda run: run.log_text(b"x", "x")),  # type: ignore[arg-type]
+    ("bad_path", InvalidEventType, lambda run: run.log_text("x", None)),  # type: ignore[arg-type]  # bad input
+    ("bad_value", InvalidEventType, lambda run: run.log_text(b"x", "x")),  # type: ignore[arg-type]  # bad input
     ("bad_file", ArtifactRefused, lambda run: run.log_artifact("missing")),
     ("bad_file", ArtifactRefused, lambda run: run.log_artifact(".")),
-    ("bad_path", InvalidEventType, lambda run: run.log_artifact(5)),  # type: ignore[arg-type]
-    ("bad_path", InvalidEventType, lambda run: run.log_artifact(os.devnull, 5)),  # type: ignore[arg-type]
+    ("bad_path", InvalidEventType, lambda run: run.log_artifact(5)),  # type: ignore[arg-type]  # bad input
+    ("bad_path", InvalidEventType, lambda run: run.log_artifact(os.devnull, 5)),  # type: ignore[arg-type]  # bad input
     ("bad_path", InvalidEvent, lambda run: run.log_artifact(os.devnull, "..")),
     ("bad_file", ArtifactRefused, lambda run: run.log_artifacts("missing")),
     ("bad_figure", InvalidEventType, lambda run: run.log_figure(object(), "x.png")),
@@ -283,7 +283,7 @@ def test_one_bad_value_does_not_hold_back_the_others(kit: Kit) -> None:
     assert not kit.run.log_metrics({"a": 1, "b": "x", "c": 3})
     assert not kit.run.log_params({"p#": 1, "q": 2})
     metrics, params = kit.events
-    assert ({"a": 1.0, "c": 3.0}, {"q": "2"}) == (metrics.values, params.values)  # type: ignore[union-attr]
+    assert ({"a": 1.0, "c": 3.0}, {"q": "2"}) == (metrics.values, params.values)  # type: ignore[union-attr]  # of this kind
 
 
 def test_a_strict_mapping_is_kept_whole_or_not_at_all(strict: Kit) -> None:
@@ -340,7 +340,7 @@ def test_long_values_are_kept_whole_and_said(kit: Kit, caplog: pytest.LogCapture
     for _ in range(2):
         assert kit.run.log_param("p", "x" * 6001)
         assert kit.run.set_tag("t", "x" * 8001)
-    assert [6001, 8001] * 2 == [len(next(iter(event.values.values()))) for event in kit.events]  # type: ignore[union-attr]
+    assert [6001, 8001] * 2 == [len(next(iter(event.values.values()))) for event in kit.events]  # type: ignore[union-attr]  # of this kind
     assert 2 == len(warnings(caplog))
     assert 4 == kit.counters["over_long_values"]
 
@@ -435,7 +435,7 @@ def test_a_run_that_is_dropped_gives_its_descriptor_back(tmp_path: Path) -> None
         found = Everything(outbox / "runs" / run_id)
         start, point = found.events
         assert isinstance(start, RunStarted)
-        assert number == point.step  # type: ignore[union-attr]
+        assert number == point.step  # type: ignore[union-attr]  # of this kind
     again = tracker.start_run(run_id=names[0])
     assert again.log_metric("loss", 0.25, step=1)
     assert 4 == len(Everything(outbox / "runs" / names[0]).events)
@@ -493,7 +493,7 @@ def test_a_run_in_a_forked_child_logs_to_the_same_run(kit: Kit) -> None:
     assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     kit.run.log_metric("loss", 3.0, 3)
     found = Everything(kit.outbox.run(RUN))
-    assert [1, 3] == [event.step for event in found.by_writer[kit.journal.writer]]  # type: ignore[union-attr]
+    assert [1, 3] == [event.step for event in found.by_writer[kit.journal.writer]]  # type: ignore[union-attr]  # of this kind
     assert [1, 2, 3] == sorted(found.steps)
     assert 0 == found.missing
 

@@ -98,14 +98,14 @@ def test_the_usual_words_for_yes_and_no_are_read(text: str, value: bool) -> None
 
 def test_a_path_may_be_text() -> None:
     """It is a Path afterwards, for who reads it."""
-    assert Path("/tmp/x") == Settings(root="/tmp/x").root  # type: ignore[arg-type]
+    assert Path("/tmp/x") == Settings(root="/tmp/x").root  # type: ignore[arg-type]  # bad input
     assert Path("/tmp/x") == Settings(ledger_dir=Path("/tmp/x")).ledger_dir
 
 
 def test_settings_are_frozen_and_hashable() -> None:
     """Two parts of a program cannot disagree about an option."""
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().sync = "os"  # type: ignore[misc]
+        Settings().sync = "os"  # type: ignore[misc]  # frozen
     assert hash(Settings()) == hash(Settings())
 
 

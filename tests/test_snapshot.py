@@ -306,7 +306,7 @@ def test_a_path_that_could_leave_the_run_is_refused(path: str) -> None:
 def test_what_is_no_path_is_refused_by_type(path: object) -> None:
     """With the error of the tree, not a bare TypeError."""
     with pytest.raises(InvalidEventType):
-        checked_artifact_path(path)  # type: ignore[arg-type]
+        checked_artifact_path(path)  # type: ignore[arg-type]  # bad input
 
 
 @pytest.mark.parametrize("path", ["a#b", "a%23b", "a\nb", "a%0ab"])

@@ -115,7 +115,7 @@ class TestOfARunThatGoesOn:
         with delivering(one.directory, sqlite_uri, settings) as counters:
             while logged < 6 * most:
                 text = f"{logged:020d}" + "x" * 4000
-                eventually(lambda text=text: one.run.set_tag("note", text), 60)  # type: ignore[misc]
+                eventually(lambda text=text: one.run.set_tag("note", text), 60)  # type: ignore[misc]  # mypy infers no default
                 logged += len(text)
                 if logged // 100_000 > (logged - len(text)) // 100_000:
                     eventually(lambda: len(segments(one.waiting)) <= 2, 60)
@@ -328,7 +328,7 @@ class TestCopies:
             for number in range(10):
                 (tmp_path / "checkpoint").write_bytes(os.urandom(600_000))
                 eventually(
-                    lambda number=number: one.run.log_artifact(tmp_path / "checkpoint", str(number)),  # type: ignore[misc]
+                    lambda number=number: one.run.log_artifact(tmp_path / "checkpoint", str(number)),  # type: ignore[misc]  # mypy infers no default
                     60,
                 )
             eventually(lambda: names(one.waiting) == [], 60)

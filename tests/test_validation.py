@@ -58,8 +58,8 @@ class Rude:
         raise MemoryError
 
     __repr__ = __str__
-    __float__ = __str__  # type: ignore[assignment]
-    __index__ = __str__  # type: ignore[assignment]
+    __float__ = __str__  # type: ignore[assignment]  # it never returns
+    __index__ = __str__  # type: ignore[assignment]  # as above
 
 
 @pytest.mark.parametrize("key", ["loss", "a/b", "a b", "a.b-c_d:e", "ä", "损失", "x" * 250, "a..b", "0", "...a"])
@@ -333,7 +333,7 @@ def test_a_refusal_names_what_the_object_raised(check: Any, error: Exception, wo
         def __float__(self) -> float:
             raise error
 
-        __index__ = __str__ = __iter__ = __float__  # type: ignore[assignment]
+        __index__ = __str__ = __iter__ = __float__  # type: ignore[assignment]  # it never returns
 
     with pytest.raises(InvalidEventType) as caught:
         check(Failing())

@@ -89,7 +89,7 @@ def test_a_param_a_tag_and_a_status_that_differ_are_named(
     change(sqlite_uri, "UPDATE runs SET status = 'RUNNING'")
     code, [said] = verified()
     assert 1 == code
-    text = "\n".join(map(str, said["differences"]))  # type: ignore[call-overload]
+    text = "\n".join(map(str, said["differences"]))  # type: ignore[call-overload]  # it is a list
     assert all(
         part in text for part in ("the param 'depth' is '4', not '3'", "the tag 'phase'", "RUNNING, not FINISHED")
     )

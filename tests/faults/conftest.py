@@ -151,8 +151,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what this machine cannot inject, and note it in the table."""
     kept, out = [], []
     for item in items:
-        seed = getattr(item, "callspec", None) and item.callspec.params.get("fault_seed")  # type: ignore[attr-defined]
-        if seed and (seed, _parameters(item)) not in _kept_seeds(config, item.function.__name__):  # type: ignore[attr-defined]
+        seed = getattr(item, "callspec", None) and item.callspec.params.get("fault_seed")  # type: ignore[attr-defined]  # a function's item
+        if seed and (seed, _parameters(item)) not in _kept_seeds(config, item.function.__name__):  # type: ignore[attr-defined]  # a function's item
             continue  # this seed has failed with other parameters
         missing = [why for mark in item.iter_markers("needs") for name in mark.args if (why := abilities.missing(name))]
         if missing:
@@ -242,14 +242,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Keep the seed of a failure."""
     report = yield
     if call.when == "call" and call.excinfo is not None and "rng" in getattr(item, "fixturenames", ()):
-        seed = item.funcargs.get("fault_seed") or item.config.stash[_SEED]  # type: ignore[attr-defined]
-        path = SEEDS / f"{item.function.__name__}.txt"  # type: ignore[attr-defined]
+        seed = item.funcargs.get("fault_seed") or item.config.stash[_SEED]  # type: ignore[attr-defined]  # a function's item
+        path = SEEDS / f"{item.function.__name__}.txt"  # type: ignore[attr-defined]  # a function's item
         path.parent.mkdir(exist_ok=True)
         line = f"{item.config.getoption('--tier')} {seed} {_parameters(item)}".strip()
         known = path.read_text() if path.exists() else ""
         if line not in known.splitlines():
             path.write_text(f"{known}{line}\n")
-    return report  # type: ignore[return-value]
+    return report  # type: ignore[return-value]  # the hook's way
 
 
 @pytest.fixture(autouse=True)

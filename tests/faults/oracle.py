@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -80,7 +81,7 @@ class Held:
     lasts: list[tuple[str, set[int]]] = dataclasses.field(default_factory=list)
     disorder: list[str] = dataclasses.field(default_factory=list)
 
-    def check(self, acked: set[int], issued: set[int] | None = None, *, dead: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def check(self, acked: set[int], issued: set[int] | None = None, *, dead: AbstractSet[int] = frozenset()) -> None:
         """Check conservation and integrity: all that was acknowledged, once, unaltered, and nothing else.
 
         Args:

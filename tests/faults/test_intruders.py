@@ -184,7 +184,7 @@ def test_no_secret_is_stored_logged_or_shown(
         run = tracker.start_run("secret")
         acked = {n for n in range(20) if workload.log_event(run, n)}
         with pytest.raises(InvalidEventType) as raised:
-            tracker.start_run("strict").log_metric("loss", "no number", step=1)  # type: ignore[arg-type]
+            tracker.start_run("strict").log_metric("loss", "no number", step=1)  # type: ignore[arg-type]  # bad input
         shown = [repr(thing) for thing in (tracker, run, tracker._outbox, tracker._destination, tracker._settings)]
         run.end()
         eventually(lambda: 0 == tracker.flush(5).pending + tracker.flush(0).parked, 30)

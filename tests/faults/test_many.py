@@ -25,7 +25,7 @@ from servers import MlflowServer, eventually
 
 def log_some(fd: int, uri: str, outbox: str, experiment: str, first: int, count: int, worker: str) -> None:
     """Log a run of some events as fast as possible, and leave without waiting for anything."""
-    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker=worker, settings=workload.settings())  # type: ignore[arg-type]
+    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker=worker, settings=workload.settings())  # type: ignore[arg-type]  # one of the kinds
     run = tracker.start_run(f"run {first}")
     for n in range(first, first + count):
         if workload.log_event(run, n):
@@ -68,7 +68,7 @@ def deliver_and_linger(fd: int, uri: str, outbox: str, experiment: str, first: i
             os.writev(fd, [b"leaves %.9f\n" % time.monotonic()])
         release(lease)
 
-    Lease._take, Lease.release = taken, released  # type: ignore[method-assign]
+    Lease._take, Lease.release = taken, released  # type: ignore[method-assign]  # in this child only
     tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=workload.settings(batch_points=20))
     run = tracker.start_run(f"run {first}")
     for n in range(first, first + count):

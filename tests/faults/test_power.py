@@ -81,7 +81,7 @@ def log_with_times(fd: int, uri: str, outbox: str, worker: str, changed: dict[st
         uri,
         outbox_dir=outbox,
         worker=worker,
-        settings=workload.settings(**changed),  # type: ignore[arg-type]
+        settings=workload.settings(**changed),  # type: ignore[arg-type]  # one of the kinds
     )
     run = tracker.start_run("cut")
     pace = threading.Event()  # never set: without pauses the events would be used up before the power goes
@@ -90,7 +90,7 @@ def log_with_times(fd: int, uri: str, outbox: str, worker: str, changed: dict[st
         if workload.log_event(run, number):
             os.write(fd, f"logged {number} {time.monotonic()}\n".encode())
         if number % 100 == 60:
-            tracker._outbox.sync()  # type: ignore[union-attr]
+            tracker._outbox.sync()  # type: ignore[union-attr]  # it was made
             os.write(fd, f"synced {number} {time.monotonic()}\n".encode())
         if number % 8 == 0:
             pace.wait(0.001)

@@ -327,7 +327,7 @@ def test_a_batch_whose_recording_fails_is_there_once(
                 failed.append(1)
                 msg = "injected"
                 raise LedgerUnavailable(msg)
-            whole(ledger, record, **named)  # type: ignore[arg-type]
+            whole(ledger, record, **named)  # type: ignore[arg-type]  # as they came
 
         experiment = f"{experiment_name}-{turn}"
         with FaultProxy(mlflow_server.url) as proxy, pytest.MonkeyPatch.context() as patch:

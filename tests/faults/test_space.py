@@ -160,7 +160,7 @@ def log_with_limit(fd: int, uri: str, outbox: str, limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + limit, resource.RLIM_INFINITY))
         log_timed(fd, run, range(10, 20), took, raised)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        tracker._outbox.sync()  # type: ignore[union-attr]
+        tracker._outbox.sync()  # type: ignore[union-attr]  # it was made
         log_timed(fd, run, range(20, 23), took, raised)
         run.end()
         other = MLflowTracker("limit", uri, outbox_dir=outbox, settings=given)

@@ -91,7 +91,7 @@ def log_forever(
 
     After every sixteenth event it pauses for some seconds: where the kill matters and not the events, for longer.
     """
-    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker=worker, settings=settings(**changed))  # type: ignore[arg-type]
+    tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, worker=worker, settings=settings(**changed))  # type: ignore[arg-type]  # one of the kinds
     run = tracker.start_run(f"run {first}")
 
     pace = threading.Event()  # never set: a training loop computes between its calls, and leaves the worker room

@@ -158,7 +158,7 @@ def files_below(
 def shown_path(path: object) -> str:
     """Return what a message can show of something given as a path."""
     try:
-        return printable(os.fspath(path))  # type: ignore[call-overload]
+        return printable(os.fspath(path))  # type: ignore[call-overload]  # what is no path is told below
     # __fspath__ of a host's object may raise anything; what refuses the path says and counts that.
     except Exception as error:  # noqa: BLE001
         forward(error)
@@ -167,7 +167,7 @@ def shown_path(path: object) -> str:
 
 def _path_text(path: object) -> str:
     try:
-        text = os.fspath(path)  # type: ignore[call-overload]
+        text = os.fspath(path)  # type: ignore[call-overload]  # what is no path is refused below
     except TypeError:
         msg = f"{printable(repr(path))} is no path but a {type(path).__name__}"
         raise InvalidEventType("bad_path", msg) from None

@@ -66,10 +66,10 @@ def checked_value(key: str, value: object) -> float:
         msg = f"the metric {printable(key)!r} has the value {shown(value)}, a {type(value).__name__}; use a number"
         raise InvalidEventType("bad_value", msg)
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]  # what has no float is refused below
     except Exception as error:  # noqa: BLE001 - __float__ of any framework's object may raise anything; refused, counted
         forward(error)
-        number = _tried(lambda: float(value.item()))  # type: ignore[attr-defined]
+        number = _tried(lambda: float(value.item()))  # type: ignore[attr-defined]  # as of a scalar of NumPy
         if isinstance(number, float):
             return number
         kind = type(value).__name__
@@ -120,12 +120,12 @@ def looks_like_seconds(time: object) -> bool:
 def _whole(number: object, *, truncate: bool = False) -> int | Exception:
     """Return a whole number, or why it is none."""
     try:
-        return operator.index(number)  # type: ignore[arg-type]
+        return operator.index(number)  # type: ignore[arg-type]  # what has no index is looked at below
     except Exception as error:  # noqa: BLE001 - __index__ of any object may raise anything; it may still have a float
         forward(error)
         if isinstance(number, (str, bytes, bytearray)):
             return error
-    as_float = _tried(lambda: float(number))  # type: ignore[arg-type]
+    as_float = _tried(lambda: float(number))  # type: ignore[arg-type]  # what has no float is returned as an error
     if isinstance(as_float, Exception):
         return as_float
     if not math.isfinite(as_float) or (as_float != int(as_float) and not truncate):

@@ -70,7 +70,7 @@ class LedgerCorrupt(LedgerUnavailable):
     """Raised when the database turns out to be damaged, foreign or altered; open it again, which sets it aside."""
 
 
-class Cache(diskcache.Cache):  # type: ignore[misc]
+class Cache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
     """diskcache on the one connection of this module, without its path handling, its PRAGMAs and its retries."""
 
     def __init__(self, path: Path, timeout: float) -> None:

@@ -26,7 +26,7 @@ class RowRefused(Exception):
     """Raised when a row is not one that BytesDisk writes; it is to be moved out of the way, unread."""
 
 
-class BytesDisk(diskcache.Disk):  # type: ignore[misc]
+class BytesDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
     """Stores bytes under plain keys in the database file, and refuses every other row."""
 
     def put(self, key: Any) -> tuple[str | int | bytes, bool]:
@@ -51,7 +51,7 @@ class BytesDisk(diskcache.Disk):  # type: ignore[misc]
             RowRefused: the row is not one that BytesDisk writes.
         """
         if type(raw) is int and raw == 1 and type(key) in {str, int, bytes}:
-            return key  # type: ignore[no-any-return]
+            return key  # type: ignore[no-any-return]  # of a type that was just looked at
         msg = f"the row's key is {type(key).__name__} with raw={raw!r}"
         raise RowRefused(msg)
 

@@ -147,7 +147,7 @@ class Backoff:
         self._state.set_exception((type(error), error, error.__traceback__))
         try:
             # tenacity answers with DoSleep, a float: the attempts are without limit, so there is always a next one.
-            pause = float(self._retrying.iter(self._state))  # type: ignore[arg-type]
+            pause = float(self._retrying.iter(self._state))  # type: ignore[arg-type]  # see above
         except SinkError:
             self._state.outcome = None
             raise

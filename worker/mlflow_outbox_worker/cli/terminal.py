@@ -74,7 +74,7 @@ def prepare() -> None:
     _State.quiet = _State.verbose = False
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # a stream of a test or of a notebook
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # suppressed above
 
 
 def behave(*, quiet: bool = False, verbose: bool = False) -> None:

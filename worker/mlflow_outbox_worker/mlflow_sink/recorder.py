@@ -99,7 +99,7 @@ class Recorder:
         shown = {MLFLOW_USER: user, **tags} if user else tags
         run_tags = [RunTag(key, value) for key, value in shown.items()]
         run = self._store.create_run(experiment_id, user, start_time_ms, run_tags, run_name)
-        return self._remembered(run).info.run_id  # type: ignore[no-any-return]
+        return str(self._remembered(run).info.run_id)
 
     @_translated
     def find_runs(self, experiment_id: str, local_id: str) -> list[str]:
