@@ -11,6 +11,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+#: What an authority's key is for.
+_SIGNS = x509.KeyUsage(
+    key_cert_sign=True,
+    crl_sign=True,
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+
 
 class Authority:
     """Signs certificates.
@@ -29,6 +42,9 @@ class Authority:
         self._name = _name("an authority of the tests")
         made = _certificate(self._name, self._name, self._key, dt.timedelta(days=1))
         made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        # From Python 3.13 on a client asks for what RFC 5280 does: how a key is called, and what an authority's is for.
+        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
+        made = made.add_extension(_SIGNS, critical=True)
         self.path = folder / "authority.pem"
         self.path.write_bytes(made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
@@ -42,7 +58,8 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         made = _certificate(_name(host), self._name, key, dt.timedelta(days=-1 if expired else 1))
         made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-        signed = made.sign(self._key, hashes.SHA256())
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        signed = made.add_extension(issuer, critical=False).sign(self._key, hashes.SHA256())
         text = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )

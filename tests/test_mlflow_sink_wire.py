@@ -112,17 +112,17 @@ def test_a_secret_that_an_answer_repeats_is_in_no_message(
 def test_a_variable_that_goes_while_the_environment_is_read_is_no_reason_to_wait_for_a_person(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Requests reads all variables for each request; a program may change them in another thread at any time."""
-    monkeypatch.setenv("VANISHING", "soon")
+    """Requests looks for proxies there for each request; a program may change it in another thread at any time."""
+    monkeypatch.setenv("VANISHING_PROXY", "soon")
     decoded = os.environ.decodekey  # type: ignore[attr-defined]  # what the mapping asks for the name of each variable
 
     def vanish(key: bytes) -> str:
-        os.environ._data.pop(b"VANISHING", None)  # type: ignore[attr-defined]  # not in the stubs
+        os.environ._data.pop(b"VANISHING_PROXY", None)  # type: ignore[attr-defined]  # not in the stubs
         return str(decoded(key))
 
     with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
         log_one_refused = fails(lambda: log_one(sink))  # all that is imported for the first request is there now
-        monkeypatch.setenv("VANISHING", "soon")
+        monkeypatch.setenv("VANISHING_PROXY", "soon")
         monkeypatch.setattr(os.environ, "decodekey", vanish)
         error = fails(lambda: log_one(sink))
     assert "environment" not in str(log_one_refused)

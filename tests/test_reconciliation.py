@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.planner import Batch
 from mlflow_outbox_worker.reconciliation import Packed, Reconciliation, packed
 from mlflow_outbox_worker.records import RunRecord
-from mlflow_outbox_worker.sink import MetricPoint
+from mlflow_outbox_worker.sink import MetricPoint, Sink
 from servers import MlflowServer
 
+Opens = Callable[[str], Sink]
 VALUES = [0.5, -0.0, 0.0, math.inf, -math.inf, math.nan, 1e308]
 
 
@@ -67,6 +69,13 @@ def test_a_lost_ledger_sends_a_server_no_point_that_it_has(
 
 
 @pytest.fixture
+def opened() -> Iterator[Opens]:
+    """Open a sink; it is closed after the test."""
+    with contextlib.ExitStack() as sinks:
+        yield lambda uri: sinks.enter_context(contextlib.closing(open_sink(uri, artifact_root=None, timeout=10)))
+
+
+@pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
     """Count the pages of histories that a sink is asked for: ``counted(sink)`` returns the list of their keys."""
 
@@ -91,11 +100,10 @@ def window(steps: range) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["file", "sqlite"])
 def test_a_history_is_read_once_however_many_windows_are_compared(
-    kind: str, sqlite_uri: str, file_uri: str, tmp_path: Path, counted: Callable[[Any], list[str]]
+    kind: str, sqlite_uri: str, file_uri: str, ledger: Ledger, opened: Opens, counted: Callable[[Any], list[str]]
 ) -> None:
     """A run of a million points has a thousand windows."""
-    sink = open_sink({"file": file_uri, "sqlite": sqlite_uri}[kind], artifact_root=None, timeout=10)
-    ledger = Ledger.open(tmp_path / "delivery")
+    sink = opened({"file": file_uri, "sqlite": sqlite_uri}[kind])
     run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
     sink.log_batch(run_id, window(range(50))[0].points, {}, {})
     record = RunRecord("local", remote_id=run_id, adopted=True)
@@ -112,11 +120,10 @@ def test_a_history_is_read_once_however_many_windows_are_compared(
 
 
 def test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt(
-    file_uri: str, tmp_path: Path, counted: Callable[[Any], list[str]]
+    file_uri: str, ledger: Ledger, opened: Opens, counted: Callable[[Any], list[str]]
 ) -> None:
     """An attempt that was broken off may have left a part of the window there."""
-    sink = open_sink(file_uri, artifact_root=None, timeout=10)
-    ledger = Ledger.open(tmp_path / "delivery")
+    sink = opened(file_uri)
     run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
     record = RunRecord("local", remote_id=run_id)
     asked = counted(sink)
@@ -131,12 +138,11 @@ def test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt
 
 @pytest.mark.parametrize("kind", ["file", "sqlite"])
 def test_a_history_that_is_too_long_to_hold_doubles_nothing(
-    kind: str, sqlite_uri: str, file_uri: str, tmp_path: Path
+    kind: str, sqlite_uri: str, file_uri: str, ledger: Ledger, opened: Opens
 ) -> None:
     """It is read anew for each window, or left to the store to compare."""
     uri = {"file": file_uri, "sqlite": sqlite_uri}[kind]
-    sink = open_sink(uri, artifact_root=None, timeout=10)
-    ledger = Ledger.open(tmp_path / "delivery")
+    sink = opened(uri)
     run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
     sink.log_batch(run_id, window(range(20))[0].points, {}, {})
     record = RunRecord("local", remote_id=run_id, adopted=True)
