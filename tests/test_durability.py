@@ -41,7 +41,6 @@ def test_ten_thousand_points_survive_kill_9_right_after_the_last_call(
         """
         import os, sys, time
         from mlflow_outbox import MLflowTracker
-from mlflow_outbox.run import Run
         tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="none")
         run = tracker.start_run("killed")
         for i in range(10_000):
@@ -234,7 +233,6 @@ def test_logging_from_del_and_atexit_is_kept(
         """
         import atexit, sys
         from mlflow_outbox import MLflowTracker
-from mlflow_outbox.run import Run
         tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker=sys.argv[4])
         run = tracker.start_run("late")
         class Late:
@@ -266,7 +264,6 @@ def test_a_worker_process_outlives_a_killed_program(
                 """
                 import os, signal, sys, time
                 from mlflow_outbox import MLflowTracker
-from mlflow_outbox.run import Run
                 tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="process")
                 run = tracker.start_run("killed")
                 for i in range(2000):
@@ -298,7 +295,6 @@ def test_a_program_in_development_mode_is_not_warned_of_the_worker_process_that_
     text = """
         import sys
         from mlflow_outbox import MLflowTracker
-from mlflow_outbox.run import Run
         for name in ("closed", "open"):
             tracker = MLflowTracker(name, sys.argv[1], outbox_dir=f"{sys.argv[2]}/{name}", worker="process")
             run = tracker.start_run()
@@ -335,7 +331,6 @@ def test_an_offline_program_says_at_its_exit_what_waits_and_not_what_was_deliver
         """
         import sys
         from mlflow_outbox import MLflowTracker
-from mlflow_outbox.run import Run
         offline = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="none")
         with offline.start_run("sent") as run:
             for i in range(20):

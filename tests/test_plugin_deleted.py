@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from contents import client
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.testing.faults import delay
-from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from plugin_world import WAYS, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
 
@@ -103,6 +104,47 @@ def test_the_runs_of_a_deleted_experiment_take_nothing_until_it_is_restored(
         for name in (experiment_name, f"{experiment_name}-other"):
             (found,) = api.search_runs([api.get_experiment_by_name(name).experiment_id])
             assert ({"m": 1.0}, {"p": "1"}) == (found.data.metrics, found.data.params)
+
+
+def test_what_was_logged_after_an_experiment_was_restored_waits_for_that(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its run is sent beside the experiment's changes, and what MLflow refuses meanwhile is sent again."""
+    tagged, deleted, refused = threading.Event(), threading.Event(), threading.Event()
+
+    def then(event: threading.Event, *, after: threading.Event | None = None) -> Action:
+        def run(exchange: Exchange) -> None:
+            assert after is None or after.wait(30)
+            exchange.forward()
+            event.set()
+
+        return Action("then", run)
+
+    with (
+        FaultProxy(mlflow_server.url) as proxy,
+        tracking(f"outbox+{proxy.url}", tmp_path, create_timeout=0.5) as mlflow,
+    ):
+        api = mlflow.MlflowClient()
+        uri = f"outbox+{proxy.url}"
+        number = api.create_experiment(experiment_name)
+        run_id = api.create_run(number).info.run_id
+        deliver(uri)
+        before = len(proxy.requests)
+        proxy.on("set-experiment-tag", then(threading.Event(), after=tagged))
+        proxy.on("experiments/delete", then(deleted))
+        proxy.on("runs/log-batch", then(refused, after=deleted))
+        proxy.on("experiments/restore", then(threading.Event(), after=refused))
+        api.set_experiment_tag(number, "what", "is on its way")
+        api.delete_experiment(number)
+        api.restore_experiment(number)
+        api.log_metric(run_id, "m", 1.0)
+        tagged.set()
+        deliver(uri)
+        said = [one.status for one in proxy.requests[before:] if one.path.endswith("log-batch")]
+        assert (400, 200) == (said[0], said[-1])
+        assert 0 == store(uri).outbox.counters["parked"]
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert {"m": 1.0} == found.data.metrics
 
 
 @pytest.mark.parametrize("way", WAYS)

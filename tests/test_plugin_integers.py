@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def outcomes(mlflow: Any, experiment: str, numbers: dict[str, Any], halfway: Cal
 
     def attempt(what: str, call: Callable[[], object]) -> None:
         try:
-            call()
+            with warnings.catch_warnings():  # of NumPy before 2.3, for a boolean; MLflow's own code has it too
+                warnings.simplefilter("ignore", DeprecationWarning)
+                call()
         except Exception as error:  # noqa: BLE001 - its kind is what is looked at
             found[what] = type(error).__name__
         else:

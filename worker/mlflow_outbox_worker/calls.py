@@ -17,8 +17,8 @@ import msgspec
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request, arguments_of
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.precedence import Precedence
-from mlflow_outbox_worker.remote_ids import RemoteIds, Waits
+from mlflow_outbox_worker.precedence import Precedence, Waits
+from mlflow_outbox_worker.remote_ids import RemoteIds
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 

@@ -34,13 +34,13 @@ from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.copies import copying
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.outcome import Outcome, classify
+from mlflow_outbox_worker.outcome import Outcome, classify, is_deleted
 from mlflow_outbox_worker.planner import plan
+from mlflow_outbox_worker.precedence import Waits
 from mlflow_outbox_worker.quarantine import Quarantine
 from mlflow_outbox_worker.reconciliation import Reconciliation
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.refused import Refused
-from mlflow_outbox_worker.remote_ids import Waits
 from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
 from mlflow_outbox_worker.sink import RUN_ID_TAG, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
@@ -136,6 +136,10 @@ class Courier:
                 raise
             except Waits as waits:
                 self._calls.precedence.waits(run_id, waits.on)
+                raise
+            except Parked as parked:
+                if is_deleted(parked.error):
+                    self._calls.precedence.await_restoration(record)
                 raise
             self._calls.precedence.goes_on(run_id)
             if not window.more:

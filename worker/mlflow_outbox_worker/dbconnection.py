@@ -225,8 +225,11 @@ def translated(path: Path) -> Iterator[None]:
         # behind that of a ROLLBACK which came too late.
         while isinstance(cause.__context__, sqlite3.Error):
             cause = cause.__context__
-        if isinstance(cause, sqlite3.DatabaseError) and any(words in str(cause) for words in _DAMAGED):
-            msg = f"the ledger {path} is damaged: {cause}"
+        said = str(cause)
+        # Python 3.10 says nothing where SQLite's message is no text, as with damage in a name that the schema holds.
+        unsaid = type(cause) is sqlite3.DatabaseError and not said
+        if isinstance(cause, sqlite3.DatabaseError) and (unsaid or any(words in said for words in _DAMAGED)):
+            msg = f"the ledger {path} is damaged: {said or repr(cause)}"
             raise LedgerCorrupt(msg) from error
         msg = f"the ledger {path} cannot be used now: {cause}"
         raise LedgerUnavailable(msg) from error

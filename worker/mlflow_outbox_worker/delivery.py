@@ -39,8 +39,8 @@ from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.lookout import Lookout
 from mlflow_outbox_worker.opener import Opener, OpenSink
 from mlflow_outbox_worker.outcome import remedy
+from mlflow_outbox_worker.precedence import Waits
 from mlflow_outbox_worker.records import RunRecord
-from mlflow_outbox_worker.remote_ids import Waits
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing

@@ -84,6 +84,11 @@ def classify(error: SinkError, operation: str = "") -> Outcome:
     return _answered(error, error.status or HTTPStatus.INTERNAL_SERVER_ERROR, operation)
 
 
+def is_deleted(error: SinkError) -> bool:
+    """Return whether MLflow refuses something because its run or experiment is deleted, which may be undone."""
+    return _DELETED.search(str(error)) is not None
+
+
 def remedy(error: SinkError, outbox: Path) -> str:
     """Return what a person can do about a run that was in MLflow and is gone, to end a sentence; "" for other errors.
 
@@ -101,7 +106,7 @@ def remedy(error: SinkError, outbox: Path) -> str:
 
 def _answered(error: SinkError, status: int, operation: str) -> Outcome:
     reason = str(error)
-    if status in _PERSON_STATUSES or _NO_ARTIFACTS.search(reason) or _DELETED.search(reason):
+    if status in _PERSON_STATUSES or _NO_ARTIFACTS.search(reason) or is_deleted(error):
         return Outcome("parked", reason)
     if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code in _LATER_CODES:
         return Outcome("retry", reason, error.retry_after)

@@ -4,15 +4,32 @@ An experiment's changes are in the journal of its room and its runs are in journ
 the other by itself. But MLflow takes no run into a deleted experiment, and a name is free again only after a rename. So
 those requests wait for what was logged before them: an event that was logged first is delivered first. What is logged
 later is not waited for, nor what waits itself, directly or by others, for the room that would wait.
+
+What is logged after an experiment was restored comes after that, in turn. It is sent all the same, and waits only where
+MLflow refuses it because the experiment is deleted: nothing is asked, then, for the many experiments that never are.
 """
 
 from __future__ import annotations
 
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import SegmentClosed
+from mlflow_outbox.spool.events import Request, SegmentClosed
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sources import Source
+
+
+class Waits(Exception):
+    """Raised when something of another run or room has to be delivered first; try again soon.
+
+    Attributes:
+        on: that run or room; "" when it is not known.
+    """
+
+    def __init__(self, what: str, on: str) -> None:
+        super().__init__(f"waits for {what}")
+        self.on = on
 
 
 class Precedence:
@@ -30,6 +47,8 @@ class Precedence:
         self._before: dict[tuple[str, int], list[str]] = {}
         #: What each run or room waits for, of those that wait.
         self._waiting: dict[str, str] = {}
+        #: How far a run was delivered when MLflow refused what follows, because it or its experiment was deleted.
+        self._refused_at: dict[str, dict[str, Cursor]] = {}
 
     def waits(self, run_id: str, on: str) -> None:
         """Note that a run or room waits for another; for none that is known, if that is ""."""
@@ -38,6 +57,7 @@ class Precedence:
     def goes_on(self, run_id: str) -> None:
         """Note that a run or room waits for nothing."""
         self._waiting.pop(_name(run_id), None)
+        self._refused_at.pop(run_id, None)
 
     def run_before(self, room: str, time_ms: int, experiments: set[str]) -> str:
         """Return a run of an experiment of which something was logged before a time and is not delivered, or "".
@@ -60,6 +80,38 @@ class Precedence:
             return runs[0]
         del self._before[key]
         return ""
+
+    def await_restoration(self, record: RunRecord) -> None:
+        """Let the restoration of a run's experiment come first, if there is one on its way.
+
+        Args:
+            record: of a run of which MLflow takes nothing, because it or its experiment is deleted.
+
+        Raises:
+            Waits: for it; or for nothing, once, as it may have arrived since MLflow refused this.
+            LedgerUnavailable: the ledger could not be read.
+        """
+        room = self._restoring(record)
+        if not room and self._refused_at.get(record.run_id) == record.cursors:
+            return
+        self._refused_at[record.run_id] = dict(record.cursors)
+        if room:
+            self.waits(record.run_id, room)
+        what = "the restoration of its experiment"
+        raise Waits(what, room)
+
+    def _restoring(self, record: RunRecord) -> str:
+        """Return the room in which a run's experiment is restored, if that is not delivered, or ""."""
+        started, _ = RunReader(*self._source.folders(record.run_id)).started()
+        known = {record.experiment_id, started.experiment_id if started is not None else ""} - {""}
+        rooms = (provisional.room_of(experiment) for experiment in sorted(known))
+        return next((room for room in rooms if room != record.run_id and self._is_restoring(room)), "")
+
+    def _is_restoring(self, room: str) -> bool:
+        record = self._ledger.record(room)
+        reader = RunReader(*self._source.folders(room))
+        pending = reader.each(Request, record.cursors if record is not None else {})
+        return any(event.operation == "restore_experiment" and not event.known for _, event in pending)
 
     def is_pending(self, run_id: str, time_ms: int) -> bool:
         """Return whether something of a run or room that was logged before a time is not delivered.

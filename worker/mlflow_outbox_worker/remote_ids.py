@@ -28,7 +28,7 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import copies
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.origins import Origins
-from mlflow_outbox_worker.precedence import Precedence
+from mlflow_outbox_worker.precedence import Precedence, Waits
 from mlflow_outbox_worker.requeue import MOVED
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
@@ -40,18 +40,6 @@ _SEARCH: Final = 1.0
 #: Bytes; a larger file of this name is none that MLflow wrote.
 _MLMODEL_BYTES: Final = 16 * 1024 * 1024
 _PARENT: Final = "mlflow.parentRunId"
-
-
-class Waits(Exception):
-    """Raised when a request names something whose own creation has not been delivered yet; try again soon.
-
-    Attributes:
-        on: the run or room that has to be delivered first; "" when that is not known.
-    """
-
-    def __init__(self, what: str, on: str) -> None:
-        super().__init__(f"waits for {what}")
-        self.on = on
 
 
 class RemoteIds:
