@@ -77,13 +77,42 @@ def _at_exit() -> None:
     with contextlib.suppress(Exception):  # whatever MLflow's own handlers raise, MLflow ignores as well
         fluent._safe_end_run()
     with contextlib.suppress(Exception):
-        # Only of a program that has traced: else it would start OpenTelemetry, whose imports run text as code, and
-        # after that Python has forgotten that the program ends by ctrl-C.
-        tracing: Any = sys.modules.get("mlflow.tracing.provider")
-        if tracing is not None and tracing.provider.once._done:
-            queue = getattr(tracing._get_trace_exporter(), "_async_queue", None)
-            if queue is not None:
-                queue.flush(terminate=True)
+        queue = _queue_of_traces()
+        if queue is not None:
+            queue.flush(terminate=True)
+
+
+def _queue_of_traces() -> Any:
+    """Return the queue in which MLflow has what the program traced, or None.
+
+    Only of a program that has traced: else it would start OpenTelemetry, whose imports run text as code, and after
+    that Python has forgotten that the program ends by ctrl-C.
+    """
+    tracing: Any = sys.modules.get("mlflow.tracing.provider")
+    if tracing is None or not tracing.provider.once._done:
+        return None
+    return getattr(tracing._get_trace_exporter(), "_async_queue", None)
+
+
+def _before_the_exit() -> None:
+    """Have the last traces of a program exported by the thread that ends it.
+
+    MLflow's queue starts its threads for the first of them, which OpenTelemetry holds back for seconds: until the exit
+    of a short program. Python 3.12 starts none there, and MLflow would lose the traces of such a program.
+    """
+    if not _stores:
+        return
+    with contextlib.suppress(Exception):
+        queue = _queue_of_traces()
+        if queue is not None and not queue.is_active():
+            queue.put = _handled
+
+
+def _handled(task: Any) -> None:
+    task.handle()
 
 
 atexit.register(_at_exit)
+with contextlib.suppress(RuntimeError):  # the exit has begun
+    # Handlers of atexit are too late: OpenTelemetry's, which was registered last, is the first of them.
+    threading._register_atexit(_before_the_exit)  # type: ignore[attr-defined]  # as concurrent.futures does
