@@ -109,6 +109,20 @@ class TestSqlite(SinkContract):
         sink.log_batch(runs[0], points, {}, {})
         assert points == sink.metric_history(runs[0], "m")
 
+    def test_a_connection_that_is_in_use_when_the_store_is_closed_is_closed_after_that(self, sqlite_uri: str) -> None:
+        """By the thread that uses it, not by the garbage collector some time later."""
+        sink = open_sink(sqlite_uri)
+        engine = sink._store.engine  # type: ignore[attr-defined]  # the only Sink that there is
+        with engine.connect() as connection:
+            held = connection.connection.dbapi_connection
+            sink.close()
+            assert 1 == connection.exec_driver_sql("SELECT 1").scalar()
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            held.execute("SELECT 1")
+        with engine.connect() as connection:
+            assert 1 == connection.exec_driver_sql("SELECT 1").scalar()
+        sink.close()
+
     def test_a_locked_database_is_retried(self, sqlite_uri: str, experiment_name: str) -> None:
         """Another writer goes away; nothing about the events is wrong."""
         with closing(open_sink(f"{sqlite_uri}?timeout=0.01")) as sink:

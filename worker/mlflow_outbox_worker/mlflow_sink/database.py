@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy.engine
+import sqlalchemy.event
 from mlflow.store.db import utils as database
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -80,13 +82,29 @@ def check(store: SqlAlchemyStore) -> None:
     file, before = _files.get(store, (None, (0, 0)))
     if file is None or (now := _identity(file)) == before:
         return
-    store._dispose_engine()  # noqa: SLF001 - MLflow has no public way to do it
+    let_go(store)
     if now == (0, 0):
         msg = f"the database {file} was there and is gone; what was logged waits for it to come back"
     else:
         _files[store] = file, now
         msg = f"the database {file} was replaced by another one"
     raise SinkError(msg, kind="connection", sent=False)
+
+
+def let_go(store: SqlAlchemyStore) -> None:
+    """Close the connections of a store, those that another thread uses when it gives them back; it can be used again.
+
+    SQLAlchemy closes only those that nobody uses. The others come back to a pool that nobody has any more, and stay
+    open until the garbage collector finds it.
+    """
+    pool = store.engine.pool
+    store._dispose_engine()  # noqa: SLF001 - MLflow has no public way to do it
+    sqlalchemy.event.listen(pool, "checkin", _closed)
+
+
+def _closed(connection: Any, _: object) -> None:
+    if connection is not None:  # it was invalidated
+        connection.close()
 
 
 def _absolute(uri: str) -> sqlalchemy.engine.URL:

@@ -75,7 +75,9 @@ class OpenStore:
         if self.transport is not None:
             self.transport.close()
         elif hasattr(self.store, "_dispose_engine"):
-            self.store._dispose_engine()  # noqa: SLF001 - MLflow has no public way to do it
+            from mlflow_outbox_worker.mlflow_sink import database  # as below
+
+            database.let_go(self.store)
 
 
 def open_store(
