@@ -21,16 +21,21 @@ from mlflow_outbox.spool.frame import unpack_header
 from servers import eventually
 
 
-def segments_open(pid: int) -> set[str]:
-    """Return the segments that a process has open; none of one that is gone."""
+def segments_written(pid: int) -> set[str]:
+    """Return the segments that a process has open to write to; none of one that is gone.
+
+    Those that it only reads, as one that delivers does, are opened anew and share no lock with anybody.
+    """
     found = set()
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             try:
                 name = os.readlink(entry)
+                info = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
             except OSError:  # closed meanwhile
                 continue
-            if name.endswith(".log"):
+            flags = int(next(line for line in info.splitlines() if line.startswith("flags:")).split()[1], 8)
+            if name.endswith(".log") and flags & os.O_ACCMODE != os.O_RDONLY:
                 found.add(name)
     except OSError:
         pass
@@ -85,13 +90,14 @@ def fork_while(  # noqa: PLR0912 - one state after the other
         tracker.close(0.5)
     parent, child = os.getpid(), os.fork()
     if child == 0:
-        inherited = segments_open(parent)
+        inherited = segments_written(parent)
         faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs shows where
         for n in range(base + 40_000, base + 40_200):
             if workload.log_event(run, n):
                 workload.ack(fd, n)
-        mine = segments_open(os.getpid())
+        mine = segments_written(os.getpid())
         if not mine or mine & inherited:
+            mine, inherited = ({Path(name).name for name in names} for names in (mine, inherited))
             os.writev(fd, [f"shared: {mine} and {inherited}\n".encode()])
         if first_out == "parent":
             eventually(lambda: os.getppid() != parent, 30, "the parent has ended")
