@@ -76,7 +76,7 @@ def _at_exit() -> None:
 
     with contextlib.suppress(Exception):  # whatever MLflow's own handlers raise, MLflow ignores as well
         fluent._safe_end_run()
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # as above
         queue = _queue_of_traces()
         if queue is not None:
             queue.flush(terminate=True)
@@ -102,7 +102,7 @@ def _before_the_exit() -> None:
     """
     if not _stores:
         return
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # of MLflow's own parts, which may change: then it is as without this
         queue = _queue_of_traces()
         if queue is not None and not queue.is_active():
             queue.put = _handled
