@@ -32,6 +32,7 @@ class Request:
     #: Name of the action that it got.
     action: str = ""
     #: When it was there and its action began, and when that was over or the client had gone; by the monotonic clock.
+    #: The client can have the whole answer, and even ask again, a moment before the end is noted.
     arrived: float = 0.0
     ended: float | None = None
 
