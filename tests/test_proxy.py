@@ -159,7 +159,7 @@ class TestRecording:
         proxy.script(faults.delay(0.1), faults.accept_hang())
         before = time.monotonic()
         assert ask(proxy)[0] == http.HTTPStatus.OK
-        eventually(lambda: proxy.requests[0].ended, message="the client has its answer before the proxy is done with it")
+        eventually(lambda: proxy.requests[0].ended)  # the client has its answer a moment before
         with closing(connect(proxy)) as connection:
             connection.request("GET", HEALTH)
             eventually(lambda: 2 == len(proxy.requests))
