@@ -147,6 +147,39 @@ def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
     assert 1 == len(shown["traces"]), output
 
 
+def test_what_mlflow_raises_at_the_exit_is_counted_and_said_and_all_else_is_delivered(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Neither the traces nor the outbox's last delivery depend on whether MLflow could end its run."""
+    text = textwrap.dedent(f"""
+        from mlflow.tracking import fluent, _tracking_service
+        mlflow.set_experiment({experiment_name!r})
+        mlflow.start_run(run_name="left open")
+        mlflow.log_metric("m", 1.0)
+        @mlflow.trace
+        def traced(x):
+            return x
+        traced(1)
+        def fails():
+            raise RuntimeError("no end today")
+        fluent._safe_end_run = fails
+        counters = _tracking_service.utils._get_store().outbox.counters
+        add = counters.add
+        def told(reason, number=1):
+            add(reason, number)
+            print(reason, "is", counters[reason], flush=True)
+        counters.add = told
+    """)
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}")
+    output, _ = child.communicate(timeout=60)
+    assert 0 == child.returncode, output
+    assert "exit_errors is 1\n" in output
+    assert "MLflow failed at the exit (RuntimeError: no end today); missing may be the end of its active run" in output
+    shown = picture(mlflow_server.url, experiment_name)
+    assert [("left open", {"m": [[0, "1.0"]]})] == [(run["name"], run["metrics"]) for run in shown["runs"]], output
+    assert 1 == len(shown["traces"]), output
+
+
 @pytest.mark.parametrize("prefix", ["", "outbox+"])
 def test_a_program_that_is_interrupted_ends_by_the_signal(
     prefix: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path

@@ -15,10 +15,12 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from mlflow.store.tracking.abstract_store import AbstractStore
 
+from mlflow_outbox.counters import described
 from mlflow_outbox.plugin import rest
 from mlflow_outbox.plugin.arrivals import awaiting
 from mlflow_outbox.plugin.traces import Traces
@@ -74,9 +76,9 @@ def _at_exit() -> None:
     rest.end()
     from mlflow.tracking import fluent
 
-    with contextlib.suppress(Exception):  # whatever MLflow's own handlers raise, MLflow ignores as well
+    with _guarded("the end of its active run"):
         fluent._safe_end_run()
-    with contextlib.suppress(Exception):  # as above
+    with _guarded("its last traces"):
         queue = _queue_of_traces()
         if queue is not None:
             queue.flush(terminate=True)
@@ -102,10 +104,27 @@ def _before_the_exit() -> None:
     """
     if not _stores:
         return
-    with contextlib.suppress(Exception):  # of MLflow's own parts, which may change: then it is as without this
+    with _guarded("its last traces"):
         queue = _queue_of_traces()
         if queue is not None and not queue.is_active():
             queue.put = _handled
+
+
+@contextlib.contextmanager
+def _guarded(what: str) -> Iterator[None]:
+    """Go on with the exit, and the outbox's last delivery, when MLflow's own part of it fails.
+
+    Args:
+        what: may be missing then, to end a sentence.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever MLflow raises at the exit; counted and said
+        for store in list(_stores):
+            store.outbox.counters.add("exit_errors")
+            store.outbox.counters.warn_once(
+                ("exit", what), f"mlflow-outbox: MLflow failed at the exit ({described(error)}); missing may be {what}"
+            )
 
 
 def _handled(task: Any) -> None:
