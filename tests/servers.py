@@ -24,13 +24,13 @@ T = TypeVar("T")
 START_TIMEOUT = 60.0
 
 
-def eventually(condition: Callable[[], T], timeout: float = 15.0, message: str = "") -> T:
+def eventually(condition: Callable[[], T], timeout: float = 15.0, message: str | Callable[[], str] = "") -> T:
     """Wait until a condition is true and return its value.
 
     Args:
         condition: called again and again, at first after milliseconds; its exceptions are the test's.
         timeout: seconds after which the test fails.
-        message: what the test waited for, when the condition's name does not tell.
+        message: what the test waited for, when the condition's name does not tell; or what says so at the end.
 
     Raises:
         AssertionError: the condition was still false at the end.
@@ -40,7 +40,9 @@ def eventually(condition: Callable[[], T], timeout: float = 15.0, message: str =
     never = threading.Event()
     while not (value := condition()):
         if time.monotonic() > deadline:
-            what = message or getattr(condition, "__name__", repr(condition))
+            what = (message if isinstance(message, str) else message()) or getattr(
+                condition, "__name__", repr(condition)
+            )
             failure = f"not within {timeout} s: {what} (last value {value!r})"
             raise AssertionError(failure)
         never.wait(pause)

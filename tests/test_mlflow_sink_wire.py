@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import ssl
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -68,7 +69,7 @@ def test_what_a_server_sends_is_acknowledged_at_once(wire: Callable[..., Wire]) 
                 return
 
     server = wire(in_two)
-    took = {"sink": 0.0, "system": 0.0}
+    took: dict[str, list[float]] = {"sink": [], "system": []}
     plain = http.client.HTTPConnection("127.0.0.1", server.port)
     with closing(open_sink(server.url)) as sink, contextlib.closing(plain):
 
@@ -80,8 +81,8 @@ def test_what_a_server_sends_is_acknowledged_at_once(wire: Callable[..., Wire]) 
             for name, call in (("sink", lambda: log_one(sink)), ("system", ask)):
                 begun = time.perf_counter()
                 call()
-                took[name] += time.perf_counter() - begun
-    assert took["sink"] < took["system"] / 2, took
+                took[name].append(time.perf_counter() - begun)
+    assert statistics.median(took["sink"]) < statistics.median(took["system"]) / 2, took
 
 
 def test_a_secret_that_an_answer_repeats_is_in_no_message(

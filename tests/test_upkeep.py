@@ -401,7 +401,9 @@ class TestCopies:
             shutil.rmtree(going.filed)
             lose(sqlite_uri, 5)
             going.end()
-            eventually(lambda: counters["parked"], 60)
+            eventually(
+                lambda: counters["parked"], 60, lambda: f"parked: {counters}, {sorted(going.directory.path.rglob('*'))}"
+            )
         assert 0 == counters["dead_letters"]
 
 

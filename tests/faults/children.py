@@ -27,6 +27,9 @@ from servers import eventually
 
 #: prctl: let any process trace this one, where the kernel asks for that.
 _PR_SET_PTRACER = 0x59616D61
+#: Steps of niceness by which a child goes before the other tests of the run: where these take the processor from one of
+#: its threads that holds the interpreter's lock, the calls of all others would wait, and the library be blamed.
+_NICENESS = -10
 #: Seconds in which the processes of a child that has ended end too, on a busy machine.
 _PATIENCE = 30.0
 
@@ -275,6 +278,8 @@ def _child(
     counts: tuple[str, int],
 ) -> None:
     manners.count_in(*counts)
+    with contextlib.suppress(OSError):  # only root may
+        os.nice(_NICENESS)
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(2**64 - 1), 0, 0, 0)
     with contextlib.suppress(OSError):  # who does not pause it has gone on already

@@ -81,6 +81,8 @@ def _peers(authority: Authority, folder: Path) -> dict[str, Callable[[], Peer]]:
     }
 
 
+# Before 3.13, Python's own ssl leaves a socket open whose peer resets it before the handshake has begun.
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")
 @pytest.mark.fault("F60", "TLS: self-signed, expired, wrong host, plain HTTP on the TLS port, closed in the handshake")
 @pytest.mark.parametrize("what", ["self-signed", "expired", "wrong host", "plain HTTP", "closed"])
 def test_a_tls_peer_that_cannot_be_trusted_gets_nothing(
