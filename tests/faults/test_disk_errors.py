@@ -21,6 +21,7 @@ from faults.oracle import held
 from faults.table import Row
 from faults.test_space import check_manners, log_timed
 from mlflow_outbox import MLflowTracker
+from servers import eventually
 
 _FAILED = re.compile(r"(\d+) +(fsync|fdatasync)\((\d+)<([^>]*)>\) += -1 EIO")
 _CALL = re.compile(r"(\d+) +(\w+)\(")
@@ -280,6 +281,14 @@ def test_a_slow_disk_is_never_waited_for(
         row.done()
 
 
+def put_back(aside: Path, path: Path) -> bool:
+    """Put a directory back to its place; return False when somebody has written to what was there in the meantime."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(aside, path)
+    return not aside.exists()
+
+
 def log_while(fd: int, uri: str, folder: str, what: str) -> None:
     """Log on a tmpfs to which something happens, then put it right, and report."""
 
@@ -315,8 +324,7 @@ def log_while(fd: int, uri: str, folder: str, what: str) -> None:
         if what == "read-only":
             mount("-o", "remount,rw", str(disk))
         elif what in {"moved away", "swapped"}:
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(aside, path)
+            eventually(lambda: put_back(aside, path))
         elif what == "hidden":
             umount(disk / "outbox", "-l")
         workload.wait_for_round(tracker)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox import delivery
 from mlflow_outbox.counters import Counters, logger
+from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
@@ -171,6 +172,9 @@ class Outbox:
         Args:
             timeout: seconds; None waits until nothing is pending, but not for a disk that goes on failing.
         """
+        if sys.is_finalizing():  # nothing can be started or imported any more, and what is left was said at the exit
+            self.counters.add("flushed_too_late")
+            return FlushResult(self.arrived, pending=1)
         begun = time.monotonic()
         deadline, patience = (None, _PATIENCE) if timeout is None else (begun + timeout, timeout)
         while True:
@@ -225,9 +229,10 @@ class Outbox:
         self._tally.note()
         result = self.flush(timeout)
         self._caretaker.stop()  # before the worker, or a round of it would miss that
+        self._lock = usable(self._lock)
         with self._lock:
             worker, self._worker = self._worker, None
-        if worker is not None:
+        if worker is not None and not sys.is_finalizing():  # which has stopped it
             worker.stop(timeout=1.0)
         for journal in own:
             journal.release()

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 
 if TYPE_CHECKING:
@@ -90,8 +91,10 @@ class Caretaker:
             self._start()
 
     def _start(self) -> None:
+        if sys.is_finalizing():  # a thread started now would be waited for forever
+            return
         with self._lock:
-            if self._thread is not None or sys.is_finalizing():  # a thread started now would be waited for forever
+            if self._thread is not None:
                 return
             thread = threading.Thread(target=self._rounds, args=(self._stop,), name="mlflow-outbox-sync", daemon=True)
             try:
@@ -151,6 +154,7 @@ class Caretaker:
         Args:
             for_good: the interpreter exits, and nothing is begun any more.
         """
+        self._lock = usable(self._lock)
         with self._lock:
             self._stop.set()
             self._stop, self._thread = threading.Event(), None

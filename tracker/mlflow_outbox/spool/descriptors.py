@@ -15,7 +15,9 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from mlflow_outbox.ending import usable
 
 #: Seconds for which a fork waits for a segment that is being opened or closed.
 _PATIENCE: Final = 1.0
@@ -36,7 +38,7 @@ def opened(create: Callable[[Path], int], path: Path) -> int:
     Raises:
         OSError: the disk did not take it.
     """
-    with _lock:
+    with _alone():
         fd = create(path)
         _held.add(fd)
     return fd
@@ -52,9 +54,15 @@ def close(how: Callable[[int], None], fd: int) -> None:
     Raises:
         OSError: the disk failed; it is closed all the same.
     """
-    with _lock:
+    with _alone():
         _held.discard(fd)
         how(fd)
+
+
+def _alone() -> Any:
+    global _lock  # noqa: PLW0603 - at the end of the interpreter
+    _lock = usable(_lock)
+    return _lock
 
 
 def _before_fork() -> None:

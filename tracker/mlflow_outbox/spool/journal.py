@@ -14,7 +14,8 @@ Threads, signals, forks
 One re-entrant lock per journal orders the threads. A signal handler or a ``__del__`` can interrupt ``append`` inside
 the lock in its own thread; such a nested call must neither wait nor disturb the sequence, so it writes to a journal
 of its own: another writer of the same run, made on demand. A forked child drops the inherited descriptors and goes on
-as a new writer too. So whatever happens, each sequence of numbers has exactly one author.
+as a new writer too, and so does the last thread of an interpreter that ends, where another one was stopped inside the
+lock (``ending``). So whatever happens, each sequence of numbers has exactly one author.
 
 An exception that a signal handler raises (KeyboardInterrupt, a TimeoutError) can arrive after any of the journal's
 calls, between the write and the count above all. The journal then marks its sequence as suspect, by assignments alone,
@@ -35,9 +36,10 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.ending import is_stuck
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
@@ -153,7 +155,8 @@ class Journal:
         lock = self._lock
         # Not `with`, which costs 80 ns more, and not before `try`, where an exception would leave the lock held.
         try:
-            lock.acquire()
+            if not lock.acquire(False):  # noqa: FBT003 - by name it takes longer
+                lock = self._awaited()
             if self._busy:
                 return self._append_nested(event)
             self._busy = True
@@ -185,6 +188,19 @@ class Journal:
                 lock.release()
             except RuntimeError:  # the exception came while this thread waited: it never had the lock
                 pass
+
+    def _awaited(self) -> Any:
+        """Wait for the lock, and return it."""
+        self._outlive()
+        self._lock.acquire()
+        return self._lock
+
+    def _outlive(self) -> None:
+        """Become a new writer if another thread was stopped for good inside the lock."""
+        if is_stuck(self._lock):
+            lost = self.in_memory
+            self._reset()
+            self._give_up(lost)
 
     def _append_slowly(self, payload: bytes) -> bool:
         if len(payload) > frame.MAX_PAYLOAD:
@@ -263,6 +279,7 @@ class Journal:
 
     def sync(self) -> None:
         """Make what was appended so far survive a power cut, as far as the disk takes it; called in the background."""
+        self._outlive()
         with self._lock:
             if self._busy:
                 return  # called by what interrupted an append of this very thread
@@ -291,6 +308,7 @@ class Journal:
 
     def sync_later(self, store: SnapshotStore, sha256: str) -> None:
         """Make a copied file survive a power cut with the next background sync; before its event is appended."""
+        self._outlive()
         with self._lock:
             if self._busy:
                 self._nested_journal().sync_later(store, sha256)
@@ -323,6 +341,7 @@ class Journal:
 
     def close(self) -> None:
         """Mark the segment as complete, sync it and give its descriptor back; a later append begins a new segment."""
+        self._outlive()
         with self._lock:
             self._closed = True  # what this cannot do now, because the disk fails, the background does later
             if self._busy:
@@ -349,17 +368,21 @@ class Journal:
 
     def release(self) -> None:
         """Give up what could not be written: count it, so that nothing vanishes without a word."""
+        self._outlive()
         with self._lock:
             lost, self._sequence.ring = len(self._sequence.ring), MemoryRing(self._settings.memory_bytes)
+        self._give_up(lost)
+        if self._nested is not None:
+            self._nested.release()
+        self._let_go()
+
+    def _give_up(self, lost: int) -> None:
         if lost:
             self._counters.add("lost_in_memory", lost)
             self._counters.warn_once(
                 ("lost", self.run.run_id),
                 f"mlflow-outbox: the disk never took {lost} events of run {self.run.run_id}; they are lost",
             )
-        if self._nested is not None:
-            self._nested.release()
-        self._let_go()
 
     def _leave_to_parent(self) -> None:
         """Become a new writer, in a forked child: locks, unsynced events and ``descriptors`` are the parent's."""

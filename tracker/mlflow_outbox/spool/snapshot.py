@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import re
 import stat
@@ -221,7 +222,8 @@ class SnapshotStore:
         draft = self.path / f"{_DRAFT}{os.urandom(8).hex()}"
         digest, size = hashlib.sha256(), 0
         try:
-            with os.fdopen(create_private(draft), "wb") as copy:
+            # Not the built-in, which is gone when what is logged at the very end is.
+            with io.open(create_private(draft), "wb") as copy:  # noqa: UP020
                 for chunk in chunks:
                     size += len(chunk)
                     if size > limit:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from mlflow_outbox.ending import is_stuck
 from mlflow_outbox.spool.segment import Segment
 from mlflow_outbox.spool.sequence import EventSequence
 from mlflow_outbox.spool.snapshot import SnapshotStore
@@ -72,10 +73,14 @@ class SyncRound:
     def run(self, alone: Alone, prepare: Callable[[], None]) -> None:
         """Make durable what there is, as far as the disk takes it; return at once in the middle of a round.
 
+        So does a call at the end of the interpreter that has stopped the background in the middle of one.
+
         Args:
             alone: gets the events for a moment.
             prepare: called with it before anything is noted, to write what waits.
         """
+        if is_stuck(self._lock):
+            return
         with self._lock:
             if self._running:
                 return
