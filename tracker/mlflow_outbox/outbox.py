@@ -26,6 +26,7 @@ from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
+from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox.spool.guard import DiskGuard
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.sequence import RunIdentity
@@ -250,7 +251,8 @@ class Outbox:
             if self.worker_kind == "none":
                 for journal in journals:
                     self._note_written(journal)
-                _say_what_is_left(self, sum(n for run_id, n in self._written.values() if self._is_left(run_id)), 0)
+                if not is_being_written(self.directory.lock):  # by whoever delivers, in another process
+                    _say_what_is_left(self, sum(n for run_id, n in self._written.values() if self._is_left(run_id)), 0)
             else:
                 result = delivery.flush(self, max(0.0, deadline - time.monotonic()) if self._worker else 0)
                 _say_what_is_left(self, result.pending, result.parked)
@@ -308,6 +310,12 @@ def shared(directory: OutboxDirectory, destination: Destination, settings: Setti
             outbox = _shared[key] = Outbox(directory, destination, settings, worker)
             _kept.append(outbox)
         return outbox
+
+
+def in_use(directory: OutboxDirectory) -> Outbox | None:
+    """Return an outbox that this process has opened at a directory, if any, and rather one that it delivers."""
+    found = [outbox for outbox in list(_outboxes) if outbox.directory.path == directory.path]
+    return max(found, key=lambda outbox: outbox.worker_kind != "none", default=None)
 
 
 def _at_exit() -> None:

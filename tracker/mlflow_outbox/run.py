@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from mlflow_outbox import handles
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.doubts import Doubts
 from mlflow_outbox.entries import Entries
@@ -50,8 +51,8 @@ Time = int | float | dt.datetime
 _time_ns = time.time_ns
 
 
-class Run:
-    """One run. Made by ``MLflowTracker.start_run``; may be used from any thread, and in forked processes.
+class Run(handles.Handle):
+    """One run. Made by ``MLflowTracker.start_run``; may be used from any thread, in forked processes, and pickled.
 
     Used as a context manager it ends FINISHED, FAILED when an exception leaves the block, or KILLED on
     KeyboardInterrupt.
@@ -77,6 +78,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.run_id}, {'ended' if self._ended else 'running'}>"
+
+    def __reduce__(self) -> tuple[Callable[..., Run], tuple[Any, ...]]:
+        journal = self._journal
+        path, identity = (journal.directory.path, tuple(journal.run)) if journal is not None else ("", (self.run_id,))
+        return _rejoined, (str(path), identity, handles.noted(self._settings), self._ended)
 
     def __enter__(self) -> Self:
         return self
@@ -358,6 +364,13 @@ class Run:
     @staticmethod
     def _now_ms() -> int:
         return _time_ns() // 1_000_000
+
+
+def _rejoined(path: str, identity: tuple[Any, ...], note: dict[str, Any], ended: bool) -> Run:  # noqa: FBT001 - of a pickle
+    journal, settings, counters = handles.rejoined(path, identity, note)
+    run = Run(journal, identity[0], settings, counters)
+    run._ended = ended  # noqa: SLF001 - its own class's
+    return run
 
 
 def _append_nowhere(_: Event) -> bool:

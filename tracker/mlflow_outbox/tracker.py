@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from mlflow_outbox import autopilot, delivery, sessions
+from mlflow_outbox import autopilot, delivery, handles, sessions
 from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
@@ -41,7 +41,7 @@ _DEFAULT_ROOT: Final = ".mlflow-outbox"
 _SUMMARY: Final = "final_summary"
 
 
-class MLflowTracker:
+class MLflowTracker(handles.Handle):
     """Logs runs of one experiment through a durable outbox.
 
     Args:
@@ -74,10 +74,13 @@ class MLflowTracker:
         self.experiment_name = checked_experiment_name(experiment_name)
         self._settings = Settings.from_environment() if settings is None else settings
         self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
+        self._begin(self._open(outbox_dir, worker))
+
+    def _begin(self, outbox: Outbox | None) -> None:
         self._lock = threading.RLock()
         self._summary: Run | None = None
         self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
-        self._outbox = self._open(outbox_dir, worker)
+        self._outbox = outbox
         self._counters = self._outbox.counters if self._outbox is not None else Counters()
         self._refusals = Refusals(self._counters, strict=self._settings.strict)
 
@@ -101,6 +104,10 @@ class MLflowTracker:
     def __repr__(self) -> str:
         state = "disabled" if self.disabled else str(self.outbox_path)
         return f"<MLflowTracker {self.experiment_name!r} to {self.tracking_uri!r}, {state}>"
+
+    def __reduce__(self) -> tuple[Callable[..., MLflowTracker], tuple[Any, ...]]:
+        path = str(self.outbox_path or "")
+        return _reopened, (self.experiment_name, self.tracking_uri, path, handles.noted(self._settings))
 
     def __enter__(self) -> Self:
         return self
@@ -334,6 +341,14 @@ class MLflowTracker:
         if self._outbox is None:
             return FlushResult()
         return self._outbox.close(self._settings.close_timeout if timeout is None else timeout, list(self._journals))
+
+
+def _reopened(experiment_name: str, tracking_uri: str, path: str, note: dict[str, Any]) -> MLflowTracker:
+    tracker = MLflowTracker.__new__(MLflowTracker)
+    tracker.experiment_name, tracker._settings = experiment_name, handles.settings_of(note)  # noqa: SLF001 - its own class's
+    tracker._destination = resolve(tracking_uri, default="")  # noqa: SLF001 - as above
+    tracker._begin(handles.reopened(path, tracker._settings))  # noqa: SLF001 - as above
+    return tracker
 
 
 def create_tracker(

@@ -60,7 +60,7 @@ def _lock(fd: int) -> None:
 
 
 def is_being_written(path: Path) -> bool:
-    """Return whether a living process of this machine holds a segment open for writing.
+    """Return whether a living process of this machine holds a segment open for writing, or the lock of a worker.
 
     On a network file system nobody can tell, and the answer is False; see ``writer.writer_state``.
     """
