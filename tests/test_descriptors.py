@@ -1,4 +1,4 @@
-"""Descriptors of segments and forks: a child keeps none of its parent, whatever its threads were doing (F05)."""
+"""Descriptors of segments: a fork takes none along, whatever threads do (F05), and none is a standard stream's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spools import FORKS
+from spools import FORKS, RUN, Everything, make_outbox
 
 #: A thread is held inside of one of the disk's calls while another one forks; the child says what it still has open.
 CODE = """
@@ -60,3 +60,31 @@ def test_a_fork_in_the_middle_of_a_segments_begin_or_end_takes_no_descriptor_alo
     command = [sys.executable, *FORKS, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (0, "") == (done.returncode, done.stderr), done.stderr[-3000:]
+
+
+_DAEMON = """
+import os, sys
+sys.path[:0] = {path!r}
+from spools import *
+outbox = make_outbox(Path({outbox!r}))
+writers = [make_journal(outbox) for _ in range(4)]
+for writer in writers:
+    writer.append(metric(1))
+for stream in range(3):
+    try:
+        os.write(stream, b"a library's warning")
+    except OSError:
+        pass
+for writer in writers:
+    writer.append(metric(2))
+    writer.close()
+"""
+
+
+def test_no_segment_takes_the_place_of_a_standard_stream_that_is_closed(tmp_path: Path) -> None:
+    """What the libraries of a daemon write to standard error is not in the middle of its events."""
+    code = _DAEMON.format(path=sys.path, outbox=str(tmp_path / "outbox"))
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert 0 == subprocess.run(command, timeout=60, check=False).returncode
+    found = Everything(make_outbox(tmp_path / "outbox").run(RUN))
+    assert ([], 0, [1, 2] * 4) == (found.broken, found.missing, found.steps)

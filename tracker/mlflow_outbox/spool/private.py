@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import Final
 
 from mlflow_outbox.errors import OutboxUnusable
+
+#: The first descriptor that is no standard stream's.
+_FIRST: Final = 3
 
 
 def create_private(path: Path, flags: int = os.O_WRONLY) -> int:
     """Create a new file that only the user can read and return its descriptor; never follows a link.
 
+    In a program that was started without one of the standard streams, as daemons are, the descriptor is none of theirs:
+    whatever a library writes to standard error would be in the file. (SQLite does the same, for that reason.)
+
     Raises:
         OSError: it exists already, or cannot be made.
     """
-    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if fd >= _FIRST:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST)
+    finally:
+        os.close(fd)
 
 
 def sync_directory(path: Path) -> None:
