@@ -19,7 +19,7 @@ from mlflow_outbox.outbox import FlushResult
 from mlflow_outbox.run import Run
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox_worker import upkeep
+from mlflow_outbox_worker import flush, upkeep
 from mlflow_outbox_worker.backlog import counted, total
 from mlflow_outbox_worker.cli.flush import Flush
 from mlflow_outbox_worker.flush import Watch
@@ -256,6 +256,30 @@ class TestDelivery:
             eventually(lambda: counters["runs_verified"] == 2, 60)
             eventually(lambda: of_command.look() or of_command.is_done(), 60, "what was verified is recorded")
             assert (0, 0) == (watch.measure(ends)[0].pending, of_command.left)
+        tracker.close(0)
+
+    def test_what_is_delivered_and_filed_while_a_flush_looks_is_counted(
+        self, experiment_name: str, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between its look at the ledger, which has nothing of it yet, and the one at the disk, where it is no more."""
+        tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", worker="none", settings=QUICK)
+        run_id = _log(tracker.start_run("filed"))
+        assert tracker.outbox_path is not None
+        directory = OutboxDirectory.open(tracker.outbox_path)
+        Ledger.open(directory.ledger).close()
+        looked = []
+
+        def slowly(ledger: Ledger) -> tuple[dict[str, RunRecord], Totals]:
+            found = counted(ledger)
+            if not looked:
+                looked.append(found)
+                with delivering(directory, sqlite_uri, QUICK):
+                    eventually(lambda: not directory.run(run_id).exists(), 60)
+            return found
+
+        monkeypatch.setattr(flush, "counted", slowly)
+        assert FlushResult(3, 0, 0, 0) == Watch(directory, QUICK).until_delivered(60)
+        assert ({}, Totals()) == looked[0]
         tracker.close(0)
 
     def test_a_run_of_which_nothing_was_delivered_is_waited_for(self, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import cast
 
 import pytest
 
+from contents import QUICK, the_run
+from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.thread import ThreadWorker
@@ -108,3 +110,17 @@ def test_a_loop_that_is_stopped_before_it_is_made_never_runs() -> None:
     may_go.set()
     eventually(lambda: not worker.is_alive())
     assert [] == ran
+
+
+@pytest.mark.parametrize(("name", "value"), [("executable", ""), ("executable", None), ("frozen", True)])
+def test_a_program_that_has_no_interpreter_to_start_delivers_by_a_thread_instead_of_a_process(
+    name: str, value: object, sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that embeds Python, and one that is frozen into a file, which would be started once more."""
+    monkeypatch.setattr(sys, name, value, raising=False)
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path, worker="process", settings=QUICK)
+    with tracker, tracker.start_run("embedded") as run:
+        run.log_metric("m", 1.0)
+        assert tracker._outbox is not None
+        assert isinstance(tracker._outbox._worker, ThreadWorker)
+    assert {"m": 1.0} == the_run(sqlite_uri, experiment_name).data.metrics

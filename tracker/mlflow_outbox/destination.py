@@ -69,8 +69,20 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
         default: the tracking URI of the environment; None or "" means the local ``mlruns`` directory.
 
     Raises:
-        DestinationError: the URI has no scheme that MLflow knows.
+        DestinationError: the URI has no scheme that MLflow knows, or what it names depends on the current directory,
+            which is gone.
     """
+    try:
+        return _resolved(tracking_uri, default)
+    except FileNotFoundError as error:
+        msg = (
+            f"the tracking URI cannot be used, as where it keeps its files depends on the current directory, which is "
+            f"gone ({error.strerror}); change to one that exists"
+        )
+        raise DestinationError(msg) from None
+
+
+def _resolved(tracking_uri: str | os.PathLike[str] | None, default: str | None) -> Destination:
     given = tracking_uri if tracking_uri is not None else (default or None)
     if given is None:
         return _local_default(Path.cwd() / "mlruns")

@@ -31,6 +31,7 @@ from mlflow_outbox_worker.priority import stand_back
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
+    from mlflow_outbox_worker.thread import ThreadWorker
 
 
 class _Outliving(subprocess.Popen[bytes]):
@@ -75,12 +76,17 @@ class ProcessWorker:
             self._pipe.close()
 
 
-def start(outbox: Outbox) -> ProcessWorker:
-    """Start a worker process for an outbox.
+def start(outbox: Outbox) -> ProcessWorker | ThreadWorker:
+    """Start a worker process for an outbox; a thread of this one, which says so, where there is nothing to start.
 
     Raises:
         OSError: no process can be started.
+        RuntimeError: no thread can be started any more.
     """
+    if not sys.executable or getattr(sys, "frozen", False):  # embedded, or a program in one file
+        from mlflow_outbox_worker import thread  # here alone, for what the program does not need it does not import
+
+        return thread.start(outbox)
     process = _Outliving(
         [sys.executable, "-m", "mlflow_outbox_worker", str(outbox.directory.path)],
         stdin=subprocess.PIPE,
@@ -155,12 +161,13 @@ def serve(path: Path, source: IO[bytes]) -> int:
         The exit code: 0 when everything was delivered.
     """
     # Here and not above: the experiment, which only starts the process, must not pay for it.
+    from mlflow_outbox_worker.current_directory import open_sink
     from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.flush import Watch
 
     stand_back()
     directory, destination, settings = noted(path, source.readline())
-    delivery = Delivery(directory, destination, settings, Counters(), kind="process")
+    delivery = Delivery(directory, destination, settings, Counters(), kind="process", open_sink=open_sink)
     worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
     worker.start()
     while source.read(4096):

@@ -308,10 +308,17 @@ def is_run_id(text: str) -> bool:
 def _absolute(path: Path) -> Path:
     try:
         found = Path(os.path.abspath(path.expanduser()))
-        os.lstat(found)
-    except FileNotFoundError:
-        pass
     except (RuntimeError, ValueError) as error:  # the home of an unknown user; a NUL character
+        msg = f"{printable(path)!r} cannot be an outbox directory: {error}"
+        raise OutboxUnusable(msg) from None
+    except OSError as error:
+        msg = (
+            f"{printable(path)!r} depends on the current directory, which is gone ({error.strerror}); give a whole path"
+        )
+        raise OutboxUnusable(msg) from None
+    try:
+        os.lstat(found)
+    except ValueError as error:  # a NUL character
         msg = f"{printable(path)!r} cannot be an outbox directory: {error}"
         raise OutboxUnusable(msg) from None
     except OSError:

@@ -31,6 +31,13 @@ class NoChild(Exception):
     """Raised when no child can be started here."""
 
 
+def _absolute(entries: list[str]) -> Iterator[str]:
+    """Yield where modules are found, but for what is relative to a current directory that is gone."""
+    for entry in entries:
+        with contextlib.suppress(FileNotFoundError):
+            yield os.path.abspath(entry)
+
+
 class Child:
     """One child process.
 
@@ -52,7 +59,7 @@ class Child:
         _connections.add(self.connection)
         # The same modules as here, wherever this program found them, and none of the working directory.
         entries = [os.fsdecode(entry) for entry in sys.path]
-        path = os.pathsep.join(map(os.path.abspath, entries))
+        path = os.pathsep.join(_absolute(entries))
         try:
             with theirs:
                 self._process = subprocess.Popen(

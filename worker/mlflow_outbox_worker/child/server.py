@@ -105,6 +105,7 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
     logger.addHandler(reporter)
     logger.propagate = False
     # Here and not above: they are found on the program's path, like mlflow, and the program needs none of them.
+    from mlflow_outbox_worker.current_directory import open_sink
     from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.sources import OutboxSource
 
@@ -115,7 +116,8 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
         reporter.tell_counts()
         logger.warning("mlflow-outbox: delivery: %s", printable(str(error), 300))
         return
-    delivery = Delivery(OutboxSource(directory, lock=lock), destination, settings, reporter.counters, kind="thread")
+    source = OutboxSource(directory, lock=lock)
+    delivery = Delivery(source, destination, settings, reporter.counters, kind="thread", open_sink=open_sink)
     worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
     worker.start()
     threading.Thread(target=reporter.go_on, name="mlflow-outbox-counts", daemon=True).start()

@@ -1,0 +1,70 @@
+"""Programs whose current directory is deleted under them, as the scratch directories of jobs are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from contents import runs
+
+_GONE = """
+import os, shutil, sys
+sys.path[:0] = {paths!r}
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.errors import DestinationError
+
+def leave():
+    os.makedirs({here!r})
+    os.chdir({here!r})
+    shutil.rmtree({here!r})
+"""
+
+
+def run(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that can have its current directory deleted; modules are looked for there too, as with ``-c``."""
+    code = _GONE.format(paths=sys.path, here=str(tmp_path / "scratch" / "job")) + textwrap.dedent(text)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("worker", ["thread", "process"])
+def test_a_program_whose_directory_is_deleted_logs_on_and_is_delivered(
+    worker: str, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Also by a worker that starts after that; of files, those that are there are logged."""
+    (tmp_path / "there.txt").write_text("there")
+    text = f"""
+        box, there = {str(tmp_path / "box")!r}, {str(tmp_path / "there.txt")!r}
+        tracker = MLflowTracker({experiment_name!r}, {sqlite_uri!r}, outbox_dir=box, worker={worker!r})
+        leave()
+        run = tracker.start_run("homeless")
+        print([run.log_metric("m", 1.0), run.log_artifact(there), run.log_artifact("gone.txt")])
+        run.end()
+        print(bool(tracker.flush(60)))
+    """
+    done = run(tmp_path, text)
+    assert (0, "[True, True, False]\nTrue\n") == (done.returncode, done.stdout), done.stderr
+    assert [("homeless", {"m": 1.0})] == [
+        (found.info.run_name, found.data.metrics) for found in runs(sqlite_uri, experiment_name)
+    ]
+
+
+def test_what_depends_on_a_directory_that_is_gone_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    """An outbox disables the tracker, as one that cannot be made does; where files of a store would be is an error."""
+    text = """
+        leave()
+        print(MLflowTracker("e", "http://127.0.0.1:9", worker="none").disabled)
+        for uri in ("sqlite:////nowhere/mlflow.db", "sqlite:///here.db", "mlruns", None):
+            try:
+                MLflowTracker("e", uri, outbox_dir="/nowhere", worker="none")
+            except DestinationError as error:
+                print("change to one that exists" in str(error))
+    """
+    done = run(tmp_path, text)
+    assert (0, "True\n" * 5) == (done.returncode, done.stdout), done.stderr
+    assert "'.mlflow-outbox' depends on the current directory, which is gone" in done.stderr
+    assert "give a whole path" in done.stderr
