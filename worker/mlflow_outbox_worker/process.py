@@ -161,9 +161,9 @@ def serve(path: Path, source: IO[bytes]) -> int:
         The exit code: 0 when everything was delivered.
     """
     # Here and not above: the experiment, which only starts the process, must not pay for it.
-    from mlflow_outbox_worker.current_directory import open_sink
     from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.flush import Watch
+    from mlflow_outbox_worker.surroundings import open_sink
 
     stand_back()
     directory, destination, settings = noted(path, source.readline())

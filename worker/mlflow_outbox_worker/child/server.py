@@ -105,9 +105,9 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
     logger.addHandler(reporter)
     logger.propagate = False
     # Here and not above: they are found on the program's path, like mlflow, and the program needs none of them.
-    from mlflow_outbox_worker.current_directory import open_sink
     from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.sources import OutboxSource
+    from mlflow_outbox_worker.surroundings import open_sink
 
     try:
         directory, destination, settings = noted(path, note)

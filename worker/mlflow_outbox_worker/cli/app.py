@@ -18,6 +18,7 @@ import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import OutboxError
+from mlflow_outbox_worker import surroundings
 from mlflow_outbox_worker.cli import clock, delivering, terminal
 from mlflow_outbox_worker.cli.declare import Group
 from mlflow_outbox_worker.cli.exits import EXPLAINED, CommandFailed, ExitCode, of_error
@@ -118,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         clock.begin()
+    else:
+        surroundings.settle()
     terminal.prepare()
     try:
         code = _run(arguments)

@@ -1,7 +1,9 @@
-"""Programs whose current directory is deleted under them, as the scratch directories of jobs are."""
+"""Programs that lack a current directory, as a job's scratch directory is deleted, or a home, as in a container."""
 
 from __future__ import annotations
 
+import os
+import pwd
 import subprocess
 import sys
 import textwrap
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from contents import runs
+from mlflow_outbox_worker import surroundings
 
 _GONE = """
 import os, shutil, sys
@@ -68,3 +71,20 @@ def test_what_depends_on_a_directory_that_is_gone_is_refused_with_a_remedy(tmp_p
     assert (0, "True\n" * 5) == (done.returncode, done.stdout), done.stderr
     assert "'.mlflow-outbox' depends on the current directory, which is gone" in done.stderr
     assert "give a whole path" in done.stderr
+
+
+def test_a_process_of_ours_has_a_home_where_its_user_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow cannot be imported without one; an experiment, which does not import it, needs none."""
+    before = dict(os.environ)
+    surroundings.settle()
+    assert before == dict(os.environ)
+
+    def unknown(user: int) -> pwd.struct_passwd:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    surroundings.settle()
+    assert Path("/") == Path.home()
