@@ -349,6 +349,21 @@ def test_a_create_that_is_carried_out_after_the_next_one_leaves_no_second_run(
     assert {"ended": {"loss": 0.25}, "going": {"loss": 0.5}} == held
 
 
+def test_a_program_that_ends_leaves_no_second_run_that_comes_late(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Nobody may use the outbox again: closing it waits until none can come, within its time."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("runs/create", faults.delay(3.5), times=1)
+        settings = dataclasses.replace(QUICK, request_timeout=3.0)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=settings)
+        with tracker.start_run("ended") as ended:
+            assert ended.log_metric("loss", 0.25)
+        assert tracker.close(60)
+        eventually(lambda: 2 == len([r for r in proxy.requests if "runs/create" in r.path and r.backend_status == 200]))
+    assert ["ended"] == [run.info.run_name for run in runs(mlflow_server.url, experiment_name)]
+
+
 @pytest.mark.compatibility
 def test_a_batch_of_unknown_fate_is_not_doubled_on_a_file_store(
     file_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

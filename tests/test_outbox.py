@@ -39,9 +39,9 @@ def test_closing_one_tracker_leaves_another_of_its_outbox_the_worker(
     run = second.start_run("b")
     flush = delivery.flush
 
-    def meanwhile(of: Outbox, timeout: float | None) -> FlushResult:
+    def meanwhile(of: Outbox, timeout: float | None, *, settled: bool) -> FlushResult:
         run.log_metric("loss", 0.5, step=1)
-        return flush(of, timeout)
+        return flush(of, timeout, settled=settled)
 
     monkeypatch.setattr(delivery, "flush", meanwhile)
     assert first.close(60)

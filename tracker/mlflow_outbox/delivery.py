@@ -56,9 +56,9 @@ def prepare_artifacts(scheme: str) -> None:
     _half("mlflow_sink").prepare_artifacts(scheme)
 
 
-def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
+def flush(outbox: Outbox, timeout: float | None, *, settled: bool = False) -> FlushResult:
     """Have an outbox delivered by whichever worker holds it; see ``Outbox.flush``."""
-    return cast("FlushResult", _half("flush").flush(outbox, timeout))
+    return cast("FlushResult", _half("flush").flush(outbox, timeout, settled=settled))
 
 
 def reading(outbox: Outbox) -> Any:

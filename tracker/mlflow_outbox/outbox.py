@@ -167,11 +167,12 @@ class Outbox:
         """Make everything logged so far survive a power cut."""
         self._caretaker.round()
 
-    def flush(self, timeout: float | None) -> FlushResult:
+    def flush(self, timeout: float | None, *, settled: bool = False) -> FlushResult:
         """Deliver what has been logged until now, as far as possible within a time.
 
         Args:
             timeout: seconds; None waits until nothing is pending, but not for a disk that goes on failing.
+            settled: wait too until no second run can come of a create that the server did not answer in time.
         """
         if sys.is_finalizing():  # nothing can be started or imported any more, and what is left was said at the exit
             self.counters.add("flushed_too_late")
@@ -183,7 +184,8 @@ class Outbox:
             if self.worker_kind != "none":
                 self._wake()
             held = sum(journal.in_memory for journal in list(self._journals))
-            result = delivery.flush(self, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            result = delivery.flush(self, remaining, settled=settled)
             self.arrived = result.delivered
             left = begun + patience - time.monotonic()
             if not held or left <= 0 or self.worker_kind == "none":
@@ -228,7 +230,7 @@ class Outbox:
         for journal in list(self._journals):
             journal.close()
         self._tally.note()
-        result = self.flush(timeout)
+        result = self.flush(timeout, settled=True)
         self._caretaker.stop()  # before the worker, or a round of it would miss that
         self._lock = usable(self._lock)
         with self._lock:
@@ -254,7 +256,8 @@ class Outbox:
                 if not is_being_written(self.directory.lock):  # by whoever delivers, in another process
                     _say_what_is_left(self, sum(n for run_id, n in self._written.values() if self._is_left(run_id)), 0)
             else:
-                result = delivery.flush(self, max(0.0, deadline - time.monotonic()) if self._worker else 0)
+                remaining = max(0.0, deadline - time.monotonic()) if self._worker else 0
+                result = delivery.flush(self, remaining, settled=True)
                 _say_what_is_left(self, result.pending, result.parked)
         if self._worker is not None:
             self._worker.stop(timeout=0.5)

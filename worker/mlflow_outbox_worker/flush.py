@@ -41,10 +41,10 @@ _NO_WORKER: Final = 5.0
 _STILL_PARKED: Final = 30.0
 
 
-def flush(outbox: Outbox, timeout: float | None) -> FlushResult:
+def flush(outbox: Outbox, timeout: float | None, *, settled: bool) -> FlushResult:
     """Have an outbox of this process delivered; see ``Outbox.flush``."""
-    wait = outbox.worker_kind != "none"
-    return Watch(outbox.directory, outbox.settings, outbox.counters).until_delivered(timeout if wait else 0)
+    watch = Watch(outbox.directory, outbox.settings, outbox.counters)
+    return watch.until_delivered(timeout if outbox.worker_kind != "none" else 0, settled=settled)
 
 
 class Watch:
@@ -61,14 +61,16 @@ class Watch:
         self._counters = counters or Counters()
         self._path: Path = settings.ledger_dir or directory.ledger
         self._last = FlushResult()
+        self._settling = False  # a run may have a twin, for which the worker looks soon
         self._tried_ms = 0  # when what is parked was tried, the run that was tried longest ago
 
-    def until_delivered(self, timeout: float | None, *, hurry: bool = True) -> FlushResult:
+    def until_delivered(self, timeout: float | None, *, hurry: bool = True, settled: bool = False) -> FlushResult:
         """Wait until everything that is on disk now has been delivered, or time is up.
 
         Args:
             timeout: seconds; None waits without limit, as long as there is a worker.
             hurry: cut the worker's back-offs short.
+            settled: wait for runs to settle too (``twins``): the worker is to end afterwards.
         """
         began_ms = time.time_ns() // 1_000_000
         started = time.monotonic()
@@ -79,7 +81,7 @@ class Watch:
             now = time.monotonic()
             result, ends = self.measure(ends)
             sure = self._tried_ms >= began_ms or now - started > _STILL_PARKED
-            if result:
+            if result and not (settled and self._settling):
                 # The ledger was read before the disk: what was filed in between is not counted in it.
                 return self.measure(ends)[0] or result
             if result.pending == 0 and result.parked and sure:
@@ -131,6 +133,7 @@ class Watch:
         finally:
             with contextlib.suppress(LedgerUnavailable):
                 ledger.close()
+        self._settling = any(record.settles_ms for record in records.values())
         known = targets(self._directory, records) if ends is None else remaining(self._directory, ends, records)
         parked = note.state == "parked"
         self._last = total(known, records.values(), retired, letters, parked=parked)
