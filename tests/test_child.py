@@ -70,6 +70,27 @@ def test_what_is_counted_and_logged_in_the_child_is_counted_and_logged_here(
     assert numbered(1) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
 
 
+@pytest.fixture
+def default_timeout() -> Iterator[float]:
+    """A time-out that this program has set for all sockets to come, so short that nobody can keep it."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.001)
+    yield 0.001
+    socket.setdefaulttimeout(before)
+
+
+@pytest.mark.usefixtures("apart", "default_timeout")
+def test_a_default_timeout_of_the_program_is_not_the_childs(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Sockets that are made then do not wait, and the one that the child is given would be one of them."""
+    with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path, settings=QUICK) as tracker:
+        tracker.start_run("r").end()
+        assert tracker.flush(60)
+        assert deliverer(tmp_path)
+    assert 0 == tracker.counters.get("children_lost", 0)
+
+
 def test_counts_are_told_soon_at_first_and_then_twice_a_second() -> None:
     """Each message wakes a thread of the program up, which costs a logging call that waits for it 0.1 ms."""
     ours, theirs = socket.socketpair()
