@@ -254,6 +254,8 @@ class Nest:
         for path in only:
             command += ["-P", str(path)]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        with contextlib.suppress(OSError):  # only root may; at each call that is traced the child waits for it
+            os.setpriority(os.PRIO_PROCESS, tracer.pid, _NICENESS)
         assert tracer.stderr is not None
         said = tracer.stderr.readline()
         assert b"attached" in said, said

@@ -56,7 +56,7 @@ class Child:
             raise NoChild(msg)
         self._environment = environment_for_child()
         self.connection, theirs = socket.socketpair()
-        theirs.setblocking(True)  # it is not where the program has set a default time-out, and the child knows of none
+        theirs.settimeout(None)  # the program may have set another default, of which the child knows nothing
         _connections.add(self.connection)
         # The same modules as here, wherever this program found them, and none of the working directory.
         entries = [os.fsdecode(entry) for entry in sys.path]
