@@ -1,4 +1,4 @@
-"""Programs that lack a current directory, as a job's scratch directory is deleted, or a home, as in a container."""
+"""Programs without a current directory or a home, as in jobs and containers, and those whose warnings are errors."""
 
 from __future__ import annotations
 
@@ -71,6 +71,22 @@ def test_what_depends_on_a_directory_that_is_gone_is_refused_with_a_remedy(tmp_p
     assert (0, "True\n" * 5) == (done.returncode, done.stdout), done.stderr
     assert "'.mlflow-outbox' depends on the current directory, which is gone" in done.stderr
     assert "give a whole path" in done.stderr
+
+
+@pytest.mark.parametrize("worker", ["thread", "process"])
+def test_warnings_that_are_errors_in_a_program_are_none_in_what_delivers_for_it(
+    worker: str, sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's libraries warn when they are imported, and as a database is opened."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    text = f"""
+        box = {str(tmp_path / "box")!r}
+        tracker = MLflowTracker({experiment_name!r}, {sqlite_uri!r}, outbox_dir=box, worker={worker!r})
+        tracker.start_run("strict").end()
+        print(bool(tracker.flush(60)))
+    """
+    done = run(tmp_path, text)
+    assert (0, "True\n", "") == (done.returncode, done.stdout, done.stderr)
 
 
 def test_a_process_of_ours_has_a_home_where_its_user_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

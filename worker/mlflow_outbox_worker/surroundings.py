@@ -1,4 +1,4 @@
-"""What a process of ours may lack of what MLflow takes for granted: a current directory, and a home.
+"""What MLflow takes for granted and a process of ours may lack: a current directory, a home, warnings that only warn.
 
 The current directory may be deleted under it, as the scratch directory of a job is. Nothing that a worker does needs
 it, but MLflow's stores and Python's ``tempfile`` ask for it as they are opened. It is left only where it is gone: an
@@ -6,13 +6,16 @@ environment variable may name a file relative to it, such as a certificate.
 
 A user without an entry in ``/etc/passwd``, as in a container, may have no ``HOME``; MLflow cannot be imported then.
 
-The process of an experiment is not ours to change in either way.
+``PYTHONWARNINGS=error`` is meant for a program's own code. Such a process inherits it, and MLflow's libraries warn.
+
+The process of an experiment is not ours to change in any of these ways.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,11 @@ _ROOT = "/"
 
 
 def settle() -> None:
-    """Let this process have the root directory in place of what it lacks."""
+    """Let this process have what it lacks: the root directory, as both, and Python's own treatment of warnings."""
+    if any(action == "error" for action, *_ in warnings.filters):
+        warnings.resetwarnings()
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
     try:
         os.getcwd()
     except OSError:
