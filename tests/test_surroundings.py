@@ -28,9 +28,15 @@ def leave():
 
 
 def run(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that can have its current directory deleted; modules are looked for there too, as with ``-c``."""
-    code = _GONE.format(paths=sys.path, here=str(tmp_path / "scratch" / "job")) + textwrap.dedent(text)
-    command = [sys.executable, "-c", code]
+    """Run a program that can have its current directory deleted; modules are looked for there too, as with ``-c``.
+
+    That itself will not do: of such a program, Python 3.13.0 looks at the current directory for each attribute that a
+    module lacks, and fails in a way of its own where that is gone.
+    """
+    code = _GONE.format(paths=[*sys.path, ""], here=str(tmp_path / "scratch" / "job")) + textwrap.dedent(text)
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    command = [sys.executable, str(program)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
