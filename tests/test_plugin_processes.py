@@ -126,12 +126,10 @@ def test_a_killed_program_has_lost_nothing(mlflow_server: MlflowServer, experime
     assert [["a.txt", 5]] == found["files"]
 
 
-def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
-    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
-) -> None:
-    """MLflow ends an active run and sends its last traces at the exit; both are delivered before that."""
-    text = textwrap.dedent(f"""
-        mlflow.set_experiment({experiment_name!r})
+def left_open(experiment: str) -> str:
+    """Return a program that traces, and leaves the end of its run to MLflow."""
+    return textwrap.dedent(f"""
+        mlflow.set_experiment({experiment!r})
         mlflow.start_run(run_name="left open")
         mlflow.log_metric("m", 1.0)
         @mlflow.trace
@@ -139,7 +137,13 @@ def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
             return x
         traced(1)
     """)
-    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}")
+
+
+def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow ends an active run and sends its last traces at the exit; both are delivered before that."""
+    child = program(tmp_path, left_open(experiment_name), MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}")
     output, _ = child.communicate(timeout=60)
     assert 0 == child.returncode, output
     shown = picture(mlflow_server.url, experiment_name)
@@ -151,15 +155,8 @@ def test_what_mlflow_raises_at_the_exit_is_counted_and_said_and_all_else_is_deli
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
     """Neither the traces nor the outbox's last delivery depend on whether MLflow could end its run."""
-    text = textwrap.dedent(f"""
+    text = left_open(experiment_name) + textwrap.dedent("""
         from mlflow.tracking import fluent, _tracking_service
-        mlflow.set_experiment({experiment_name!r})
-        mlflow.start_run(run_name="left open")
-        mlflow.log_metric("m", 1.0)
-        @mlflow.trace
-        def traced(x):
-            return x
-        traced(1)
         def fails():
             raise RuntimeError("no end today")
         fluent._safe_end_run = fails
