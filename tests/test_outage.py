@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -326,41 +326,53 @@ def test_an_answer_lost_after_the_server_committed_doubles_nothing(
     check_session(mlflow_server.url, experiment_name, 2)
 
 
-def test_a_create_that_is_carried_out_after_the_next_one_leaves_no_second_run(
+@pytest.fixture
+def late(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
-) -> None:
-    """It hung beyond its time-out, and neither the search for it nor the next create met it; one run still goes on."""
+) -> Iterator[tuple[FaultProxy, MLflowTracker]]:
+    """A server that carries the first create out when the time for its answer is over, and a tracker that meets it."""
     with FaultProxy(mlflow_server.url) as proxy:
         proxy.on("runs/create", faults.delay(3.5), times=1)
         settings = dataclasses.replace(QUICK, request_timeout=3.0)
-        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=settings)
-        going = tracker.start_run("going")
-        assert going.log_metric("loss", 0.5)
-        assert tracker.flush(60)
-        proxy.on("runs/create", faults.delay(3.5), times=1)
-        with tracker.start_run("ended") as ended:
-            assert ended.log_metric("loss", 0.25)
-        assert tracker.flush(60)
-        eventually(lambda: 4 == len([r for r in proxy.requests if "runs/create" in r.path and r.backend_status == 200]))
-        eventually(lambda: ["ended", "going"] == sorted(run.info.run_name for run in runs(proxy.url, experiment_name)))
-        going.end()
-        assert tracker.close(60)
+        yield proxy, MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=settings)
+
+
+def creates(proxy: FaultProxy) -> int:
+    """Return how many creates of runs were carried out."""
+    return len(
+        [request for request in proxy.requests if "runs/create" in request.path and request.backend_status == 200]
+    )
+
+
+def test_a_create_that_is_carried_out_after_the_next_one_leaves_no_second_run(
+    late: tuple[FaultProxy, MLflowTracker], mlflow_server: MlflowServer, experiment_name: str
+) -> None:
+    """It hung beyond its time-out, and neither the search for it nor the next create met it; one run still goes on."""
+    proxy, tracker = late
+    going = tracker.start_run("going")
+    assert going.log_metric("loss", 0.5)
+    assert tracker.flush(60)
+    proxy.on("runs/create", faults.delay(3.5), times=1)
+    with tracker.start_run("ended") as ended:
+        assert ended.log_metric("loss", 0.25)
+    assert tracker.flush(60)
+    eventually(lambda: 4 == creates(proxy))
+    eventually(lambda: ["ended", "going"] == sorted(run.info.run_name for run in runs(proxy.url, experiment_name)))
+    going.end()
+    assert tracker.close(60)
     held = {run.info.run_name: run.data.metrics for run in runs(mlflow_server.url, experiment_name)}
     assert {"ended": {"loss": 0.25}, "going": {"loss": 0.5}} == held
 
 
 def test_a_program_that_ends_leaves_no_second_run_that_comes_late(
-    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    late: tuple[FaultProxy, MLflowTracker], mlflow_server: MlflowServer, experiment_name: str
 ) -> None:
     """Nobody may use the outbox again: closing it waits until none can come, within its time."""
-    with FaultProxy(mlflow_server.url) as proxy:
-        proxy.on("runs/create", faults.delay(3.5), times=1)
-        settings = dataclasses.replace(QUICK, request_timeout=3.0)
-        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=settings)
-        with tracker.start_run("ended") as ended:
-            assert ended.log_metric("loss", 0.25)
-        assert tracker.close(60)
-        eventually(lambda: 2 == len([r for r in proxy.requests if "runs/create" in r.path and r.backend_status == 200]))
+    proxy, tracker = late
+    with tracker.start_run("ended") as ended:
+        assert ended.log_metric("loss", 0.25)
+    assert tracker.close(60)
+    eventually(lambda: 2 == creates(proxy))
     assert ["ended"] == [run.info.run_name for run in runs(mlflow_server.url, experiment_name)]
 
 

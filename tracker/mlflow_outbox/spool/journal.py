@@ -111,6 +111,7 @@ class Journal:
         _journals.add(self)
 
     def _reset(self) -> None:
+        """Begin as a new writer; in a forked child, locks, unsynced events and ``descriptors`` are the parent's."""
         self._lock = threading.RLock()
         self._busy = False
         self._nested: Journal | None = None
@@ -384,10 +385,6 @@ class Journal:
                 f"mlflow-outbox: the disk never took {lost} events of run {self.run.run_id}; they are lost",
             )
 
-    def _leave_to_parent(self) -> None:
-        """Become a new writer, in a forked child: locks, unsynced events and ``descriptors`` are the parent's."""
-        self._reset()
-
 
 #: All journals of this process, so that a forked child can let go of them.
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()
@@ -395,7 +392,7 @@ _journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for journal in list(_journals):
-        journal._leave_to_parent()  # noqa: SLF001 - one class with its fork handler
+        journal._reset()  # noqa: SLF001 - one class with its fork handler
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
