@@ -178,7 +178,7 @@ class Nest:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pytest", "faults.workload"])
+        self._context.set_forkserver_preload(["pytest", "faults.cradle"])
         self._children: list[Child] = []
         self._counts = manners.SharedCounts()
         before = os.environ.get("PYTHONPATH")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -124,33 +127,33 @@ def test_a_reset_at_any_byte_doubles_and_loses_nothing(
     session.settle(row)
 
 
-def _bodies() -> dict[str, Action]:
-    return {
-        "hangs": faults.accept_hang(),
-        "hangs after it was carried out": faults.forward_then_hang(),
-        "drips a byte at a time": faults.drip(20),
-        "is cut off": faults.forward_then_truncate_body(),
-        "is a captive portal": faults.html_page(),
-        "is not JSON": faults.status(200, {"Content-Type": "application/json"}, "[{"),
-        "is empty": faults.status(200),
-        "is no HTTP": faults.garbage(),
-        "is a gzip bomb": faults.gzip_bomb(50_000_000),
-        "has a wrong length": faults.status(200, {"Content-Length": "4000"}, "{}"),
-        "redirects elsewhere": faults.redirect("http://127.0.0.1:9"),
-        "is dropped": faults.drop(),
-    }
+#: Made when they are needed: to press the bomb takes half a second.
+BODIES: Final[dict[str, Callable[[], Action]]] = {
+    "hangs": faults.accept_hang,
+    "hangs after it was carried out": faults.forward_then_hang,
+    "drips a byte at a time": partial(faults.drip, 20),
+    "is cut off": faults.forward_then_truncate_body,
+    "is a captive portal": faults.html_page,
+    "is not JSON": partial(faults.status, 200, {"Content-Type": "application/json"}, "[{"),
+    "is empty": partial(faults.status, 200),
+    "is no HTTP": faults.garbage,
+    "is a gzip bomb": partial(faults.gzip_bomb, 50_000_000),
+    "has a wrong length": partial(faults.status, 200, {"Content-Length": "4000"}, "{}"),
+    "redirects elsewhere": partial(faults.redirect, "http://127.0.0.1:9"),
+    "is dropped": faults.drop,
+}
 
 
 @pytest.mark.fault(
     "F56", "an answer that hangs, drips, is cut, a portal, no JSON, empty, a gzip bomb, a redirect (F57, F59, F61)"
 )
-@pytest.mark.parametrize("what", list(_bodies()))
+@pytest.mark.parametrize("what", BODIES)
 def test_an_answer_that_is_none_is_never_taken_for_success(
     what: str, mlflow_server: MlflowServer, proxy: FaultProxy, experiment_name: str, row: Row, tmp_path: Path
 ) -> None:
     """Whichever request it meets, it takes no longer than a request may, and everything arrives once afterwards."""
     session = Session(mlflow_server, proxy.url, experiment_name, tmp_path / "outbox", HURRIED)
-    action = _bodies()[what]
+    action = BODIES[what]()
     for place in range(row.pick(1, 10, 50)):
         proxy.script(*[faults.forward()] * (place % 7), action)
         proxy.on("runs/log-batch", action)

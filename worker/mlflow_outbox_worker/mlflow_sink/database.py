@@ -12,6 +12,7 @@ import sqlalchemy.event
 from mlflow.store.db import utils as database
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+from mlflow_outbox_worker.mlflow_sink.migrations import take_turns
 from mlflow_outbox_worker.sink import SinkError
 
 #: Stores of SQLite files that are in use, by URI, artifact root and file: worker and plugin share them, because
@@ -58,6 +59,7 @@ def open_store(uri: str, root: str) -> tuple[str, SqlAlchemyStore, bool]:
         try:
             with engine.connect():
                 pass
+            take_turns()
             database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
         finally:
             engine.dispose()
