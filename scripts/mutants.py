@@ -196,6 +196,27 @@ MUTANTS: Final = [
         "PRAGMA quick_check(1)",
         "tests/test_ledger_faults.py::TestDamagedFile::test_an_index_older_than_its_table_is_damage",
     ),
+    Mutant(
+        "wait for a thread that the end of the interpreter has stopped",
+        "tracker/mlflow_outbox/ending.py",
+        "    if not sys.is_finalizing():\n        return False\n    if lock.acquire(blocking=False):\n        lock.release()\n",
+        "    if True:\n",
+        "tests/test_ending.py::test_what_a_destructor_logs_waits_for_no_thread_that_the_end_has_stopped",
+    ),
+    Mutant(
+        "migrate while the program migrates",
+        "worker/mlflow_outbox_worker/mlflow_sink/migrations.py",
+        "            with _turn:\n                whole(*arguments, **named)\n",
+        "            whole(*arguments, **named)\n",
+        "tests/test_migrations.py::test_a_program_opens_a_new_database_of_its_own_while_delivery_opens_another",
+    ),
+    Mutant(
+        "park what a restoration on its way lets in",
+        "worker/mlflow_outbox_worker/precedence.py",
+        "        room = self._restoring(record)\n        if not room and",
+        "        return\n        room = self._restoring(record)\n        if not room and",
+        "tests/test_plugin_deleted.py::test_what_was_logged_after_an_experiment_was_restored_waits_for_that",
+    ),
 ]
 
 
