@@ -199,8 +199,8 @@ MUTANTS: Final = [
     Mutant(
         "wait for a thread that the end of the interpreter has stopped",
         "tracker/mlflow_outbox/ending.py",
-        "    if not sys.is_finalizing():\n        return False\n    if lock.acquire(blocking=False):\n        lock.release()\n",
-        "    if True:\n",
+        "    if lock.acquire(blocking=False):\n        lock.release()\n        return False\n    return True\n",
+        "    return False\n",
         "tests/test_ending.py::test_what_a_destructor_logs_waits_for_no_thread_that_the_end_has_stopped",
     ),
     Mutant(
