@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from email.utils import formatdate
@@ -60,6 +61,17 @@ def test_jitter_is_full() -> None:
     backoff = Backoff(1.0, 60.0, uniform=draw)
     assert [0.5, 1.0] == [backoff.failed(refused()), backoff.failed(refused())]
     assert [(0.0, 1.0), (0.0, 2.0)] == windows
+
+
+def test_pauses_take_nothing_from_the_program_s_random_numbers() -> None:
+    """What a seeded program draws does not depend on whether its server answers."""
+    random.seed(1)
+    before = random.getstate()
+    backoff = Backoff(1.0, 60.0)
+    pauses = {backoff.failed(SinkError("away", kind="connection", sent=False)) for _ in range(5)}
+    assert before == random.getstate()
+    random.seed(1)
+    assert pauses.isdisjoint({backoff.failed(SinkError("away", kind="connection", sent=False)) for _ in range(5)})
 
 
 def test_attempts_have_no_limit() -> None:

@@ -14,19 +14,17 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-import mlflow_outbox
-import mlflow_outbox_worker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import Destination
-from mlflow_outbox.settings import Settings, environment_for_child
+from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.priority import stand_back
 
 if TYPE_CHECKING:
@@ -83,15 +81,15 @@ def start(outbox: Outbox) -> ProcessWorker | ThreadWorker:
         OSError: no process can be started.
         RuntimeError: no thread can be started any more.
     """
-    if not sys.executable or getattr(sys, "frozen", False):  # embedded, or a program in one file
+    if not interpreter.is_there():
         from mlflow_outbox_worker import thread  # here alone, for what the program does not need it does not import
 
         return thread.start(outbox)
     process = _Outliving(
-        [sys.executable, "-m", "mlflow_outbox_worker", str(outbox.directory.path)],
+        [*interpreter.command("mlflow_outbox_worker"), str(outbox.directory.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        env=environment_for_child(PYTHONPATH=os.pathsep.join(_import_roots())),
+        env=interpreter.environment(),
         start_new_session=True,
     )
     pipe = process.stdin
@@ -137,17 +135,6 @@ def noted(path: Path, line: bytes) -> Noted:
     directory = OutboxDirectory.open(path)
     destination = dataclasses.replace(directory.destination, secret_uri=note.get("uri") or "")
     return Noted(directory, destination, Settings(**given))
-
-
-def _import_roots() -> list[str]:
-    """Return where a child must look for both halves of this package; the experiment may have its own way."""
-    roots = [
-        str(Path(package.__file__).parent.parent)
-        for package in (mlflow_outbox, mlflow_outbox_worker)
-        if package.__file__
-    ]
-    added = [root for root in dict.fromkeys(roots) if "site-packages" not in root and "dist-packages" not in root]
-    return [*added, *filter(None, [environment_for_child().get("PYTHONPATH")])]
 
 
 def serve(path: Path, source: IO[bytes]) -> int:

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import timezone
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import tenacity
 from tenacity.wait import wait_base, wait_exponential, wait_random_exponential
@@ -25,6 +25,9 @@ from tenacity.wait import wait_base, wait_exponential, wait_random_exponential
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import SinkError
 
+#: Draws pauses. A program that seeds Python's own generator gets the same numbers from it whether its server answers or
+#: not; and a hundred programs that seed it alike do not all come back at the same moment.
+_uniform: Final[Callable[[float, float], float]] = random.SystemRandom().uniform
 _SECONDS = re.compile(r"\d+(\.\d+)?")
 
 
@@ -86,9 +89,7 @@ class wait_retry_after(wait_base):  # noqa: N801 - named like tenacity's strateg
         return min(max(self._otherwise(retry_state), asked or 0.0), self._maximum)
 
 
-def policy(
-    initial: float, maximum: float, uniform: Callable[[float, float], float] = random.uniform
-) -> tenacity.Retrying:
+def policy(initial: float, maximum: float, uniform: Callable[[float, float], float] = _uniform) -> tenacity.Retrying:
     """Return the policy of delivery as tenacity knows it; it must be driven by hand, it refuses to sleep.
 
     Args:
@@ -123,7 +124,7 @@ class Backoff:
         initial: float,
         maximum: float,
         *,
-        uniform: Callable[[float, float], float] = random.uniform,
+        uniform: Callable[[float, float], float] = _uniform,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._retrying = policy(initial, maximum, uniform)

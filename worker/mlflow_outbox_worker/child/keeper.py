@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from mlflow_outbox.counters import logger, printable
+from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.child.process import Child, NoChild
 from mlflow_outbox_worker.host_lease import described, worker_of
 from mlflow_outbox_worker.lease import Lease
@@ -52,7 +52,7 @@ class ChildDelivery:
         self._outbox = outbox
         self._counters = outbox.counters
         self._otherwise = otherwise
-        self._program = program or [sys.executable or "", "-m", "mlflow_outbox_worker.child"]
+        self._program = program or interpreter.command("mlflow_outbox_worker.child")
         self._lease = Lease(outbox.directory.lock, "thread")
         self._stopped = threading.Event()
         self._changing = threading.Lock()

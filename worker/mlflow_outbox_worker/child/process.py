@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlflow_outbox.settings import environment_for_child
+from mlflow_outbox_worker import interpreter
 
 #: What a child says first.
 READY: Final = {"ready": "mlflow-outbox"}
@@ -31,13 +31,6 @@ class NoChild(Exception):
     """Raised when no child can be started here."""
 
 
-def _absolute(entries: list[str]) -> Iterator[str]:
-    """Yield where modules are found, but for what is relative to a current directory that is gone."""
-    for entry in entries:
-        with contextlib.suppress(FileNotFoundError):
-            yield os.path.abspath(entry)
-
-
 class Child:
     """One child process.
 
@@ -51,23 +44,21 @@ class Child:
     """
 
     def __init__(self, program: list[str], directory: Path, lock: int) -> None:
-        if not program[0] or getattr(sys, "frozen", False):
+        if not program[0] or not interpreter.is_there():
             msg = "this program has no Python interpreter that could deliver in a process of its own"
             raise NoChild(msg)
         self._environment = environment_for_child()
         self.connection, theirs = socket.socketpair()
         theirs.settimeout(None)  # the program may have set another default, of which the child knows nothing
         _connections.add(self.connection)
-        # The same modules as here, wherever this program found them, and none of the working directory.
-        entries = [os.fsdecode(entry) for entry in sys.path]
-        path = os.pathsep.join(_absolute(entries))
+        entries = interpreter.entries()
         try:
             with theirs:
                 self._process = subprocess.Popen(
                     [*program, str(directory), str(lock)],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
-                    env={**self._environment, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                    env=interpreter.environment(),
                     pass_fds=(lock,),
                     start_new_session=True,  # ctrl-C is for the program
                 )
