@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import postgresql
+from mlflow_outbox import stopwatch
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
 from servers import MlflowServer, NurseryClient, forget_mlflow_variables
@@ -192,7 +192,7 @@ def disk() -> FailingDisk:
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let time pass for journals: ``later(seconds)``."""
     clock = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stopwatch, "seconds", lambda: clock[0])
 
     def pass_(seconds: float) -> None:
         clock[0] += seconds

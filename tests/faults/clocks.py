@@ -8,6 +8,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mlflow_outbox import stopwatch
+
 
 class Clocks:
     """Takes the place of the clocks of this process; made once, in a process that ends soon.
@@ -34,6 +36,8 @@ class Clocks:
         ):
             self._replace(getattr(time, name), new)
             setattr(time, name, new)
+        steady = stopwatch.seconds
+        self._replace(steady, lambda: steady() + self.gap)
 
     def time_ns(self) -> int:
         """Return the wall-clock time, never before 1970."""

@@ -16,7 +16,7 @@ from faults.children import Nest
 from faults.oracle import held
 from faults.table import Row
 from faults.test_kills import recovered
-from mlflow_outbox import MLflowTracker
+from mlflow_outbox import MLflowTracker, stopwatch
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import Action, FaultProxy
 from servers import MlflowServer, eventually
@@ -52,6 +52,8 @@ def log_through_hours(fd: int, uri: str, outbox: str, experiment: str, first: in
         unit = 1_000_000_000 if name.endswith("_ns") else 1
         setattr(time, name, lambda clock=clock, unit=unit: clock() + type(clock())(gone[0] * unit))
     run_module._time_ns = time.time_ns
+    steady = stopwatch.seconds
+    setattr(stopwatch, "seconds", lambda: steady() + gone[0])  # noqa: B010 - mypy knows that nobody else may
     given = workload.settings(**changed)
     tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=given)
     run = tracker.start_run(f"hours {first}")

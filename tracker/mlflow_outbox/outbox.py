@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from mlflow_outbox import delivery
+from mlflow_outbox import delivery, stopwatch
 from mlflow_outbox.counters import Counters, logger
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
@@ -177,17 +177,17 @@ class Outbox:
         if sys.is_finalizing():  # nothing can be started or imported any more, and what is left was said at the exit
             self.counters.add("flushed_too_late")
             return FlushResult(self.arrived, pending=1)
-        begun = time.monotonic()
+        begun = stopwatch.seconds()
         deadline, patience = (None, _PATIENCE) if timeout is None else (begun + timeout, timeout)
         while True:
             self.sync()
             if self.worker_kind != "none":
                 self._wake()
             held = sum(journal.in_memory for journal in list(self._journals))
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            remaining = None if deadline is None else max(0.0, deadline - stopwatch.seconds())
             result = delivery.flush(self, remaining, settled=settled)
             self.arrived = result.delivered
-            left = begun + patience - time.monotonic()
+            left = begun + patience - stopwatch.seconds()
             if not held or left <= 0 or self.worker_kind == "none":
                 return dataclasses.replace(result, pending=result.pending + held)
             time.sleep(min(_AGAIN, left))
@@ -256,7 +256,7 @@ class Outbox:
                 if not is_being_written(self.directory.lock):  # by whoever delivers, in another process
                     _say_what_is_left(self, sum(n for run_id, n in self._written.values() if self._is_left(run_id)), 0)
             else:
-                remaining = max(0.0, deadline - time.monotonic()) if self._worker else 0
+                remaining = max(0.0, deadline - stopwatch.seconds()) if self._worker else 0
                 result = delivery.flush(self, remaining, settled=True)
                 _say_what_is_left(self, result.pending, result.parked)
         if self._worker is not None:
@@ -325,7 +325,7 @@ def _at_exit() -> None:
     outboxes = list(_outboxes)
     if not outboxes:
         return
-    deadline = time.monotonic() + max(outbox.settings.exit_timeout for outbox in outboxes)
+    deadline = stopwatch.seconds() + max(outbox.settings.exit_timeout for outbox in outboxes)
     for outbox in outboxes:
         try:
             outbox.at_exit(deadline)

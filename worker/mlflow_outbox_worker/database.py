@@ -44,6 +44,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.spool import reserve
 from mlflow_outbox_worker import dbconnection, dbfile
@@ -246,7 +247,7 @@ class Reader:
             _close_inherited()
             # Where one wait was in vain none is made until a read succeeds: a program asks many times as it starts.
             patience = 0.0 if self._path in _IN_VAIN else self._timeout
-            attempts, deadline = _READ_ATTEMPTS, time.monotonic() + patience
+            attempts, deadline = _READ_ATTEMPTS, stopwatch.seconds() + patience
             while True:
                 before = dbfile.look(self._directory)
                 attempts -= 1
@@ -261,7 +262,7 @@ class Reader:
                     # Tried again when the writer came, went or began anew meanwhile, or is just about to. One attempt
                     # can take SQLite ten seconds (dbdoor), so they are not all made whatever they take.
                     passing = isinstance(error, sqlite3.OperationalError) or dbfile.look(self._directory) != before
-                    late = time.monotonic() >= deadline
+                    late = stopwatch.seconds() >= deadline
                     if late:
                         _IN_VAIN.add(self._path)
                     if late or not attempts or not passing:

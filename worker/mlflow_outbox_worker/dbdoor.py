@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox_worker.forking import using_store
 
@@ -70,12 +71,12 @@ def door(path: Path, timeout: float, *, writing: bool = False) -> Iterator[None]
 
 
 def _enter(lock: threading.Lock, path: Path, timeout: float, *, writing: bool) -> None:
-    deadline = time.monotonic() + timeout
-    while lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+    deadline = stopwatch.seconds() + timeout
+    while lock.acquire(timeout=max(0.0, deadline - stopwatch.seconds())):
         if writing or path not in _WAITING:
             return
         lock.release()
-        if time.monotonic() > deadline:
+        if stopwatch.seconds() > deadline:
             break
         time.sleep(_PAUSE)
     msg = f"the ledger {path} has been in use by another thread for {timeout:g} s"

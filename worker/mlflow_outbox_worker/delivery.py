@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, cast
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
@@ -78,7 +79,7 @@ class Delivery:
         kind: str,
         open_sink: OpenSink | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = stopwatch.seconds,
         leave: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source: Source = OutboxSource(directory) if isinstance(directory, OutboxDirectory) else directory

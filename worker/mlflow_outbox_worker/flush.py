@@ -13,6 +13,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters, described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.outbox import FlushResult
@@ -73,12 +74,12 @@ class Watch:
             settled: wait for runs to settle too (``twins``): the worker is to end afterwards.
         """
         began_ms = time.time_ns() // 1_000_000
-        started = time.monotonic()
+        started = stopwatch.seconds()
         deadline = None if timeout is None else started + timeout
         ends: Targets | None = None
         look, next_hurry, seen_worker = _LOOK, started, started
         while True:
-            now = time.monotonic()
+            now = stopwatch.seconds()
             result, ends = self.measure(ends)
             sure = self._tried_ms >= began_ms or now - started > _STILL_PARKED
             if result and not (settled and self._settling):
@@ -96,10 +97,10 @@ class Watch:
                 with contextlib.suppress(OSError):
                     self._directory.ask_hurry()
                 next_hurry = now + _HURRY
-            spent = time.monotonic() - now
+            spent = stopwatch.seconds() - now
             pause = max(look, 4 * spent)  # a large backlog takes time to measure: leave most of it to the worker
             if deadline is not None:
-                pause = min(pause, max(0.0, deadline - time.monotonic()))
+                pause = min(pause, max(0.0, deadline - stopwatch.seconds()))
             time.sleep(pause)
             look = min(_LOOK_MOST, look * 1.2)
 

@@ -11,10 +11,10 @@ processor for its start, behind the program's own threads.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Load:
         clock: seconds of a clock that never goes back.
     """
 
-    def __init__(self, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, counters: Counters, clock: Callable[[], float] = stopwatch.seconds) -> None:
         self._counters = counters
         self._clock = clock
         self._since, self._before = clock(), counters["delivered"]

@@ -32,6 +32,7 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.private import create_private
@@ -170,7 +171,7 @@ class HostLease:
             os.close(fd)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(draft)
-        self._last_beat = time.monotonic()
+        self._last_beat = stopwatch.seconds()
         self._stop = threading.Event()
         threading.Thread(target=self._beats, args=(self._stop,), name="mlflow-outbox-beat", daemon=True).start()
         return True
@@ -218,7 +219,7 @@ class HostLease:
             try:
                 if not self._beaten():
                     return
-                self._last_beat = time.monotonic()
+                self._last_beat = stopwatch.seconds()
             except OSError:
                 continue  # the file server is away; ``is_sound`` counts what was missed
 
@@ -250,7 +251,7 @@ class HostLease:
         """Return whether no other machine can have taken the lease."""
         if not self.is_held() or not self._local.is_sound():
             return False
-        if time.monotonic() - self._last_beat > self._dead_after:
+        if stopwatch.seconds() - self._last_beat > self._dead_after:
             return False
         return self._mine is not None and self._mine.is_same(_look(self._path))
 

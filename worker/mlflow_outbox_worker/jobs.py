@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.destination import Destination, resolve, with_credentials
 from mlflow_outbox.errors import OutOfTime
 from mlflow_outbox.settings import Settings
@@ -221,7 +221,7 @@ def view_of(folders: tuple[Path, ...], deadline: float | None = None) -> RunView
             view.fold(event, writer)
         if not window.more:
             return view
-        if deadline is not None and time.monotonic() >= deadline:
+        if deadline is not None and stopwatch.seconds() >= deadline:
             msg = "time was up before the runs were read; nothing of them was sent, give a longer --timeout"
             raise OutOfTime(msg)
         window = reader.window(window.cursors, points=100_000, items=100_000)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.settings import Settings
@@ -85,7 +86,7 @@ class Meter:
         self,
         *,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = stopwatch.seconds,
     ) -> None:
         self._now_ms = now_ms
         self._clock = clock
@@ -281,7 +282,7 @@ class _Watched:
 
     def look(self) -> OutboxSurvey:
         """Return what waits, as it was some seconds ago at most."""
-        now = time.monotonic()
+        now = stopwatch.seconds()
         if self._found is None or now - self._looked > _FRESH:
             self._found, self._looked = survey(self._directory, self._settings), now
         return self._found

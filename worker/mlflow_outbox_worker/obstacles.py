@@ -20,12 +20,12 @@ takes all else of it. Nothing of this is remembered beyond the process; another 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.spool.events import Artifact, FileFor
 from mlflow_outbox_worker.outcome import Outcome, classify
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -66,7 +66,7 @@ class Obstacles:
         clock: seconds of a clock that never goes back.
     """
 
-    def __init__(self, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, sink: Sink, clock: Callable[[], float] = stopwatch.seconds) -> None:
         self._sink = sink
         self._clock = clock
         self._met: dict[str, _Obstacle] = {}

@@ -6,9 +6,9 @@ long a person takes with it, and says so; but a model that nobody is going to ma
 
 from __future__ import annotations
 
-import time
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.spool.events import Request, argument_of
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.ledger import Ledger
@@ -41,9 +41,9 @@ class Origins:
             LedgerUnavailable: the ledger could not be read.
         """
         home, until = self._found.get(model_id, ("", 0.0))
-        if time.monotonic() >= until:
+        if stopwatch.seconds() >= until:
             home = next((run_id for run_id in self._source.run_ids() if self._creates(run_id, model_id)), "")
-            self._found[model_id] = (home, time.monotonic() + _GOOD_FOR)
+            self._found[model_id] = (home, stopwatch.seconds() + _GOOD_FOR)
         return home
 
     def _creates(self, run_id: str, model_id: str) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.settings import Settings
@@ -159,9 +160,9 @@ def serve(path: Path, source: IO[bytes]) -> int:
     worker.start()
     while source.read(4096):
         pass
-    last = time.monotonic() + settings.linger
+    last = stopwatch.seconds() + settings.linger
     result = Watch(directory, settings).until_delivered(settings.linger)
-    while delivery.is_settling() and time.monotonic() < last:
+    while delivery.is_settling() and stopwatch.seconds() < last:
         time.sleep(0.1)
     delivery.stop()
     worker.join(1.0)

@@ -15,12 +15,12 @@ import posixpath
 import re
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import is_run_id
 from mlflow_outbox.spool.events import Request, arguments_of
@@ -125,7 +125,7 @@ class RemoteIds:
         found = self._sink.find_runs(experiment, local) if experiment is not None else []
         if found:
             return found[0]
-        if time.monotonic() - self._since.setdefault(local, time.monotonic()) > _PATIENCE:
+        if stopwatch.seconds() - self._since.setdefault(local, stopwatch.seconds()) > _PATIENCE:
             return ""
         raise Waits(local, "")
 
@@ -182,7 +182,7 @@ class RemoteIds:
             self._known[local] = remote
             self._since.pop(local, None)
             return remote
-        waited = time.monotonic() - self._since.setdefault(local, time.monotonic())
+        waited = stopwatch.seconds() - self._since.setdefault(local, stopwatch.seconds())
         home = provisional.room_of(local) if local.isdigit() else local
         if local.startswith("m-") and waited > _SEARCH:
             home = self._origins.of(local)

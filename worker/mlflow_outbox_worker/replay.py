@@ -16,11 +16,11 @@ or that MLflow refuses is skipped and named, the others go on.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable
 from mlflow_outbox.settings import Settings
@@ -154,7 +154,7 @@ class Replay:
             LedgerUnavailable: the ledger cannot be used.
             OSError: the local state directory cannot be written.
         """
-        job, deadline = self._job, None if timeout is None else time.monotonic() + timeout
+        job, deadline = self._job, None if timeout is None else stopwatch.seconds() + timeout
         if job.again:
             requeue(job.source, job.own, job.runs, self._settings)
         records = self._records()
@@ -162,7 +162,7 @@ class Replay:
         done = [run_id for run_id, record in records.items() if record.state == "done" and before.get(run_id) == 0]
         if len(done) == len(job.runs) and not self._wish.follow:
             return JobResult(self._results({}), "before")
-        if deadline is not None and time.monotonic() >= deadline:
+        if deadline is not None and stopwatch.seconds() >= deadline:
             if job.own is not None:
                 self._respect(worker_of(job.own))
             return JobResult(self._results({}), "time")
@@ -187,7 +187,7 @@ class Replay:
     def _until_done(
         self, delivery: Delivery, show: Callable[[Progress], None], total: int, deadline: float | None
     ) -> tuple[str, str]:
-        started = time.monotonic()
+        started = stopwatch.seconds()
         while True:
             runs = self._runs()
             settled = self._settled(delivery, runs)
@@ -195,7 +195,7 @@ class Replay:
             state, reason = delivery.condition()
             note = f"the destination does not take events now: {reason}" if state == "away" else ""
             over = not self._wish.follow or self._nobody_writes(runs)
-            is_late = deadline is not None and time.monotonic() >= deadline
+            is_late = deadline is not None and stopwatch.seconds() >= deadline
             show(Progress(done, max(total, done), len(settled), len(runs), note or self._said_of_lives()))
             sent = over and len(settled) == len(runs) and (not self._wish.follow or self._is_at_the_end(delivery))
             # What was created in doubt is read back a little later: worth waiting for, but it is sent already.
@@ -205,7 +205,7 @@ class Replay:
                 return "parked", reason
             if self._stopped.is_set():
                 return "interrupted", ""
-            now = time.monotonic()
+            now = stopwatch.seconds()
             is_over = deadline is not None and now >= deadline
             # Once before the end too, however late a busy machine has let this begin.
             self._check_lease(delivery, _LOOK if is_over else now - started)
@@ -254,7 +254,7 @@ class Replay:
     # -- following
 
     def _nobody_writes(self, runs: Runs) -> bool:
-        now = time.monotonic()
+        now = stopwatch.seconds()
         if now >= self._look_at_lives:
             self._look_at_lives = now + _LIVES
             self._lives = {run_id: life_of(folders, self._give_up) for run_id, folders in runs.items()}

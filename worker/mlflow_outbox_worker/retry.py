@@ -14,7 +14,6 @@ from __future__ import annotations
 import email.utils
 import random
 import re
-import time
 from collections.abc import Callable
 from datetime import timezone
 from typing import Final, NoReturn
@@ -22,6 +21,7 @@ from typing import Final, NoReturn
 import tenacity
 from tenacity.wait import wait_base, wait_exponential, wait_random_exponential
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import SinkError
 
@@ -125,7 +125,7 @@ class Backoff:
         maximum: float,
         *,
         uniform: Callable[[float, float], float] = _uniform,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = stopwatch.seconds,
     ) -> None:
         self._retrying = policy(initial, maximum, uniform)
         self._clock = clock

@@ -14,11 +14,11 @@ import contextlib
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.settings import Settings
@@ -110,7 +110,7 @@ class Room:
             if stays is not None:
                 self._stays(stays)
             elif excess > 0:
-                self._futile = directory.delivered_ids(), time.monotonic() + _AGAIN
+                self._futile = directory.delivered_ids(), stopwatch.seconds() + _AGAIN
         except OSError as error:  # delivery goes on, whatever cannot be deleted
             self._stays(error)
         finally:
@@ -129,7 +129,7 @@ class Room:
     def _is_futile(self, directory: OutboxDirectory) -> bool:
         """Return whether nothing could be deleted the last time and nothing has been delivered since."""
         seen, until = self._futile
-        return time.monotonic() < until and seen == directory.delivered_ids()
+        return stopwatch.seconds() < until and seen == directory.delivered_ids()
 
     def _excess(self, directory: OutboxDirectory, *, measure: bool) -> int:
         """Return how many bytes are to go: a tenth more than is needed, so that the next event does not need them."""
@@ -137,14 +137,14 @@ class Room:
         lacking = least - reserve.free(directory.path)
         if lacking > 0:
             return lacking + least // 10
-        begin = time.monotonic()
+        begin = stopwatch.seconds()
         self._is_owed = self._is_owed or measure
         if not self._is_owed or begin < self._measure_at or not directory.delivered_ids():
             return 0
         self._is_owed = False
         most = self._settings.outbox_bytes
         used = used_bytes(directory)
-        end = time.monotonic()
+        end = stopwatch.seconds()
         self._measure_at = end + max(_MEASURE, _RARELY * (end - begin))
         return used - most + most // 10 if used >= most else 0
 

@@ -17,11 +17,11 @@ import hashlib
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final, Literal
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutOfTime
@@ -123,7 +123,7 @@ def _write(
     digest = hashlib.sha256()
     with os.fdopen(create_private(target), "wb") as copy:
         for chunk in iter(lambda: content.read(_CHUNK), b""):
-            if deadline is not None and time.monotonic() >= deadline:
+            if deadline is not None and stopwatch.seconds() >= deadline:
                 msg = f"time was up before {bundle} was unpacked; nothing of it was sent, give it a longer --timeout"
                 raise OutOfTime(msg)
             digest.update(chunk)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from mlflow_outbox import stopwatch
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -82,13 +83,13 @@ class Arrivals:
         """Wait until everything that was written is delivered, if the setting asks for it and there is hope."""
         if not self.wanted:
             return
-        if self._server.is_away() or time.monotonic() < self._in_vain_until:
+        if self._server.is_away() or stopwatch.seconds() < self._in_vain_until:
             self._outbox.counters.add("writes_not_awaited")
         elif self._outbox.flush(self._outbox.settings.write_timeout):
             self._pause, self._in_vain_until = _PAUSE_FIRST, 0.0
         else:
             self._outbox.counters.add("writes_not_awaited")
-            self._in_vain_until = time.monotonic() + self._pause
+            self._in_vain_until = stopwatch.seconds() + self._pause
             self._pause = min(_PAUSE_MOST, self._pause * 2)
 
 

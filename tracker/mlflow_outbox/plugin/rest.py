@@ -13,9 +13,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 import weakref
 from typing import TYPE_CHECKING, Final
+
+from mlflow_outbox import stopwatch
 
 if TYPE_CHECKING:
     from mlflow_outbox.plugin.base import Base
@@ -39,7 +40,7 @@ class Pulse:
 
     def __init__(self, store: Base) -> None:
         self._store = weakref.ref(store)
-        self.used = time.monotonic()
+        self.used = stopwatch.seconds()
         self.rests = False
         self._wait = 1
         self._skip = 0
@@ -48,7 +49,7 @@ class Pulse:
 
     def beat(self) -> None:
         """Take notice that the store is used."""
-        self.used = time.monotonic()
+        self.used = stopwatch.seconds()
         if self.rests:
             self.rests, self._wait, self._skip = False, 1, 0
             _start()
@@ -99,7 +100,7 @@ def _start() -> None:
 def _look() -> None:
     global _thread  # noqa: PLW0603 - one thread of the process
     while not _ended.wait(_LOOK):
-        now = time.monotonic()
+        now = stopwatch.seconds()
         awake = sorted((one for one in list(_watched) if not one.rests), key=lambda one: one.used)
         for left, pulse in zip(range(len(awake), 0, -1), awake, strict=True):
             idle = now - pulse.used

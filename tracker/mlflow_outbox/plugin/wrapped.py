@@ -18,7 +18,6 @@ import contextlib
 import inspect
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -29,7 +28,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode
 from mlflow.utils.logging_utils import suppress_logs_in_thread
 
-from mlflow_outbox import delivery
+from mlflow_outbox import delivery, stopwatch
 from mlflow_outbox.interrupts import forward
 
 if TYPE_CHECKING:
@@ -102,11 +101,11 @@ class Server:
 
     def is_away(self) -> bool:
         """Return whether the server failed so recently that it is not asked, and nothing was delivered since."""
-        if time.monotonic() >= self._asleep_until:
+        if stopwatch.seconds() >= self._asleep_until:
             return False
         if self._arrived is None or self._arrived == self._arrivals():
             return True
-        self._arrived, self._asleep_until = None, time.monotonic()
+        self._arrived, self._asleep_until = None, stopwatch.seconds()
         return False
 
     def _arrivals(self) -> tuple[int, int]:
@@ -212,7 +211,7 @@ class Server:
         self._why = str(found)
         if self._arrived is not None:
             self._arrived = self._arrivals()
-        self._asleep_until = time.monotonic() + self._pause
+        self._asleep_until = stopwatch.seconds() + self._pause
         self._pause = min(_PAUSE_MOST, self._pause * 2)
         return Away(str(found), sent=found.sent)
 

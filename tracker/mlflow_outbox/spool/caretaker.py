@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
@@ -106,8 +106,8 @@ class Caretaker:
 
     def _rounds(self, stop: threading.Event) -> None:
         idle = 0
-        pace = Pace(self._interval, time.monotonic())
-        while not stop.wait(pace.pause(time.monotonic())):
+        pace = Pace(self._interval, stopwatch.seconds())
+        while not stop.wait(pace.pause(stopwatch.seconds())):
             self.round()
             idle = 0 if self._watched else idle + 1
             if idle >= _IDLE_ROUNDS and self._retires(stop):

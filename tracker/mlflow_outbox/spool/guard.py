@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import extent
@@ -47,7 +47,7 @@ class DiskGuard:
         directory: OutboxDirectory,
         settings: Settings,
         counters: Counters,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = stopwatch.seconds,
     ) -> None:
         self._directory = directory
         self._settings = settings

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox.settings import Settings
@@ -109,7 +109,7 @@ class EventSequence:
         """
         self.settle()
         if self.ring:
-            if time.monotonic() >= self._try_again:
+            if stopwatch.seconds() >= self._try_again:
                 self.drain()
             if self.ring:
                 return self._wait(payload)
@@ -135,7 +135,7 @@ class EventSequence:
             f"mlflow-outbox: {self._directory.path} cannot be written ({error.strerror or error}); "
             f"up to {self._settings.memory_bytes} bytes of events per run wait in memory",
         )
-        self._try_again = time.monotonic() + _RETRY_DISK
+        self._try_again = stopwatch.seconds() + _RETRY_DISK
         if isinstance(error, OutboxUnusable) or error.errno in _SEGMENT_GONE:
             self._retire()
         return self._wait(payload)
@@ -161,7 +161,7 @@ class EventSequence:
             self.suspect = True
             self.settle()
             self._counters.add("disk_errors")
-            self._try_again = time.monotonic() + _RETRY_DISK
+            self._try_again = stopwatch.seconds() + _RETRY_DISK
             if isinstance(error, OutboxUnusable) or error.errno not in _NO_ROOM:
                 self._retire()
             return

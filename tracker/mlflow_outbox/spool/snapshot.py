@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.interrupts import forward
@@ -150,7 +151,7 @@ class SnapshotStore:
             hold.let_go()
 
     def _hold(self) -> Hold:
-        until = time.monotonic() + _PATIENCE
+        until = stopwatch.seconds() + _PATIENCE
         while True:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.path.parent, 0o700)
@@ -158,7 +159,7 @@ class SnapshotStore:
                 hold = self._try_to_hold()
                 if hold is not None:
                     return hold
-            if time.monotonic() >= until:
+            if stopwatch.seconds() >= until:
                 msg = f"a worker keeps {self.path} to itself; is it stopped?"
                 raise ArtifactRefused("files_in_use", msg)
             time.sleep(_PAUSE)

@@ -7,10 +7,10 @@ that fails again is asked again later, each time longer, up to a minute: a dying
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign
 from mlflow_outbox.spool.snapshot import SnapshotStore
@@ -39,7 +39,7 @@ class Syncer:
 
     def may_try(self) -> bool:
         """Return whether a disk that failed has been left alone for long enough."""
-        return time.monotonic() >= self._again_at
+        return stopwatch.seconds() >= self._again_at
 
     def data(self, fd: int) -> bool:
         """Make a segment's data survive a power cut; return whether the disk did it."""
@@ -61,7 +61,7 @@ class Syncer:
         self._failures += 1
         first, most = _RETRY
         pause = 0.0 if self._failures == 1 else min(most, first * 2.0 ** min(self._failures - 2, 10))
-        self._again_at = time.monotonic() + pause
+        self._again_at = stopwatch.seconds() + pause
         self._counters.add("sync_errors")
         self._counters.warn_once(
             "sync",

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox.spool.events import SegmentClosed, encode
 from mlflow_outbox.spool.filesystem import is_network
@@ -124,7 +125,7 @@ def _unchanged(path: Path) -> float:
         size = os.stat(path).st_size
     except OSError:
         return 0.0
-    now = time.monotonic()
+    now = stopwatch.seconds()
     held = _seen.get(path)
     if held is None or held[0] != size:
         held = _seen[path] = (size, now)

@@ -26,13 +26,13 @@ import socket
 import ssl
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterable
 from io import BufferedReader
 from types import TracebackType
 from typing import final
 from urllib.parse import urlsplit
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.testing.port import Port
 from mlflow_outbox.testing.rules import Rules
 from mlflow_outbox.testing.wire import Answer, Headers, Request, end_to_end, read_body
@@ -79,7 +79,7 @@ class Exchange:
         try:
             action.run(self)
         finally:
-            self._note(dataclasses.replace(self._request, ended=time.monotonic()))
+            self._note(dataclasses.replace(self._request, ended=stopwatch.seconds()))
 
     def fetch(self) -> Answer | None:
         """Pass the request on to the server behind; None when that server is gone or breaks off."""
@@ -265,7 +265,7 @@ class FaultProxy:
         body = read_body(stream, headers, action.reads) if body is None else body[: action.reads]
         with self._lock:
             request = Request(
-                len(self._records), method, path, headers, body, action=action.name, arrived=time.monotonic()
+                len(self._records), method, path, headers, body, action=action.name, arrived=stopwatch.seconds()
             )
             self._records.append(request)
             return request, action
@@ -348,7 +348,7 @@ class _Connection:
                 self._backend[1].close()
             self._backend = None
             return None
-        self._backend = (target, connection, time.monotonic())
+        self._backend = (target, connection, stopwatch.seconds())
         kept = end_to_end(tuple(response.getheaders()))
         if request.method == "HEAD" and (length := response.getheader("Content-Length")):
             kept += (("Content-Length", length),)
@@ -357,11 +357,11 @@ class _Connection:
     def _connect(self, target: str, host: str, port: int) -> http.client.HTTPConnection:
         if self._backend:
             before, connection, used = self._backend
-            if before == target and time.monotonic() - used < _IDLE:
+            if before == target and stopwatch.seconds() - used < _IDLE:
                 return connection
             connection.close()
         connection = http.client.HTTPConnection(host, port, timeout=_PATIENCE)
-        self._backend = (target, connection, time.monotonic())
+        self._backend = (target, connection, stopwatch.seconds())
         return connection
 
     def drain(self) -> None:

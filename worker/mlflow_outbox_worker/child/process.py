@@ -8,12 +8,12 @@ import os
 import socket
 import subprocess
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.settings import environment_for_child
 from mlflow_outbox_worker import interpreter
 
@@ -91,11 +91,11 @@ class Child:
             stopped: set when the child was told to end; it is given up a while later.
         """
         patience = 0
-        next_look = time.monotonic()
+        next_look = stopwatch.seconds()
         while patience < _FAREWELL / _LOOK:
-            if time.monotonic() >= next_look:
+            if stopwatch.seconds() >= next_look:
                 self._pass_on_environment()
-                next_look = time.monotonic() + _LOOK
+                next_look = stopwatch.seconds() + _LOOK
             try:
                 line = self._line()
             except TimeoutError:

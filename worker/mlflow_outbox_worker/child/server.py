@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters, logger, printable
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox_worker.child.process import READY
@@ -54,7 +55,9 @@ class Reporter(logging.Handler):
         if any(more.values()):
             self.tell({"counts": {reason: number for reason, number in more.items() if number}})
 
-    def go_on(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+    def go_on(
+        self, clock: Callable[[], float] = stopwatch.seconds, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         """Send counts as they come, until the process ends.
 
         Args:

@@ -8,12 +8,12 @@ silent) stands on a line below, cut to the width.
 from __future__ import annotations
 
 import collections
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from rich.text import Text
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.wording import count, span
 
@@ -91,7 +91,7 @@ class ReplayBar:
         clock: seconds of a clock that never goes back.
     """
 
-    def __init__(self, *, endless: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, endless: bool = False, clock: Callable[[], float] = stopwatch.seconds) -> None:
         self._endless = endless
         self._clock = clock
         self._rate = Rate()

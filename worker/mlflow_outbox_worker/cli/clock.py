@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
+from mlflow_outbox import stopwatch
 
-_began = time.monotonic()
+_began = stopwatch.seconds()
 
 
 def begin() -> None:
     """Begin now: a command of a process that is there for more than that."""
     global _began  # noqa: PLW0603 - one command at a time, and every module of it may ask
-    _began = time.monotonic()
+    _began = stopwatch.seconds()
 
 
 def began() -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import click
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker import wording
@@ -88,9 +89,9 @@ def flush(
         _until_done(flushes, started, timeout, ending)
         for one in flushes:
             one.conclude()
-        deadline = time.monotonic() + _PARTING
+        deadline = stopwatch.seconds() + _PARTING
         for one in flushes:
-            one.stop(max(0.0, deadline - time.monotonic()))
+            one.stop(max(0.0, deadline - stopwatch.seconds()))
         for one in flushes:
             one.say()
         if as_json:
@@ -99,13 +100,13 @@ def flush(
 
 
 def _until_done(flushes: list[Flush], started: float, timeout: float | None, ending: Ending) -> None:
-    look, changed, next_hurry = _LOOK, time.monotonic(), 0.0
+    look, changed, next_hurry = _LOOK, stopwatch.seconds(), 0.0
     with terminal.progress() as show:
         for one in flushes:
             one.look()
             one.start()
         while not all(one.is_done() or one.read_only for one in flushes):
-            now = time.monotonic()
+            now = stopwatch.seconds()
             if timeout is not None and now - started >= timeout:
                 return
             if timeout is None and now - changed > _PATIENCE:
@@ -115,16 +116,16 @@ def _until_done(flushes: list[Flush], started: float, timeout: float | None, end
                     one.hurry()
                 next_hurry = now + _HURRY
             before = [one.left for one in flushes]
-            begun = time.monotonic()
+            begun = stopwatch.seconds()
             for one in flushes:
                 one.look()
             if before != [one.left for one in flushes]:
-                changed = time.monotonic()
+                changed = stopwatch.seconds()
             show(_progress(flushes))
             # A large backlog takes time to measure: most of it is the worker's.
-            pause = max(look, 4 * (time.monotonic() - begun))
+            pause = max(look, 4 * (stopwatch.seconds() - begun))
             if timeout is not None:
-                pause = min(pause, max(0.0, started + timeout - time.monotonic()))
+                pause = min(pause, max(0.0, started + timeout - stopwatch.seconds()))
             if ending.wait(pause):
                 return
             look = min(_LOOK_MOST, look * 1.2)

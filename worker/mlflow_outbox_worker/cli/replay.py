@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LeaseHeld, OutboxError
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
@@ -198,7 +198,7 @@ def _send_all(
     codes = []
     with Ending(forceful=True) as ending:
         for job in prepared.jobs:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None if deadline is None else max(0.0, deadline - stopwatch.seconds())
             codes.append(_send(job, settings, wish, left, ending, sent))
             if ending.is_set():
                 break

@@ -10,9 +10,10 @@ import contextlib
 import os
 import select
 import signal
-import time
 from types import FrameType, TracebackType
 from typing import Any, Final, final
+
+from mlflow_outbox import stopwatch
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -78,8 +79,8 @@ class Ending:
             timeout: seconds to wait at most.
             number: how many signals, counted from the beginning.
         """
-        deadline = time.monotonic() + timeout
-        while len(self._seen) < number and (left := deadline - time.monotonic()) > 0:
+        deadline = stopwatch.seconds() + timeout
+        while len(self._seen) < number and (left := deadline - stopwatch.seconds()) > 0:
             if select.select([self._ear], [], [], left)[0]:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._ear, 64)

@@ -15,10 +15,10 @@ import logging
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, TextIO
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 
 #: Characters of one cell or line; longer ones are cut, so that a value of a megabyte does not scroll everything away.
@@ -244,11 +244,11 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda _text: None
         return
     if not sys.stderr.isatty():
-        last = [time.monotonic()]
+        last = [stopwatch.seconds()]
 
         def line(text: str) -> None:
-            if time.monotonic() - last[0] >= _PROGRESS:
-                last[0] = time.monotonic()
+            if stopwatch.seconds() - last[0] >= _PROGRESS:
+                last[0] = stopwatch.seconds()
                 note(text)
 
         yield line

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import click
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import OutboxError, OutboxUnusable
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -171,10 +172,10 @@ class Service:
             file: where metrics are written to.
             interval: seconds between two writes.
         """
-        next_look = next_write = time.monotonic()
+        next_look = next_write = stopwatch.seconds()
         next_report = next_look + _REPORT
         while not self._ending.wait(_TICK):
-            now = time.monotonic()
+            now = stopwatch.seconds()
             if root is not None and now >= next_look:
                 self.adopt(root)
                 next_look = now + _NEW_ONES
@@ -198,22 +199,22 @@ class Service:
         from mlflow_outbox_worker.survey import survey
 
         self._say_changes()
-        deadline = time.monotonic() + grace
+        deadline = stopwatch.seconds() + grace
         if self._ending.is_set():
             log(f"ending; {wording.span(grace)} to deliver what is left")
-        while time.monotonic() < deadline and not self._ending.wait(0.05, number=2):
+        while stopwatch.seconds() < deadline and not self._ending.wait(0.05, number=2):
             busy = [one for one in self._workers.values() if one.delivery.holds_lease() and not one.delivery.is_idle()]
             if not busy:
                 break
             for one in busy:
                 with contextlib.suppress(OSError):  # without it the worker tries at its own pace
                     one.directory.ask_hurry()
-            self._ending.wait(min(0.5, deadline - time.monotonic()), number=2)
+            self._ending.wait(min(0.5, deadline - stopwatch.seconds()), number=2)
         for one in self._workers.values():
             one.ask_to_stop()
-        parting = time.monotonic() + _PARTING
+        parting = stopwatch.seconds() + _PARTING
         for one in self._workers.values():
-            one.stop(max(0.0, parting - time.monotonic()))
+            one.stop(max(0.0, parting - stopwatch.seconds()))
         if file is not None:
             self._write(file)
         codes = []

@@ -18,6 +18,8 @@ from typing import Any, Final
 
 from alembic import command, context
 
+from mlflow_outbox import stopwatch
+
 #: Seconds to wait for a migration that began before there were turns.
 _PATIENCE: Final = 30.0
 
@@ -46,6 +48,6 @@ def take_turns() -> None:
 
         upgrade.takes_turns = True  # type: ignore[attr-defined]  # a mark of this module's own
         command.upgrade = upgrade
-        deadline = time.monotonic() + _PATIENCE
-        while getattr(context, "_proxy", None) is not None and time.monotonic() < deadline:
+        deadline = stopwatch.seconds() + _PATIENCE
+        while getattr(context, "_proxy", None) is not None and stopwatch.seconds() < deadline:
             time.sleep(0.01)

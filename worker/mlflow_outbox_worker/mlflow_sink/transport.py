@@ -30,7 +30,6 @@ import netrc  # noqa: F401 - requests imports it at the first request, which is 
 import os
 import socket
 import threading
-import time
 from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote
@@ -44,6 +43,7 @@ import urllib3.exceptions
 from mlflow.exceptions import MlflowException
 from mlflow.utils import rest_utils
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox_worker.mlflow_sink import rebound
 from mlflow_outbox_worker.mlflow_sink.boundary import clean
@@ -75,13 +75,13 @@ class _Attempt:
     """One request under way: when it must be over, and whether any byte of it was sent."""
 
     def __init__(self, seconds: float, stall: float, *, sent: bool) -> None:
-        self._deadline = time.monotonic() + seconds
+        self._deadline = stopwatch.seconds() + seconds
         self._stall = stall
         self.sent = sent
 
     def remaining(self) -> float:
         """Return the seconds that the next operation on the socket may take."""
-        left = self._deadline - time.monotonic()
+        left = self._deadline - stopwatch.seconds()
         if left <= 0:
             msg = "the deadline of the request has passed"
             raise TimeoutError(msg)
