@@ -184,13 +184,20 @@ def outbox(tmp_path: Path) -> Iterator[Outbox]:
 
 @pytest.mark.parametrize(
     "program",
-    [["/no/such/python"], ["/bin/cat", "/dev/null"], [sys.executable, "-c", "print('something else')"], [""]],
-    ids=["none", "silent", "another", "unknown"],
+    [["/no/such/python"], ["/bin/cat", "/dev/null"], [sys.executable, "-c", "print('something else')"], [""], None],
+    ids=["none", "silent", "another", "unknown", "forbidden"],
 )
 def test_where_no_child_can_be_started_this_process_delivers(
-    program: list[str], outbox: Outbox, caplog: pytest.LogCaptureFixture
+    program: list[str] | None, outbox: Outbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is counted, and said once; the lock is free for the other loop, which can be stopped like the child."""
+
+    def forbid(*_arguments: object, **_named: object) -> None:
+        msg = "no process is started in this sandbox"
+        raise RuntimeError(msg)  # what an audit hook raises comes out of the call that it is told of
+
+    if program is None:
+        monkeypatch.setattr(subprocess, "Popen", forbid)
     ran, stopped = threading.Event(), threading.Event()
 
     class Here:

@@ -62,7 +62,7 @@ class Child:
                     pass_fds=(lock,),
                     start_new_session=True,  # ctrl-C is for the program
                 )
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - an audit hook of the program forbids it in its own way; said below
             self.connection.close()
             msg = f"no process can be started for delivery ({error})"
             raise NoChild(msg) from None
