@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlflow_outbox.spool import frame
+from mlflow_outbox.spool import frame, listing
+from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox.spool.events import Metric, Metrics, RunStarted
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
@@ -77,11 +81,11 @@ def test_a_writer_that_writes_faster_than_is_read_does_not_keep_back_the_others(
 def test_a_writer_that_has_ended_is_read_to_its_end_before_those_that_went_on_from_there(tmp_path: Path) -> None:
     """By turns, a file of the first job would replace the one that the second has written in its place."""
     outbox = make_outbox(tmp_path / "outbox")
-    first = make_journal(outbox)
+    first = make_journal(outbox, clock_ms=lambda: 1)
     for step in range(20):
         assert first.append(metric(step))
     first.close()
-    second = make_journal(outbox)
+    second = make_journal(outbox, clock_ms=lambda: 2)
     for step in range(20, 40):
         assert second.append(metric(step))
     cursors, after, steps = {}, "", []
@@ -263,3 +267,94 @@ def test_a_writer_is_locked_even_while_readers_look(tmp_path: Path) -> None:
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """By the names of files, the error numbers with which they cannot be opened or looked at."""
+    failing: dict[str, int] = {}
+
+    def fails_for(call: Callable[..., Any]) -> Callable[..., Any]:
+        def failing_call(path: Any, *arguments: Any, **named: Any) -> Any:
+            number = failing.get(os.path.basename(os.fspath(path))) if not isinstance(path, int) else None
+            if number is not None:
+                raise OSError(number, os.strerror(number), os.fspath(path))
+            return call(path, *arguments, **named)
+
+        return failing_call
+
+    monkeypatch.setattr(os, "open", fails_for(os.open))
+    monkeypatch.setattr(os, "lstat", fails_for(os.lstat))
+    return failing
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE])
+def test_a_segment_that_cannot_be_opened_now_is_not_passed_by(
+    number: int, refused: dict[str, int], tmp_path: Path
+) -> None:
+    """Nothing is read of the run meanwhile: what comes later would move the cursor past it, for good."""
+    outbox = make_outbox(tmp_path / "outbox")
+    writer = make_journal(outbox, segment_bytes=1024)
+    for step in range(120):
+        assert writer.append(metric(step))
+    writer.close()
+    folder = outbox.run(RUN)
+    names = sorted(os.listdir(folder))
+    assert len(names) > 2
+    for name in names:
+        refused[name] = number
+        reader = RunReader(folder)
+        for look in (lambda reader=reader: reader.window({}), reader.next_numbers, reader.complete_segments):
+            with pytest.raises(OSError, match=name):
+                look()
+        assert [name] == [broken.path.name for broken in reader.bad_headers()], "doctor names it"
+        refused.clear()
+        assert [float(step) for step in range(120)] == [
+            event.value for _, event in reader.window({}).events if isinstance(event, Metric)
+        ]
+        assert [] == reader.bad_headers()
+
+
+def test_a_segment_that_is_moved_while_its_run_is_listed_is_read_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker files what was delivered, and a replay may be reading just then."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    path = write_segment(here, header(), [*packed(map(metric, range(3)), header()), closing(3, header())])
+    whole = listing.read_bytes
+
+    def move_first(wanted: Path, offset: int, size: int) -> bytes:
+        if path.exists():
+            path.rename(there / path.name)
+        return whole(wanted, offset, size)
+
+    monkeypatch.setattr(listing, "read_bytes", move_first)
+    reader = RunReader(here, there)
+    assert 3 == len(reader.window({}).events)
+    assert [] == reader.bad_headers()
+
+
+def test_a_copied_file_that_the_disk_does_not_tell_of_is_not_taken_for_gone(
+    refused: dict[str, int], tmp_path: Path
+) -> None:
+    """One that is gone is a dead letter; one that cannot be looked at is looked at again."""
+    digest = "d" * 64
+    filed = tmp_path / "filed" / "files" / digest
+    filed.parent.mkdir(parents=True)
+    filed.write_text("content")
+    reader = RunReader(tmp_path / "run", tmp_path / "filed")
+    refused[digest] = errno.EIO
+    with pytest.raises(OSError, match=digest):
+        reader.file(digest)
+    refused.clear()
+    assert filed == reader.file(digest)
+
+
+def test_a_writer_is_not_taken_for_dead_for_want_of_descriptors(refused: dict[str, int], tmp_path: Path) -> None:
+    """What it is in the middle of writing would be called damaged."""
+    path = write_segment(tmp_path, header(), [])
+    assert not is_being_written(path)
+    refused[path.name] = errno.EMFILE
+    assert is_being_written(path)

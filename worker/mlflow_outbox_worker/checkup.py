@@ -310,6 +310,14 @@ class _Journal:
                 self._delivered.update(dict.fromkeys((segment.path for segment in passed), sys.maxsize))
                 self._delivered.update(dict.fromkeys((segment.path for segment in here), cursor.offset))
         at = {writer: Cursor(held[0].header.ordinal, 0, held[0].header.first_seq) for writer, held in held_by.items()}
+        try:
+            self._read_events(at)
+        except OSError:
+            if not self._reader.bad_headers():  # which say of which file
+                raise
+        self._broken += self._reader.bad_headers()
+
+    def _read_events(self, at: dict[str, Cursor]) -> None:
         while True:
             window = self._reader.window(at, points=_WINDOW, items=_WINDOW)
             self.events += len(window.events)
@@ -318,7 +326,6 @@ class _Journal:
             if not window.more:
                 break
             at = window.cursors
-        self._broken += self._reader.bad_headers()
 
     def findings(self, run_id: str) -> Iterator[Finding]:
         """Yield what is wrong."""

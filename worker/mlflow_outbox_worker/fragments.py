@@ -22,7 +22,7 @@ def lost_beginnings(runs: Mapping[str, tuple[Path, ...]]) -> dict[str, int]:
     found = {}
     for run_id, folders in runs.items():
         with contextlib.suppress(OSError):
-            lost = sum(held[0].header.first_seq for held in RunReader(*folders).segments().values())
+            lost = sum(held[0].header.first_seq for held in RunReader(*folders).complete_segments().values())
             if lost:
                 found[run_id] = lost
     return found

@@ -93,7 +93,7 @@ def _bundled(run_id: str, folders: tuple[Path, ...], places: dict[str, Path]) ->
     reader = RunReader(*folders)
     members: list[Member] = []
     experiment = ""
-    for held in reader.segments().values():
+    for held in reader.complete_segments().values():
         for segment in held:
             experiment = experiment or segment.header.experiment
             size = _whole_frames(segment, is_last=segment is held[-1])

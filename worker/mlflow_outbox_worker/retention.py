@@ -31,6 +31,7 @@ from typing import Final
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional, reserve, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.listing import is_there
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox.spool.writer import writer_state
@@ -269,7 +270,7 @@ def retire(directory: OutboxDirectory, ledger: Ledger, *, now: float) -> int:
         return 0  # nothing can be told of any run
 
     def is_gone(run_id: str) -> bool:
-        return not any(os.path.lexists(parent / run_id) for parent in (directory.runs, directory.delivered))
+        return not any(is_there(parent / run_id) for parent in (directory.runs, directory.delivered))
 
     letters = ledger.dead_letter_counts()
     ids = [

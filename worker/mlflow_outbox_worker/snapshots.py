@@ -19,6 +19,7 @@ import msgspec
 
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import decode, digest_of
+from mlflow_outbox.spool.listing import is_there
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import is_digest
 from mlflow_outbox.spool.window import Cursor, Window
@@ -73,7 +74,7 @@ def has_all_copies(reader: RunReader) -> bool:
         reader: of all the run's directories.
     """
     events = (event for window in _windows(reader, {}) for _, event in window.events)
-    return all(os.path.lexists(reader.file(digest)) for digest in filter(is_digest, map(digest_of, events)))
+    return all(is_there(reader.file(digest)) for digest in filter(is_digest, map(digest_of, events)))
 
 
 def _windows(reader: RunReader, cursors: Mapping[str, Cursor]) -> Iterator[Window]:

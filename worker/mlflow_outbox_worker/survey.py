@@ -46,7 +46,8 @@ class RunSurvey:
         pending, parked: events that wait for the destination, or for a person.
         waiting_bytes: bytes of segments that they take.
         oldest_ms: wall-clock time of the oldest of them in ms; 0 when nothing waits.
-        unreadable: segments whose beginning is damaged or of a newer version, so that nothing in them is delivered.
+        unreadable: segments whose beginning is damaged or of a newer version, so that nothing in them is delivered, or
+            that the disk does not give; what waits is counted as one event then.
     """
 
     run_id: str
@@ -196,7 +197,11 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
 def _run(directory: OutboxDirectory, run_id: str, record: RunRecord | None, dead: int, *, parked: bool) -> RunSurvey:
     reader = RunReader(directory.run(run_id))
     cursors = record.cursors if record is not None else {}
-    ends = reader.next_numbers(cursors)
+    try:
+        ends = reader.next_numbers(cursors)
+    except OSError:  # something waits there, perhaps; how much the disk does not tell
+        experiment = record.experiment if record is not None else ""
+        return RunSurvey(run_id, experiment, record, 1, 0, dead, 0, 0, len(reader.bad_headers()) or 1)
     some = left(ends, record, parked=parked)
     waiting_bytes = oldest = 0
     segments = reader.segments()

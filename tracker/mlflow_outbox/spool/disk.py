@@ -47,6 +47,10 @@ class SystemDisk:
         return fd
 
 
+#: What opening says where it may go well in a moment.
+_ANOTHER_TIME: Final = frozenset({errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
 def _lock(fd: int) -> None:
     for _ in range(_LOCK_TRIES):
         try:
@@ -62,14 +66,15 @@ def _lock(fd: int) -> None:
 def is_being_written(path: Path) -> bool:
     """Return whether a living process of this machine holds a segment open for writing, or the lock of a worker.
 
-    On a network file system nobody can tell, and the answer is False; see ``writer.writer_state``.
+    On a network file system nobody can tell, and the answer is False; see ``writer.writer_state``. Where it cannot be
+    told at this moment, for want of descriptors or of an answer of the disk, the answer is True.
     """
     if is_network(path.parent):
         return False
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in _ANOTHER_TIME
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,6 +6,7 @@ Nothing here opens a file for writing, takes a lock that a writer could meet, or
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -65,17 +66,20 @@ class Listing:
 
     Attributes:
         bad: the files that ``by_writer`` could not use, by name.
+        unread: those of them that may hold events, which the disk does not give at present: why, by name.
     """
 
     def __init__(self, paths: tuple[Path, ...]) -> None:
         self._paths = paths
         self._headers: dict[str, SegmentFile] = {}
         self.bad: dict[str, Broken] = {}
+        self.unread: dict[str, OSError] = {}
 
     def by_writer(self) -> dict[str, list[SegmentFile]]:
         """Return the segments by writer, each writer's in reading order; see ``bad`` for unreadable ones."""
         found = self._listed()
         self.bad = {name: bad for name, bad in self.bad.items() if name in found}
+        self.unread = {}
         for name in [n for n, held in self._headers.items() if found.get(n) != held.path]:
             del self._headers[name]
         for name in found.keys() - self._headers.keys():
@@ -114,8 +118,15 @@ class Listing:
                 return  # its header is on its way
             self.bad[name] = Broken(path, kind, 0, len(data), str(error))
             return
+        except FileNotFoundError:  # it was moved or reclaimed meanwhile
+            now = self._listed().get(name, path)
+            if now != path:
+                self._read_header(now)
+            return
         except OSError as error:
             self.bad[name] = Broken(path, "header", 0, 0, str(error))
+            if _may_hold_events(path):
+                self.unread[name] = error
             return
         self.bad.pop(name, None)
         self._headers[name] = SegmentFile(path, header, body)
@@ -201,6 +212,27 @@ def read_bytes(path: Path, offset: int, size: int) -> bytes:
         return parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
         os.close(fd)
+
+
+def is_there(path: Path) -> bool:
+    """Return whether there is something at a path; ``os.path.lexists`` takes a disk that fails for a file that is gone.
+
+    Raises:
+        OSError: the disk does not tell.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _may_hold_events(path: Path) -> bool:
+    """Return False for what no writer has made: a link, a directory, a pipe, a device."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _size(path: Path) -> int:

@@ -7,14 +7,13 @@ writer are read in the order of their first number (see ``window``).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from mlflow_outbox.spool.events import Event, RunStarted
 from mlflow_outbox.spool.frame import SegmentHeader
-from mlflow_outbox.spool.listing import Broken, Listing, SegmentFile, first_event, number_behind
+from mlflow_outbox.spool.listing import Broken, Listing, SegmentFile, first_event, is_there, number_behind
 from mlflow_outbox.spool.window import Budget, Cursor, Window, WriterPass
 from mlflow_outbox.spool.writer import is_closed, is_gone
 
@@ -45,14 +44,29 @@ class RunReader:
         """Return the segments by writer, each writer's in reading order; see ``bad_headers`` for unreadable ones."""
         return self._listing.by_writer()
 
+    def complete_segments(self) -> dict[str, list[SegmentFile]]:
+        """Return the segments by writer, as ``segments`` does, if the disk gives them all.
+
+        Raises:
+            OSError: one cannot be read at present.
+        """
+        found = self.segments()
+        for error in self._listing.unread.values():
+            raise error
+        return found
+
     def bad_headers(self) -> list[Broken]:
         """Return the files that ``segments`` could not use."""
         return list(self._listing.bad.values())
 
     def file(self, name: str) -> Path:
-        """Return where a file of the run is, or would be; names come from ``is_digest``."""
+        """Return where a file of the run is, or would be; names come from ``is_digest``.
+
+        Raises:
+            OSError: the disk does not tell.
+        """
         places = [folder / "files" / name for folder in self.paths]
-        return next((place for place in places if os.path.lexists(place)), places[0])
+        return next((place for place in places if is_there(place)), places[0])
 
     def started(self) -> tuple[RunStarted | None, SegmentHeader | None]:
         """Return how the run began, by its first writer that says so, and the header of its first segment."""
@@ -93,6 +107,9 @@ class RunReader:
             items: events to stop at.
             size: bytes to stop at.
             after: the writer that has used up the window before this one; the others have their turn first.
+
+        Raises:
+            OSError: a segment cannot be read at present. What is in it would be passed by for good.
         """
         budget = Budget(points, items, size)
         events: list[tuple[str, Event]] = []
@@ -121,7 +138,7 @@ class RunReader:
         Else one that writes faster than is delivered would keep the others' events back for as long as it does. One
         that writes no more will come to its end, and goes first: another may have gone on with the run from there.
         """
-        writers = list(self.segments().items())
+        writers = list(self.complete_segments().items())
         at = next((place for place, (writer, _) in enumerate(writers, 1) if writer == after), 0)
         if not at or len(writers) == 1:
             return writers
@@ -145,9 +162,12 @@ class RunReader:
 
         Args:
             cursors: where to begin counting; makes it faster, not different.
+
+        Raises:
+            OSError: a segment cannot be read at present.
         """
         result: dict[str, int] = {}
-        for writer, held in self.segments().items():
+        for writer, held in self.complete_segments().items():
             last = held[-1]
             cursor = (cursors or {}).get(writer)
             seq, offset = last.header.first_seq, last.body

@@ -8,7 +8,6 @@ one that is not final it may be a frame on its way.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -18,7 +17,7 @@ import msgspec
 
 from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, decode, points_of
 from mlflow_outbox.spool.frame import SEQUENCE_MASK, SHORT_OVERHEAD
-from mlflow_outbox.spool.listing import CHUNK, LARGEST, Broken, SegmentFile, decoded, read_bytes
+from mlflow_outbox.spool.listing import CHUNK, LARGEST, Broken, SegmentFile, decoded, is_there, read_bytes
 from mlflow_outbox.spool.recovery import Cut, Damage, frames
 from mlflow_outbox.spool.writer import is_gone
 
@@ -195,7 +194,7 @@ class WriterPass:
 
     def _was_moved(self, segment: SegmentFile) -> bool:
         """Return whether a segment that is gone was moved while this reader looked, and not reclaimed by a worker."""
-        moved = any(os.path.lexists(folder / segment.path.name) for folder in self._paths)
+        moved = any(is_there(folder / segment.path.name) for folder in self._paths)
         self._budget.spent = self._budget.spent or moved  # the next window finds it
         return moved
 

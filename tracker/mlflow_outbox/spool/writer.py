@@ -147,5 +147,7 @@ def _is_alive(pid: int) -> bool:
 def _idle(path: Path, now: float | None) -> float:
     try:
         return max(0.0, (time.time() if now is None else now) - os.stat(path).st_mtime)
-    except OSError:
+    except FileNotFoundError:
         return float("inf")  # it was moved or reclaimed: nobody writes to it
+    except OSError:
+        return 0.0
