@@ -156,8 +156,8 @@ MUTANTS: Final = [
     Mutant(
         "wait for the number of a header that is all that is left of a writer",
         "tracker/mlflow_outbox/spool/window.py",
-        "        elif self.cursor is not None or self._seq == 0:\n            return\n",
-        "        else:\n            return\n",
+        "        if gone:  # also where nothing is behind the header",
+        "        if gone and self.events:  # also where nothing is behind the header",
         "tests/test_reader.py::test_wherever_a_cut_comes_nothing_is_waited_for_that_will_not_come",
     ),
     Mutant(
@@ -216,6 +216,13 @@ MUTANTS: Final = [
         "        room = self._restoring(record)\n        if not room and",
         "        return\n        room = self._restoring(record)\n        if not room and",
         "tests/test_plugin_deleted.py::test_what_was_logged_after_an_experiment_was_restored_waits_for_that",
+    ),
+    Mutant(
+        "pass by a segment that cannot be opened now",
+        "tracker/mlflow_outbox/spool/listing.py",
+        "            if _may_hold_events(path):\n                self.unread[name] = error\n",
+        "",
+        "tests/test_reader.py::test_a_segment_that_cannot_be_opened_now_is_not_passed_by",
     ),
 ]
 

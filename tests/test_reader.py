@@ -350,6 +350,7 @@ def test_a_copied_file_that_the_disk_does_not_tell_of_is_not_taken_for_gone(
         reader.file(digest)
     refused.clear()
     assert filed == reader.file(digest)
+    assert "no\0digest" == reader.file("no\0digest").name, "a name that no file can have is nowhere"
 
 
 def test_a_writer_is_not_taken_for_dead_for_want_of_descriptors(refused: dict[str, int], tmp_path: Path) -> None:

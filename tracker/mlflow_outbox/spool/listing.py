@@ -222,7 +222,7 @@ def is_there(path: Path) -> bool:
     """
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # of a name with a NUL, which an event may hold
         return False
     return True
 

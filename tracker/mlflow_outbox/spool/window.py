@@ -172,7 +172,7 @@ class WriterPass:
     def _come_to_end(self, ordinal: int, offset: int, *, gone: bool) -> bool:
         """Take notice that there is no more in a segment now; return whether the next one may be read."""
         self.live = self.live or not gone
-        if gone:  # also where nothing is behind the header: the cursor is in the last segment that was read
+        if gone:  # also where nothing is behind the header: the number with which it says that it begins was reached
             self.cursor = Cursor(ordinal, offset, self._seq)
         return gone
 
@@ -186,11 +186,6 @@ class WriterPass:
         if 0 < ahead < 1 << 31:
             self.missing += ahead
             self._seq = segment.header.first_seq
-        elif self.cursor is not None or self._seq == 0:
-            return
-        # Also where it is the first that is left of this writer, and nothing else: its number was reached too.
-        before = self.cursor or Cursor(segment.header.ordinal, segment.body, 0)
-        self.cursor = Cursor(before.ordinal, before.offset, self._seq)
 
     def _was_moved(self, segment: SegmentFile) -> bool:
         """Return whether a segment that is gone was moved while this reader looked, and not reclaimed by a worker."""
