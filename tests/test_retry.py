@@ -139,6 +139,32 @@ def test_failures_may_be_reported_by_different_threads() -> None:
     assert [0.5, 1.0, 2.0] == pauses
 
 
+def test_failures_that_are_reported_at_the_same_moment_are_two() -> None:
+    """Several runs are sent side by side: when the server goes, each of them fails."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def uniform(_low: float, high: float) -> float:
+        entered.set()
+        assert go_on.wait(30)
+        return high
+
+    backoff = Backoff(1.0, 60.0, uniform=uniform)
+    pauses: list[float] = []
+    threads = [
+        threading.Thread(target=lambda: pauses.append(backoff.failed(SinkError("away", kind="connection", sent=False))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+        assert entered.wait(30)
+    threads[1].join(0.2)  # as long as it takes one that does not wait for the other
+    assert [] == pauses
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert ([1.0, 2.0], 2) == (sorted(pauses), backoff.attempts)
+
+
 def test_the_policy_never_sleeps() -> None:
     """Used as tenacity is used elsewhere, it fails loudly instead of blocking a delivery thread."""
 

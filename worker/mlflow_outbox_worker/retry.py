@@ -14,6 +14,7 @@ from __future__ import annotations
 import email.utils
 import random
 import re
+import threading
 from collections.abc import Callable
 from datetime import timezone
 from typing import Final, NoReturn
@@ -129,6 +130,7 @@ class Backoff:
     ) -> None:
         self._retrying = policy(initial, maximum, uniform)
         self._clock = clock
+        self._changing = threading.Lock()
         self._state = tenacity.RetryCallState(self._retrying, fn=None, args=(), kwargs={})
         self.due = 0.0
 
@@ -143,23 +145,25 @@ class Backoff:
         Raises:
             SinkError: the error itself, when no later attempt can succeed without help; nothing has changed then.
         """
-        # Statistics are kept per thread, and the next failure may be reported by another one than the last.
-        self._retrying.begin()
-        self._state.set_exception((type(error), error, error.__traceback__))
-        try:
-            # tenacity answers with DoSleep, a float: the attempts are without limit, so there is always a next one.
-            pause = float(self._retrying.iter(self._state))  # type: ignore[arg-type]  # see above
-        except SinkError:
-            self._state.outcome = None
-            raise
-        self._state.prepare_for_next_attempt()
-        self.due = self._clock() + pause
-        return pause
+        with self._changing:  # several lanes learn at the same moment that a server is gone
+            # Statistics are kept per thread, and the next failure may be reported by another one than the last.
+            self._retrying.begin()
+            self._state.set_exception((type(error), error, error.__traceback__))
+            try:
+                # tenacity answers with DoSleep, a float: the attempts are without limit, so there is always a next one.
+                pause = float(self._retrying.iter(self._state))  # type: ignore[arg-type]  # see above
+            except SinkError:
+                self._state.outcome = None
+                raise
+            self._state.prepare_for_next_attempt()
+            self.due = self._clock() + pause
+            return pause
 
     def succeeded(self) -> None:
         """Forget the failures: the next pause is a first one again."""
-        self._state = tenacity.RetryCallState(self._retrying, fn=None, args=(), kwargs={})
-        self.due = 0.0
+        with self._changing:
+            self._state = tenacity.RetryCallState(self._retrying, fn=None, args=(), kwargs={})
+            self.due = 0.0
 
     def hurry(self) -> None:
         """Make the next attempt due now, without forgetting how many have failed; for flush and for a person's wish."""
