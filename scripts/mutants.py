@@ -224,6 +224,13 @@ MUTANTS: Final = [
         "",
         "tests/test_reader.py::test_a_segment_that_cannot_be_opened_now_is_not_passed_by",
     ),
+    Mutant(
+        "believe a gap at the first look",
+        "worker/mlflow_outbox_worker/courier.py",
+        "        if not (window.missing or window.broken or any(window.begun.values())):\n            return window\n",
+        "        return window\n",
+        "tests/test_courier.py::test_a_segment_that_a_listing_leaves_out_is_delivered_all_the_same",
+    ),
 ]
 
 

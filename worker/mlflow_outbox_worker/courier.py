@@ -151,6 +151,27 @@ class Courier:
         return Turn("more", record, view, reader)
 
     def _window(self, reader: RunReader, record: RunRecord, after: str) -> Window:
+        """Return the next events, and what is missing between them once two looks at the disk agree about it.
+
+        What the cursors pass is never read again. A directory's listing that leaves out a file that is there, as some
+        network file systems give while others are moved, must not be what decides.
+        """
+        window = self._next(reader, record, after)
+        if not (window.missing or window.broken or any(window.begun.values())):
+            return window
+        again = self._next(reader, record, after)  # which lists anew
+        if (again.missing, len(again.broken)) > (window.missing, len(window.broken)):
+            return window
+        if again.missing < window.missing or again.begun != window.begun:
+            self._counters.add("overlooked")
+            self._counters.warn_once(
+                ("overlooked", record.run_id),
+                f"mlflow-outbox: at a second look the disk had more of run {record.run_id} than at the first; "
+                "nothing was lost",
+            )
+        return again
+
+    def _next(self, reader: RunReader, record: RunRecord, after: str) -> Window:
         """Return the next events: of a room, those before a deletion that may have to wait, or those from it on.
 
         What was sent before one that waits would be sent anew at each turn.

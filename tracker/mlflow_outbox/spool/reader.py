@@ -115,6 +115,7 @@ class RunReader:
         events: list[tuple[str, Event]] = []
         ends = dict(cursors)
         broken: list[Broken] = []
+        begun: dict[str, int] = {}
         missing = 0
         live = False
         last = ""
@@ -126,11 +127,13 @@ class RunReader:
             missing += part.missing
             live = live or part.live
             if part.cursor is not None:
+                if writer not in ends:
+                    begun[writer] = held[0].header.first_seq
                 ends[writer] = part.cursor
             if budget.spent:
                 last = writer
                 break
-        return Window(events, ends, broken, missing, budget.spent, live or budget.spent, last)
+        return Window(events, ends, broken, missing, budget.spent, live or budget.spent, last, begun)
 
     def _in_turn(self, after: str) -> list[tuple[str, list[SegmentFile]]]:
         """Return the writers in the order in which they began, or, behind one that used up a window, by turns.

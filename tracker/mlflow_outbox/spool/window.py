@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -53,6 +54,7 @@ class Window(NamedTuple):
         more: there are further events to read at once.
         live: some writer may still be appending.
         used_up_by: the writer at whose events there were enough; "" when all were read to their ends.
+        begun: of writers that had no cursor, the number of the first event of which there was a segment.
     """
 
     events: list[tuple[str, Event]]
@@ -62,6 +64,7 @@ class Window(NamedTuple):
     more: bool
     live: bool
     used_up_by: str = ""
+    begun: Mapping[str, int] = {}
 
 
 class Budget:
