@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -45,6 +46,29 @@ def test_an_outbox_is_opened_again_as_the_same(tmp_path: Path) -> None:
     assert first.identity == OutboxDirectory.open(first.path).identity
     assert [first.path] == find_outboxes(tmp_path) == find_outboxes(first.path)
     assert [] == find_outboxes(tmp_path / "none")
+
+
+#: Makes an outbox and dies once its identity has its name, before the draft of it is gone.
+KILLED_WHILE_MAKING = """
+import os, signal, sys
+from pathlib import Path
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.spool.directory import OutboxDirectory
+
+os.unlink = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+OutboxDirectory.create(Path(sys.argv[1]), resolve("http://127.0.0.1:9"), now_ms=1)
+"""
+
+
+def test_what_a_process_has_left_that_was_killed_while_it_made_an_outbox_is_removed(tmp_path: Path) -> None:
+    """By the next one that opens it."""
+    child = subprocess.run([sys.executable, "-c", KILLED_WHILE_MAKING, str(tmp_path)], timeout=60, check=False)
+    assert -signal.SIGKILL == child.returncode
+    (left,) = find_outboxes(tmp_path)
+    assert 1 == len(list(left.glob(".outbox.json-*")))
+    outbox = make_outbox(tmp_path)
+    assert ([], left) == (list(left.glob(".*")), outbox.path)
+    assert outbox.identity == OutboxDirectory.open(left).identity
 
 
 def test_no_credential_is_written_into_an_outbox(tmp_path: Path) -> None:

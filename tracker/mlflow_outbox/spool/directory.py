@@ -46,6 +46,7 @@ from mlflow_outbox.spool.private import (
     create_private,
     make_private,
     read_regular,
+    remove_drafts,
     write_once,
 )
 
@@ -140,6 +141,8 @@ class OutboxDirectory:
                 write_once(path / _IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
                 if not is_network(path):
                     reserve.make(path / "delivery")
+            else:
+                remove_drafts(path / _IDENTITY)
         except OutboxUnusable:
             raise
         except OSError as error:

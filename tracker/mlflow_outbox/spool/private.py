@@ -140,8 +140,17 @@ def write_once(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
-    for name in os.listdir(path.parent):  # drafts of processes that died; now that the file is there they are worthless
-        if name.startswith(f".{path.name}-"):
-            with contextlib.suppress(OSError):
-                os.unlink(path.parent / name)
+    remove_drafts(path)
     sync_directory(path.parent)
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove what processes that died in ``write_once`` have left beside a file; it is there, so that is worthless.
+
+    One that lives and has lost its draft finds that the file is there.
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            if name.startswith(f".{path.name}-"):
+                with contextlib.suppress(OSError):
+                    os.unlink(path.parent / name)
