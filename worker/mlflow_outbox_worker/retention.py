@@ -31,7 +31,7 @@ from typing import Final
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional, reserve, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.listing import is_there
+from mlflow_outbox.spool.disk import is_there
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox.spool.writer import writer_state

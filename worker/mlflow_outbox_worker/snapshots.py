@@ -18,8 +18,8 @@ from typing import Final
 import msgspec
 
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.disk import is_there
 from mlflow_outbox.spool.events import decode, digest_of
-from mlflow_outbox.spool.listing import is_there
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import is_digest
 from mlflow_outbox.spool.window import Cursor, Window

@@ -86,6 +86,19 @@ def is_being_written(path: Path) -> bool:
     return False
 
 
+def is_there(path: Path) -> bool:
+    """Return whether there is something at a path; ``os.path.lexists`` takes a disk that fails for a file that is gone.
+
+    Raises:
+        OSError: the disk does not tell.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # of a name with a NUL, which an event may hold
+        return False
+    return True
+
+
 def is_foreign(error: OSError) -> bool:
     """Return whether an OSError is no answer of the disk but what a signal handler raised, such as a TimeoutError."""
     trace = error.__traceback__

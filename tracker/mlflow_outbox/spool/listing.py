@@ -214,19 +214,6 @@ def read_bytes(path: Path, offset: int, size: int) -> bytes:
         os.close(fd)
 
 
-def is_there(path: Path) -> bool:
-    """Return whether there is something at a path; ``os.path.lexists`` takes a disk that fails for a file that is gone.
-
-    Raises:
-        OSError: the disk does not tell.
-    """
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # of a name with a NUL, which an event may hold
-        return False
-    return True
-
-
 def _may_hold_events(path: Path) -> bool:
     """Return False for what no writer has made: a link, a directory, a pipe, a device."""
     try:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from mlflow_outbox.spool.disk import is_there
 from mlflow_outbox.spool.events import Event, RunStarted
 from mlflow_outbox.spool.frame import SegmentHeader
-from mlflow_outbox.spool.listing import Broken, Listing, SegmentFile, first_event, is_there, number_behind
+from mlflow_outbox.spool.listing import Broken, Listing, SegmentFile, first_event, number_behind
 from mlflow_outbox.spool.window import Budget, Cursor, Window, WriterPass
 from mlflow_outbox.spool.writer import is_closed, is_gone
 

@@ -16,9 +16,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from mlflow_outbox.spool.disk import is_there
 from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, decode, points_of
 from mlflow_outbox.spool.frame import SEQUENCE_MASK, SHORT_OVERHEAD
-from mlflow_outbox.spool.listing import CHUNK, LARGEST, Broken, SegmentFile, decoded, is_there, read_bytes
+from mlflow_outbox.spool.listing import CHUNK, LARGEST, Broken, SegmentFile, decoded, read_bytes
 from mlflow_outbox.spool.recovery import Cut, Damage, frames
 from mlflow_outbox.spool.writer import is_gone
 
