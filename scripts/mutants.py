@@ -226,10 +226,10 @@ MUTANTS: Final = [
     ),
     Mutant(
         "believe a gap at the first look",
-        "worker/mlflow_outbox_worker/courier.py",
+        "worker/mlflow_outbox_worker/intake.py",
         "        if not (window.missing or window.broken or any(window.begun.values())):\n            return window\n",
         "        return window\n",
-        "tests/test_courier.py::test_a_segment_that_a_listing_leaves_out_is_delivered_all_the_same",
+        "tests/test_intake.py::test_a_segment_that_a_listing_leaves_out_is_delivered_all_the_same",
     ),
 ]
 

@@ -25,7 +25,7 @@ from typing import Final, Literal, NamedTuple
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Artifact, Event, Request, RunStarted, Tags, encode
+from mlflow_outbox.spool.events import Artifact, Event, RunStarted, Tags, encode
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
@@ -33,6 +33,7 @@ from mlflow_outbox.validation import is_ordinary_tag
 from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.copies import copying
+from mlflow_outbox_worker.intake import Intake
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify, is_deleted
 from mlflow_outbox_worker.planner import plan
@@ -101,6 +102,7 @@ class Courier:
         self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)
+        self._intake = Intake(settings.batch_points, counters)
         #: The writer of a run that used up its last turn.
         self._after: dict[str, str] = {}
 
@@ -123,7 +125,7 @@ class Courier:
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         after = self._after.pop(run_id, "")
         for _ in range(windows or _TURN):
-            window = self._window(reader, record, after)
+            window = self._intake.window(reader, record, after)
             # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
             after = window.used_up_by if self._sink.deduplicates_metrics else ""
             if window.cursors == record.cursors and not window.events and not window.broken:
@@ -149,40 +151,6 @@ class Courier:
                 break
         self._after[run_id] = after
         return Turn("more", record, view, reader)
-
-    def _window(self, reader: RunReader, record: RunRecord, after: str) -> Window:
-        """Return the next events, and what is missing between them once two looks at the disk agree about it.
-
-        What the cursors pass is never read again. A directory's listing that leaves out a file that is there, as some
-        network file systems give while others are moved, must not be what decides.
-        """
-        window = self._next(reader, record, after)
-        if not (window.missing or window.broken or any(window.begun.values())):
-            return window
-        again = self._next(reader, record, after)  # which lists anew
-        if (again.missing, len(again.broken)) > (window.missing, len(window.broken)):
-            return window
-        if again.missing < window.missing or again.begun != window.begun:
-            self._counters.add("overlooked")
-            self._counters.warn_once(
-                ("overlooked", record.run_id),
-                f"mlflow-outbox: at a second look the disk had more of run {record.run_id} than at the first; "
-                "nothing was lost",
-            )
-        return again
-
-    def _next(self, reader: RunReader, record: RunRecord, after: str) -> Window:
-        """Return the next events: of a room, those before a deletion that may have to wait, or those from it on.
-
-        What was sent before one that waits would be sent anew at each turn.
-        """
-        points = self._settings.batch_points
-        window = reader.window(record.cursors, points=points, after=after)
-        if provisional.is_room(record.run_id):
-            first = next((number for number, (_, event) in enumerate(window.events) if _is_deletion(event)), 0)
-            if first:
-                return reader.window(record.cursors, points=points, items=first, after=after)
-        return window
 
     def _note_obstacle(self, run_id: str, reason: str) -> None:
         """Say which file it is that a run stands at, while the destination takes others."""
@@ -409,7 +377,3 @@ def _unsettled(
         return events
     later = {event for _, event in reader.each(Artifact, record.settled)}
     return [(writer, event) for writer, event in events if not is_settled(event) or event in later]
-
-
-def _is_deletion(event: Event) -> bool:
-    return isinstance(event, Request) and event.operation == "delete_experiment"

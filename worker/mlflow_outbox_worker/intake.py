@@ -1,0 +1,70 @@
+"""What delivery takes from a run's journals: the next window, and what is missing in it once two looks agree.
+
+What the cursors pass is never read again. A directory's listing that leaves out a file that is there, as some network
+file systems give while others are moved, must not be what decides: so where the numbers of events tell that some are
+not there, or what there is of a writer does not begin with its first, the disk is looked at once more.
+"""
+
+from __future__ import annotations
+
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.events import Event, Request
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Window
+from mlflow_outbox_worker.records import RunRecord
+
+
+class Intake:
+    """Reads windows of runs; may be used from several threads.
+
+    Args:
+        points: metric points of one window.
+        counters: counts windows in which the second look had more as "overlooked".
+    """
+
+    def __init__(self, points: int, counters: Counters) -> None:
+        self._points = points
+        self._counters = counters
+
+    def window(self, reader: RunReader, record: RunRecord, after: str) -> Window:
+        """Return the next events.
+
+        Args:
+            reader: of the run.
+            record: how far it was delivered.
+            after: the writer that has used up the window before this one; "" for none.
+
+        Raises:
+            OSError: the run's files could not be read; try again after a pause.
+        """
+        window = self._next(reader, record, after)
+        if not (window.missing or window.broken or any(window.begun.values())):
+            return window
+        again = self._next(reader, record, after)  # which lists anew
+        if (again.missing, len(again.broken)) > (window.missing, len(window.broken)):
+            return window
+        if again.missing < window.missing or again.begun != window.begun:
+            self._counters.add("overlooked")
+            self._counters.warn_once(
+                ("overlooked", record.run_id),
+                f"mlflow-outbox: at a second look the disk had more of run {record.run_id} than at the first; "
+                "nothing was lost",
+            )
+        return again
+
+    def _next(self, reader: RunReader, record: RunRecord, after: str) -> Window:
+        """Return the next events: of a room, those before a deletion that may have to wait, or those from it on.
+
+        What was sent before one that waits would be sent anew at each turn.
+        """
+        window = reader.window(record.cursors, points=self._points, after=after)
+        if provisional.is_room(record.run_id):
+            first = next((number for number, (_, event) in enumerate(window.events) if _is_deletion(event)), 0)
+            if first:
+                return reader.window(record.cursors, points=self._points, items=first, after=after)
+        return window
+
+
+def _is_deletion(event: Event) -> bool:
+    return isinstance(event, Request) and event.operation == "delete_experiment"
