@@ -188,7 +188,8 @@ def picture(uri: str, experiment: str) -> dict[str, Any]:
             "stage": found.lifecycle_stage,
             "runs": [_run(client, run) for run in runs],
             "models": [_model(client, model) for model in models],
-            "traces": sorted((_trace(trace) for trace in traces), key=repr),
+            # By what was traced: the rest has ids in it, and a server gives metadata in an order of its own.
+            "traces": sorted((_trace(trace) for trace in traces), key=lambda trace: repr(trace["spans"])),
         }
     return _renamed(shown, names, number)  # type: ignore[no-any-return]  # of the type that it was given
 
