@@ -39,6 +39,8 @@ def entry_points() -> dict[str, dict[str, str]]:
 
 def register() -> None:
     """Register the plugin with MLflow as its entry points do, for a checkout that is not installed."""
+    from mlflow.genai.labeling import stores as labeling
+    from mlflow.genai.scorers import registry as scorers
     from mlflow.store.artifact import artifact_repository_registry
     from mlflow.tracking._model_registry import utils as models
     from mlflow.tracking._tracking_service import utils as tracking
@@ -47,6 +49,8 @@ def register() -> None:
         "mlflow.tracking_store": tracking._tracking_store_registry,
         "mlflow.model_registry_store": models._get_store_registry(),
         "mlflow.artifact_repository": artifact_repository_registry._artifact_repository_registry,
+        "mlflow.scorer_store": scorers._scorer_store_registry,
+        "mlflow.labeling_store": labeling._labeling_store_registry,
     }
     for group, names in entry_points().items():
         for scheme, target in names.items():

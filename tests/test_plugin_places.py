@@ -72,9 +72,15 @@ def test_embedded_stores_work_too(
 
 @pytest.mark.compatibility
 def test_every_entry_point_leads_somewhere() -> None:
-    """Three groups of MLflow's; the schemes are those that the documentation names."""
+    """Five groups of MLflow's; the schemes are those that the documentation names."""
     found = entry_points()
-    assert {"mlflow.tracking_store", "mlflow.model_registry_store", "mlflow.artifact_repository"} == set(found)
+    assert {
+        "mlflow.tracking_store",
+        "mlflow.model_registry_store",
+        "mlflow.artifact_repository",
+        "mlflow.scorer_store",
+        "mlflow.labeling_store",
+    } == set(found)
     assert {
         "outbox+http",
         "outbox+https",

@@ -39,6 +39,26 @@ def registry_store(store_uri: str, tracking_uri: str | None = None) -> Any:
     return OutboxRegistry(store_uri, tracking_uri)
 
 
+def scorer_store(tracking_uri: str) -> Any:
+    """Return where the scorers of an ``outbox+`` URI are registered, read and deleted: they go to the server at once.
+
+    MLflow's own asks the tracking store of its URI, which is the outbox; the one of Databricks asks Databricks itself.
+    """
+    from mlflow.genai.scorers.registry import _scorer_store_registry
+
+    plain = tracking_uri.removeprefix(_PREFIX)
+    builder = _scorer_store_registry.get_store_builder(plain)
+    return builder(tracking_uri=plain if _is_disabled() or _is_databricks(plain) else tracking_uri)
+
+
+def labeling_store(tracking_uri: str) -> Any:
+    """Return where labeling sessions are kept, which only Databricks has."""
+    from mlflow.genai.labeling.stores import _labeling_store_registry
+
+    plain = tracking_uri.removeprefix(_PREFIX)
+    return _labeling_store_registry.get_store_builder(plain)(tracking_uri=plain)
+
+
 def staged_artifacts(artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:
     """Return the repository of an ``outbox-artifacts:`` URI.
 
@@ -67,6 +87,10 @@ def proxied_artifacts(artifact_uri: str, tracking_uri: str | None = None, regist
     from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 
     return MlflowArtifactsRepository(artifact_uri, tracking_uri=tracking_uri, registry_uri=registry_uri)
+
+
+def _is_databricks(plain: str) -> bool:
+    return plain.partition(":")[0] == "databricks"
 
 
 def _is_disabled() -> bool:
