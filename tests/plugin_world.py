@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +58,28 @@ def register() -> None:
         for scheme, target in names.items():
             module, _, attribute = target.partition(":")
             registries[group].register(scheme, getattr(importlib.import_module(module), attribute))
+
+
+def environment_with_plugin(folder: Path) -> dict[str, str]:
+    """Return the environment of a program in which MLflow finds the plugin by its entry points, and no other setting.
+
+    Args:
+        folder: where what an installation would write is put, for a checkout that is on the path alone.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    installed = {point.name for point in metadata.entry_points(group="mlflow.tracking_store")}
+    if "outbox+sqlite" not in installed:
+        written = folder / "site" / "mlflow_outbox-0.dist-info"
+        written.mkdir(parents=True)
+        (written / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow-outbox\nVersion: 0\n")
+        groups = [
+            f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in names.items())
+            for group, names in entry_points().items()
+        ]
+        (written / "entry_points.txt").write_text("\n".join(groups))
+        here = [path for path in sys.path if path.endswith(("tracker", "worker"))]
+        environment["PYTHONPATH"] = os.pathsep.join([str(written.parent), *here])
+    return environment
 
 
 @contextmanager

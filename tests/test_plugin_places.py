@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import pytest
 from contents import client
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import destination_note
-from plugin_world import NOWHERE, deliver, entry_points, register, store, the_runs, tracking
+from plugin_world import NOWHERE, deliver, entry_points, environment_with_plugin, register, store, the_runs, tracking
 from servers import MlflowServer, eventually
 
 
@@ -96,19 +94,7 @@ def test_every_entry_point_leads_somewhere() -> None:
 def test_the_tracking_uri_alone_makes_a_program_durable(sqlite_uri: str, tmp_path: Path) -> None:
     """MLflow finds the plugin by its entry points: no import, no registration, one variable of the environment."""
     code = "import mlflow; run = mlflow.start_run(run_name='r'); mlflow.log_metric('m', 1.0); mlflow.end_run()"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    installed = {point.name for point in metadata.entry_points(group="mlflow.tracking_store")}
-    if "outbox+sqlite" not in installed:  # a checkout on the path: what an installation of it would write
-        written = tmp_path / "site" / "mlflow_outbox-0.dist-info"
-        written.mkdir(parents=True)
-        (written / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow-outbox\nVersion: 0\n")
-        groups = [
-            f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in names.items())
-            for group, names in entry_points().items()
-        ]
-        (written / "entry_points.txt").write_text("\n".join(groups))
-        here = [path for path in sys.path if path.endswith(("tracker", "worker"))]
-        environment["PYTHONPATH"] = os.pathsep.join([str(written.parent), *here])
+    environment = environment_with_plugin(tmp_path)
     environment["MLFLOW_TRACKING_URI"] = f"outbox+{sqlite_uri}"
     done = subprocess.run(
         [sys.executable, "-c", code],
