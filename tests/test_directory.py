@@ -71,6 +71,26 @@ def test_what_a_process_has_left_that_was_killed_while_it_made_an_outbox_is_remo
     assert outbox.identity == OutboxDirectory.open(left).identity
 
 
+def test_a_process_that_was_overtaken_while_it_made_an_outbox_goes_on_with_the_other_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no hard links: a third one has removed the draft before it could get its name."""
+    rename, made = os.rename, []
+
+    def no_link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def overtaken(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        made.append(make_outbox(tmp_path))  # another process
+        make_outbox(tmp_path)  # a third
+        rename(source, target)
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(os, "rename", overtaken)
+    assert make_outbox(tmp_path).identity == made[0].identity
+
+
 def test_no_credential_is_written_into_an_outbox(tmp_path: Path) -> None:
     """I10, F93: neither in its name nor in any file."""
     outbox = OutboxDirectory.create(tmp_path, HERE, now_ms=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlflow_outbox.plugin import entry
 from plugin_world import away, deliver, tracking
 from servers import MlflowServer
 
@@ -75,7 +76,7 @@ def test_with_the_outbox_switched_off_scorers_are_the_server_s_all_the_same(
 
 
 def test_label_schemas_are_made_and_found(mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path) -> None:
-    """By the name of the experiment's id that the program knows."""
+    """With the id of the experiment that the program knows."""
     from mlflow.genai import label_schemas
 
     with tracking(f"outbox+{mlflow_server.url}", tmp_path / "outbox") as mlflow:
@@ -94,3 +95,14 @@ def test_a_store_without_scorers_says_so(tmp_path: Path, experiment_name: str) -
         mlflow.set_experiment(experiment_name)
         with pytest.raises(MlflowException, match="Scorer registration functionality is unavailable"):
             a_judge("polite").register()
+
+
+def test_scorers_and_labeling_sessions_of_databricks_are_asked_of_databricks_itself() -> None:
+    """With the URI that it knows; nothing is sent yet."""
+    from mlflow.genai.labeling.stores import DatabricksLabelingStore
+    from mlflow.genai.scorers.registry import DatabricksStore
+
+    found = entry.scorer_store("outbox+databricks://profile")
+    assert isinstance(found, DatabricksStore)
+    assert "databricks://profile" == found._tracking_uri
+    assert isinstance(entry.labeling_store("outbox+databricks"), DatabricksLabelingStore)

@@ -45,10 +45,11 @@ def scorer_store(tracking_uri: str) -> Any:
     MLflow's own asks the tracking store of its URI, which is the outbox; the one of Databricks asks Databricks itself.
     """
     from mlflow.genai.scorers.registry import _scorer_store_registry
+    from mlflow.utils.uri import is_databricks_uri
 
     plain = tracking_uri.removeprefix(_PREFIX)
     builder = _scorer_store_registry.get_store_builder(plain)
-    return builder(tracking_uri=plain if _is_disabled() or _is_databricks(plain) else tracking_uri)
+    return builder(tracking_uri=plain if _is_disabled() or is_databricks_uri(plain) else tracking_uri)
 
 
 def labeling_store(tracking_uri: str) -> Any:
@@ -87,10 +88,6 @@ def proxied_artifacts(artifact_uri: str, tracking_uri: str | None = None, regist
     from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 
     return MlflowArtifactsRepository(artifact_uri, tracking_uri=tracking_uri, registry_uri=registry_uri)
-
-
-def _is_databricks(plain: str) -> bool:
-    return plain.partition(":")[0] == "databricks"
 
 
 def _is_disabled() -> bool:

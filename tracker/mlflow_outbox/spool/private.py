@@ -135,7 +135,8 @@ def write_once(path: Path, data: bytes) -> None:
         except OSError:
             if os.path.lexists(path):
                 return  # another process was first and has removed the draft
-            os.rename(draft, path)  # a file system without hard links
+            with contextlib.suppress(FileNotFoundError):  # one that found another's file there has removed the draft
+                os.rename(draft, path)  # a file system without hard links
             return
     finally:
         with contextlib.suppress(FileNotFoundError):
