@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -62,3 +63,41 @@ def test_a_fork_waits_until_no_other_thread_uses_a_store() -> None:
     with forking.using_store():
         assert [threading.get_ident()] == list(forking._uses._users)
     assert ({}, 0) == (forking._uses._users, forking._uses._forks)
+
+
+_WARNED = """
+import os, select, sys, threading
+from mlflow_outbox import counters
+counters._saying.patience = 60.0  # here a fork waits for a test, which may be slow
+os.register_at_fork(before=lambda: os.write(1, b"forking\\n"))
+text = "more than a pipe holds " * 10_000
+threading.Thread(target=counters.Counters().warn_once, args=("about", text), daemon=True).start()
+never = threading.Event()
+while select.select([], [2], [], 0)[1]:
+    never.wait(0.001)  # until the pipe is full, in the middle of the warning
+child = os.fork()
+if child == 0:
+    os.write(1, b"forked\\n")
+    print("the child's own word", file=sys.stderr, flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+os._exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_fork_waits_for_a_warning_that_another_thread_is_writing() -> None:
+    """The stream would stay locked in the child, and hang whoever prints there, for a warning that nobody asked for."""
+    command = [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", _WARNED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        try:
+            assert b"forking\n" == program.stdout.readline()
+            # A fork that does not wait has come to its child long before.
+            assert not select.select([program.stdout], [], [], 0.5)[0], program.stdout.readline()
+            said = program.stderr.read()
+            assert b"forked\n" == program.stdout.readline()
+            assert 0 == program.wait(60)
+        finally:
+            program.kill()
+    assert said.endswith(b"the child's own word\n")

@@ -2,6 +2,10 @@
 
 The counters are plain integers in a dict, guarded by the interpreter's own atomicity being not enough for ``+=``;
 they are touched on rare paths only, never by a logging call that goes well.
+
+A fork waits for a warning that another thread is just writing: in the child the stream would stay locked, and whoever
+prints something there would wait for ever. What a program's own threads print is its own business; that threads of
+this library do, at a moment of their choice, it does not know.
 """
 
 from __future__ import annotations
@@ -10,10 +14,14 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Hashable
+from typing import Final
 
+from mlflow_outbox.forklock import ForkLock
 from mlflow_outbox.interrupts import forward
 
 logger = logging.getLogger("mlflow_outbox")
+#: Held while something is logged; who reads a pipe may be slow.
+_saying: Final = ForkLock(patience=1.0)
 
 #: Distinct warnings remembered per tracker; beyond it a warning may come twice, but memory stays bounded.
 _REMEMBERED = 1000
@@ -52,7 +60,7 @@ class Counters:
             if len(self._said) >= _REMEMBERED:
                 self._said.clear()
             self._said.add(about)
-        logger.warning("%s", message)
+        say(message)
 
     def forget(self, about: Hashable) -> None:
         """Let the next warning about a thing be logged again, because the trouble was over in between."""
@@ -62,6 +70,22 @@ class Counters:
     def renew_lock(self) -> None:
         """Make the counters usable in a forked child, where another thread's lock would be held for ever."""
         self._lock = threading.RLock()
+
+
+def say(message: str, level: int = logging.WARNING) -> None:
+    """Log a message of this library.
+
+    Args:
+        message: the whole text.
+        level: as ``logging`` knows it.
+    """
+    lock = _saying.alone()
+    is_held = lock.acquire(timeout=_saying.patience)  # a handler that hangs in another thread holds up only forks
+    try:
+        logger.log(level, "%s", message)
+    finally:
+        if is_held:
+            lock.release()
 
 
 def printable(text: object, limit: int = 80) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox import delivery, stopwatch
-from mlflow_outbox.counters import Counters, logger
+from mlflow_outbox.counters import Counters, say
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.settings import Settings, WorkerKind
@@ -282,11 +282,9 @@ def _say_what_is_left(outbox: Outbox, pending: int, parked: int) -> None:
         f"{pending:,} events wait" if pending else "",
         f"{parked:,} events are parked for a person" if parked else "",
     ]
-    logger.warning(
-        "mlflow-outbox: %s in %s; nothing is lost. To send them: mlflow-outbox flush --outbox-dir %s",
-        " and ".join(part for part in parts if part),
-        path,
-        _quoted(path),
+    say(
+        f"mlflow-outbox: {' and '.join(part for part in parts if part)} in {path}; nothing is lost. "
+        f"To send them: mlflow-outbox flush --outbox-dir {_quoted(path)}"
     )
 
 

@@ -71,7 +71,6 @@ aside.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +78,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from mlflow_outbox.counters import say
 from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker import retired, rows
@@ -88,8 +88,6 @@ from mlflow_outbox_worker.disk import RowRefused
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 
 __all__ = ["Ledger", "LedgerCorrupt"]
-
-_log = logging.getLogger("mlflow_outbox")
 
 #: Rows read at once by records(): short reads, so that a checkpoint never waits for one.
 _RECORDS_PAGE: Final = 500
@@ -130,7 +128,7 @@ class Ledger:
         directory: Path,
         *,
         timeout: float = 5.0,
-        report: Callable[[str], None] = _log.warning,
+        report: Callable[[str], None] = say,
         read_only: bool = False,
     ) -> Ledger:
         """Open the ledger of a directory; make it, or a new one beside a damaged one, as needed.
@@ -148,16 +146,23 @@ class Ledger:
         directory = Path(os.path.abspath(directory))
         if read_only:
             return cls(Reader(directory, timeout))
-        database = Database.open(directory, timeout=timeout, report=report)
         try:
-            with database.transaction() as cache:
-                moved = rows.quarantine_all(cache)
-        except BaseException:  # raised again: nobody would know of the database
-            database.close()
-            raise
+            database, moved = cls._opened(directory, timeout, report)
+        except LedgerCorrupt:  # which its first use has shown
+            database, moved = cls._opened(directory, timeout, report)
         if moved:
             report(f"{moved} rows of the ledger in {directory} were not written by it; they were put aside unread")
         return cls(database)
+
+    @staticmethod
+    def _opened(directory: Path, timeout: float, report: Callable[[str], None]) -> tuple[Database, int]:
+        database = Database.open(directory, timeout=timeout, report=report)
+        try:
+            with database.transaction() as cache:
+                return database, rows.quarantine_all(cache)
+        except BaseException:  # raised again: nobody would know of the database
+            database.close()
+            raise
 
     def record(self, run_id: str) -> RunRecord | None:
         """Return the delivery state of a run, or None; of a retired one, what is left of it."""

@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from mlflow_outbox.ending import usable
+from mlflow_outbox.forklock import ForkLock
 
-#: Seconds for which a fork waits for a segment that is being opened or closed.
-_PATIENCE: Final = 1.0
-
-#: Re-entrant, because a signal handler may log, or fork, in the middle of an opening.
-_lock = threading.RLock()
+#: Held while a segment is opened or closed.
+_lock: Final = ForkLock(patience=1.0)
 _held: set[int] = set()
-_forking = threading.local()
 
 
 def opened(create: Callable[[Path], int], path: Path) -> int:
@@ -38,7 +33,7 @@ def opened(create: Callable[[Path], int], path: Path) -> int:
     Raises:
         OSError: the disk did not take it.
     """
-    with _alone():
+    with _lock.alone():
         fd = create(path)
         _held.add(fd)
     return fd
@@ -54,33 +49,16 @@ def close(how: Callable[[int], None], fd: int) -> None:
     Raises:
         OSError: the disk failed; it is closed all the same.
     """
-    with _alone():
+    with _lock.alone():
         _held.discard(fd)
         how(fd)
 
 
-def _alone() -> Any:
-    global _lock  # noqa: PLW0603 - at the end of the interpreter
-    _lock = usable(_lock)
-    return _lock
-
-
-def _before_fork() -> None:
-    _forking.waited = _lock.acquire(timeout=_PATIENCE)
-
-
-def _after_fork_in_parent() -> None:
-    if _forking.waited:
-        _lock.release()
-
-
 def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603 - another thread of the parent may have held it
-    _lock = threading.RLock()
     for fd in _held:
         with contextlib.suppress(OSError):
             os.close(fd)
     _held.clear()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_child=_after_fork_in_child)

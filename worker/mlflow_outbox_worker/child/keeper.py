@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
-from mlflow_outbox.counters import logger, printable
+from mlflow_outbox.counters import printable, say
 from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.child.process import Child, NoChild
 from mlflow_outbox_worker.host_lease import described, worker_of
@@ -147,7 +147,7 @@ class ChildDelivery:
                         self._counters.add(reason, more)
                     if "log" in message:
                         level, text = message["log"]
-                        logger.log(level, "%s", text)
+                        say(text, level)
             finally:
                 with self._changing:
                     self._connection = None
