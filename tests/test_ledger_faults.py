@@ -14,6 +14,7 @@ import pytest
 
 from ledgers import FILES, assert_one_of_the_past, assert_set_aside, assert_works, copy, edit, record, run
 from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox_worker import dbconnection
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 
 
@@ -175,6 +176,42 @@ class TestDamagedFile:
         with closing(sqlite3.connect(path)) as connection:
             assert [("ok",)] == connection.execute("PRAGMA quick_check").fetchall()
         assert_set_aside(directory).close()
+
+    @pytest.mark.parametrize(
+        "column",
+        ["key", "raw", "store_time", "expire_time", "access_time", "access_count", "tag", "size", "mode", "filename"],
+    )
+    def test_a_column_whose_name_a_flipped_bit_has_changed_is_damage(
+        self, column: str, clean: Path, directory: Path
+    ) -> None:
+        """No check of SQLite's sees it, and all that is stored or read would fail, again and again."""
+        copy(clean, directory)
+        path = directory / "cache.db"
+        data = bytearray(path.read_bytes())
+        table = data.index(b"CREATE TABLE Cache")
+        data[data.index(f" {column} ".encode(), table) + len(column)] ^= 2
+        path.write_bytes(data)
+        assert_set_aside(directory).close()
+
+    def test_damage_that_opening_does_not_see_is_believed_where_it_was_met(
+        self, clean: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In the first use, which is part of the opening, and in a later one: it is set aside, not tried for ever."""
+        monkeypatch.setattr(dbconnection, "_USES", ())
+        for statement in ("filename TO filenama", "access_count TO access_counu"):
+            copy(clean, directory)
+            edit(directory, f"ALTER TABLE Cache RENAME COLUMN {statement}")
+            reports: list[str] = []
+            ledger = Ledger.open(directory, report=reports.append)
+            if not reports:
+                with pytest.raises(LedgerCorrupt):
+                    ledger.commit(record("a"))
+                ledger.close()
+                ledger = Ledger.open(directory, report=reports.append)
+            assert 1 == len(reports)
+            assert "cache.db.corrupt-1" in reports[0]
+            assert_works(ledger)
+            ledger.close()
 
     def test_damage_in_use_is_reported_and_repaired_by_opening_again(self, directory: Path) -> None:
         """The caller gets LedgerCorrupt, not a crash: with a memory map this would be SIGBUS."""

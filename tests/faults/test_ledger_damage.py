@@ -43,9 +43,12 @@ def test_damage_at_any_page_is_survived(
             assert found in (None, record(run_id, index, f"r{index}"))
             assert seen in (None, view())
             absent += (found is None) + (seen is None)
-        assert reports or absent == ledger.quarantined_rows
-        if data:  # an empty file is used, for there is nothing in it to keep
-            assert len(reports) == (directory / "cache.db.corrupt-1").exists()
+        is_set_aside = (directory / "cache.db.corrupt-1").exists()
+        assert is_set_aside == any("cache.db.corrupt-1" in text for text in reports)
+        if data and not is_set_aside:  # an empty file is used, for there is nothing in it to keep
+            # Rows that can be told by their columns are put aside at the opening; not all are records or views.
+            assert absent <= ledger.quarantined_rows
+            assert reports or absent == ledger.quarantined_rows
         assert_works(ledger)
         ledger.close()
         row.done()

@@ -10,6 +10,9 @@ Design constraints
   finds little room, and once it is gone the log is cut before each transaction, so that it never needs more.
 * **A connection that reported an error is closed,** and the next use opens a new one. It may be in the middle of a
   transaction that diskcache could not end, or behind a sync that failed.
+* **Damage that was met in use is believed,** whatever the checks say when the file is opened again: they do not see
+  everything (a flipped bit in the name of a column, for one), and a worker that opens, fails and opens again would do
+  so for ever. Such a file is set aside as one that does not pass them.
 
 Threads and forks
 -----------------
@@ -107,7 +110,7 @@ class Database:
             if reserve.free(directory) < reserve.LOW:
                 reserve.release(directory)
             found = dbfile.look(directory)
-            if what := dbfile.ruin(found):
+            if what := dbfile.ruin(found) or _condemned(path, found):
                 report(f"the ledger {path} {what}; it is kept as {dbfile.set_aside(directory)} and a new one is begun")
                 found = {}
             dbfile.make(directory)
@@ -141,6 +144,8 @@ class Database:
                 self._cache.keep_up()
                 yield self._cache
         except BaseException as error:  # raised again: what such a connection is in the middle of, nobody knows
+            if isinstance(error, LedgerCorrupt):
+                _CONDEMNED[self._path] = self._cache.inode
             if self._usable:
                 self._cache.disconnect()
             if _is_full(error):
@@ -223,6 +228,12 @@ class Database:
             _ABANDONED.append(self._cache)
 
 
+def _condemned(path: Path, found: dict[str, dbfile.FileState]) -> str:
+    """Return that a file turned out to be damaged when it was used last; "" for all others."""
+    inode = _CONDEMNED.pop(path, 0)
+    return "was damaged where it was used" if "" in found and found[""].inode == inode else ""
+
+
 def _is_full(error: BaseException) -> bool:
     return isinstance(error, LedgerUnavailable) and any(words in str(error) for words in _NO_ROOM)
 
@@ -301,6 +312,8 @@ class Reader:
         """Do nothing: nothing is held between two queries."""
 
 
+#: By path: the inode of the file in which a use has met damage.
+_CONDEMNED: dict[Path, int] = {}
 #: The files that a Reader has waited for in vain.
 _IN_VAIN: set[Path] = set()
 _DATABASES: weakref.WeakSet[Database] = weakref.WeakSet()

@@ -9,8 +9,8 @@ Design constraints
 * **An index is compared with its table,** which ``quick_check`` does not: a kill in the middle of a checkpoint, and
   then a log that is lost, leave pages of two times behind, each of them whole. Rows of which the index does not know
   would be stored and never found again. The whole check takes 0.04 s for 10,000 runs.
-* **A trigger is compiled before it is needed.** One whose text a flipped bit has changed is no damage to any check of
-  SQLite's, and fails at each write only: a ledger that opened as sound would never be set aside.
+* **Triggers and columns are compiled before they are needed.** One whose text a flipped bit has changed is no damage to
+  any check of SQLite's, and fails at each use only: a ledger that opened as sound would never be set aside.
 * **The path is not diskcache's business.** It expands ``$VARS`` in absolute paths too, and would make and use
   another directory. Connections are therefore opened here, and diskcache is given none but these.
 * **A file that was removed or replaced is not written on.** SQLite would, without a word; so each use looks first.
@@ -60,8 +60,17 @@ _SCHEMA: Final = frozenset(
     | {("trigger", f"Settings_count_{event}") for event in ("insert", "delete")}
     | {("trigger", f"Settings_size_{event}") for event in ("insert", "update", "delete")}
 )
+#: All columns, and all that sets triggers off.
+_USES: Final = (
+    "SELECT key, raw, store_time, expire_time, access_time, access_count, tag, size, mode, filename, value FROM Cache",
+    "INSERT INTO Cache DEFAULT VALUES",
+    "UPDATE Cache SET size = 0",
+    "DELETE FROM Cache",
+)
 #: What SQLite says of a database that will not get better by waiting.
-_DAMAGED: Final = ("malformed", "not a database", "no such table", "no such column", "unsupported file format")
+_DAMAGED: Final = (
+    *("malformed", "not a database", "no such table", "no such column", "has no column", "unsupported file format"),
+)
 
 Row = tuple[Any, ...]
 
@@ -71,13 +80,17 @@ class LedgerCorrupt(LedgerUnavailable):
 
 
 class Cache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
-    """diskcache on the one connection of this module, without its path handling, its PRAGMAs and its retries."""
+    """diskcache on the one connection of this module, without its path handling, its PRAGMAs and its retries.
+
+    Attributes:
+        inode: of the file that was opened last.
+    """
 
     def __init__(self, path: Path, timeout: float) -> None:
         self._path = path
         self._seconds = timeout
         self._held: sqlite3.Connection | None = None
-        self._inode = 0
+        self.inode = 0
         try:
             ((found,), *_) = self.query("PRAGMA integrity_check(1)")
             if found != "ok":
@@ -110,7 +123,7 @@ class Cache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
 
     def keep_up(self) -> None:
         """Leave a file that was removed or replaced, which SQLite would go on writing to without a word."""
-        if self._held is not None and _inode(self._path) != self._inode:
+        if self._held is not None and _inode(self._path) != self.inode:
             self.disconnect()
 
     @property
@@ -134,7 +147,7 @@ class Cache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
             with door(self._path, self._seconds, writing=True):
                 self._held = _connect_to_write(self._path, self._seconds)
                 writer_came(self._path)
-            self._inode = _inode(self._path)
+            self.inode = _inode(self._path)
         return self._held
 
     @property
@@ -201,8 +214,8 @@ def verified(connection: sqlite3.Connection, path: Path) -> bool:
         names = sorted({repr(key) for key, _ in settings.items() ^ SETTINGS.items() if key not in _COUNTERS})
         msg = f"the ledger {path} has other settings than it was made with: {', '.join(names[:5])}"
         raise LedgerCorrupt(msg)
-    for change in ("INSERT INTO Cache DEFAULT VALUES", "UPDATE Cache SET size = 0", "DELETE FROM Cache"):
-        connection.execute(f"EXPLAIN {change}").fetchall()
+    for use in _USES:
+        connection.execute(f"EXPLAIN {use}").fetchall()
     return True
 
 

@@ -162,6 +162,7 @@ class Delivery:
                     self._pause(_STAND_BY)
             except LedgerCorrupt as error:
                 self._trouble("ledger_corrupt", error)  # opening it again sets it aside and makes a new one
+                self._pause(self._settings.poll_interval)
             except (LedgerUnavailable, OutboxUnusable, OSError) as error:
                 self._trouble("worker_errors", error)
                 self._pause(_STAND_BY)
