@@ -126,11 +126,12 @@ def mlflow_server(request: pytest.FixtureRequest) -> MlflowServer:
 def own_mlflow_server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., MlflowServer]]:
-    """Start a server that the test may kill, pause and restart: ``own_mlflow_server(port=0, start=True)``."""
+    """Start a server that a test may kill or pause: ``own_mlflow_server(port=0, start=True, users=False)``."""
     servers: list[MlflowServer] = []
 
-    def make(port: int = 0, *, start: bool = True) -> MlflowServer:
-        server = MlflowServer(request.config.stash[_NURSERY], tmp_path_factory.mktemp("mlflow-server"), port)
+    def make(port: int = 0, *, start: bool = True, users: bool = False) -> MlflowServer:
+        directory = tmp_path_factory.mktemp("mlflow-server")
+        server = MlflowServer(request.config.stash[_NURSERY], directory, port, users=users)
         servers.append(server)
         if start:
             server.start()

@@ -10,7 +10,8 @@ Requests arrive on a Unix socket, one JSON object on one line per connection, an
     {"do": "template"}                        -> {"path"}: a database with MLflow's tables and nothing in them
     {"do": "postgresql"}                      -> {"path"}: a stopped PostgreSQL with MLflow's tables and nothing in them
     {"do": "shared"}                          -> {"pid", "port", "directory"}: the server all tests share
-    {"do": "serve", "directory", "port"}      -> {"pid", "port"}: a server on ``directory``; port 0 picks one
+    {"do": "serve", "directory", "port",      -> {"pid", "port"}: a server on ``directory``; port 0 picks one; with
+     "users"}                                    MLflow's basic authentication if there are users
     {"do": "signal", "pid", "signal"}         -> {"alive"}: to the server's whole process group
     {"do": "end", "pid", "signal", "grace"}   -> {}: the same, SIGKILL after ``grace`` seconds; waits until it is gone
 
@@ -36,6 +37,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+#: Name and password of who may do everything on a server with users.
+ADMINISTRATOR = ("admin", "the password of the tests")
 #: Below the range that Linux and macOS give to outgoing connections, so that nobody takes the port of a killed server.
 PORTS = range(20_000, 32_000)
 
@@ -120,7 +123,7 @@ class Nursery:
             self._shared = self.serve(str(directory), 0) | {"directory": str(directory)}
         return self._shared
 
-    def serve(self, directory: str, port: int) -> dict[str, Any]:
+    def serve(self, directory: str, port: int, *, users: bool = False) -> dict[str, Any]:
         """Fork a server; it may take a moment until it answers."""
         _import_mlflow()
         listener = self._bind(port)
@@ -128,7 +131,7 @@ class Nursery:
         pid = os.fork()
         if pid == 0:
             _become("server", Path(directory), listener)
-            _serve(listener, Path(directory))
+            _serve(listener, Path(directory), users=users)
         listener.close()
         self._servers.add(pid)
         return {"pid": pid, "port": port}
@@ -234,11 +237,10 @@ def _make_postgresql(directory: Path) -> NoReturn:
         os._exit(code)
 
 
-def _serve(listener: socket.socket, directory: Path) -> NoReturn:
+def _serve(listener: socket.socket, directory: Path, *, users: bool) -> NoReturn:
     try:
         import mlflow.server as names
         import uvicorn
-        from mlflow.server.fastapi_app import app
 
         database = f"sqlite:///{directory / 'mlflow.db'}"
         os.environ.update(
@@ -250,9 +252,26 @@ def _serve(listener: socket.socket, directory: Path) -> NoReturn:
                 names.SERVE_ARTIFACTS_ENV_VAR: "true",
             }
         )
+        app = _with_users(directory) if users else importlib.import_module("mlflow.server.fastapi_app").app
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     finally:
         os._exit(0)
+
+
+def _with_users(directory: Path) -> Any:
+    """Return what ``mlflow server --app-name basic-auth`` runs; an administrator is made at its first start."""
+    config = directory / "users.ini"
+    config.write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{directory / 'users.db'}\n"
+        f"admin_username = {ADMINISTRATOR[0]}\nadmin_password = {ADMINISTRATOR[1]}\n"
+        "auth_cache_ttl_seconds = 60\n"  # else each request hashes a password, a quarter of a million times
+    )
+    os.environ.update(
+        MLFLOW_AUTH_CONFIG_PATH=str(config), MLFLOW_FLASK_SERVER_SECRET_KEY="of tests", _MLFLOW_SGI_NAME="uvicorn"
+    )
+    from mlflow.server.auth import create_app
+
+    return create_app()
 
 
 if __name__ == "__main__":

@@ -125,10 +125,21 @@ class NurseryClient:
 
 
 class MlflowServer:
-    """A real MLflow server with a database and artifacts of its own, in a process group of its own."""
+    """A real MLflow server with a database and artifacts of its own, in a process group of its own.
 
-    def __init__(self, nursery: NurseryClient, directory: Path, port: int = 0, pid: int = 0) -> None:
+    Args:
+        nursery: forks it.
+        directory: where it keeps everything.
+        port: where it listens; 0 picks one.
+        pid: of the process, if it runs.
+        users: whether it knows users and their rights.
+    """
+
+    def __init__(
+        self, nursery: NurseryClient, directory: Path, port: int = 0, pid: int = 0, *, users: bool = False
+    ) -> None:
         self.directory = directory
+        self._users = users
         self.port = port
         self._nursery = nursery
         self._pid = pid
@@ -157,7 +168,7 @@ class MlflowServer:
         if not (self.directory / "mlflow.db").exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._nursery.empty_database(self.directory / "mlflow.db")
-        answer = self._nursery.ask("serve", directory=str(self.directory), port=self.port)
+        answer = self._nursery.ask("serve", directory=str(self.directory), port=self.port, users=self._users)
         self._pid, self.port = answer["pid"], answer["port"]
         if wait:
             self.wait_until_ready()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlflow_outbox_worker.outcome import EVENT_OPERATIONS, classify, remedy
+from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.retry import is_retryable
 from mlflow_outbox_worker.sink import SinkError
 
@@ -106,7 +107,16 @@ def test_the_policy_and_the_table_agree_about_retries(status: int, code: str) ->
 
 
 def test_who_is_told_that_a_run_is_gone_is_told_what_brings_it_back() -> None:
-    """The command names the outbox; other answers have no such remedy."""
-    said = remedy(answer(404, "RESOURCE_DOES_NOT_EXIST"), Path("/scratch/outbox"))
-    assert said.endswith(" mlflow-outbox replay --again /scratch/outbox")
-    assert ["", ""] == [remedy(error, Path("x")) for error in (answer(401), answer(404, "ENDPOINT_NOT_FOUND"))]
+    """The command names the outbox; other answers have no such remedy, nor has a run that never was there."""
+    there = RunRecord("a" * 32, remote_id="b" * 32)
+    gone = answer(404, "RESOURCE_DOES_NOT_EXIST")
+    assert remedy(gone, there, Path("/scratch/outbox")).endswith(" mlflow-outbox replay --again /scratch/outbox")
+    assert ["", ""] == [remedy(error, there, Path("x")) for error in (answer(401), answer(404, "ENDPOINT_NOT_FOUND"))]
+    assert "" == remedy(gone, RunRecord("a" * 32), Path("x"))
+
+
+def test_who_lacks_a_right_is_told_where() -> None:
+    """The experiment is named, as far as it is known."""
+    forbidden = answer(403, "PERMISSION_DENIED")
+    assert "in the experiment 'hers'" in remedy(forbidden, RunRecord("a" * 32, experiment="hers"), Path("x"))
+    assert "experiment" not in remedy(forbidden, RunRecord("a" * 32), Path("x"))

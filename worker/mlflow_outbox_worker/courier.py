@@ -316,17 +316,24 @@ class Courier:
             record.creates += 1
             self._ledger.commit(record)
             start_ms = started.start_time_ms if started is not None else header.created_ms if header is not None else 0
-            record.remote_id = self._created(
-                record,
-                tags,
-                lambda labels: self._sink.create_run(
-                    record.experiment_id,
-                    run_name=started.run_name if started is not None else None,
-                    start_time_ms=start_ms,
-                    user=started.user if started is not None else "",
-                    tags=labels,
-                ),
-            )
+            try:
+                record.remote_id = self._created(
+                    record,
+                    tags,
+                    lambda labels: self._sink.create_run(
+                        record.experiment_id,
+                        run_name=started.run_name if started is not None else None,
+                        start_time_ms=start_ms,
+                        user=started.user if started is not None else "",
+                        tags=labels,
+                    ),
+                )
+            except Parked as parked:
+                if parked.error.kind == "answer":  # which said no: this one will not be carried out
+                    record.creating = unknown
+                    record.creates -= 1
+                    self._ledger.commit(record)
+                raise
             record.creating = unknown
         if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
             record.settles_ms = self._now_ms() + settling(self._settings.request_timeout)

@@ -320,7 +320,7 @@ class Delivery:
             self._schedule.failed(run_id, later.error, later.outcome.reason)
             self._gate.failed(ledger, later.error, later.outcome, began_ms)
         except Parked as parked:
-            self._parked(run_id, parked, began_ms)
+            self._parked(run_id, parked, began_ms, asked, before)
         except (LedgerUnavailable, OSError) as error:
             self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
             self._schedule.again(run_id, _STAND_BY, Standing("broken", str(error)))
@@ -360,13 +360,15 @@ class Delivery:
             return
         self._schedule.again(run_id, self._settings.retry_max, standing, after=waits.on)
 
-    def _parked(self, run_id: str, parked: Parked, began_ms: int) -> None:
+    def _parked(self, run_id: str, parked: Parked, began_ms: int, asked: AskedSink, before: int) -> None:
         self._counters.add("parked")
         standing = Standing("parked", parked.outcome.reason)
-        if concerns_destination(parked.error):
+        if concerns_destination(parked.error, cast("Sink", asked)):
             self._gate.park(self._ledger, parked.outcome.reason, began_ms)
             self._schedule.again(run_id, 0.0, standing)
             return
+        if asked.calls > before:
+            self._gate.succeeded(self._ledger)  # MLflow has answered
         if self._ledger is not None:
             self._park_run(self._ledger, run_id, parked.outcome.reason, began_ms, parked.error)
         self._schedule.again(run_id, self._settings.parked_retry, standing)
@@ -375,8 +377,7 @@ class Delivery:
         self, ledger: Ledger, run_id: str, reason: str, began_ms: int, error: SinkError | None = None
     ) -> None:
         record = ledger.record(run_id) or RunRecord(run_id)
-        # Only a run that was there can be gone.
-        advice = remedy(error, self._source.path) if error is not None and record.remote_id else ""
+        advice = remedy(error, record, self._source.path) if error is not None else ""
         reason = printable(reason, 300).rstrip(".") + advice  # MLflow's own sentences end with a full stop
         record.state, record.reason, record.failed_at_ms = "parked", reason, began_ms
         ledger.commit(record)

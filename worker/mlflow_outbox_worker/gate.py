@@ -2,11 +2,19 @@
 
 A failure that says something about the destination closes the gate for all runs; one beside which something else was
 seen to be taken opens it. While it is not known to be open again, one run at a time may try.
+
+A 403 may be either. MLflow's own authentication gives it for the one experiment to which a user has no right, an object
+store for the one bucket; a gateway, or a token that has expired, for everything. So may an answer that is not MLflow's:
+a firewall sends a page of its own for a text that it dislikes, an older server does not know an address, and a login
+page comes for everything. The answer does not tell one from the other; a second question does, which asks for nothing
+in particular (``Sink.admits``). If that is answered, the run alone waits for a person. After a 401 nothing more is
+asked: who tries a wrong password too often is locked out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Final
 
 from mlflow_outbox.counters import Counters, printable
@@ -15,10 +23,10 @@ from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import Notes
 from mlflow_outbox_worker.outcome import Outcome
 from mlflow_outbox_worker.retry import Backoff
-from mlflow_outbox_worker.sink import SinkError
+from mlflow_outbox_worker.sink import Sink, SinkError
 
 #: Answers about whoever asks, not about what was asked for.
-_LOGIN: Final = frozenset({401, 403, 407})
+_LOGIN: Final = frozenset({401, 407})
 #: Seconds of a pause that is called none.
 _SOON: Final = 0.05
 
@@ -105,6 +113,21 @@ class Gate:
             self.notes.destination(ledger, state, reason, self._now_ms(), began_ms)
 
 
-def concerns_destination(error: SinkError) -> bool:
-    """Return whether a parking answer is about the destination or the login, not about one run."""
-    return error.kind == "not_mlflow" or error.status in _LOGIN or error.code == "TLS"
+def concerns_destination(error: SinkError, sink: Sink) -> bool:
+    """Return whether a parking answer is about the destination or the login, not about one run.
+
+    Args:
+        error: the answer.
+        sink: who gave it, to be asked again.
+    """
+    if error.status in _LOGIN or error.code == "TLS":
+        return True
+    return (error.kind == "not_mlflow" or error.status == HTTPStatus.FORBIDDEN) and not is_admitted(sink)
+
+
+def is_admitted(sink: Sink) -> bool:
+    """Return whether a store that refused something takes other requests."""
+    try:
+        return sink.admits()
+    except SinkError:
+        return False

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sink import OPERATIONS, SinkError
 
 OutcomeKind = Literal["retry", "parked", "already_applied", "dead_letter", "split"]
@@ -89,14 +90,18 @@ def is_deleted(error: SinkError) -> bool:
     return _DELETED.search(str(error)) is not None
 
 
-def remedy(error: SinkError, outbox: Path) -> str:
-    """Return what a person can do about a run that was in MLflow and is gone, to end a sentence; "" for other errors.
+def remedy(error: SinkError, record: RunRecord, outbox: Path) -> str:
+    """Return what a person can do about a run that is parked by itself, to end a sentence; "" when that says it all.
 
     Args:
         error: the answer that parked the run.
+        record: of the run.
         outbox: where the run is.
     """
-    if error.code != "RESOURCE_DOES_NOT_EXIST":
+    if error.status == HTTPStatus.FORBIDDEN:
+        where = f" in the experiment {printable(record.experiment)!r}" if record.experiment else ""
+        return f"; a right is missing for that{where}: once it has been granted, mlflow-outbox flush sends the run"
+    if error.code != "RESOURCE_DOES_NOT_EXIST" or not record.remote_id:  # only a run that was there can be gone
         return ""
     return (
         "; if the server has lost it, end the programs that log there, and send it anew from its beginning: "

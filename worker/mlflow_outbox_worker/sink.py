@@ -107,6 +107,13 @@ class Sink(Protocol):
     #: SQLite).
     parallel: bool
 
+    def admits(self) -> bool:
+        """Return whether the store answers who asks for nothing in particular, and can be written to as a whole.
+
+        Where it does, a refusal is about what was asked for.
+        """
+        ...
+
     def experiment_id(self, name: str) -> str:
         """Return the id of the experiment called name, which is created when there is none."""
         ...

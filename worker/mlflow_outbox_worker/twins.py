@@ -12,23 +12,28 @@ exactly the one create that is missing leaves no doubt: then nothing is waited f
 A logged model that the program asked the server for, for as long as it may wait, can come twice in the same way: here
 under the id that the worker made it with, and as a model of the same tag that stays pending. It is looked for at the
 end of its run.
+
+Of a twin that this user may not delete it is said that it stays, and its run is done all the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from http import HTTPStatus
 
 import msgspec
 
-from mlflow_outbox.counters import Counters
+from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import argument_of, arguments_of
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.calls import mark_of
+from mlflow_outbox_worker.gate import is_admitted
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import ask
-from mlflow_outbox_worker.sink import Sink
+from mlflow_outbox_worker.sink import Sink, SinkError
 
 
 def settling(request_timeout: float) -> int:
@@ -81,8 +86,7 @@ def delete_twins(sink: Sink, record: RunRecord, counters: Counters) -> None:
             continue
         twin = sink.get_run(run_id)
         if twin.lifecycle == "active" and not twin.metrics and not twin.params:
-            sink.delete_run(run_id)
-            counters.add("twins_deleted")
+            _delete(sink, f"run {run_id}", counters, functools.partial(sink.delete_run, run_id))
 
 
 def delete_models(sink: Sink, ledger: Ledger, record: RunRecord, view: RunView, counters: Counters) -> None:
@@ -104,5 +108,23 @@ def delete_models(sink: Sink, ledger: Ledger, record: RunRecord, view: RunView, 
         ).items():
             # One of another run is somebody else's, who replays the same files.
             if model_id != remote and model == ("PENDING", record.remote_id):
-                sink.call("delete_logged_model", msgspec.json.encode({"model_id": model_id}).decode())
-                counters.add("twins_deleted")
+                arguments = msgspec.json.encode({"model_id": model_id}).decode()
+                delete = functools.partial(sink.call, "delete_logged_model", arguments)
+                _delete(sink, f"model {model_id}", counters, delete)
+
+
+def _delete(sink: Sink, what: str, counters: Counters, delete: Callable[[], object]) -> None:
+    """Delete a twin, or say that it stays: who may write to an experiment may not always delete from it."""
+    try:
+        delete()
+    except SinkError as error:
+        if error.status != HTTPStatus.FORBIDDEN or not is_admitted(sink):
+            raise
+        counters.add("twins_left")
+        counters.warn_once(
+            ("twin", what),
+            f"mlflow-outbox: the empty {what}, which a create without an answer has left in MLflow, may not be "
+            f"deleted by this user, and stays: {printable(error, 300)}",
+        )
+    else:
+        counters.add("twins_deleted")

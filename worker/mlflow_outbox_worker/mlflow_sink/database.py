@@ -93,6 +93,12 @@ def check(store: SqlAlchemyStore) -> None:
     raise SinkError(msg, kind="connection", sent=False)
 
 
+def places(store: SqlAlchemyStore) -> tuple[Path, ...]:
+    """Return the file of a store and its directory, in which SQLite keeps a journal; nothing for other databases."""
+    file, _ = _files.get(store, (None, (0, 0)))
+    return (file, file.parent) if file is not None else ()
+
+
 def let_go(store: SqlAlchemyStore) -> None:
     """Close the connections of a store, those that another thread uses when it gives them back; it can be used again.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -67,6 +68,12 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"<Recorder {type(self._store).__name__}>"
+
+    @_translated
+    def admits(self) -> bool:
+        """Return whether the store answers who asks for nothing in particular, and can be written to as a whole."""
+        self._store.search_experiments(max_results=1)
+        return all(os.access(place, os.W_OK) for place in self._opened.places)
 
     @_translated
     def experiment_id(self, name: str) -> str:

@@ -50,6 +50,7 @@ class OpenStore:
         parallel: several requests may be under way at once.
         transport: the connections to a tracking server; None for an embedded store.
         checks: looks whether the store is what it was when it was opened; None when there is nothing to look at.
+        places: what of this machine's disk nothing can be kept without.
     """
 
     uri: str
@@ -60,6 +61,7 @@ class OpenStore:
     transport: Transport | None = None
     host: Host | None = None
     checks: Callable[[], None] | None = None
+    places: tuple[Path, ...] = ()
 
     def check(self) -> None:
         """Look whether the store is what it was when it was opened.
@@ -111,6 +113,7 @@ def open_store(
             deduplicates_metrics=True,
             parallel=parallel,
             checks=None if parallel else checks,
+            places=database.places(store),
         )
 
 
@@ -175,10 +178,11 @@ def _server(uri: str, timeout: float, username: str | None, password: str | None
 
 
 def _directory(uri: str, artifact_root: str | None) -> OpenStore:
-    root = path_to_local_file_uri(str(Path(local_file_uri_to_path(uri)).absolute()))
+    place = Path(local_file_uri_to_path(uri)).absolute()
+    root = path_to_local_file_uri(str(place))
     with _file_store_allowed():
         store = Directory(root, artifact_root or root)
-    return OpenStore(root, store, Artifacts(root), deduplicates_metrics=False, parallel=False)
+    return OpenStore(root, store, Artifacts(root), deduplicates_metrics=False, parallel=False, places=(place,))
 
 
 @contextlib.contextmanager
