@@ -231,6 +231,27 @@ MUTANTS: Final = [
         "        return window\n",
         "tests/test_intake.py::test_a_segment_that_a_listing_leaves_out_is_delivered_all_the_same",
     ),
+    Mutant(
+        "take what is forbidden to one run for forbidden to all",
+        "worker/mlflow_outbox_worker/gate.py",
+        " and not is_admitted(sink)\n",
+        "\n",
+        "tests/test_rights.py::test_a_run_that_a_user_may_not_log_holds_up_no_other",
+    ),
+    Mutant(
+        "open again and again what its use has shown to be damaged",
+        "worker/mlflow_outbox_worker/database.py",
+        " or _condemned(path, found):\n",
+        ":\n",
+        "tests/test_ledger_faults.py::TestDamagedFile::test_damage_that_opening_does_not_see_is_believed_where_it_was_met",
+    ),
+    Mutant(
+        "let the program fork in the middle of a warning",
+        "tracker/mlflow_outbox/counters.py",
+        "    is_held = lock.acquire(timeout=_saying.patience)",
+        "    is_held = False",
+        "tests/test_forking.py::test_a_fork_waits_for_a_warning_that_another_thread_is_writing",
+    ),
 ]
 
 
