@@ -251,6 +251,21 @@ print(len(reports), ledger.record("a").run_id, (directory / "cache.db.corrupt-1"
         assert_works(ledger)
         ledger.close()
 
+    def test_a_file_that_was_moved_away_in_use_and_comes_back_is_used_again(self, directory: Path) -> None:
+        """It was not there, which says nothing about what is in it."""
+        ledger = Ledger.open(directory)
+        ledger.commit(record("a", 1))
+        away = directory.with_name("away")
+        directory.rename(away)
+        with pytest.raises(LedgerCorrupt, match="gone"):
+            ledger.commit(record("a", 2))
+        ledger.close()
+        away.rename(directory)
+        ledger = Ledger.open(directory, report=pytest.fail)
+        assert record("a", 1) == ledger.record("a")
+        assert_works(ledger)
+        ledger.close()
+
     def test_tables_dropped_in_use_are_damage(self, directory: Path) -> None:
         """Waiting would not bring them back."""
         ledger = Ledger.open(directory)

@@ -144,7 +144,7 @@ class Database:
                 self._cache.keep_up()
                 yield self._cache
         except BaseException as error:  # raised again: what such a connection is in the middle of, nobody knows
-            if isinstance(error, LedgerCorrupt):
+            if isinstance(error, LedgerCorrupt) and self._cache.is_in_place():  # one that is gone may come back
                 _CONDEMNED[self._path] = self._cache.inode
             if self._usable:
                 self._cache.disconnect()

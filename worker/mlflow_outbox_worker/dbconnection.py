@@ -123,8 +123,12 @@ class Cache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
 
     def keep_up(self) -> None:
         """Leave a file that was removed or replaced, which SQLite would go on writing to without a word."""
-        if self._held is not None and _inode(self._path) != self.inode:
+        if self._held is not None and not self.is_in_place():
             self.disconnect()
+
+    def is_in_place(self) -> bool:
+        """Return whether the file that was opened last is still where it was."""
+        return _inode(self._path) == self.inode
 
     @property
     def in_transaction(self) -> bool:
