@@ -9,8 +9,9 @@ Design constraints
 * **An index is compared with its table,** which ``quick_check`` does not: a kill in the middle of a checkpoint, and
   then a log that is lost, leave pages of two times behind, each of them whole. Rows of which the index does not know
   would be stored and never found again. The whole check takes 0.04 s for 10,000 runs.
-* **Triggers and columns are compiled before they are needed.** One whose text a flipped bit has changed is no damage to
-  any check of SQLite's, and fails at each use only: a ledger that opened as sound would never be set aside.
+* **The schema is sealed:** a checksum of its text is kept in the header's user version. A flipped bit in it is no
+  damage to any check of SQLite's: a trigger or a column of another name fails at each use only, so that a ledger that
+  opened as sound would never be set aside, and another letter in PRIMARY KEY hides dead letters.
 * **The path is not diskcache's business.** It expands ``$VARS`` in absolute paths too, and would make and use
   another directory. Connections are therefore opened here, and diskcache is given none but these.
 * **A file that was removed or replaced is not written on.** SQLite would, without a word; so each use looks first.
@@ -26,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -60,13 +62,6 @@ _SCHEMA: Final = frozenset(
     | {("trigger", f"Settings_count_{event}") for event in ("insert", "delete")}
     | {("trigger", f"Settings_size_{event}") for event in ("insert", "update", "delete")}
 )
-#: All columns, and all that sets triggers off.
-_USES: Final = (
-    "SELECT key, raw, store_time, expire_time, access_time, access_count, tag, size, mode, filename, value FROM Cache",
-    "INSERT INTO Cache DEFAULT VALUES",
-    "UPDATE Cache SET size = 0",
-    "DELETE FROM Cache",
-)
 #: What SQLite says of a database that will not get better by waiting.
 _DAMAGED: Final = (
     *("malformed", "not a database", "no such table", "no such column", "has no column", "unsupported file format"),
@@ -99,6 +94,8 @@ class Cache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
             self.query("BEGIN IMMEDIATE")
             # The directory in which diskcache makes directories and files. It makes none here; the root always exists.
             super().__init__(os.sep, timeout=timeout, disk=BytesDisk, **SETTINGS)
+            if not _seal(self._con):
+                self.query(f"PRAGMA user_version = {_checksum(self._con)}")
             self.query("COMMIT")
             if (self.eviction_policy, self.cull_limit) != ("none", 0):  # pragma: no cover - as it was just told
                 msg = f"the ledger {path} would delete rows of its own accord"
@@ -187,6 +184,9 @@ def _connect_to_write(path: Path, timeout: float) -> sqlite3.Connection:
     if "" not in dbfile.look(path.parent):
         msg = f"the ledger {path} is gone"
         raise LedgerCorrupt(msg)
+    if dbfile.is_marked_read_only(path):
+        msg = f"the ledger {path} is damaged: by its header only a later version of SQLite may write it"
+        raise LedgerCorrupt(msg)
     connection = connect(path, "mode=rw", timeout)
     try:
         connection.execute("PRAGMA trusted_schema = OFF")
@@ -213,14 +213,26 @@ def verified(connection: sqlite3.Connection, path: Path) -> bool:
         names = sorted(repr(name) for _, name in schema ^ _SCHEMA)
         msg = f"the ledger {path} is not as it was made: {', '.join(names[:5])}"
         raise LedgerCorrupt(msg)
+    if _seal(connection) not in {0, _checksum(connection)}:  # it has none while it is made
+        msg = f"the ledger {path} is damaged: its schema does not have the checksum that it was made with"
+        raise LedgerCorrupt(msg)
     settings = dict(connection.execute("SELECT key, value FROM Settings LIMIT 100").fetchall())
     if {key: value for key, value in settings.items() if key not in _COUNTERS} != SETTINGS:
         names = sorted({repr(key) for key, _ in settings.items() ^ SETTINGS.items() if key not in _COUNTERS})
         msg = f"the ledger {path} has other settings than it was made with: {', '.join(names[:5])}"
         raise LedgerCorrupt(msg)
-    for use in _USES:
-        connection.execute(f"EXPLAIN {use}").fetchall()
     return True
+
+
+def _seal(connection: sqlite3.Connection) -> int:
+    ((number,),) = connection.execute("PRAGMA user_version").fetchall()
+    return int(number)
+
+
+def _checksum(connection: sqlite3.Connection) -> int:
+    """Return a positive number of 31 bits for the text of the schema."""
+    schema = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name").fetchall()
+    return zlib.crc32(repr(schema).encode()) >> 1 or 1
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ NAME: Final = "cache.db"
 #: Bytes of the header of a -wal, which SQLite syncs before it writes the first frame.
 LOG_HEADER: Final = 32
 _SUFFIXES: Final = ("", "-wal", "-shm")
+#: Where in the header of a database stands by which version it may be written.
+_WRITE_VERSION: Final = 18
 #: Bytes of the smallest page that SQLite can be told to use; a shorter file it takes for an empty one.
 _LEAST_SIZE: Final = 512
 
@@ -82,6 +84,23 @@ def ruin(found: dict[str, FileState]) -> str:
     if main.size < _LEAST_SIZE and (main.size or (log and log.size)):
         return f"was cut to {main.size} bytes"
     return ""
+
+
+def is_marked_read_only(path: Path) -> bool:
+    """Return whether SQLite would take a database for one that only a later version may write, as damage can make it.
+
+    It says then what it says of a file that may not be written, which can pass. To be called while this process has the
+    file open nowhere else: closing it gives up all locks that the process has on it.
+
+    Args:
+        path: the database; its header is described in sqlite.org/fileformat.html, 1.3.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        version = file.read(_WRITE_VERSION + 1)[_WRITE_VERSION:]
+    return version > b"\2"  # 1 is with a rollback journal, 2 with a log; an empty file has none
 
 
 def make_directory(directory: Path) -> None:
