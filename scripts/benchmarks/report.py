@@ -165,6 +165,7 @@ def plot(results: dict[str, Any], directory: Path) -> None:
 
 def _bars(rows: dict[str, Any], names: tuple[str, ...], title: str, path: Path, *, least: float | None = None) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     if not rows:
         return
@@ -178,6 +179,11 @@ def _bars(rows: dict[str, Any], names: tuple[str, ...], title: str, path: Path, 
     axes.set_yticks(range(len(ordered)), [called(subject) for subject in ordered], fontsize=8)
     axes.set_xscale("log")
     axes.set_xlim(left=least)
+    left, right = axes.get_xlim()
+    # Matplotlib labels every step of a short axis, one label over the other.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if right < 300 * left else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
