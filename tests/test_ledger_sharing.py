@@ -39,6 +39,16 @@ def test_threads_commit_and_read_side_by_side(ledger: Ledger) -> None:
     assert [50] * 8 == [found.cursors["w"].seq for found in ledger.records()]
 
 
+def test_a_second_opening_in_a_process_leaves_the_locks_of_the_first_alone(directory: Path, ledger: Ledger) -> None:
+    """The kernel gives up all of a process's locks on a file with any descriptor of it that is closed."""
+    ledger.commit(record("a", 1))
+    Ledger.open(directory).close()
+    assert "" == run("Ledger.open(directory).close()", directory)  # the last to close it would remove the log
+    assert (directory / "cache.db-wal").stat().st_size
+    ledger.commit(record("a", 2))
+    assert record("a", 2) == ledger.record("a")
+
+
 def test_a_killed_process_loses_no_commit_that_had_returned(directory: Path) -> None:
     """F01: after SIGKILL the record is the last one acknowledged, or the next, with the letters of the same commit."""
     for round_ in range(5):

@@ -29,7 +29,7 @@ class ForkLock:
         os.register_at_fork(before=self._wait, after_in_parent=self._go_on, after_in_child=self._begin_anew)
 
     def alone(self) -> Any:
-        """Return the lock, for a ``with`` statement."""
+        """Return the lock as it is to be taken now."""
         self._lock = usable(self._lock)
         return self._lock
 

@@ -37,7 +37,7 @@ import diskcache
 
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker import dbfile
-from mlflow_outbox_worker.dbdoor import door, writer_came, writer_left
+from mlflow_outbox_worker.dbdoor import door, is_written, writer_came, writer_left
 from mlflow_outbox_worker.disk import BytesDisk
 
 #: Every setting that diskcache keeps in the file; a file with any other value is not used.
@@ -64,7 +64,12 @@ _SCHEMA: Final = frozenset(
 )
 #: What SQLite says of a database that will not get better by waiting.
 _DAMAGED: Final = (
-    *("malformed", "not a database", "no such table", "no such column", "has no column", "unsupported file format"),
+    "malformed",
+    "not a database",
+    "no such table",
+    "no such column",
+    "has no column",
+    "unsupported file format",
 )
 
 Row = tuple[Any, ...]
@@ -184,7 +189,8 @@ def _connect_to_write(path: Path, timeout: float) -> sqlite3.Connection:
     if "" not in dbfile.look(path.parent):
         msg = f"the ledger {path} is gone"
         raise LedgerCorrupt(msg)
-    if dbfile.is_marked_read_only(path):
+    # Where a connection of this process writes to it, it can be written, and must not be opened beside that.
+    if not is_written(path) and dbfile.is_marked_read_only(path):
         msg = f"the ledger {path} is damaged: by its header only a later version of SQLite may write it"
         raise LedgerCorrupt(msg)
     connection = connect(path, "mode=rw", timeout)
