@@ -17,7 +17,7 @@ from commands import NOBODY, QUICK_ENVIRONMENT, Here, offline, outbox_of, run, s
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.testing.faults import accept_hang, forward_then_drop_response, status
+from mlflow_outbox.testing.faults import accept_hang, delay, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.lease import Lease
@@ -65,6 +65,22 @@ def test_a_second_flush_has_nothing_to_do(
     again = here("flush", "-d", tmp_path)
     assert 0 == again.code
     assert "nothing waits" in again.out
+
+
+def test_a_flush_looks_again_as_soon_as_its_own_worker_is_through(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While that one delivers it is not disturbed by looks at the ledger, which here would be an hour apart."""
+    open_sink(mlflow_server.url).close()
+    monkeypatch.setattr("mlflow_outbox_worker.cli.flush._LOOK_MOST", 3600.0)
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("", delay(0.2), times=None)
+        offline(tmp_path, proxy.url, experiment=experiment_name)
+        begun = time.monotonic()
+        done = here("flush", "-d", tmp_path, "--timeout", 600)
+    assert (0, True) == (done.code, "13 events delivered" in done.out), done
+    assert time.monotonic() - begun < 60
+    assert len(proxy.requests) > 3, "it took longer than a look"
 
 
 def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ def _refusing(*_: object) -> None:
 
 class _Recorder:
     deduplicates_metrics = True
+    takes_repeats = False
     parallel = False
 
     def log_batch(self, run_id: str, points: object, params: object, tags: object) -> None:

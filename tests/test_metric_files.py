@@ -97,3 +97,35 @@ def test_a_batch_for_which_there_is_no_room_leaves_nothing_behind(sink: Sink, fi
     process.join()
     assert 3 == process.exitcode
     assert before == _file(tmp_path, "loss").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "",
+        "5 0.5 1\n6 nan 3\n7 inf 3\n3 -0.0 3\n9 1e308 -2\n",
+        "7 nan 3\n7 0.5 3\n7 -inf 3\n",
+        "5 0.5\n6 0.25\n",
+        "5 0.5 1\n6 0.25\n",
+        "5 0.5 1 data 0123\n6 0.5 1 other 4567\n",
+        "5 0.5 1\n6 0.5 1 data 0123\n",
+        "5 0.5 99999999999999999999\n",
+    ],
+)
+def test_points_are_those_that_mlflow_reads(sink: Sink, tmp_path: Path, lines: str) -> None:
+    """Those of older versions and those that name a dataset too; and which of them is the last one."""
+    from mlflow.store.tracking.file_store import FileStore
+
+    run = new_run(sink, sink.experiment_id("metric files"))
+    sink.log_batch(run, [MetricPoint("loss", 0.25, 10, 1)], {}, {})
+    if lines:
+        _file(tmp_path, "loss").write_text(lines)
+    store = FileStore.__new__(FileStore)
+    vars(store).update(vars(sink._store))  # type: ignore[attr-defined]  # the same directory, in MLflow's way
+    theirs = [(one.value, one.timestamp, one.step) for one in store.get_metric_history(run, "loss")]
+    ours, rest = sink.metric_page(run, "loss", None)
+    assert (repr(theirs), None) == (repr([(one.value, one.time_ms, one.step) for one in ours]), rest)
+    (last,) = store.get_run(run).data._metric_objs
+    found = sink.get_run(run).metrics["loss"]
+    assert repr((last.value, last.timestamp, last.step)) == repr((found.value, found.time_ms, found.step))
+    assert ([], None) == sink.metric_page(run, "unheard of", None)

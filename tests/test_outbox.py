@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from contents import QUICK, numbered, points, the_run
 from mlflow_outbox import FlushResult, MLflowTracker, delivery
 from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool import disk, journal, reader
+from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
 from mlflow_outbox_worker.flush import Watch
 from servers import eventually
@@ -25,6 +28,23 @@ from servers import eventually
 def left(outbox: Outbox) -> FlushResult:
     """Return what an outbox's ledger says, without waking anybody."""
     return Watch(outbox.directory, outbox.settings).measure()[0]
+
+
+def test_a_look_that_had_to_wait_is_not_followed_by_a_long_pause(
+    outbox: OutboxDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its own work counts: what it waited for a disk, or for the interpreter, is no reason to look later."""
+    looks: list[float] = []
+
+    def measure(_watch: Watch, _ends: object = None) -> tuple[FlushResult, None]:
+        looks.append(time.monotonic())
+        time.sleep(0.25)
+        return FlushResult(pending=int(len(looks) < 5)), None
+
+    monkeypatch.setattr(Watch, "measure", measure)
+    assert 0 == Watch(outbox, QUICK).until_delivered(60).pending
+    pauses = [after - before - 0.25 for before, after in itertools.pairwise(looks[:5])]
+    assert sum(pauses) < 4 * 0.25, pauses
 
 
 def test_closing_one_tracker_leaves_another_of_its_outbox_the_worker(

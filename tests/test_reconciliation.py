@@ -98,13 +98,19 @@ def window(steps: range) -> list[Any]:
     return [Batch([MetricPoint("loss", 0.5, 1000, step) for step in steps], {}, {}, 1000)]
 
 
-@pytest.mark.parametrize("kind", ["file", "sqlite"])
+@pytest.mark.parametrize("kind", ["file", "http"])
 def test_a_history_is_read_once_however_many_windows_are_compared(
-    kind: str, sqlite_uri: str, file_uri: str, ledger: Ledger, opened: Opens, counted: Callable[[Any], list[str]]
+    kind: str,
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    file_uri: str,
+    ledger: Ledger,
+    opened: Opens,
+    counted: Callable[[Any], list[str]],
 ) -> None:
     """A run of a million points has a thousand windows."""
-    sink = opened({"file": file_uri, "sqlite": sqlite_uri}[kind])
-    run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
+    sink = opened({"file": file_uri, "http": mlflow_server.url}[kind])
+    run_id = sink.create_run(sink.experiment_id(experiment_name), run_name="r", start_time_ms=0, user="", tags={})
     sink.log_batch(run_id, window(range(50))[0].points, {}, {})
     record = RunRecord("local", remote_id=run_id, adopted=True)
     asked = counted(sink)
@@ -117,6 +123,22 @@ def test_a_history_is_read_once_however_many_windows_are_compared(
     (rest,) = compared.unsent(record, window(range(45, 55)))
     assert [50, 51, 52, 53, 54] == [point.step for point in rest.points]
     assert ["loss"] == asked
+
+
+def test_a_database_that_leaves_out_what_it_has_is_sent_it_again(
+    sqlite_uri: str, ledger: Ledger, opened: Opens, counted: Callable[[Any], list[str]]
+) -> None:
+    """To compare would cost more than to send."""
+    sink = opened(sqlite_uri)
+    run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
+    sink.log_batch(run_id, window(range(10))[0].points, {}, {})
+    asked = counted(sink)
+    compared = Reconciliation(sink, ledger)
+    compared.found("local")
+    (again,) = compared.unsent(RunRecord("local", remote_id=run_id, adopted=True), window(range(10)))
+    sink.log_batch(run_id, again.points, {}, {})
+    assert [] == asked
+    assert {(step, 0.5): 1 for step in range(10)} == dict(points(sqlite_uri, run_id, "loss"))
 
 
 def test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt(
@@ -136,14 +158,20 @@ def test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt
     assert ["loss", "loss"] == asked
 
 
-@pytest.mark.parametrize("kind", ["file", "sqlite"])
+@pytest.mark.parametrize("kind", ["file", "http", "sqlite"])
 def test_a_history_that_is_too_long_to_hold_doubles_nothing(
-    kind: str, sqlite_uri: str, file_uri: str, ledger: Ledger, opened: Opens
+    kind: str,
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    sqlite_uri: str,
+    file_uri: str,
+    ledger: Ledger,
+    opened: Opens,
 ) -> None:
     """It is read anew for each window, or left to the store to compare."""
-    uri = {"file": file_uri, "sqlite": sqlite_uri}[kind]
+    uri = {"file": file_uri, "http": mlflow_server.url, "sqlite": sqlite_uri}[kind]
     sink = opened(uri)
-    run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
+    run_id = sink.create_run(sink.experiment_id(experiment_name), run_name="r", start_time_ms=0, user="", tags={})
     sink.log_batch(run_id, window(range(20))[0].points, {}, {})
     record = RunRecord("local", remote_id=run_id, adopted=True)
     compared = Reconciliation(sink, ledger, most=10)

@@ -19,6 +19,7 @@ class _Nowhere:
     """A sink that takes everything."""
 
     deduplicates_metrics = True
+    takes_repeats = False
     parallel = False
 
     def __init__(self) -> None:

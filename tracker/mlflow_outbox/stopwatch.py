@@ -15,3 +15,5 @@ from typing import Final
 
 #: Return seconds of a clock that never goes back, since a moment that says nothing.
 seconds: Final[Callable[[], float]] = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+#: Return seconds of processor time that the calling thread has used: what others wait for the interpreter is not in it.
+processor_seconds: Final[Callable[[], float]] = functools.partial(time.clock_gettime, time.CLOCK_THREAD_CPUTIME_ID)

@@ -133,6 +133,10 @@ class Delivery:
         """Return whether everything that is on disk was delivered, as far as the last look told."""
         return self._lease.is_held() and self._schedule.is_quiet()
 
+    def is_at_work(self) -> bool:
+        """Return whether a run has its turn, or may have one at once."""
+        return self._lease.is_held() and bool(self._schedule.busy() or (len(self._schedule) and self._gate.is_open()))
+
     def is_settling(self) -> bool:
         """Return whether a run of which everything was sent may still get a twin."""
         return self._lease.is_held() and self._schedule.is_settling()

@@ -79,7 +79,7 @@ class Watch:
         ends: Targets | None = None
         look, next_hurry, seen_worker = _LOOK, started, started
         while True:
-            now = stopwatch.seconds()
+            now, begun = stopwatch.seconds(), stopwatch.processor_seconds()
             result, ends = self.measure(ends)
             sure = self._tried_ms >= began_ms or now - started > _STILL_PARKED
             if result and not (settled and self._settling):
@@ -97,7 +97,7 @@ class Watch:
                 with contextlib.suppress(OSError):
                     self._directory.ask_hurry()
                 next_hurry = now + _HURRY
-            spent = stopwatch.seconds() - now
+            spent = stopwatch.processor_seconds() - begun
             pause = max(look, 4 * spent)  # a large backlog takes time to measure: leave most of it to the worker
             if deadline is not None:
                 pause = min(pause, max(0.0, deadline - stopwatch.seconds()))

@@ -10,9 +10,10 @@ another machine: then events are sent that are there. What is compared with the 
 * A store that does deduplicate need not be asked, but a batch that it has costs MLflow's server three to eight times
   what a first one costs: it looks for each of the points. So windows of a run that was found by its tag, as after a
   lost ledger, are compared until one is new. The single window that a killed worker may have sent is not: reading a
-  long history would cost more.
+  long history would cost more. Nor is anything compared of a database that leaves out what it has (``point_rows``).
 
-History is read once for each key of a run, and held in 24 bytes for each point, exactly, up to ``MOST`` points a key.
+History is read once for each key of a run, and held exactly, in 24 bytes for each point, up to ``MOST`` points a key;
+up to ``FEW`` as a set, which takes five times as much and is asked in a tenth of the time.
 A longer one is read anew for each window by a store that would have points twice; others are left to deduplicate. What
 was held is forgotten when a window is not delivered to its end: the store may have more by then.
 """
@@ -23,7 +24,7 @@ import bisect
 import dataclasses
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Final
 
 from mlflow_outbox_worker.ledger import Ledger
@@ -34,6 +35,8 @@ from mlflow_outbox_worker.sink import MetricPoint, Sink
 
 #: Points of one key that are held: 48 MB.
 MOST: Final = 2_000_000
+#: Points of one key that are held as a set: 12 MB.
+FEW: Final = 100_000
 
 _PACKED: Final = struct.Struct(">dqq")
 _NAN: Final = _PACKED.pack(math.nan, 0, 0)[:8]
@@ -88,11 +91,11 @@ class Reconciliation:
         self._certain: set[str] = set()
         #: Of one that does: runs that were found by their tag, of which it may have any.
         self._found: set[str] = set()
-        self._histories: dict[str, dict[str, Packed | None]] = {}
+        self._histories: dict[str, dict[str, Container[bytes] | None]] = {}
 
     def found(self, run_id: str) -> None:
         """Note that a run was there already."""
-        if self._sink.deduplicates_metrics:
+        if self._sink.deduplicates_metrics and not self._sink.takes_repeats:
             self._found.add(run_id)
 
     def caught_up(self, run_id: str) -> None:
@@ -141,7 +144,7 @@ class Reconciliation:
             self._certain.add(record.run_id)
         return list(_without(steps, held))
 
-    def _history(self, record: RunRecord, key: str, most: int | None) -> Packed | None:
+    def _history(self, record: RunRecord, key: str, most: int | None) -> Container[bytes] | None:
         """Return the points of one key that the store has; None when there are more than so many."""
         records: list[bytes] = []
         token: str | None = None
@@ -151,10 +154,10 @@ class Reconciliation:
             if most is not None and len(records) > most:
                 return None
             if not token:
-                return Packed(records)
+                return frozenset(records) if len(records) <= FEW else Packed(records)
 
 
-def _without(steps: list[Step], held: dict[str, Packed]) -> Iterator[Step]:
+def _without(steps: list[Step], held: dict[str, Container[bytes]]) -> Iterator[Step]:
     """Yield steps without points that are held, or come a second time; leave out batches of which nothing is left."""
     seen: set[tuple[str, bytes]] = set()
     for step in steps:

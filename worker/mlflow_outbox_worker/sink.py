@@ -103,6 +103,8 @@ class Sink(Protocol):
 
     #: True when the store keeps a metric point once however often it is sent (SQL stores do, file stores do not).
     deduplicates_metrics: bool
+    #: True when points that the store has cost it no more than new ones.
+    takes_repeats: bool
     #: True when requests for several runs may be in flight at once (a tracking server; not an embedded file or
     #: SQLite).
     parallel: bool

@@ -27,6 +27,8 @@ from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox_worker.records import RunRecord
@@ -36,6 +38,8 @@ _PATIENCE: Final = 60.0
 #: Seconds between two looks at the ledger: at first, and at most.
 _LOOK: Final = 0.02
 _LOOK_MOST: Final = 0.5
+#: Seconds between two glances at a worker of this process, which cost nothing beside a look.
+_GLANCE: Final = 0.03
 #: Seconds between two calls to hurry: a server that has just come back is tried at once.
 _HURRY: Final = 1.0
 #: Seconds that the end waits for requests under way.
@@ -116,19 +120,42 @@ def _until_done(flushes: list[Flush], started: float, timeout: float | None, end
                     one.hurry()
                 next_hurry = now + _HURRY
             before = [one.left for one in flushes]
-            begun = stopwatch.seconds()
+            begun = stopwatch.processor_seconds()
             for one in flushes:
                 one.look()
             if before != [one.left for one in flushes]:
                 changed = stopwatch.seconds()
             show(_progress(flushes))
             # A large backlog takes time to measure: most of it is the worker's.
-            pause = max(look, 4 * (stopwatch.seconds() - begun))
-            if timeout is not None:
-                pause = min(pause, max(0.0, started + timeout - stopwatch.seconds()))
-            if ending.wait(pause):
+            pause = max(look, 4 * (stopwatch.processor_seconds() - begun))
+            most = None if timeout is None else max(0.0, started + timeout - stopwatch.seconds())
+            if _rest(flushes, pause, most, ending):
                 return
             look = min(_LOOK_MOST, look * 1.2)
+
+
+def _rest(flushes: Sequence[Flush], pause: float, most: float | None, ending: Ending) -> bool:
+    """Wait until the next look is due; return whether a signal has come.
+
+    A look has some fifty calls of SQLite, after each of which it may wait for a worker of this process to give the
+    interpreter away. While such a one delivers it is left to it, and looked at again as soon as it is through.
+
+    Args:
+        flushes: what is under way.
+        pause: seconds, while no worker of this process delivers.
+        most: seconds; None means any.
+        ending: tells of signals.
+    """
+    at_work = [one for one in flushes if one.is_at_work()]
+    if at_work:
+        pause = max(pause, _LOOK_MOST)
+    over = stopwatch.seconds() + (pause if most is None else min(pause, most))
+    while (rest := over - stopwatch.seconds()) > 0:
+        if ending.wait(min(rest, _GLANCE) if at_work else rest):
+            return True
+        if not all(one.is_at_work() for one in at_work):
+            return False
+    return False
 
 
 def _progress(flushes: list[Flush]) -> str:
@@ -197,6 +224,10 @@ class Flush:
         """Ask whichever worker delivers to do so at once."""
         with contextlib.suppress(OSError):  # a full or read-only disk: the worker goes on at its own pace
             self._directory.ask_hurry()
+
+    def is_at_work(self) -> bool:
+        """Return whether the worker of this flush sends at this moment."""
+        return self._worker is not None and self._worker.delivery.is_at_work()
 
     def conclude(self) -> None:
         """Let the delivery end after the requests under way, and see whether another worker kept this one from it."""

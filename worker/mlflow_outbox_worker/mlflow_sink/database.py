@@ -13,11 +13,12 @@ from mlflow.store.db import utils as database
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from mlflow_outbox_worker.mlflow_sink.migrations import take_turns
+from mlflow_outbox_worker.mlflow_sink.point_rows import PointRows
 from mlflow_outbox_worker.sink import SinkError
 
 #: Stores of SQLite files that are in use, by URI, artifact root and file: worker and plugin share them, because
 #: building one (or, for a new file, the tables) takes long.
-_in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], SqlAlchemyStore] = weakref.WeakValueDictionary()
+_in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], PointRows] = weakref.WeakValueDictionary()
 #: SQLite files that this process has opened.
 _opened: set[Path] = set()
 #: The file of each store, and which one it was when the store was opened.
@@ -32,7 +33,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def open_store(uri: str, root: str) -> tuple[str, SqlAlchemyStore, bool]:
+def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
     """Open the store of a database URL; calls must not overlap.
 
     Args:
@@ -63,7 +64,7 @@ def open_store(uri: str, root: str) -> tuple[str, SqlAlchemyStore, bool]:
             database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
         finally:
             engine.dispose()
-        store = SqlAlchemyStore(uri, root)
+        store = PointRows(uri, root)
         if file:
             _opened.add(file)
             key = (uri, root, *_identity(file))

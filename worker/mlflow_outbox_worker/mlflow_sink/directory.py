@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mlflow.entities import ViewType
+from mlflow.entities import Metric, ViewType
 from mlflow.exceptions import MissingConfigException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.tracking import file_store
@@ -45,10 +45,12 @@ from mlflow.store.tracking.file_store import FileStore
 from mlflow.utils.yaml_utils import write_yaml
 
 from mlflow_outbox_worker.mlflow_sink.tagged import TaggedRuns
-from mlflow_outbox_worker.sink import RUN_ID_TAG
+from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint
 
 _DRAFT_PREFIX = ".mlflow_outbox-"
 _DRAFT_SUFFIX = FileStore.TRASH_FOLDER_NAME
+#: In the line of a point: time in ms, value, step.
+_FIELDS = 3
 #: The search for one run of an outbox, as the sink puts it.
 _BY_TAG = re.compile(rf"tags\.`{re.escape(RUN_ID_TAG)}` = '([\w.-]+)'")
 
@@ -185,6 +187,25 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
             names = [name for name in names if _mended(os.path.join(folder, name))]
         return folder, names
 
+    # -- points, without an object of MLflow's for each, which takes most of the time
+
+    def points(self, run_id: str, key: str) -> list[MetricPoint] | None:
+        """Return every point of one metric; None when MLflow's own code is needed to read them."""
+        info = self._get_run_info(run_id)
+        folder, names = self._get_run_files(info, "metric")
+        if key not in names:
+            return []
+        found = _plain(folder, key)
+        return None if found is None else [MetricPoint(key, value, when, step) for step, when, value in found]
+
+    @staticmethod
+    def _get_metric_from_file(parent_path: str, metric_name: str, run_id: str, exp_id: str) -> Metric:
+        found = _plain(parent_path, metric_name)
+        if not found:
+            return FileStore._get_metric_from_file(parent_path, metric_name, run_id, exp_id)  # noqa: SLF001 - overridden
+        step, when, value = max(found)
+        return Metric(metric_name, value, when, step, run_id=run_id)
+
     # -- drafts
 
     @contextlib.contextmanager
@@ -222,6 +243,15 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
                 if name.startswith(_DRAFT_PREFIX) and name.endswith(_DRAFT_SUFFIX):
                     shutil.rmtree(Path(parent, name), ignore_errors=True)
         self._swept.add(parent)
+
+
+def _plain(folder: str, key: str) -> list[tuple[int, int, float]] | None:
+    """Return step, time in ms and value of each point; None when there is a line that is older or names a dataset."""
+    with open(os.path.join(folder, key), "rb") as file:
+        lines = [line.split(b" ") for line in file]
+    if any(len(line) != _FIELDS for line in lines):
+        return None
+    return [(int(step), int(when), float(value)) for when, value, step in lines]
 
 
 def _append(path: str, lines: bytes) -> None:

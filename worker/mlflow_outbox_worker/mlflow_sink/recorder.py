@@ -20,6 +20,7 @@ from mlflow_outbox.spool.events import STATUSES
 from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink import calls
 from mlflow_outbox_worker.mlflow_sink.boundary import translate, translated
+from mlflow_outbox_worker.mlflow_sink.directory import Directory
 from mlflow_outbox_worker.mlflow_sink.rest import ServerStore
 from mlflow_outbox_worker.mlflow_sink.stores import OpenStore
 from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteModel, RemoteRun, SinkError
@@ -55,6 +56,7 @@ class Recorder:
         self._opened = opened
         self._store = opened.store
         self.deduplicates_metrics = opened.deduplicates_metrics
+        self.takes_repeats = opened.takes_repeats
         self.parallel = opened.parallel
         self._artifact_uris: OrderedDict[str, str] = OrderedDict()
         self._lock = threading.Lock()
@@ -223,6 +225,8 @@ class Recorder:
     @_translated
     def metric_page(self, run_id: str, key: str, token: str | None) -> tuple[list[MetricPoint], str | None]:
         """Return some points of one metric, and what to ask for the next ones with; None when these are the last."""
+        if isinstance(self._store, Directory) and (points := self._store.points(run_id, key)) is not None:
+            return points, None
         some = self._store.get_metric_history(run_id, key, max_results=POINTS_PER_PAGE, page_token=token)
         if some.token and some.token == token:
             raise SinkError(_REPEATED, kind="not_mlflow")

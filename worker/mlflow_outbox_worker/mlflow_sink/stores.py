@@ -48,6 +48,7 @@ class OpenStore:
         uri: the tracking URI, with absolute paths; without credentials for a tracking server.
         deduplicates_metrics: the store keeps an identical metric point once.
         parallel: several requests may be under way at once.
+        takes_repeats: points that the store has cost it no more than new ones.
         transport: the connections to a tracking server; None for an embedded store.
         checks: looks whether the store is what it was when it was opened; None when there is nothing to look at.
         places: what of this machine's disk nothing can be kept without.
@@ -58,6 +59,7 @@ class OpenStore:
     artifacts: Artifacts
     deduplicates_metrics: bool
     parallel: bool
+    takes_repeats: bool = False
     transport: Transport | None = None
     host: Host | None = None
     checks: Callable[[], None] | None = None
@@ -112,6 +114,7 @@ def open_store(
             Artifacts(uri),
             deduplicates_metrics=True,
             parallel=parallel,
+            takes_repeats=store.takes_rows,
             checks=None if parallel else checks,
             places=database.places(store),
         )
