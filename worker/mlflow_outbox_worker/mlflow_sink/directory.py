@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import threading
 import uuid
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mlflow.entities import Metric, ViewType
+from mlflow.entities import Metric, RunInfo
 from mlflow.exceptions import MissingConfigException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.tracking import file_store
@@ -45,14 +44,12 @@ from mlflow.store.tracking.file_store import FileStore
 from mlflow.utils.yaml_utils import write_yaml
 
 from mlflow_outbox_worker.mlflow_sink.tagged import TaggedRuns
-from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint
+from mlflow_outbox_worker.sink import MetricPoint
 
 _DRAFT_PREFIX = ".mlflow_outbox-"
 _DRAFT_SUFFIX = FileStore.TRASH_FOLDER_NAME
 #: In the line of a point: time in ms, value, step.
 _FIELDS = 3
-#: The search for one run of an outbox, as the sink puts it.
-_BY_TAG = re.compile(rf"tags\.`{re.escape(RUN_ID_TAG)}` = '([\w.-]+)'")
 
 
 class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type information
@@ -66,7 +63,6 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
     def __init__(self, root: str, artifact_root: str) -> None:
         self._swept: set[str] = set()
         self._batch = threading.local()
-        self._search = threading.local()
         self._tagged = TaggedRuns()
         super().__init__(root, artifact_root)
         self._sweep(self.root_directory)
@@ -146,25 +142,21 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
 
     def _list_run_infos(self, experiment_id: Any, *view: Any, **named: Any) -> Any:
         home = self._get_experiment_path(experiment_id)
-        if home is None:
-            return super()._list_run_infos(experiment_id, *view, **named)
-        self._sweep(home)
-        wanted = getattr(self._search, "wanted", None)
-        if wanted is None:
-            return super()._list_run_infos(experiment_id, *view, **named)
+        if home is not None:
+            self._sweep(home)
+        return super()._list_run_infos(experiment_id, *view, **named)
+
+    def tagged_runs(self, experiment_id: str, local_id: str) -> list[RunInfo]:
+        """Return the runs of an experiment, deleted ones too, that have the outbox's tag of one run.
+
+        Their params, tags and points, of which a run can have millions, are not read.
+        """
+        home = self._get_experiment_path(experiment_id)
         infos = []
-        for run_id in self._tagged.find(home, wanted):
+        for run_id in self._tagged.find(home, local_id) if home is not None else ():
             with contextlib.suppress(MissingConfigException):  # it is gone, or torn
                 infos.append(self._get_run_info_from_dir(os.path.join(home, run_id)))
         return infos
-
-    def _search_runs(self, experiment_ids: Any, filter_string: Any, run_view_type: Any, *more: Any, **by: Any) -> Any:
-        found = _BY_TAG.fullmatch(filter_string or "")
-        self._search.wanted = found[1] if found is not None and run_view_type == ViewType.ALL else None
-        try:
-            return super()._search_runs(experiment_ids, filter_string, run_view_type, *more, **by)
-        finally:
-            self._search.wanted = None
 
     # -- what others left torn
 

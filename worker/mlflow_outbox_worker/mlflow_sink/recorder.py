@@ -119,8 +119,12 @@ class Recorder:
         """
         if not re.fullmatch(r"[\w.-]+", local_id):
             return []  # it cannot be quoted in a filter, and no outbox makes such an id
-        runs = self._search(experiment_id, f"tags.`{RUN_ID_TAG}` = '{local_id}'", ViewType.ALL)
-        return [run.info.run_id for run in sorted(runs, key=lambda run: (run.info.start_time or 0, run.info.run_id))]
+        if isinstance(self._store, Directory):
+            found = self._store.tagged_runs(experiment_id, local_id)
+        else:
+            condition = f"tags.`{RUN_ID_TAG}` = '{local_id}'"
+            found = [run.info for run in self._search(experiment_id, condition, ViewType.ALL)]
+        return [info.run_id for info in sorted(found, key=lambda info: (info.start_time or 0, info.run_id))]
 
     @_translated
     def get_run(self, run_id: str) -> RemoteRun:
