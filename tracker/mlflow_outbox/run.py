@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_outbox import handles
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.doubts import Doubts
 from mlflow_outbox.entries import Entries
 from mlflow_outbox.errors import EventRefused, OutboxFull
@@ -118,8 +119,12 @@ class Run(handles.Handle):
             and key in self._keys
         ):
             try:
-                event: Event = Metric(key, value, _time_ns() // 1_000_000, step)
-                return True if self._append_event(event) else self._not_kept()
+                now = _time_ns()
+                event: Event = Metric(key, value, now // 1_000_000, step)
+                kept = self._append_event(event)
+                if now >= courtesy.due:
+                    courtesy.give_way(now)
+                return True if kept else self._not_kept()
             except MemoryError as error:  # whatever else is raised here is a signal handler's, and meant for its host
                 return self._refusals.failed(error, key)
         try:
@@ -153,13 +158,17 @@ class Run(handles.Handle):
         good = checked_mapping(metrics, "log_metrics")
         plain_step = type(step) is int and INT64_MIN <= step <= INT64_MAX
         whole_step: Any = step if plain_step else checked_step("log_metrics", step)
-        time_ms = _time_ns() // 1_000_000 if timestamp is None else self._time("log_metrics", timestamp)
+        now = _time_ns()
+        time_ms = now // 1_000_000 if timestamp is None else self._time("log_metrics", timestamp)
         known, whole = self._keys, True
         for key, value in good.items():  # most often all is as it should be, and nothing needs to be made of it
             if type(value) is not float or type(key) is not str or key not in known:
                 good, whole = self._good(good.items(), "metric", checked_value, float)
                 break
-        return (not good or self._keep(Metrics(good, time_ms, whole_step))) and whole
+        kept = not good or self._keep(Metrics(good, time_ms, whole_step))
+        if now >= courtesy.due:
+            courtesy.give_way(now)
+        return kept and whole
 
     # -- params and tags
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlflow_outbox.counters import Counters, printable
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox_worker.forking import importing
 from mlflow_outbox_worker.handover import Handover, Load
 
@@ -60,6 +61,7 @@ class ThreadWorker:
         self._thread.start()
 
     def _run(self) -> None:
+        courtesy.works()
         try:
             delivery = self._make()
         except Exception as error:  # noqa: BLE001 - whatever an import raises; counted and said, and tried again later
@@ -69,6 +71,8 @@ class ThreadWorker:
                 f"mlflow-outbox: no worker could be started ({printable(repr(error), 300)}); events stay on disk",
             )
             return
+        finally:
+            courtesy.leaves()
         self.delivery = delivery
         if not self._stopping:  # read after the line above, as stop() reads that after it has set this
             delivery.run()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mlflow.exceptions import MlflowException
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import frame, provisional
@@ -51,7 +52,11 @@ class OpenRun:
 
     def append(self, event: Event) -> bool:
         """Write one event; return whether it was kept. What is refused is counted and said by the journal."""
-        return self.journal.append(event)
+        kept = self.journal.append(event)
+        now = time.time_ns()
+        if now >= courtesy.due:
+            courtesy.give_way(now)
+        return kept
 
     def append_with(
         self, size: int, copy: Callable[[SnapshotStore, Hold], Snapshot], event: Callable[[Snapshot], Event]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 
@@ -107,11 +108,19 @@ class Caretaker:
     def _rounds(self, stop: threading.Event) -> None:
         idle = 0
         pace = Pace(self._interval, stopwatch.seconds())
-        while not stop.wait(pace.pause(stopwatch.seconds())):
-            self.round()
-            idle = 0 if self._watched else idle + 1
-            if idle >= _IDLE_ROUNDS and self._retires(stop):
-                return
+        try:
+            while True:
+                pause = pace.pause(stopwatch.seconds())
+                courtesy.sleeps(pause)
+                if stop.wait(pause):
+                    return
+                courtesy.works()
+                self.round()
+                idle = 0 if self._watched else idle + 1
+                if idle >= _IDLE_ROUNDS and self._retires(stop):
+                    return
+        finally:
+            courtesy.leaves()
 
     def _retires(self, stop: threading.Event) -> bool:
         """End this thread unless there is something to watch again."""

@@ -12,6 +12,7 @@ from typing import Final
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign
 from mlflow_outbox.spool.snapshot import SnapshotStore
 
@@ -46,6 +47,7 @@ class Syncer:
         if not self._wanted:
             return True
         try:
+            courtesy.waits()
             self._disk.datasync(fd)
         except OSError as error:
             if is_foreign(error):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from mlflow_outbox.counters import printable, say
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.child.process import Child, NoChild
 from mlflow_outbox_worker.host_lease import described, worker_of
@@ -81,6 +82,7 @@ class ChildDelivery:
     def run(self) -> None:
         """See to it that a child delivers, until stopped; never raises."""
         while not self._stopped.is_set():
+            courtesy.works()
             try:
                 if self._is_free():
                     self._deliver()
@@ -90,7 +92,9 @@ class ChildDelivery:
                 self._trouble("worker_crashes", error)
             finally:
                 self._lease.release()
+            courtesy.sleeps(_STAND_BY)
             self._stopped.wait(_STAND_BY)
+        courtesy.leaves()
 
     def _trouble(self, reason: str, error: Exception) -> None:
         self._counters.add(reason)
@@ -129,6 +133,7 @@ class ChildDelivery:
             if self._stopped.is_set():
                 return
             self._here = self._otherwise()
+        courtesy.leaves()  # what delivers here wants the interpreter all the time
         self._here.run()
 
     def _deliver_by_child(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlflow_outbox import stopwatch
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.settings import environment_for_child
 from mlflow_outbox_worker import interpreter
 
@@ -23,6 +24,9 @@ READY: Final = {"ready": "mlflow-outbox"}
 _GREETING: Final = 60.0
 #: Seconds between two looks at the environment.
 _LOOK: Final = 1.0
+#: Seconds between two looks at what the child says. Woken by each message, the thread would want the interpreter at
+#: times that nobody knows before (``mlflow_outbox.courtesy``).
+_HEED: Final = 1.0
 #: Seconds for a child that was told to end.
 _FAREWELL: Final = 2.0
 
@@ -69,6 +73,7 @@ class Child:
         self._buffer = b""
         try:
             self.connection.settimeout(_GREETING)
+            courtesy.waits()
             greeting = json.loads(self._line())
         except (OSError, ValueError):
             greeting = None
@@ -76,7 +81,6 @@ class Child:
             self.close()
             msg = f"{program[0]} does not run as the process that delivers"
             raise NoChild(msg)
-        self.connection.settimeout(_LOOK)
         self.send(json.dumps(entries).encode() + b"\n")
 
     def send(self, line: bytes) -> None:
@@ -92,14 +96,22 @@ class Child:
         """
         patience = 0
         next_look = stopwatch.seconds()
+        self.connection.settimeout(0)
         while patience < _FAREWELL / _LOOK:
             if stopwatch.seconds() >= next_look:
                 self._pass_on_environment()
                 next_look = stopwatch.seconds() + _LOOK
+            if b"\n" not in self._buffer and not stopped.is_set():
+                courtesy.sleeps(_HEED)
+                if stopped.wait(_HEED):
+                    self.connection.settimeout(_LOOK)
+                courtesy.works()
             try:
                 line = self._line()
+            except BlockingIOError:
+                continue
             except TimeoutError:
-                patience += stopped.is_set()
+                patience += 1
                 continue
             except OSError:
                 return
