@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -74,6 +74,7 @@ def _statements(store: SqlAlchemyStore) -> Iterator[list[str]]:
         sqlalchemy.event.remove(store.engine, "before_cursor_execute", note)
 
 
+@settings(deadline=None)  # a disk may take its time
 @given(batches=st.lists(st.lists(_POINTS, max_size=6), min_size=1, max_size=4))
 def test_both_tables_hold_what_mlflow_s_own_code_puts_there(stores: Stores, batches: list[list[Metric]]) -> None:
     """Points that come twice, in one batch or in two, those of an earlier step, what is no number, no point at all."""

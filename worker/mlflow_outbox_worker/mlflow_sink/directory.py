@@ -152,8 +152,11 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         Their params, tags and points, of which a run can have millions, are not read.
         """
         home = self._get_experiment_path(experiment_id)
+        if home is None:
+            return []
+        self._sweep(home)
         infos = []
-        for run_id in self._tagged.find(home, local_id) if home is not None else ():
+        for run_id in self._tagged.find(home, local_id):
             with contextlib.suppress(MissingConfigException):  # it is gone, or torn
                 infos.append(self._get_run_info_from_dir(os.path.join(home, run_id)))
         return infos
