@@ -190,15 +190,20 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         folder, names = self._get_run_files(info, "metric")
         if key not in names:
             return []
-        found = _plain(folder, key)
-        return None if found is None else [MetricPoint(key, value, when, step) for step, when, value in found]
+        try:
+            return [MetricPoint(key, value, when, step) for step, when, value in _plain(folder, key)]
+        except _Unusual:
+            return None
 
     @staticmethod
     def _get_metric_from_file(parent_path: str, metric_name: str, run_id: str, exp_id: str) -> Metric:
-        found = _plain(parent_path, metric_name)
-        if not found:
+        try:
+            last = max(_plain(parent_path, metric_name), default=None)
+        except _Unusual:
+            last = None
+        if last is None:
             return FileStore._get_metric_from_file(parent_path, metric_name, run_id, exp_id)  # noqa: SLF001 - overridden
-        step, when, value = max(found)
+        step, when, value = last
         return Metric(metric_name, value, when, step, run_id=run_id)
 
     # -- drafts
@@ -240,13 +245,22 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         self._swept.add(parent)
 
 
-def _plain(folder: str, key: str) -> list[tuple[int, int, float]] | None:
-    """Return step, time in ms and value of each point; None when there is a line that is older or names a dataset."""
+class _Unusual(Exception):
+    """Raised for a point as earlier versions of MLflow have written it, or one that names a dataset."""
+
+
+def _plain(folder: str, key: str) -> Iterator[tuple[int, int, float]]:
+    """Yield step, time in ms and value of each point of a metric.
+
+    Raises:
+        _Unusual: a line does not consist of these three.
+    """
     with open(os.path.join(folder, key), "rb") as file:
-        lines = [line.split(b" ") for line in file]
-    if any(len(line) != _FIELDS for line in lines):
-        return None
-    return [(int(step), int(when), float(value)) for when, value, step in lines]
+        for line in file:
+            fields = line.split(b" ")
+            if len(fields) != _FIELDS:
+                raise _Unusual
+            yield int(fields[2]), int(fields[0]), float(fields[1])
 
 
 def _append(path: str, lines: bytes) -> None:
