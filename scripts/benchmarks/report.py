@@ -182,11 +182,15 @@ def _bars(rows: dict[str, Any], names: tuple[str, ...], title: str, path: Path, 
     left, right = axes.get_xlim()
     # Matplotlib labels every step of a short axis, one label over the other.
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if right < 300 * left else (1.0,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value:,g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number_on_axis(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _number_on_axis(value: float) -> str:
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value:,g}"
 
 
 def _draining_bars(found: dict[str, Any], path: Path) -> None:
