@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import handover, thread
 from mlflow_outbox_worker.child import ChildDelivery, Loop
+from mlflow_outbox_worker.child.process import Child
 from mlflow_outbox_worker.child.server import Reporter
 from mlflow_outbox_worker.host_lease import worker_of
 from servers import MlflowServer, eventually
@@ -114,6 +116,28 @@ def test_counts_are_told_soon_at_first_and_then_twice_a_second() -> None:
     assert [0.05, 0.5, 0.5, 0.5] == slept
     assert 3 == len(messages)
     assert all(json.loads(line)["counts"]["delivered"] >= 10 for line in messages)
+
+
+_SILENT = """
+import json, socket, sys, time
+socket.socket(fileno=0).sendall(json.dumps({"ready": "mlflow-outbox"}).encode() + bytes([10]))
+time.sleep(60)
+"""
+
+
+def test_a_child_that_hangs_is_given_up_a_while_after_it_was_told_to_end(tmp_path: Path) -> None:
+    """However early that was; waiting for it takes no processor time, and none of the program's calls wait for it."""
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    child = Child([sys.executable, "-c", _SILENT], tmp_path, lock)
+    stopped = threading.Event()
+    stopped.set()
+    used = time.process_time()
+    try:
+        assert [] == list(child.messages(stopped))
+    finally:
+        child.close()
+        os.close(lock)
+    assert time.process_time() - used < 1
 
 
 @pytest.mark.usefixtures("apart")

@@ -101,11 +101,13 @@ class Child:
             if stopwatch.seconds() >= next_look:
                 self._pass_on_environment()
                 next_look = stopwatch.seconds() + _LOOK
-            if b"\n" not in self._buffer and not stopped.is_set():
+            if not stopped.is_set() and b"\n" not in self._buffer:
                 courtesy.sleeps(_HEED)
-                if stopped.wait(_HEED):
-                    self.connection.settimeout(_LOOK)
+                stopped.wait(_HEED)
                 courtesy.works()
+            if stopped.is_set():
+                self.connection.settimeout(_LOOK)
+                courtesy.waits()
             try:
                 line = self._line()
             except BlockingIOError:

@@ -41,7 +41,7 @@ class PointRows(SqlAlchemyStore):  # type: ignore[misc]  # MLflow has no type in
         insert = _INSERTS.get(self.engine.dialect.name)
         self._insert = insert(SqlMetric.__table__) if known and insert is not None else None
         self.takes_rows = self._insert is not None
-        # Since MLflow 3.13 a session is one for reading unless it is asked for.
+        # With later versions a session is one for reading unless it is asked to be for writing.
         writing = "read_only" in inspect.signature(self.ManagedSessionMaker).parameters
         self._session: Callable[[], AbstractContextManager[Any]] = (
             (lambda: self.ManagedSessionMaker(read_only=False)) if writing else self.ManagedSessionMaker
