@@ -120,7 +120,8 @@ def test_counts_are_told_soon_at_first_and_then_twice_a_second() -> None:
 
 _SILENT = """
 import json, socket, sys, time
-socket.socket(fileno=0).sendall(json.dumps({"ready": "mlflow-outbox"}).encode() + bytes([10]))
+said = socket.socket(fileno=0)
+said.sendall(json.dumps({"ready": "mlflow-outbox"}).encode() + bytes([10]))
 time.sleep(60)
 """
 
