@@ -252,6 +252,13 @@ MUTANTS: Final = [
         "    is_held = False",
         "tests/test_forking.py::test_a_fork_waits_for_a_warning_that_another_thread_is_writing",
     ),
+    Mutant(
+        "let a database refuse a batch for a point that it has",
+        "worker/mlflow_outbox_worker/mlflow_sink/point_rows.py",
+        "sqlite.insert(table).on_conflict_do_nothing(),",
+        "sqlite.insert(table),",
+        "tests/test_point_rows.py::test_a_batch_is_one_statement_and_costs_no_more_when_it_is_sent_again",
+    ),
 ]
 
 
