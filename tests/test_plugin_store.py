@@ -95,9 +95,9 @@ def test_a_create_that_takes_longer_than_it_is_waited_for_leaves_one_run(
 
     with FaultProxy(mlflow_server.url) as proxy:
         uri = f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path, create_timeout=0.5, request_timeout=4) as mlflow:
+        with tracking(uri, tmp_path, create_timeout=2, request_timeout=6) as mlflow:
             mlflow.set_experiment(experiment_name)
-            proxy.on("runs/create", delay(2), times=1)
+            proxy.on("runs/create", delay(3), times=1)
             with mlflow.start_run() as run:
                 assert provisional.is_provisional(run.info.run_id)
                 mlflow.log_metric("m", 2.0)
@@ -120,10 +120,11 @@ def test_a_model_whose_create_takes_longer_than_it_is_waited_for_is_there_once(
 
     with FaultProxy(mlflow_server.url) as proxy:
         uri = f"outbox+{proxy.url}"
-        with tracking(uri, tmp_path, create_timeout=0.5, request_timeout=4) as mlflow:
+        with tracking(uri, tmp_path, create_timeout=2, request_timeout=6) as mlflow:
             mlflow.set_experiment(experiment_name)
             with mlflow.start_run() as run:
-                proxy.on(is_create, delay(2), times=1)
+                assert not provisional.is_provisional(run.info.run_id), "the server was too slow for the test"
+                proxy.on(is_create, delay(3), times=1)
                 model = mlflow.initialize_logged_model(name="m", source_run_id=run.info.run_id)
                 assert provisional.is_provisional(model.model_id)
                 eventually(
