@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import sqlite3
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -74,11 +75,34 @@ def _statements(store: SqlAlchemyStore) -> Iterator[list[str]]:
         sqlalchemy.event.remove(store.engine, "before_cursor_execute", note)
 
 
+@functools.cache
+def _takes_nan_twice(store: SqlAlchemyStore) -> bool:
+    """Return whether MLflow's own code does; the oldest version refuses the second one, which the outbox's does not."""
+    run_id = _new_run(store)
+    try:
+        for _ in range(2):
+            store.log_batch(run_id, [Metric("loss", math.nan, 0, 0)], [], [])
+    except MlflowException:
+        return False
+    return True
+
+
+def test_a_point_without_a_number_may_come_twice(stores: Stores) -> None:
+    """As any other, with every version of MLflow."""
+    _, ours, database = stores
+    run_id = _new_run(ours)
+    for _ in range(2):
+        ours.log_batch(run_id, [Metric("loss", math.nan, 0, 0)], [], [])
+    assert [("loss", 0, 0, 0.0, 1)] == _held(database, run_id)["metrics"]
+
+
 @settings(deadline=None)  # a disk may take its time
 @given(batches=st.lists(st.lists(_POINTS, max_size=6), min_size=1, max_size=4))
 def test_both_tables_hold_what_mlflow_s_own_code_puts_there(stores: Stores, batches: list[list[Metric]]) -> None:
     """Points that come twice, in one batch or in two, those of an earlier step, what is no number, no point at all."""
     theirs, ours, database = stores
+    nans = [(one.key, one.timestamp, one.step) for one in itertools.chain(*batches) if math.isnan(one.value)]
+    assume(len(nans) == len(set(nans)) or _takes_nan_twice(theirs))
     runs = {store: _new_run(store) for store in (theirs, ours)}
     for store, batch in itertools.product((theirs, ours), batches):
         store.log_batch(runs[store], batch, [], [])
