@@ -81,7 +81,6 @@ def test_the_first_of_several_that_want_it_counts(clock: int) -> None:
     assert politeness.due >= clock + 5000 * MS
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_has_nobody_to_be_courteous_to() -> None:
     """The threads that wanted it are its parent's."""
     courtesy.courtesy.works()
@@ -97,7 +96,7 @@ def test_a_forked_child_has_nobody_to_be_courteous_to() -> None:
 def test_a_round_of_syncing_gets_through_in_few_calls_that_leave_no_pause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside a program that lets go of the interpreter for its writes alone a round took a thousand of its calls."""
+    """Beside a program that lets go of the interpreter for its writes alone a round took a hundred of its calls."""
     step, lengths = 0, []
     whole = Caretaker.round
 

@@ -154,6 +154,7 @@ class Reconciliation:
             if most is not None and len(records) > most:
                 return None
             if not token:
+                records = [record for record in records if len(record) == _PACKED.size]  # as ``Packed`` does
                 return frozenset(records) if len(records) <= FEW else Packed(records)
 
 
