@@ -73,10 +73,11 @@ def test_a_run_is_not_filed_while_a_file_is_logged_to_it(tmp_path: Path) -> None
 def test_a_file_that_is_logged_after_the_end_is_kept_while_its_run_is_filed(tmp_path: Path) -> None:
     """As an autopilot session logs its plots after its summary: nothing is refused, and no event lacks its file."""
     kit = Kit(tmp_path / "outbox")
-    ended = threading.Event()
+    opened, ended = threading.Event(), threading.Event()
 
     def file() -> None:
         with contextlib.closing(Ledger.open(tmp_path / "ledger")) as ledger:
+            opened.set()
             while not ended.is_set():
                 with contextlib.suppress(FileNotFoundError):
                     delivered = RunReader(kit.outbox.run(RUN)).window({}).cursors
@@ -84,12 +85,16 @@ def test_a_file_that_is_logged_after_the_end_is_kept_while_its_run_is_filed(tmp_
 
     with ThreadPoolExecutor() as pool:
         filing = pool.submit(file)
-        for number in range(200):
-            assert kit.run.log_text(str(number), f"{number}.txt"), kit.counters.snapshot()
-            kit.run.end()
-        ended.set()
+        assert opened.wait(60)  # which a slow disk makes longer than all that follows
+        try:
+            for number in range(200):
+                assert kit.run.log_text(str(number), f"{number}.txt"), kit.counters.snapshot()
+                kit.run.end()
+                if number == 100:
+                    assert eventually(kit.outbox.delivered_ids)
+        finally:
+            ended.set()
         filing.result()
-    assert kit.outbox.delivered_ids()
     reader = RunReader(kit.outbox.run(RUN), kit.outbox.delivered / RUN)
     named = [event.sha256 for _, event in reader.each(Artifact, {})]
     assert 200 == len(named) == sum(reader.file(digest).is_file() for digest in named)
