@@ -259,6 +259,13 @@ MUTANTS: Final = [
         "sqlite.insert(table),",
         "tests/test_point_rows.py::test_a_batch_is_one_statement_and_costs_no_more_when_it_is_sent_again",
     ),
+    Mutant(
+        "go on when one of the requests that went side by side failed",
+        "worker/mlflow_outbox_worker/volley.py",
+        "            failures = [shot.failure for shot in shots if shot.failure is not None]\n",
+        "            failures = [shot.failure for shot in shots[:1] if shot.failure is not None]\n",
+        "tests/test_volley.py::test_a_request_that_fails_beside_others_is_sent_again_with_them_and_then_alone",
+    ),
 ]
 
 

@@ -64,7 +64,8 @@ class Settings:
 
     #: Seconds between two looks of an idle worker at the journals.
     poll_interval: float = 0.2
-    #: Runs delivered side by side to a tracking server (embedded stores take one at a time).
+    #: Runs delivered side by side to a tracking server, or batches of points of one long run (embedded stores take one
+    #: at a time).
     parallel_runs: int = 4
     #: Metric points in one request; MLflow takes at most 1000.
     batch_points: int = MAX_BATCH_POINTS

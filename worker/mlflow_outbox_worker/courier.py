@@ -46,8 +46,9 @@ from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
 from mlflow_outbox_worker.sink import RUN_ID_TAG, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import settling
+from mlflow_outbox_worker.volley import Volley
 
-#: Windows of one run in a row before other runs get their turn.
+#: Batches of one run, as many as windows may hold, before other runs get their turn.
 _TURN: Final = 16
 
 Progress = Literal["more", "idle", "live"]
@@ -99,7 +100,7 @@ class Courier:
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
         self._calls = Calls(source, sink, ledger)
-        self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
+        self._volley = Volley(Requests(source, sink, self._calls, now_ms=now_ms), sink, settings.parallel_runs)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)
         self._intake = Intake(settings.batch_points, counters)
@@ -111,7 +112,7 @@ class Courier:
 
         Args:
             run_id: the run.
-            windows: the share; None is the usual one.
+            windows: the share, in windows of one batch; None is the usual one.
 
         Raises:
             Later: try again after a pause.
@@ -120,12 +121,18 @@ class Courier:
             LedgerUnavailable: the ledger could not be read or written; try again after a pause.
             OSError: the run's files could not be read; try again after a pause.
         """
+        with self._volley.turn():
+            return self._turn(run_id, windows or _TURN)
+
+    def _turn(self, run_id: str, share: int) -> Turn:
         record = self._ledger.record(run_id) or RunRecord(run_id)
         view = self._ledger.view(run_id) or RunView()
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         after = self._after.pop(run_id, "")
-        for _ in range(windows or _TURN):
-            window = self._intake.window(reader, record, after)
+        batches = 1
+        while share > 0:
+            share -= batches
+            window = self._intake.window(reader, record, after, batches=batches)
             # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
             after = window.used_up_by if self._sink.deduplicates_metrics else ""
             if window.cursors == record.cursors and not window.events and not window.broken:
@@ -149,6 +156,7 @@ class Courier:
                 return Turn("live" if window.live else "idle", record, view, reader)
             if self._stopped():
                 break
+            batches = min(share, self._volley.width())
         self._after[run_id] = after
         return Turn("more", record, view, reader)
 
@@ -170,8 +178,7 @@ class Courier:
             made_now = self._ensure_remote(record, view, reader)
             events = _unsettled(window.events, record, view, reader)
             steps, ended = plan(events, view, batch_points=self._settings.batch_points, made_now=made_now)
-            for step in self._reconciliation.unsent(record, steps):
-                self._requests.make(record, step, refused)
+            self._volley.make(record, view, self._reconciliation.unsent(record, steps), refused)
             for writer, event in events:
                 view.fold(event, writer)
             view.trim()

@@ -7,6 +7,8 @@ not there, or what there is of a writer does not begin with its first, the disk 
 
 from __future__ import annotations
 
+from typing import Final
+
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Event, Request
@@ -14,12 +16,15 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
 from mlflow_outbox_worker.records import RunRecord
 
+#: Events of a window for each batch of points: as many again as MLflow takes points at once may be of another kind.
+_EVENTS: Final = 2000
+
 
 class Intake:
     """Reads windows of runs; may be used from several threads.
 
     Args:
-        points: metric points of one window.
+        points: metric points of one batch.
         counters: counts windows in which the second look had more as "overlooked".
     """
 
@@ -27,21 +32,22 @@ class Intake:
         self._points = points
         self._counters = counters
 
-    def window(self, reader: RunReader, record: RunRecord, after: str) -> Window:
+    def window(self, reader: RunReader, record: RunRecord, after: str, *, batches: int = 1) -> Window:
         """Return the next events.
 
         Args:
             reader: of the run.
             record: how far it was delivered.
             after: the writer that has used up the window before this one; "" for none.
+            batches: how many batches of points it may hold.
 
         Raises:
             OSError: the run's files could not be read; try again after a pause.
         """
-        window = self._next(reader, record, after)
+        window = self._next(reader, record, after, batches)
         if not (window.missing or window.broken or any(window.begun.values())):
             return window
-        again = self._next(reader, record, after)  # which lists anew
+        again = self._next(reader, record, after, batches)  # which lists anew
         if (again.missing, len(again.broken)) > (window.missing, len(window.broken)):
             return window
         if again.missing < window.missing or again.begun != window.begun:
@@ -53,16 +59,17 @@ class Intake:
             )
         return again
 
-    def _next(self, reader: RunReader, record: RunRecord, after: str) -> Window:
+    def _next(self, reader: RunReader, record: RunRecord, after: str, batches: int) -> Window:
         """Return the next events: of a room, those before a deletion that may have to wait, or those from it on.
 
         What was sent before one that waits would be sent anew at each turn.
         """
-        window = reader.window(record.cursors, points=self._points, after=after)
+        points, items = self._points * batches, _EVENTS * batches
+        window = reader.window(record.cursors, points=points, items=items, after=after)
         if provisional.is_room(record.run_id):
             first = next((number for number, (_, event) in enumerate(window.events) if _is_deletion(event)), 0)
             if first:
-                return reader.window(record.cursors, points=self._points, items=first, after=after)
+                return reader.window(record.cursors, points=points, items=first, after=after)
         return window
 
 

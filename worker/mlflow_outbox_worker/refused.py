@@ -47,6 +47,11 @@ class Refused:
         """Note that all parts of a request were refused, for each of which there is a letter."""
         self._parts.update(_parts(request))
 
+    def take(self, other: Refused) -> None:
+        """Take what was refused of another part of the window into account, behind what was refused before."""
+        self.letters += other.letters
+        self._parts |= other._parts
+
     def dead(self, events: Sequence[tuple[str, Event]]) -> int:
         """Return how many of a window's events were refused as a whole."""
         return sum(self._is_dead(event) for _, event in events) if self._parts else 0
