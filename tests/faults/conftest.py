@@ -37,6 +37,7 @@ SEEDS = Path(__file__).with_name("seeds")
 PARTS = 6
 #: Tests that need minutes in the longer tiers, the longest first: each process begins with some of them.
 LONGEST = (
+    "test_a_flapping_server_gets_everything_without_a_storm",
     "test_many_processes_share_one_outbox",
     "test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow",
     "test_a_power_cut_takes_no_more_than_the_ladder_says",
@@ -45,7 +46,6 @@ LONGEST = (
     "test_a_kill_during_the_recovery_from_a_kill_is_harmless",
     "test_a_killed_lease_holder_is_replaced_within_two_seconds",
     "test_of_many_workers_one_delivers",
-    "test_a_flapping_server_gets_everything_without_a_storm",
     "test_kills_of_a_program_and_of_its_delivering_process_lose_and_double_nothing",
     "test_a_power_cut_at_any_boundary_loses_and_doubles_nothing",
     "test_a_fork_in_any_state_loses_and_doubles_nothing",

@@ -104,7 +104,7 @@ def test_a_wall_clock_that_jumps_costs_nothing(
     empty_database: Callable[[Path], Path], nest: Nest, row: Row, tmp_path: Path
 ) -> None:
     """All events arrive, those of a silent writer too, none expires, the lease stays, and the last tag is the last."""
-    for number in range(row.pick(1, 12, 100)):
+    for number in range(row.pick(1, 34, 334)):
         database = empty_database(tmp_path / f"{number}.db")
         jumps = list(JUMPS)
         child = nest.start(under_jumps, f"sqlite:///{database}", str(tmp_path / f"outbox{number}"), jumps)

@@ -61,7 +61,7 @@ def test_a_flipped_bit_anywhere_in_the_log_gives_a_state_of_the_past(
     """SQLite cuts a damaged log silently; the ledger may be older, but is one that once was."""
     log = (crashed / "cache.db-wal").read_bytes()
     seen = set()
-    for number in range(row.pick(60, 500, 20_000)):
+    for number in range(row.pick(60, 2000, 20_000)):
         copy(crashed, directory)
         data = bytearray(log)
         place = len(log) * (number % 60) // 60 + rng.randrange(len(log) // 60)

@@ -37,7 +37,7 @@ def log_some(fd: int, uri: str, outbox: str, experiment: str, first: int, count:
 @pytest.mark.fault("F83", "many processes log to one outbox at once")
 def test_many_processes_share_one_outbox(sqlite_uri: str, nest: Nest, row: Row, tmp_path: Path) -> None:
     """Every event of every process arrives once."""
-    processes, count = row.pick(16, 64, 256), row.pick(200, 10_000, 20_000)
+    processes, count = row.pick(16, 64, 256), row.pick(200, 10_000, 100_000)
     step = 10_000 * -(-count // 10_000)  # the numbers of no two processes may meet
     outbox = tmp_path / "outbox"
     children = [

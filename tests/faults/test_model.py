@@ -113,7 +113,7 @@ class Spool(RuleBasedStateMachine):
 @pytest.mark.fault("F10", "model: random steps of three writers, one torn in a write now and then, and a reader")
 def test_a_reader_of_journals_sees_what_a_plain_list_holds(part: slice, row: Row, rng: random.Random) -> None:
     """No phantom, exact order, nothing twice, in the end everything; a failure is shrunk, and its seed repeats it."""
-    examples = len(range(row.pick(30, 100, 5_000))[part])
+    examples = len(range(row.pick(30, 2_000, 20_000))[part])
     seeded = hypothesis.seed(rng.getrandbits(64))(Spool)
     run_state_machine_as_test(
         seeded,
