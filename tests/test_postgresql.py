@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import pytest
 
 import plugin_scenarios
+from contents import QUICK, numbered, points, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.sink import Sink
 from plugin_world import deliver, differences, picture, store, tracking
 from postgresql import PostgreSQL, running
 from servers import eventually
 from sink_contract import SinkContract
+from workers import delivering
 
 pytestmark = pytest.mark.postgresql
 
@@ -75,3 +80,24 @@ def test_unchanged_code_leaves_the_same_behind_with_an_outbox(
             server = store(uri).server
             eventually(lambda server=server: not server.is_away(), 60, "the pause after the outage is over")
         assert [] == differences(expected, shape(postgresql, through)), mode
+
+
+def test_batches_of_one_run_that_go_side_by_side_do_not_meet_in_the_database(
+    postgresql: PostgreSQL, experiment_name: str, tmp_path: Path
+) -> None:
+    """None has to be sent again, and the latest value of each metric is the latest."""
+    settings = dataclasses.replace(QUICK, batch_points=30)
+    tracker = MLflowTracker(experiment_name, postgresql.uri, outbox_dir=tmp_path, worker="none", settings=settings)
+    with tracker.start_run() as run:
+        for step in range(1000):
+            run.log_metrics({"loss": step / 2, "accuracy": -step, "rate": 1.0}, step=step)
+    tracker.close(0)
+    assert tracker.outbox_path is not None
+    with delivering(OutboxDirectory.open(tracker.outbox_path), postgresql.uri, settings) as counters:
+        eventually(lambda: 1002 == counters["delivered"], 60)
+    assert 0 == counters["retried"]
+    held = the_run(postgresql.uri, experiment_name)
+    assert {"loss": 499.5, "accuracy": -999.0, "rate": 1.0} == held.data.metrics
+    for key in held.data.metrics:
+        assert 1000 == len(points(postgresql.uri, held.info.run_id, key))
+    assert numbered(1000) == points(postgresql.uri, held.info.run_id, "loss")
