@@ -92,13 +92,28 @@ def test_a_tail_that_the_file_system_left_is_never_an_event(tail: str, row: Row,
         stale = written(payloads(rng, mix, count), 77).body.ljust(len(body), b"\0")
         for size in range(0, len(body) + 1, 7 if row.tier == "commit" else 1):
             data = left_behind(tail, body, size, stale, rng)[: size + REST]
-            begin = next((at for at, end in enumerate(whole.ends) if end > size), count)
-            first = max(0, begin - 2)  # what is before is read as if nothing had happened; reading it takes long
-            # What was cut off may by chance have been what came in its place: compare bytes, not places.
-            same = [at for at in range(first, count) if data.startswith(whole.frames[at], begin_of(whole, at))]
-            expected = [*same, *range(count, count + MORE)]
+            cut = next((at for at, end in enumerate(whole.ends) if end > size), count)
+            first = max(0, cut - 2)  # what is before is read as if nothing had happened; reading it takes long
+            expected = as_written(data + more, whole, range(first, count), len(data) - len(body))
             assert expected == numbers(data[begin_of(whole, first) :] + more, whole, first=first), f"{mix}, {size}"
             row.done()
+
+
+def as_written(data: bytes, whole: Written, places: range, shift: int) -> list[int]:
+    """Return which frames stand in their place in a segment, and of those appended, which a reader comes to.
+
+    What was cut off may by chance have been what came in its place, also where that is the beginning of what was
+    appended: bytes are compared, not places. A reader takes the first frame of two that share bytes.
+
+    Args:
+        data: the segment, with the frames that were appended.
+        whole: what was written.
+        places: numbers of those that may stand in their place.
+        shift: how far the frames behind them have moved, in bytes.
+    """
+    same = [at for at in places if data.startswith(whole.frames[at], begin_of(whole, at))]
+    taken = whole.ends[same[-1]] if same else 0
+    return [*same, *(at for at in range(places.stop, len(whole.ends)) if begin_of(whole, at) + shift >= taken)]
 
 
 def left_behind(tail: str, body: bytes, size: int, stale: bytes, rng: random.Random) -> bytes:
