@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from mlflow_outbox.spool.caretaker import Caretaker, Pace
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
 from servers import eventually
-from spools import FORKS, make_journal, metric
+from spools import FORKS, Kit, make_journal, metric
 
 
 @pytest.fixture
@@ -97,3 +99,40 @@ def test_the_background_goes_on_when_one_journal_makes_trouble(
     bad.append(metric(0))
     good.append(metric(0))
     eventually(lambda: not good._sequence.live.unsynced and caretaker._counters["caretaker_errors"])
+
+
+class Shut(logging.Handler):
+    """A program's handler whose log server is away."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raise, as handlers that overrule ``handleError`` do."""
+        raise ConnectionError
+
+
+@pytest.fixture
+def shut() -> Iterator[None]:
+    """Have every message of this library go to such a handler."""
+    handler = Shut()
+    logging.getLogger("mlflow_outbox").addHandler(handler)
+    yield
+    logging.getLogger("mlflow_outbox").removeHandler(handler)
+
+
+@pytest.mark.usefixtures("shut")
+def test_a_handler_of_the_program_that_raises_ends_neither_a_call_nor_the_background(kit: Kit) -> None:
+    """What could not be said is counted; what the disk did not take waits in memory as it should."""
+
+    def trouble() -> None:
+        raise LookupError
+
+    caretaker = Caretaker(0.002, kit.counters, each_round=trouble)
+    writer = make_journal(kit.outbox, kit.disk, run="b" * 32, counters=kit.counters, registry=caretaker)
+    assert not kit.run.log_metric("not/../allowed\0", 1.0)
+    assert 1 == kit.counters["warnings_not_written"]
+    kit.disk.fail("write", error=errno.ENOSPC, times=None)
+    assert writer.append(metric(0))
+    assert 1 == writer.in_memory
+    eventually(lambda: kit.counters["caretaker_errors"] > 3)
+    kit.disk.clear()
+    eventually(lambda: not writer.in_memory and not writer._sequence.live.unsynced)
+    caretaker.stop()

@@ -121,6 +121,20 @@ def test_an_outbox_that_may_be_near_its_cap_is_measured_more_often(
     assert looker.reason() is None
 
 
+def test_a_small_outbox_that_fills_within_seconds_does_not_pass_its_cap_by_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured at once need not wait for ten seconds when the cap may be near."""
+    disk = Disk(monkeypatch, seconds=0.0)
+    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000), Counters(), lambda: disk.now)
+    disk.look(looker, seconds=0.5)
+    for used in (3_000, 6_000, 9_000, 12_000):
+        assert looker.reason() is None
+        disk.free, disk.used = disk.free - 3_000, used
+        disk.look(looker, seconds=0.5)
+    assert "outbox_bytes" in str(looker.reason())
+
+
 def test_a_look_does_not_wait_for_a_measurement_that_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from collections.abc import Callable
 
@@ -12,8 +13,11 @@ import pytest
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import encode
+from mlflow_outbox.spool.ring import MemoryRing
+from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.testing import FailingDisk
-from spools import RUN, Everything, make_journal, metric, read
+from spools import RUN, Everything, Kit, make_journal, metric, read
 
 
 @pytest.mark.parametrize("sync", ["interval", "always"])
@@ -156,3 +160,138 @@ def test_the_live_segment_is_always_the_last_in_reading_order(outbox: OutboxDire
     later_part = Everything(outbox.run(RUN), reader.cursors)
     assert list(range(number + 40)) == reader.steps + later_part.steps
     assert 0 == later_part.missing
+
+
+def test_a_call_that_is_broken_off_while_a_sync_fails_gives_no_number_twice(
+    outbox: OutboxDirectory, disk: FailingDisk
+) -> None:
+    """Its event is in the file and not counted yet when the file is left."""
+
+    class Over(Exception):
+        """The program's time is over."""
+
+    writer = make_journal(outbox, disk)
+    writer.append(metric(0))
+    with disk.held("datasync", error=errno.EIO) as entered:
+        background = threading.Thread(target=writer.sync)
+        background.start()
+        assert entered.wait(10)
+        live = writer._sequence.live
+        os.write(live.fd, frame.pack(encode(metric(1)), 1, live.seed))
+        writer._sequence.suspect = True  # as an exception leaves it that comes right behind the write
+    background.join(10)
+    assert writer.append(metric(2))
+    writer.close()
+    found = read(outbox)
+    assert ([0, 1, 2], 0) == (found.steps, found.missing)
+
+
+def test_no_call_waits_for_the_sync_of_what_is_written_again(outbox: OutboxDirectory, disk: FailingDisk) -> None:
+    """A segment that was complete could not be synced; the one that takes its place is slow."""
+    writer = make_journal(outbox, disk, segment_bytes=1024)
+    number = 0
+    while not writer._sequence.retired:
+        writer.append(metric(number))
+        number += 1
+    disk.fail("datasync")
+    writer.sync()
+    with disk.held("datasync") as entered:
+        background = threading.Thread(target=writer.sync)
+        background.start()
+        assert entered.wait(10)
+        for more in range(number, number + 100):
+            assert writer.append(metric(more))
+    background.join(10)
+    writer.close()
+    assert list(range(number + 100)) == read(outbox).steps
+
+
+def test_a_sync_that_takes_long_costs_a_bounded_number_of_descriptors(
+    outbox: OutboxDirectory, disk: FailingDisk
+) -> None:
+    """Beyond that complete segments are closed, and what a power cut may take of them is counted."""
+    counters = Counters()
+    writer = make_journal(outbox, disk, segment_bytes=1024, counters=counters)
+    writer.append(metric(0))
+    before = len(os.listdir("/proc/self/fd"))
+    with disk.held("datasync") as entered:
+        background = threading.Thread(target=writer.sync)
+        background.start()
+        assert entered.wait(10)
+        for number in range(1, 3000):
+            assert writer.append(metric(number))
+        assert writer._sequence.ordinal > 60
+        assert len(os.listdir("/proc/self/fd")) < before + 20
+        assert counters["unprotected_by_sync"] > 1000
+    background.join(10)
+    writer.close()
+    assert list(range(3000)) == read(outbox).steps
+
+
+def test_a_copied_file_that_no_descriptor_was_left_for_is_synced_later(kit: Kit) -> None:
+    """It is opened to be synced; what the program has open is synced all the same."""
+    assert kit.run.log_text("content", "a.txt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        kit.journal.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [] == kit.journal._sequence.live.unsynced
+    assert (False, 2) == (kit.journal._round.is_clean, kit.counters["sync_errors"]), "the copy's, and the names'"
+    kit.journal.sync()
+    assert (True, 2) == (kit.journal._round.is_clean, kit.counters["sync_errors"])
+
+
+def test_a_time_limit_that_ends_while_a_copied_file_is_synced_reaches_the_program(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next round syncs the file."""
+    asked: list[str] = []
+
+    def sync(store: SnapshotStore, sha256: str) -> None:
+        asked.append(sha256)
+        if len(asked) == 1:
+            raise TimeoutError
+
+    monkeypatch.setattr(SnapshotStore, "sync", sync)
+    assert kit.run.log_text("content", "a.txt")
+    with pytest.raises(TimeoutError):
+        kit.journal.sync()
+    kit.journal.sync()
+    assert ([asked[0]] * 2, 0) == (asked, kit.counters["sync_errors"])
+
+
+def test_names_that_no_descriptor_was_left_for_are_synced_later(outbox: OutboxDirectory, disk: FailingDisk) -> None:
+    """A directory is opened to be synced; a segment needs none for that."""
+    writer = make_journal(outbox, disk)
+    writer.append(metric(0))
+    disk.fail("sync_directory", error=errno.EMFILE)
+    writer.sync()
+    before = disk.count("sync_directory")
+    writer.sync()
+    after = disk.count("sync_directory")
+    writer.sync()
+    assert (2, 0) == (after - before, disk.count("sync_directory") - after)
+
+
+def test_nothing_is_synced_at_the_level_that_leaves_it_to_the_system(
+    outbox: OutboxDirectory, disk: FailingDisk
+) -> None:
+    """No directory either."""
+    writer = make_journal(outbox, disk, sync="os", segment_bytes=1024)
+    for number in range(100):
+        writer.append(metric(number))
+    writer.sync()
+    writer.close()
+    assert (0, 0) == (disk.count("datasync"), disk.count("sync_directory"))
+
+
+def test_memory_that_waits_for_the_disk_is_all_there_again_after_a_call_that_was_broken_off() -> None:
+    """An event that was on its way to the file, and arrived, is not counted any more."""
+    ring = MemoryRing(100, [b"x" * 60, b"y" * 30])
+    assert not ring.add(b"z" * 30)
+    ring.send(7)
+    ring.settle(8)
+    assert ring.add(b"z" * 60)
+    assert 2 == len(ring)

@@ -6,10 +6,14 @@ import dataclasses
 import errno
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +220,83 @@ def test_closing_one_tracker_gives_up_its_own_events_in_memory_and_no_others(
     assert second.close(60)
     assert 10 == first.counters["lost_in_memory"]
     assert numbered(10) == points(sqlite_uri, the_run(sqlite_uri, "b").info.run_id, "loss")
+
+
+def forked(work: Callable[[], object]) -> None:
+    """Do some work in a forked child, which has 30 seconds for it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001 - said here, for pytest is the parent's
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status: list[int] = []
+
+    def ended() -> bool:
+        found, code = os.waitpid(pid, os.WNOHANG)
+        status.append(code)
+        return bool(found)
+
+    try:
+        eventually(ended, 30, "the child ends")
+    except AssertionError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    assert 0 == os.waitstatus_to_exitcode(status[-1])
+
+
+def test_what_a_child_has_in_memory_of_a_run_of_its_parent_s_is_pending_and_said_to_be_lost(
+    tmp_path: Path, failing: FailingDisk
+) -> None:
+    """A run that was inherited is closed with the child's tracker as one of its own is."""
+    tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none")
+    run = tracker.start_run()
+
+    def work() -> None:
+        before = tracker.flush(0).pending
+        failing.fail("write", error=errno.ENOSPC, times=None)
+        for step in range(10):
+            assert run.log_metric("loss", 0.5, step=step)
+        assert before + 10 == tracker.flush(0).pending
+        tracker.close(0)
+        assert 10 == tracker.counters["lost_in_memory"]
+
+    forked(work)
+    assert run.log_metric("loss", 0.5, step=0)
+    tracker.close(0)
+
+
+def test_a_fork_while_the_run_of_a_summary_is_started_leaves_the_child_able_to_start_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread is in the middle of it, for longer than a fork waits."""
+    tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none")
+    start, entered, go_on = tracker.start_run, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        entered.set()
+        go_on.wait(60)
+        return start(*arguments, **named)
+
+    monkeypatch.setattr(tracker, "start_run", slow)
+    other = threading.Thread(target=tracker.log_visualizations, args=([],))
+    other.start()
+    assert entered.wait(30)
+
+    def work() -> None:
+        monkeypatch.setattr(tracker, "start_run", start)
+        tracker.log_visualizations([])
+
+    try:
+        forked(work)
+    finally:
+        go_on.set()
+        other.join()
 
 
 def test_trouble_of_one_outbox_at_the_exit_is_said_and_does_not_touch_the_others(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class Counters:
             if len(self._said) >= _REMEMBERED:
                 self._said.clear()
             self._said.add(about)
-        say(message)
+        if not say(message):
+            self.add("warnings_not_written")
 
     def forget(self, about: Hashable) -> None:
         """Let the next warning about a thing be logged again, because the trouble was over in between."""
@@ -72,17 +73,25 @@ class Counters:
         self._lock = threading.RLock()
 
 
-def say(message: str, level: int = logging.WARNING) -> None:
+def say(message: str, level: int = logging.WARNING) -> bool:
     """Log a message of this library.
 
     Args:
         message: the whole text.
         level: as ``logging`` knows it.
+
+    Returns:
+        False when a handler or a filter of the program's raised: a logging call must not do so for its sake.
     """
     lock = _saying.alone()
     is_held = lock.acquire(timeout=_saying.patience)  # a handler that hangs in another thread holds up only forks
     try:
         logger.log(level, "%s", message)
+    except Exception as error:  # noqa: BLE001 - the program's handlers may raise anything; ``warn_once`` counts it
+        forward(error)
+        return False
+    else:
+        return True
     finally:
         if is_held:
             lock.release()

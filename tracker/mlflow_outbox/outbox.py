@@ -24,6 +24,7 @@ from mlflow_outbox import delivery, stopwatch
 from mlflow_outbox.counters import Counters, say
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.living import Living
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.disk import is_being_written
@@ -99,7 +100,7 @@ class Outbox:
     def _begin(self) -> None:
         self._lock = threading.RLock()
         self._worker: delivery.Worker | None = None
-        self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+        self._journals: Living[Journal] = Living()
         self._has_written = False
         self._written: dict[str, tuple[str, int]] = {}
 
@@ -183,7 +184,7 @@ class Outbox:
             self.sync()
             if self.worker_kind != "none":
                 self._wake()
-            held = sum(journal.in_memory for journal in list(self._journals))
+            held = sum(journal.in_memory for journal in self._journals.members())
             remaining = None if deadline is None else max(0.0, deadline - stopwatch.seconds())
             result = delivery.flush(self, remaining, settled=settled)
             self.arrived = result.delivered
@@ -201,7 +202,7 @@ class Outbox:
         Returns:
             Whether it rests.
         """
-        journals, delivers = list(self._journals), self.worker_kind != "none"
+        journals, delivers = self._journals.members(), self.worker_kind != "none"
         if any(journal.in_memory for journal in journals) or (delivers and not delivery.flush(self, 0)):
             return False
         for journal in journals:
@@ -227,7 +228,7 @@ class Outbox:
             timeout: seconds for delivery.
             own: journals that nobody else uses: what the disk has not taken of them by then is given up.
         """
-        for journal in list(self._journals):
+        for journal in self._journals.members():
             journal.close()
         self._tally.note()
         result = self.flush(timeout, settled=True)
@@ -244,7 +245,7 @@ class Outbox:
 
     def at_exit(self, deadline: float) -> None:
         """Deliver until a deadline (monotonic seconds) and say what is left."""
-        journals = list(self._journals)
+        journals = self._journals.members()
         for journal in journals:
             journal.close()
         self._tally.note()
@@ -270,8 +271,10 @@ class Outbox:
         return any(self.directory.run(run_id).glob("*.log"))
 
     def forked(self) -> None:
-        """Begin anew in a forked child: the worker thread stayed in the parent."""
+        """Begin anew in a forked child: the worker thread stayed in the parent; runs go on, as writers of their own."""
+        journals = self._journals
         self._begin()
+        self._journals = journals
 
 
 def _say_what_is_left(outbox: Outbox, pending: int, parked: int) -> None:
@@ -282,10 +285,12 @@ def _say_what_is_left(outbox: Outbox, pending: int, parked: int) -> None:
         f"{pending:,} events wait" if pending else "",
         f"{parked:,} events are parked for a person" if parked else "",
     ]
-    say(
+    said = say(
         f"mlflow-outbox: {' and '.join(part for part in parts if part)} in {path}; nothing is lost. "
         f"To send them: mlflow-outbox flush --outbox-dir {_quoted(path)}"
     )
+    if not said:
+        outbox.counters.add("warnings_not_written")
 
 
 def _quoted(path: Path) -> str:
@@ -295,7 +300,7 @@ def _quoted(path: Path) -> str:
 
 
 #: All outboxes of this process that are in use.
-_outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
+_outboxes: Living[Outbox] = Living()
 _shared: weakref.WeakValueDictionary[tuple[str, WorkerKind, Settings, str], Outbox] = weakref.WeakValueDictionary()
 _shared_lock = threading.RLock()
 #: Journals outlive the tracker that a script dropped; so do their outboxes, until the exit.
@@ -315,12 +320,12 @@ def shared(directory: OutboxDirectory, destination: Destination, settings: Setti
 
 def in_use(directory: OutboxDirectory) -> Outbox | None:
     """Return an outbox that this process has opened at a directory, if any, and rather one that it delivers."""
-    found = [outbox for outbox in list(_outboxes) if outbox.directory.path == directory.path]
+    found = [outbox for outbox in _outboxes.members() if outbox.directory.path == directory.path]
     return max(found, key=lambda outbox: outbox.worker_kind != "none", default=None)
 
 
 def _at_exit() -> None:
-    outboxes = list(_outboxes)
+    outboxes = _outboxes.members()
     if not outboxes:
         return
     deadline = stopwatch.seconds() + max(outbox.settings.exit_timeout for outbox in outboxes)
@@ -337,7 +342,7 @@ def _at_exit() -> None:
 def _after_fork_in_child() -> None:
     global _shared_lock  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
     _shared_lock = threading.RLock()
-    for outbox in list(_outboxes):
+    for outbox in _outboxes.members():
         outbox.forked()
 
 

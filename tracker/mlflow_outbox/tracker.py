@@ -10,10 +10,8 @@ from __future__ import annotations
 import getpass
 import os
 import sys
-import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +21,8 @@ from mlflow_outbox import autopilot, delivery, handles, sessions
 from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
+from mlflow_outbox.forklock import ForkLock
+from mlflow_outbox.living import Living
 from mlflow_outbox.outbox import FlushResult, Outbox, shared
 from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 _SUMMARY: Final = "final_summary"
+#: Held while the run of a summary is started, of whichever tracker; a fork waits for that.
+_summarizing: Final = ForkLock(patience=1.0)
 
 
 class MLflowTracker(handles.Handle):
@@ -77,9 +79,8 @@ class MLflowTracker(handles.Handle):
         self._begin(self._open(outbox_dir, worker))
 
     def _begin(self, outbox: Outbox | None) -> None:
-        self._lock = threading.RLock()
         self._summary: Run | None = None
-        self._journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+        self._journals: Living[Journal] = Living()
         self._outbox = outbox
         self._counters = self._outbox.counters if self._outbox is not None else Counters()
         self._refusals = Refusals(self._counters, strict=self._settings.strict)
@@ -277,7 +278,7 @@ class MLflowTracker(handles.Handle):
         run.end()
 
     def _summary_run(self, start_time: int | None) -> Run:
-        with self._lock:
+        with _summarizing.alone():
             if self._summary is None:
                 self._summary = self.start_run(_SUMMARY, start_time=start_time)
             return self._summary
@@ -340,7 +341,8 @@ class MLflowTracker(handles.Handle):
         """
         if self._outbox is None:
             return FlushResult()
-        return self._outbox.close(self._settings.close_timeout if timeout is None else timeout, list(self._journals))
+        seconds = self._settings.close_timeout if timeout is None else timeout
+        return self._outbox.close(seconds, self._journals.members())
 
 
 def _reopened(experiment_name: str, tracking_uri: str, path: str, note: dict[str, Any]) -> MLflowTracker:

@@ -42,13 +42,13 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.living import Living
 from mlflow_outbox.spool import reserve
 from mlflow_outbox_worker import dbconnection, dbfile
 from mlflow_outbox_worker.dbconnection import Cache, LedgerCorrupt, Row, translated
@@ -81,7 +81,7 @@ class Database:
             _DATABASES.add(self)
 
     @classmethod
-    def open(cls, directory: Path, *, timeout: float, report: Callable[[str], None]) -> Database:
+    def open(cls, directory: Path, *, timeout: float, report: Callable[[str], object]) -> Database:
         """Open the database of a directory; make it, or a new one beside a damaged one, as needed.
 
         Args:
@@ -103,7 +103,7 @@ class Database:
         return opened
 
     @classmethod
-    def _opened(cls, directory: Path, timeout: float, report: Callable[[str], None]) -> Database:
+    def _opened(cls, directory: Path, timeout: float, report: Callable[[str], object]) -> Database:
         path = directory / dbfile.NAME
         with translated(path):
             dbfile.make_directory(directory)
@@ -316,7 +316,7 @@ class Reader:
 _CONDEMNED: dict[Path, int] = {}
 #: The files that a Reader has waited for in vain.
 _IN_VAIN: set[Path] = set()
-_DATABASES: weakref.WeakSet[Database] = weakref.WeakSet()
+_DATABASES: Living[Database] = Living()
 #: Idle connections that this process inherited, to be closed before it uses SQLite itself.
 _INHERITED: list[Cache] = []
 #: Connections that a fork caught in use: closing one could wait for ever for a thread that the child does not have.
@@ -331,7 +331,7 @@ def _close_inherited() -> None:
 
 
 def _before_fork() -> None:
-    _FORKING[threading.get_ident()] = [(database, database.hold_for_fork()) for database in list(_DATABASES)]
+    _FORKING[threading.get_ident()] = [(database, database.hold_for_fork()) for database in _DATABASES.members()]
 
 
 def _after_fork_in_parent() -> None:

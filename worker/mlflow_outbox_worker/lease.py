@@ -15,10 +15,11 @@ import fcntl
 import os
 import socket
 import threading
-import weakref
 from pathlib import Path
 
 import msgspec
+
+from mlflow_outbox.living import Living
 
 
 class Holder(msgspec.Struct):
@@ -146,12 +147,12 @@ def _is_same(fd: int, path: Path) -> bool:
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
-_leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+_leases: Living[Lease] = Living()
 
 
 def _after_fork_in_child() -> None:
     """Let go in the child: a lock belongs to the open file, so an inherited descriptor would outlive the parent."""
-    for lease in list(_leases):
+    for lease in _leases.members():
         lease.forked()
 
 

@@ -128,7 +128,7 @@ class Ledger:
         directory: Path,
         *,
         timeout: float = 5.0,
-        report: Callable[[str], None] = say,
+        report: Callable[[str], object] = say,
         read_only: bool = False,
     ) -> Ledger:
         """Open the ledger of a directory; make it, or a new one beside a damaged one, as needed.
@@ -155,7 +155,7 @@ class Ledger:
         return cls(database)
 
     @staticmethod
-    def _opened(directory: Path, timeout: float, report: Callable[[str], None]) -> tuple[Database, int]:
+    def _opened(directory: Path, timeout: float, report: Callable[[str], object]) -> tuple[Database, int]:
         database = Database.open(directory, timeout=timeout, report=report)
         try:
             with database.transaction() as cache:

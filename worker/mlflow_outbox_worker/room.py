@@ -58,7 +58,7 @@ class Room:
     def __repr__(self) -> str:
         return f"<Room in {str(self._directory.path) if self._directory else 'nothing'!r}>"
 
-    def opened(self, path: Path, report: Callable[[str], None]) -> Ledger:
+    def opened(self, path: Path, report: Callable[[str], object]) -> Ledger:
         """Open the ledger; where the disk has no room for that, make some by what it says when it is only read.
 
         Args:

@@ -14,13 +14,13 @@ import contextlib
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from mlflow.store.tracking.abstract_store import AbstractStore
 
 from mlflow_outbox.counters import described
+from mlflow_outbox.living import Living
 from mlflow_outbox.plugin import rest
 from mlflow_outbox.plugin.arrivals import awaiting
 from mlflow_outbox.plugin.traces import Traces
@@ -54,11 +54,11 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
         return False
 
 
-_stores: weakref.WeakSet[Any] = weakref.WeakSet()
+_stores: Living[Any] = Living()
 
 
 def _after_fork_in_child() -> None:
-    for store in list(_stores):
+    for store in _stores.members():
         store.forked()
 
 
@@ -120,7 +120,7 @@ def _guarded(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever MLflow raises at the exit; counted and said
-        for store in list(_stores):
+        for store in _stores.members():
             store.outbox.counters.add("exit_errors")
             store.outbox.counters.warn_once(
                 ("exit", what), f"mlflow-outbox: MLflow failed at the exit ({described(error)}); missing may be {what}"

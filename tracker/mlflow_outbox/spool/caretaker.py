@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +21,7 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.living import Living
 
 if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal
@@ -140,17 +140,20 @@ class Caretaker:
 
     def round(self) -> None:
         """Sync all watched journals once, and let go of those that are closed and clean."""
-        self._each_round()
+        self._guarded(self._each_round)
         self._sync()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - trouble with one thing must not end the care for the others
+            forward(error)
+            self._counters.add("caretaker_errors")
+            self._counters.warn_once(("caretaker", type(error)), f"mlflow-outbox: syncing failed: {error!r}")
 
     def _sync(self) -> None:
         for key, journal in list(self._watched.items()):
-            try:
-                journal.sync()
-            except Exception as error:  # noqa: BLE001 - one journal's trouble must not end the syncing of the others
-                forward(error)
-                self._counters.add("caretaker_errors")
-                self._counters.warn_once(("caretaker", type(error)), f"mlflow-outbox: syncing failed: {error!r}")
+            self._guarded(journal.sync)
             if journal.is_idle:
                 self._let_go(journal)
                 self._watched.pop(key, None)
@@ -173,11 +176,11 @@ class Caretaker:
 
 
 #: All caretakers of this process, so that a forked child can begin anew.
-_caretakers: weakref.WeakSet[Caretaker] = weakref.WeakSet()
+_caretakers: Living[Caretaker] = Living()
 
 
 def _after_fork_in_child() -> None:
-    for caretaker in list(_caretakers):
+    for caretaker in _caretakers.members():
         caretaker._renew()  # noqa: SLF001 - one class with its fork handler
         caretaker._counters.renew_lock()  # noqa: SLF001 - as above
 

@@ -37,7 +37,7 @@ class SystemDisk:
         On a network file system there is no lock: one could wait for a server that is not there.
         """
         locks = not is_network(path.parent)
-        fd = create_private(path, os.O_WRONLY | os.O_APPEND)
+        fd = create_private(path, os.O_RDWR | os.O_APPEND)  # read too: what an interrupted call has left behind
         try:
             if locks:
                 _lock(fd)

@@ -23,7 +23,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import extent
 from mlflow_outbox.spool.directory import OutboxDirectory
 
-#: Seconds between two measurements of the outbox's size, at least, while nothing is refused.
+#: Seconds between two measurements of the outbox's size, at least, while it cannot be near its cap.
 _MEASURE_EVERY: Final = 10.0
 #: Times as long as a measurement took until the next one: while its result is waited for, and else.
 _URGENT: Final = 10.0
@@ -141,7 +141,7 @@ class DiskGuard:
         if self._reason is not None or room <= 0:
             return _URGENT * self._took if self._took > _QUICK else 0.0
         is_near = free is None or self._free_then - free >= room // 2
-        return max(_MEASURE_EVERY, (_URGENT if is_near else _USUAL) * self._took)
+        return _URGENT * self._took if is_near else max(_MEASURE_EVERY, _USUAL * self._took)
 
 
 def used_bytes(directory: OutboxDirectory) -> int:

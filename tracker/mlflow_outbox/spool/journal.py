@@ -33,7 +33,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 import zlib
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
@@ -41,6 +40,7 @@ from typing import Any, Final, Protocol, TypeVar
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.ending import is_stuck
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.living import Living
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -387,11 +387,11 @@ class Journal:
 
 
 #: All journals of this process, so that a forked child can let go of them.
-_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+_journals: Living[Journal] = Living()
 
 
 def _after_fork_in_child() -> None:
-    for journal in list(_journals):
+    for journal in _journals.members():
         journal._reset()  # noqa: SLF001 - one class with its fork handler
 
 

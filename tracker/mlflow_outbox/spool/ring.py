@@ -58,4 +58,5 @@ class MemoryRing:
         head, given = self._going
         if self._payloads and self._payloads[0] is head and number > given:
             self._payloads.popleft()
+        self._bytes = sum(map(len, self._payloads))
         self._going = None

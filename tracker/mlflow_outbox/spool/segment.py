@@ -19,6 +19,10 @@ from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
 from mlflow_outbox.spool.events import SegmentClosed, decode, encode
 
 
+class TornFrame(OSError):
+    """Raised when a file ends with the beginning of a frame; what it holds is known, then."""
+
+
 class Segment:
     """The place in a writer's sequence where it writes; a file once it was begun.
 
@@ -40,13 +44,12 @@ class Segment:
     """
 
     __slots__ = (
-        "_disk", "_path", "_remember", "fd", "first_seq", "limit", "offset", "seed", "seq", "synced", "tainted",
+        "_disk", "_remember", "fd", "first_seq", "limit", "offset", "seed", "seq", "synced", "tainted",
         "unsynced",
     )  # fmt: skip
 
     def __init__(self, disk: SystemDisk, seq: int, *, remember: bool) -> None:
         self._disk = disk
-        self._path: Path | None = None
         self._remember = remember
         self.fd = -1
         self.seed = 0
@@ -92,7 +95,7 @@ class Segment:
             except OSError:
                 pass
             raise
-        self.fd, self._path, self.seed, self.offset = fd, path, header.seed, size
+        self.fd, self.seed, self.offset = fd, header.seed, size
 
     def write(self, payload: bytes) -> None:
         """Append one event.
@@ -117,13 +120,14 @@ class Segment:
         A closing frame is returned too, and not counted.
 
         Raises:
-            OSError: the file cannot be read or cut.
+            TornFrame: the beginning of one cannot be cut off.
+            OSError: the file cannot be read.
         """
         tail = self._tail()
         found = frame.unpack(tail, 0, self.seed)
         if found is None:
             if tail:
-                self._disk.truncate(self.fd, self.offset)
+                self._cut_off()
             return None
         if not is_closing(found.payload):
             self.seq += 1  # as in write
@@ -132,14 +136,18 @@ class Segment:
                 self.unsynced.append(found.payload)
         return found.payload
 
-    def _tail(self) -> bytes:
-        if os.fstat(self.fd).st_size <= self.offset or self._path is None:
-            return b""
-        fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def _cut_off(self) -> None:
         try:
-            return os.pread(fd, frame.MAX_PAYLOAD + frame.LONG_OVERHEAD, self.offset)
-        finally:
-            os.close(fd)
+            self._disk.truncate(self.fd, self.offset)
+        except OSError as error:
+            if is_foreign(error):
+                raise
+            raise TornFrame(error.errno, "the beginning of an event cannot be cut off") from error
+
+    def _tail(self) -> bytes:
+        if os.fstat(self.fd).st_size <= self.offset:
+            return b""
+        return os.pread(self.fd, frame.MAX_PAYLOAD + frame.LONG_OVERHEAD, self.offset)
 
     def end(self, *, rotated: bool) -> bool:
         """Write the closing frame; return False when the disk failed, and the reader takes its writer for dead.

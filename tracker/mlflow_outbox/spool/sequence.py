@@ -28,7 +28,7 @@ from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign
 from mlflow_outbox.spool.ring import MemoryRing
-from mlflow_outbox.spool.segment import Segment, is_closing
+from mlflow_outbox.spool.segment import Segment, TornFrame, is_closing
 from mlflow_outbox.spool.syncer import Syncer
 from mlflow_outbox.spool.writer import boot_id
 
@@ -36,6 +36,8 @@ from mlflow_outbox.spool.writer import boot_id
 _SEGMENT_GONE: Final = frozenset({errno.EIO, errno.EBADF, errno.EROFS, errno.ESTALE})
 #: After these the segment is kept, so that a full disk is not filled with headers.
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: Complete segments that may wait for a disk that is slow to sync, each with its descriptor and its events.
+_MOST_RETIRED: Final = 16
 #: Seconds between two tries of a logging call at a disk that failed; a full disk answers at once, a dying one may not.
 _RETRY_DISK: Final = 0.05
 
@@ -130,15 +132,16 @@ class EventSequence:
         if self.settle() == payload:
             return True  # what failed came after the write
         self._counters.add("disk_errors")
+        self._try_again = stopwatch.seconds() + _RETRY_DISK
+        if isinstance(error, OutboxUnusable) or error.errno in _SEGMENT_GONE:
+            self._retire()
+        kept = self._wait(payload)
         self._counters.warn_once(
             "disk",
             f"mlflow-outbox: {self._directory.path} cannot be written ({error.strerror or error}); "
             f"up to {self._settings.memory_bytes} bytes of events per run wait in memory",
         )
-        self._try_again = stopwatch.seconds() + _RETRY_DISK
-        if isinstance(error, OutboxUnusable) or error.errno in _SEGMENT_GONE:
-            self._retire()
-        return self._wait(payload)
+        return kept
 
     def _wait(self, payload: bytes) -> bool:
         if self.ring.add(payload):
@@ -199,6 +202,9 @@ class EventSequence:
                     raise
                 self._counters.add("torn_frames_left")
                 self._retire()
+                if not isinstance(error, TornFrame) and self.live.fd < 0 and not self.ring:
+                    # What is there under the next number cannot be told: it is left out.
+                    self.live = self._place(self.live.seq + 1)
         self.ring.settle(self.live.seq)
         self.suspect = False
         return payload
@@ -269,7 +275,13 @@ class EventSequence:
         if self.live.tainted:
             self._leave_and_rewrite(again=False)
             return
-        retired, newest, place = [*self.retired, self.live], self._newest(), self._place(self.live.seq)
+        old, newest, place = self.live, self._newest(), self._place(self.live.seq)
+        if len(self.retired) >= _MOST_RETIRED:
+            self._newest_first, self.live = newest, place
+            old.close()
+            self._counters.add("unprotected_by_sync", len(old.unsynced))
+            return
+        retired = [*self.retired, old]
         self.retired, self._newest_first, self.live = retired, newest, place
         if self._settings.sync != "interval":
             self.flush_retired()
@@ -325,6 +337,7 @@ class EventSequence:
 
     def sync_failed(self, segment: Segment) -> None:
         """Leave a segment that could not be synced, be it live or complete by now, and write its events again."""
+        self.settle()  # a call that was interrupted meanwhile may have written one that is not counted
         if segment is self.live:
             segment.tainted = True
             if self.syncer.may_try():
@@ -363,19 +376,22 @@ class EventSequence:
         self.drain()  # what the disk does not take now waits in memory
 
     def _write_aside(self, payloads: list[bytes], first_seq: int) -> None:
-        """Write old events to a segment of their own; the live one goes on."""
+        """Write old events to a segment of their own, which is complete with them; the live one goes on."""
         aside = self._place(first_seq)
         try:
             self._begin(aside)
             self._write_all(aside, payloads)
-            synced = self.syncer.data(aside.fd)
-            self._counters.add("rewritten_after_sync_error" if synced else "unsynced_not_rewritten", len(payloads))
-        except OSError:
+        except OSError as error:
+            if is_foreign(error):
+                raise
             self._counters.add("unsynced_not_rewritten", len(payloads) - (aside.seq - first_seq))
             self._cut(aside)
         finally:
             if aside.fd >= 0:
-                aside.close()
+                self.retired = [*self.retired, aside]  # the next round syncs it, for no call is to wait for that
+        self._counters.add("rewritten_after_sync_error", aside.seq - first_seq)
+        if self._settings.sync != "interval":
+            self.flush_retired()
 
     def _write_all(self, segment: Segment, payloads: list[bytes]) -> None:
         for payload in payloads:  # a function for the reason given in _write_ring

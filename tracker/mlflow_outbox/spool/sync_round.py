@@ -5,7 +5,9 @@ seconds; and last, alone again, it notes what has become of it. Names come last:
 
 A durable event must not name a copied file that is not durable. So copies come first in a round; and since a sync
 takes along what was written while it waited, an event whose copy came too late for a round goes to another segment
-than the one that the round syncs.
+than the one that the round syncs. A copy that the program has no descriptor left for is tried again with each round;
+that all other events are durable is worth more meanwhile. So are copies and names to which a round did not come because
+something was raised in the middle of it.
 """
 
 from __future__ import annotations
@@ -97,21 +99,31 @@ class SyncRound:
 
         dirt = alone(note)
         syncer = self._sequence.syncer
-        for store, sha256 in dirt.copies:
-            syncer.copy(store, sha256)
-        for old in dirt.retired:
-            self._finish(alone, old)
-        if dirt.is_dirty:
-            self._sync_live(alone, dirt)
-        if dirt.names:
-            syncer.names(*self._folders)
+        done: list[tuple[SnapshotStore, str]] = []
+        named = not dirt.names
+        try:
+            done += [copy for copy in dirt.copies if syncer.copy(*copy)]
+            for old in dirt.retired:
+                self._finish(alone, old)
+            if dirt.is_dirty:
+                self._sync_live(alone, dirt)
+            named = named or syncer.names(*self._folders)
+        finally:
+            if not named:
+                self._sequence.unsynced_names = True
+            if done:
+                alone(lambda: self._forget(done))
+
+    def _forget(self, done: list[tuple[SnapshotStore, str]]) -> None:
+        kept = {id(copy) for copy in done}
+        self._copies = [copy for copy in self._copies if id(copy) not in kept]
 
     def _note(self) -> _Dirt:
         sequence = self._sequence
-        live, copies, names = sequence.live, self._copies, sequence.unsynced_names
+        live, copies, names = sequence.live, self._copies[:], sequence.unsynced_names
         is_dirty = live.fd >= 0 and live.offset > live.synced and not live.tainted
         dirt = _Dirt(live, live.offset, len(live.unsynced), is_dirty, copies, names, sequence.retired[:])
-        self._copies, sequence.unsynced_names = [], False
+        sequence.unsynced_names = False
         self._syncing = live if is_dirty else None
         return dirt
 

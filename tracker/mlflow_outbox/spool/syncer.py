@@ -7,6 +7,7 @@ that fails again is asked again later, each time longer, up to a minute: a dying
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,8 @@ from mlflow_outbox.spool.snapshot import SnapshotStore
 
 #: Seconds before the second try at a disk that cannot sync; doubled for each further one, up to the last.
 _RETRY: Final = (0.5, 60.0)
+#: After these nothing was asked of the disk, and another time it can be.
+_NOT_ASKED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Syncer:
@@ -71,22 +74,32 @@ class Syncer:
             f"({error.strerror or error}); its last events are written again to a new one",
         )
 
-    def names(self, *folders: Path) -> None:
-        """Make the names in directories survive a power cut."""
+    def names(self, *folders: Path) -> bool:
+        """Make the names in directories survive a power cut; return False when that is worth another try."""
+        if not self._wanted:
+            return True
         try:
             self._sync_each(folders)
-        except OSError:
-            self._counters.add("sync_errors")
+        except OSError as error:
+            return self._is_over(error)
+        return True
+
+    def _is_over(self, error: OSError) -> bool:
+        if is_foreign(error):
+            raise error
+        self._counters.add("sync_errors")
+        return error.errno not in _NOT_ASKED
 
     def _sync_each(self, folders: tuple[Path, ...]) -> None:
         for folder in folders:
             self._disk.sync_directory(folder)
 
-    def copy(self, store: SnapshotStore, sha256: str) -> None:
-        """Make a copied file survive a power cut."""
+    def copy(self, store: SnapshotStore, sha256: str) -> bool:
+        """Make a copied file survive a power cut; return False when that is worth another try."""
         try:
             store.sync(sha256)
         except FileNotFoundError:
-            return  # its event was delivered meanwhile, and the copy filed; or it was refused
-        except OSError:
-            self._counters.add("sync_errors")
+            pass  # its event was delivered meanwhile, and the copy filed; or it was refused
+        except OSError as error:
+            return self._is_over(error)
+        return True

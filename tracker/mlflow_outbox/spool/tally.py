@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.living import Living
 from mlflow_outbox.spool.private import create_private, make_private, read_regular
 
 _FOLDER: Final = "refused"
@@ -43,15 +44,19 @@ class Tally:
         self._inherited: Counter[str] = Counter()
         self._noted: dict[str, int] = {}
         self._pid, self._token = os.getpid(), secrets.token_hex(8)
+        _tallies.add(self)
 
     def __repr__(self) -> str:
         return f"<Tally of process {self._pid}: {self._noted}>"
 
+    def forked(self) -> None:
+        """Begin anew in a forked child, which has its parent's counts in its own."""
+        self._counters.renew_lock()
+        self._inherited, self._noted = Counter(self._counters.snapshot()), {}
+        self._pid, self._token = os.getpid(), secrets.token_hex(8)
+
     def note(self) -> None:
         """Write the counts down when they have changed; where that is not possible now, the next call does it."""
-        if self._pid != os.getpid():  # a forked child has its parent's counts in its own
-            self._inherited, self._noted = Counter(self._noted) + self._inherited, {}
-            self._pid, self._token = os.getpid(), secrets.token_hex(8)
         found = {
             reason: number - self._inherited[reason]
             for reason, number in self._counters.snapshot().items()
@@ -77,6 +82,18 @@ class Tally:
                 with contextlib.suppress(FileNotFoundError):
                     if entry.stat(follow_symlinks=False).st_mtime < time.time() - _KEPT:
                         os.unlink(entry.path)
+
+
+#: All tallies of this process.
+_tallies: Living[Tally] = Living()
+
+
+def _after_fork_in_child() -> None:
+    for tally in _tallies.members():
+        tally.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def refused(outbox: Path) -> dict[str, int]:

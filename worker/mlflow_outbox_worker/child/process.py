@@ -8,13 +8,13 @@ import os
 import socket
 import subprocess
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.courtesy import courtesy
+from mlflow_outbox.living import Living
 from mlflow_outbox.settings import environment_for_child
 from mlflow_outbox_worker import interpreter
 
@@ -149,11 +149,11 @@ class Child:
 
 
 #: Sockets of this process. A forked child that kept one would keep the process at its other end alive.
-_connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_connections: Living[socket.socket] = Living()
 
 
 def _after_fork_in_child() -> None:
-    for connection in list(_connections):
+    for connection in _connections.members():
         connection.close()
 
 
