@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import multiprocessing
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from contents import QUICK, points, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.sink import MetricPoint, Sink, SinkError
+from servers import eventually
 from sink_contract import new_run
+from workers import delivering
 
 
 @pytest.fixture
@@ -129,3 +136,59 @@ def test_points_are_those_that_mlflow_reads(sink: Sink, tmp_path: Path, lines: s
     found = sink.get_run(run).metrics["loss"]
     assert repr((last.value, last.timestamp, last.step)) == repr((found.value, found.time_ms, found.step))
     assert ([], None) == sink.metric_page(run, "unheard of", None)
+
+
+def test_a_write_that_is_on_its_way_is_cut_off_by_nobody_who_reads(sink: Sink, tmp_path: Path) -> None:
+    """Its beginning ends in the middle of a line; whoever writes has the file's lock, another writer waits for it."""
+    run = new_run(sink, sink.experiment_id("metric files"))
+    sink.log_batch(run, [MetricPoint("loss", 0.25, 1_700_000_000_000, 1)], {}, {})
+    file = _file(tmp_path, "loss")
+    with file.open("ab", buffering=0) as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        writing.write(b"1700000000001 0.5 2\n17000000")
+        assert 2 == sink.get_run(run).metrics["loss"].step
+        assert [1, 2] == [point.step for point in sink.metric_history(run, "loss")]
+        other = threading.Thread(target=sink.log_batch, args=(run, [MetricPoint("loss", 1.0, 5, 4)], {}, {}))
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+        writing.write(b"00002 0.75 3\n")
+    other.join(30)
+    assert [1, 2, 3, 4] == [point.step for point in sink.metric_history(run, "loss")]
+
+
+@pytest.mark.parametrize("kind", ["metric", "param", "tag"])
+def test_a_name_below_another_name_is_refused_alone(
+    kind: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """A file store has no place for both; the healthy events of the window arrive, each point once."""
+    tracker = MLflowTracker(experiment_name, file_uri, outbox_dir=tmp_path / "o", worker="none", settings=QUICK)
+    with tracker.start_run() as run:
+        for name in ("before", "val", "val/acc", "up/down", "up", "after"):
+            if kind == "metric":
+                run.log_metric(name, 0.5, step=1)
+            elif kind == "param":
+                run.log_param(name, "x")
+            else:
+                run.set_tag(name, "x")
+    tracker.close(0)
+    assert tracker.outbox_path is not None
+    with delivering(OutboxDirectory.open(tracker.outbox_path), file_uri, QUICK) as counters:
+        eventually(lambda: counters["runs_verified"], 30)
+    assert (2, 0) == (counters["dead_letters"], counters["retried"])
+    held = the_run(file_uri, experiment_name)
+    found = {"metric": held.data.metrics, "param": held.data.params, "tag": held.data.tags}[kind]
+    assert {"before", "val", "up/down", "after"} == {name for name in found if "mlflow" not in name}
+    assert [] == list((tmp_path / "mlruns").rglob(".param-*"))
+    if kind == "metric":
+        for name in found:
+            assert 1 == len(points(file_uri, held.info.run_id, name))
+
+
+def test_tags_of_a_new_run_that_need_one_place_are_refused_and_not_asked_for_again(sink: Sink) -> None:
+    """Before they were taken for a failure of the store, for ever."""
+    with pytest.raises(SinkError, match="no place") as refused:
+        sink.create_run(
+            sink.experiment_id("e"), run_name="r", start_time_ms=1, user="u", tags={"val": "1", "val/acc": "2"}
+        )
+    assert 400 == refused.value.status

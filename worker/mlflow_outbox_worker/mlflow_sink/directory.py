@@ -8,11 +8,12 @@ description, which makes every later look at the experiment fail. Here
   place that no version of MLflow takes for any of them, and then renamed;
 * a param is written elsewhere and renamed, and so is a run's description when it changes;
 * the points of a batch go to the file of their metric in one write (MLflow's own opens, writes and closes for each
-  point, which takes ten times as long), and a last line that a killed process or a full disk left torn is cut off
-  before anything is read from the file or added to it: half a line can look like another point;
+  point, which takes ten times as long); what is torn there is no point (``point_lines``);
 * a run is searched for by the outbox's tag without reading the others (``tagged``);
 * what another process left torn (a run or an experiment whose description is missing, empty or cut, a metric without
-  a point, an empty param) is no run, no experiment, no metric and no param.
+  a point, an empty param) is no run, no experiment, no metric and no param;
+* a name that needs a directory where another has its file, or the reverse (``val`` and ``val/acc``), is refused for
+  good: a database keeps both, a file store has no place for the second.
 
 **Drafts.** Their name ends like that of MLflow's trash, which keeps them out of the list of experiments; they have no
 description, which keeps them out of the list of runs. Whoever writes one holds a shared lock on the directory that it
@@ -37,19 +38,19 @@ from typing import Any
 
 import yaml
 from mlflow.entities import Metric, RunInfo
-from mlflow.exceptions import MissingConfigException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.exceptions import MissingConfigException, MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 from mlflow.store.tracking import file_store
 from mlflow.store.tracking.file_store import FileStore
 from mlflow.utils.yaml_utils import write_yaml
 
+from mlflow_outbox_worker.mlflow_sink import point_lines
+from mlflow_outbox_worker.mlflow_sink.point_lines import Unusual, locked, plain
 from mlflow_outbox_worker.mlflow_sink.tagged import TaggedRuns
 from mlflow_outbox_worker.sink import MetricPoint
 
 _DRAFT_PREFIX = ".mlflow_outbox-"
 _DRAFT_SUFFIX = FileStore.TRASH_FOLDER_NAME
-#: In the line of a point: time in ms, value, step.
-_FIELDS = 3
 
 
 class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type information
@@ -75,7 +76,8 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         if home is None:  # MLflow finds the words
             return super().create_run(experiment_id, user_id, start_time, tags, run_name)
         with self._draft(home, like=home) as (draft, folder):
-            run = draft.create_run(experiment_id, user_id, start_time, tags, run_name)
+            with _tags_beside_each_other():
+                run = draft.create_run(experiment_id, user_id, start_time, tags, run_name)
             (folder / run.info.run_id).rename(Path(home, run.info.run_id))
             return run
 
@@ -100,13 +102,18 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
     def log_batch(self, run_id: str, metrics: Any, params: Any, tags: Any) -> None:
         """Log points, params and tags of a run; the arguments are those of MLflow's method."""
         held: dict[str, list[str]] = {}  # by metric: the path of its file, and its lines
-        self._batch.lines = held
+        self._batch.lines, self._batch.places = held, _Places()
         try:
             super().log_batch(run_id, metrics, params, tags)
         finally:
             self._batch.lines = None
         for path, *lines in held.values():
-            _append(path, "".join(lines).encode())
+            point_lines.append(path, "".join(lines).encode())
+
+    def _set_run_tag(self, run_info: Any, tag: Any) -> None:
+        path = self._get_tag_path(run_info.experiment_id, run_info.run_id, tag.key)
+        _Places().check(path, self._get_run_dir(run_info.experiment_id, run_info.run_id))
+        super()._set_run_tag(run_info, tag)
 
     def _log_run_metric(self, run_info: Any, metric: Any) -> None:
         held = getattr(self._batch, "lines", None)
@@ -116,20 +123,27 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         lines = held.get(metric.key)
         if lines is None:  # finding the path takes longer than all else
             path = self._get_metric_path(run_info.experiment_id, run_info.run_id, metric.key)
+            # Before a point of the batch is written: it is sent again without what is refused.
+            self._batch.places.check(path, self._get_run_dir(run_info.experiment_id, run_info.run_id))
             lines = held[metric.key] = [path]
         lines.append(f"{metric.timestamp} {metric.value} {metric.step}\n")
 
     def _log_run_param(self, run_info: Any, param: Any) -> None:
         path = Path(self._get_param_path(run_info.experiment_id, run_info.run_id, param.key))
+        run = Path(self._get_run_dir(run_info.experiment_id, run_info.run_id))
+        _Places().check(str(path), str(run))
         value = self._writeable_value(param.value)
         if path.exists() and (path.stat().st_size or not value):
             super()._log_run_param(run_info, param)  # which refuses it when the value is another one
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        run = Path(self._get_run_dir(run_info.experiment_id, run_info.run_id))
         draft = run / f".param-{os.getpid()}-{threading.get_ident()}"
-        draft.write_text(value, encoding="utf-8")
-        os.replace(draft, path)
+        try:
+            draft.write_text(value, encoding="utf-8")
+            os.replace(draft, path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
     def _overwrite_run_info(self, run_info: Any, deleted_time: int | None = None) -> None:
         folder = self._get_run_dir(run_info.experiment_id, run_info.run_id)
@@ -179,7 +193,7 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
     def _get_run_files(self, run_info: Any, resource_type: str) -> tuple[str, list[str]]:
         folder, names = super()._get_run_files(run_info, resource_type)
         if resource_type == "metric":  # one without a point would make the run unreadable
-            names = [name for name in names if _mended(os.path.join(folder, name))]
+            names = [name for name in names if point_lines.mended(os.path.join(folder, name))]
         return folder, names
 
     # -- points, without an object of MLflow's for each, which takes most of the time
@@ -191,15 +205,15 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         if key not in names:
             return []
         try:
-            return [MetricPoint(key, value, when, step) for step, when, value in _plain(folder, key)]
-        except _Unusual:
+            return [MetricPoint(key, value, when, step) for step, when, value in plain(os.path.join(folder, key))]
+        except Unusual:
             return None
 
     @staticmethod
     def _get_metric_from_file(parent_path: str, metric_name: str, run_id: str, exp_id: str) -> Metric:
         try:
-            last = max(_plain(parent_path, metric_name), default=None)
-        except _Unusual:
+            last = max(plain(os.path.join(parent_path, metric_name)), default=None)
+        except Unusual:
             last = None
         if last is None:
             return FileStore._get_metric_from_file(parent_path, metric_name, run_id, exp_id)  # noqa: SLF001 - overridden
@@ -221,7 +235,7 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         draft = FileStore.__new__(FileStore)  # a new one would ask whether file stores are allowed, and make a trash
         vars(draft).update(vars(self), root_directory=str(folder))
         with _opened(parent) as fd:
-            if not _locked(fd, fcntl.LOCK_SH, unless_unsupported=True):
+            if not locked(fd, fcntl.LOCK_SH, unless_unsupported=True):
                 raise BlockingIOError(parent)  # somebody removes drafts, which takes a moment: retried
             place.mkdir(parents=True)
             try:
@@ -237,7 +251,7 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         if parent in self._swept:
             return
         with _opened(parent) as fd:
-            if not _locked(fd, fcntl.LOCK_EX):
+            if not locked(fd, fcntl.LOCK_EX):
                 return
             for name in os.listdir(parent):
                 if name.startswith(_DRAFT_PREFIX) and name.endswith(_DRAFT_SUFFIX):
@@ -245,64 +259,42 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         self._swept.add(parent)
 
 
-class _Unusual(Exception):
-    """Raised for a point as earlier versions of MLflow have written it, or one that names a dataset."""
+class _Places:
+    """The files that a batch is going to make in a run's directory."""
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+
+    def check(self, path: str, folder: str) -> None:
+        """Refuse a name whose file cannot be there because of another name's, in the directory or of the batch.
+
+        Args:
+            path: of its file.
+            folder: the run's directory, in which that is.
+
+        Raises:
+            MlflowException: there is no place for it.
+        """
+        above = [str(parent) for parent in Path(path).parents if len(str(parent)) > len(folder)]
+        taken = path in self._folders or os.path.isdir(path)
+        if taken or any(place in self._files or os.path.isfile(place) for place in above):
+            raise _no_place(os.path.relpath(path, folder))
+        self._files.add(path)
+        self._folders.update(above)
 
 
-def _plain(folder: str, key: str) -> Iterator[tuple[int, int, float]]:
-    """Yield step, time in ms and value of each point of a metric.
-
-    Raises:
-        _Unusual: a line does not consist of these three.
-    """
-    with open(os.path.join(folder, key), "rb") as file:
-        for line in file:
-            fields = line.split(b" ")
-            if len(fields) != _FIELDS:
-                raise _Unusual
-            yield int(fields[2]), int(fields[0]), float(fields[1])
-
-
-def _append(path: str, lines: bytes) -> None:
-    """Add lines to a metric's file, all of them or none."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+@contextlib.contextmanager
+def _tags_beside_each_other() -> Iterator[None]:
     try:
-        size = _without_torn_line(fd)
-        rest = memoryview(lines)
-        try:
-            while rest:
-                rest = rest[os.write(fd, rest) :]
-        except OSError:
-            os.ftruncate(fd, size)
-            raise
-    finally:
-        os.close(fd)
+        yield
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise _no_place(os.path.basename(str(error.filename))) from error
 
 
-def _mended(path: str) -> int:
-    """Return the size of a metric's file after its torn last line was cut off, if it had one."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size or os.pread(file.fileno(), 1, size - 1) == b"\n":
-            return size
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # read-only: MLflow finds the words, if it can make nothing of the line
-        return size
-    try:
-        return _without_torn_line(fd)
-    finally:
-        os.close(fd)
-
-
-def _without_torn_line(fd: int) -> int:
-    """Cut the torn last line off a file, if it has one, and return the size."""
-    size = os.fstat(fd).st_size
-    if size and os.pread(fd, 1, size - 1) != b"\n":
-        size = os.pread(fd, size, 0).rfind(b"\n") + 1
-        os.ftruncate(fd, size)
-    return size
+def _no_place(name: str) -> MlflowException:
+    msg = f"a file store has no place for {name!r}: of it and another name, one would be a file and one a directory"
+    return MlflowException(msg, error_code=INVALID_PARAMETER_VALUE)
 
 
 @contextlib.contextmanager
@@ -312,17 +304,6 @@ def _opened(folder: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _locked(fd: int, kind: int, *, unless_unsupported: bool = False) -> bool:
-    """Take a lock if it is free, and return whether it is ours; ``unless_unsupported`` when there are no locks here."""
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return unless_unsupported
-    return True
 
 
 @contextlib.contextmanager

@@ -220,11 +220,11 @@ class Recorder:
     @_translated
     def metric_history(self, run_id: str, key: str) -> list[MetricPoint]:
         """Return every point of one metric."""
-
-        def page(token: str | None) -> Any:
-            return self._store.get_metric_history(run_id, key, max_results=POINTS_PER_PAGE, page_token=token)
-
-        return [_point(metric) for metric in _all_pages(page)]
+        points, token = self.metric_page(run_id, key, None)
+        while token:
+            some, token = self.metric_page(run_id, key, token)
+            points += some
+        return points
 
     @_translated
     def metric_page(self, run_id: str, key: str, token: str | None) -> tuple[list[MetricPoint], str | None]:
