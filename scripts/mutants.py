@@ -264,7 +264,7 @@ MUTANTS: Final = [
         "worker/mlflow_outbox_worker/volley.py",
         "            failures = [shot.failure for shot in shots if shot.failure is not None]\n",
         "            failures = [shot.failure for shot in shots[:1] if shot.failure is not None]\n",
-        "tests/test_volley.py::test_a_request_that_fails_beside_others_is_sent_again_with_them_and_then_alone",
+        "tests/test_volley.py::test_a_request_that_fails_beside_others_is_sent_again_alone",
     ),
 ]
 

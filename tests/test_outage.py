@@ -278,6 +278,35 @@ def test_a_long_run_that_is_tried_first_does_not_keep_the_others_until_it_is_thr
             proxy.down()
 
 
+def test_a_server_that_takes_so_many_files_and_then_wants_a_pause_gets_all_of_them(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Those that it took are not sent to it again and again, at the cost of the others."""
+    sent: list[str] = []
+
+    def metered(exchange: Exchange) -> None:
+        sent.append(exchange.request.path)
+        if len(sent) % 31:
+            exchange.forward()
+        else:
+            exchange.run(faults.status(429, {"Retry-After": "0"}))
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lambda method, path: "PUT" == method, Action("metered", metered), times=None)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=QUICK)
+        with tracker.start_run() as run:
+            for number in range(100):
+                assert run.log_text(str(number), f"{number}.txt")
+        tracker.close(0)
+        assert tracker.outbox_path is not None
+        with delivering(OutboxDirectory.open(tracker.outbox_path), proxy.url, QUICK) as counters:
+            eventually(lambda: 102 == counters["delivered"], 60)
+    assert 100 == len(set(sent))
+    assert len(sent) <= 100 + 20 * counters["retried"], "of each broken window those before the refusal"
+    held = the_run(mlflow_server.url, experiment_name)
+    assert "99" == artifact_text(mlflow_server.url, held.info.run_id, "99.txt")
+
+
 def test_a_refusal_that_was_under_way_when_a_flush_began_is_not_taken_for_an_answer_to_it(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

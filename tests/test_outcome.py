@@ -120,3 +120,12 @@ def test_who_lacks_a_right_is_told_where() -> None:
     forbidden = answer(403, "PERMISSION_DENIED")
     assert "in the experiment 'hers'" in remedy(forbidden, RunRecord("a" * 32, experiment="hers"), Path("x"))
     assert "experiment" not in remedy(forbidden, RunRecord("a" * 32), Path("x"))
+
+
+def test_a_param_of_another_value_is_refused_for_good_by_a_server_on_a_file_store_too() -> None:
+    """It answers as for a mistake of its own; any other such answer passes."""
+    said = "500 INTERNAL_ERROR: Changing param values is not allowed. Param with key='p' was already logged"
+    error = SinkError(said, kind="answer", status=500, code="INTERNAL_ERROR")
+    assert "dead_letter" == classify(error, "log_batch").kind
+    other = SinkError("500 INTERNAL_ERROR: out of luck", kind="answer", status=500, code="INTERNAL_ERROR")
+    assert "retry" == classify(other, "log_batch").kind

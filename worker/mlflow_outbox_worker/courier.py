@@ -100,9 +100,10 @@ class Courier:
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
         self._calls = Calls(source, sink, ledger)
-        self._volley = Volley(Requests(source, sink, self._calls, now_ms=now_ms), sink, settings.parallel_runs)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)
+        requests = Requests(source, sink, self._calls, now_ms=now_ms)
+        self._volley = Volley(requests, self._reconciliation.answered, sink, settings.parallel_runs)
         self._intake = Intake(settings.batch_points, counters)
         #: The writer of a run that used up its last turn.
         self._after: dict[str, str] = {}

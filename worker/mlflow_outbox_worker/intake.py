@@ -1,5 +1,9 @@
 """What delivery takes from a run's journals: the next window, and what is missing in it once two looks agree.
 
+A window is recorded as a whole. So it holds few of the events that are a request each (files, MLflow's own requests):
+else a server that takes a number of them and then wants a pause, or a flush that has less time than all of them take,
+would be sent the same first ones again and again, and never come to the others.
+
 What the cursors pass is never read again. A directory's listing that leaves out a file that is there, as some network
 file systems give while others are moved, must not be what decides: so where the numbers of events tell that some are
 not there, or what there is of a writer does not begin with its first, the disk is looked at once more.
@@ -7,17 +11,20 @@ not there, or what there is of a writer does not begin with its first, the disk 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Event, Request
+from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
 from mlflow_outbox_worker.records import RunRecord
 
 #: Events of a window for each batch of points: as many again as MLflow takes points at once may be of another kind.
 _EVENTS: Final = 2000
+#: Files and requests of MLflow's own in a window.
+_REQUESTS: Final = 20
 
 
 class Intake:
@@ -60,17 +67,36 @@ class Intake:
         return again
 
     def _next(self, reader: RunReader, record: RunRecord, after: str, batches: int) -> Window:
-        """Return the next events: of a room, those before a deletion that may have to wait, or those from it on.
-
-        What was sent before one that waits would be sent anew at each turn.
-        """
+        """Return the next events; of a room, those before a deletion that may have to wait, or those from it on."""
         points, items = self._points * batches, _EVENTS * batches
         window = reader.window(record.cursors, points=points, items=items, after=after)
-        if provisional.is_room(record.run_id):
-            first = next((number for number, (_, event) in enumerate(window.events) if _is_deletion(event)), 0)
-            if first:
-                return reader.window(record.cursors, points=points, items=first, after=after)
-        return window
+        end = _end(window.events, waits=provisional.is_room(record.run_id))
+        return reader.window(record.cursors, points=points, items=end, after=after) if end else window
+
+
+def _end(events: Sequence[tuple[str, Event]], *, waits: bool) -> int:
+    """Return how many events are enough for one window; 0 for all.
+
+    Args:
+        events: with their writers.
+        waits: a deletion may have to wait for another run; what was sent before it would be sent anew at each turn.
+    """
+    requests: set[object] = set()
+    for number, (_, event) in enumerate(events):
+        if waits and number and _is_deletion(event):
+            return number
+        if isinstance(event, Artifact):  # of several contents of a file only the last is sent
+            request: object = event.path
+        elif isinstance(event, FileFor):
+            request = event.owner, event.path
+        elif isinstance(event, Request):
+            request = number
+        else:
+            continue
+        if len(requests) == _REQUESTS and request not in requests:
+            return number
+        requests.add(request)
+    return 0
 
 
 def _is_deletion(event: Event) -> bool:

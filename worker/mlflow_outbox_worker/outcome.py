@@ -47,6 +47,8 @@ _PERSON_CODES = frozenset(
 _DELETED = re.compile(r"must be in (the )?'active'|non-active experiment")
 #: The 503 of ``mlflow server --no-serve-artifacts`` is not JSON and never goes away by waiting.
 _NO_ARTIFACTS = re.compile(r"--no-serve-artifacts")
+#: What a tracking server on a file store says to a param of another value, as an INTERNAL_ERROR.
+_OTHER_VALUE = "Changing param values is not allowed"
 #: Two requests wrote the same row at once; the loser's whole transaction was rolled back and succeeds when repeated.
 _ROW_RACE = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry", re.IGNORECASE)
 
@@ -113,6 +115,8 @@ def _answered(error: SinkError, status: int, operation: str) -> Outcome:
     reason = str(error)
     if status in _PERSON_STATUSES or _NO_ARTIFACTS.search(reason) or is_deleted(error):
         return Outcome("parked", reason)
+    if operation == "log_batch" and error.code == "INTERNAL_ERROR" and _OTHER_VALUE in reason:
+        return Outcome("dead_letter", reason)
     if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code in _LATER_CODES:
         return Outcome("retry", reason, error.retry_after)
     if error.code == "BAD_REQUEST" and _ROW_RACE.search(reason):

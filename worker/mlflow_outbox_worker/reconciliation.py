@@ -12,6 +12,10 @@ another machine: then events are sent that are there. What is compared with the 
   lost ledger, are compared until one is new. The single window that a killed worker may have sent is not: reading a
   long history would cost more. Nor is anything compared of a database that leaves out what it has (``point_rows``).
 
+Of a window whose requests went side by side some may have been answered when one failed (``volley``). They are left out
+of what is sent again by the same process, which costs nothing and is asked of nobody: a tracking server whose own store
+is one of files would have their points twice, and does not say what its store is.
+
 History is read once for each key of a run, and held exactly, in 24 bytes for each point, up to ``MOST`` points a key;
 up to ``FEW`` as a set, which takes five times as much and is asked in a tenth of the time.
 A longer one is read anew for each window by a store that would have points twice; others are left to deduplicate. What
@@ -24,7 +28,7 @@ import bisect
 import dataclasses
 import math
 import struct
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from mlflow_outbox_worker.ledger import Ledger
@@ -92,6 +96,23 @@ class Reconciliation:
         #: Of one that does: runs that were found by their tag, of which it may have any.
         self._found: set[str] = set()
         self._histories: dict[str, dict[str, Container[bytes] | None]] = {}
+        #: Of windows that were not recorded: the points that were answered for, by key.
+        self._answered: dict[str, dict[str, set[bytes]]] = {}
+        #: How many of them are still to come.
+        self._ahead: dict[str, int] = {}
+
+    def answered(self, record: RunRecord, batches: Iterable[Batch]) -> None:
+        """Note the batches of a window that were answered for, though others of it failed.
+
+        Args:
+            record: of the run.
+            batches: of points.
+        """
+        known = self._answered.setdefault(record.run_id, {})
+        for batch in batches:
+            for point in batch.points:
+                known.setdefault(point.key, set()).add(packed(point))
+        self._ahead[record.run_id] = sum(map(len, known.values()))
 
     def found(self, run_id: str) -> None:
         """Note that a run was there already."""
@@ -102,6 +123,7 @@ class Reconciliation:
         """Note that everything was delivered that waited of a run: what comes now is new."""
         self._histories.pop(run_id, None)
         self._found.discard(run_id)
+        self._forget(run_id)
 
     def unsent(self, record: RunRecord, steps: list[Step]) -> list[Step]:
         """Return the steps without the points that the store has; called once for each attempt at a window.
@@ -113,6 +135,8 @@ class Reconciliation:
         """
         run_id = record.run_id
         if self._sink.deduplicates_metrics:
+            if run_id in self._answered:
+                steps = self._unanswered(run_id, steps)
             return self._fresh(record, steps) if run_id in self._found else steps
         in_doubt = record.uncertain == record.cursors
         if in_doubt:
@@ -123,6 +147,18 @@ class Reconciliation:
         if in_doubt or record.adopted or run_id not in self._certain:
             return self._fresh(record, steps)
         return list(_without(steps, {}))
+
+    def _unanswered(self, run_id: str, steps: list[Step]) -> list[Step]:
+        """Return steps without the points that were answered for, and forget those when they are behind."""
+        left = list(_without(steps, self._answered[run_id]))
+        self._ahead[run_id] -= _points(steps) - _points(left)
+        if self._ahead[run_id] <= 0:
+            self._forget(run_id)
+        return left
+
+    def _forget(self, run_id: str) -> None:
+        self._answered.pop(run_id, None)
+        self._ahead.pop(run_id, None)
 
     def _fresh(self, record: RunRecord, steps: list[Step]) -> list[Step]:
         history = self._histories.pop(record.run_id, {})
@@ -158,7 +194,11 @@ class Reconciliation:
                 return frozenset(records) if len(records) <= FEW else Packed(records)
 
 
-def _without(steps: list[Step], held: dict[str, Container[bytes]]) -> Iterator[Step]:
+def _points(steps: Iterable[Step]) -> int:
+    return sum(len(step.points) for step in steps if isinstance(step, Batch))
+
+
+def _without(steps: list[Step], held: Mapping[str, Container[bytes]]) -> Iterator[Step]:
     """Yield steps without points that are held, or come a second time; leave out batches of which nothing is left."""
     seen: set[tuple[str, bytes]] = set()
     for step in steps:

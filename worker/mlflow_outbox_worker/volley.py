@@ -9,8 +9,8 @@ What that may change, and why it does not:
 
 * Points have no order among each other: the latest of a metric is the one of the largest step, whenever it came.
   Everything else of a window (params, tags, files, requests) is made in its place, before and after all that stands
-  beside it. Only stores that keep a point once take part, for the whole window is sent again when one request of it
-  failed or a kill came between.
+  beside it. Only stores that keep a point once take part, for the whole window is sent again when a kill came between;
+  when one request of it failed, without those that were answered (``reconciliation``).
 * A database locks the latest value of each metric of a run, in one order (MLflow sorts the keys), and one that is new
   is the one place where two batches could meet. So a batch with a metric that the run has not had yet goes alone.
 * A window is the first of its turn alone, too: a run that a server refuses is met with one request. After a failure
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from mlflow_outbox import stopwatch
@@ -41,15 +41,23 @@ class Volley:
 
     Args:
         requests: makes each of them.
+        answered: told of batches that were answered for when others beside them failed.
         sink: the tracking store.
         most: requests that may be under way at once, of all runs.
         clock: seconds of a clock that never goes back.
     """
 
     def __init__(
-        self, requests: Requests, sink: Sink, most: int, *, clock: Callable[[], float] = stopwatch.seconds
+        self,
+        requests: Requests,
+        answered: Callable[[RunRecord, Iterable[Batch]], None],
+        sink: Sink,
+        most: int,
+        *,
+        clock: Callable[[], float] = stopwatch.seconds,
     ) -> None:
         self._requests = requests
+        self._answered = answered
         self._most = most if sink.parallel and sink.deduplicates_metrics else 1
         self._clock = clock
         self._lock = threading.Lock()
@@ -96,6 +104,7 @@ class Volley:
 
     def _fire(self, record: RunRecord, batches: Sequence[Batch], refused: Refused) -> None:
         width = self.width() if len(batches) > 1 else 1
+        answered: list[Batch] = []
         for begin in range(0, len(batches), width):
             shots = [_Shot(self._requests, record, batch) for batch in batches[begin : begin + width]]
             for shot in shots[1:]:
@@ -107,9 +116,11 @@ class Volley:
             if failures:
                 if len(shots) > 1:
                     self._alone_until = self._clock() + _ALONE
+                    self._answered(record, [*answered, *(shot.batch for shot in shots if shot.is_answered)])
                 raise failures[0]
             for shot in shots:
                 refused.take(shot.refused)
+            answered += [shot.batch for shot in shots if shot.is_answered]
 
 
 class _Shot:
@@ -118,10 +129,15 @@ class _Shot:
     def __init__(self, requests: Requests, record: RunRecord, batch: Batch) -> None:
         self._requests = requests
         self._record = record
-        self._batch = batch
+        self.batch = batch
         self._thread: threading.Thread | None = None
         self.refused = Refused()
         self.failure: BaseException | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all of it arrived; what was refused has to be so once more, to become a dead letter."""
+        return self.failure is None and not self.refused.letters
 
     def begin(self) -> None:
         self._thread = threading.Thread(target=self.make, name="mlflow-outbox-volley", daemon=True)
@@ -133,7 +149,7 @@ class _Shot:
 
     def make(self) -> None:
         try:
-            self._requests.make(self._record, self._batch, self.refused)
+            self._requests.make(self._record, self.batch, self.refused)
         except BaseException as error:  # noqa: BLE001 - it is raised where the answer is waited for
             self.failure = error
 
