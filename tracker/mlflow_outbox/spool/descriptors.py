@@ -20,7 +20,7 @@ from mlflow_outbox.forklock import ForkLock
 
 #: Held while a segment is opened or closed.
 _lock: Final = ForkLock(patience=1.0)
-_held: set[int] = set()
+_held: dict[int, Path] = {}
 
 
 def opened(create: Callable[[Path], int], path: Path) -> int:
@@ -35,23 +35,37 @@ def opened(create: Callable[[Path], int], path: Path) -> int:
     """
     with _lock.alone():
         fd = create(path)
-        _held.add(fd)
+        _held[fd] = path
     return fd
 
 
-def close(how: Callable[[int], None], fd: int) -> None:
-    """Give a descriptor back.
+def holds(fd: int, path: Path) -> bool:
+    """Return whether a descriptor is still that of a file.
+
+    Args:
+        fd: from ``opened``.
+        path: given there.
+    """
+    return _held.get(fd) == path
+
+
+def close(how: Callable[[int], None], fd: int, path: Path) -> None:
+    """Give a descriptor back, unless that was done before: by now it may be another file's.
+
+    So who is interrupted by a signal handler's exception somewhere around this can call it again.
 
     Args:
         how: closes it.
         fd: from ``opened``.
+        path: given there.
 
     Raises:
         OSError: the disk failed; it is closed all the same.
     """
     with _lock.alone():
-        _held.discard(fd)
-        how(fd)
+        if _held.get(fd) == path:
+            del _held[fd]  # no call between this and closing: nothing can interrupt here
+            how(fd)
 
 
 def _after_fork_in_child() -> None:

@@ -44,12 +44,13 @@ class Segment:
     """
 
     __slots__ = (
-        "_disk", "_remember", "fd", "first_seq", "limit", "offset", "seed", "seq", "synced", "tainted",
+        "_disk", "_path", "_remember", "fd", "first_seq", "limit", "offset", "seed", "seq", "synced", "tainted",
         "unsynced",
     )  # fmt: skip
 
     def __init__(self, disk: SystemDisk, seq: int, *, remember: bool) -> None:
         self._disk = disk
+        self._path = Path()
         self._remember = remember
         self.fd = -1
         self.seed = 0
@@ -57,6 +58,11 @@ class Segment:
         self.offset = self.limit = self.synced = 0
         self.unsynced: list[bytes] = []
         self.tainted = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its descriptor was not given back yet."""
+        return descriptors.holds(self.fd, self._path)
 
     @property
     def is_removed(self) -> bool:
@@ -80,7 +86,7 @@ class Segment:
             OSError: the disk did not take it; nothing is left of it.
         """
         data = frame.pack_header(header)
-        size = len(data)
+        size, self._path = len(data), path
         fd = descriptors.opened(self._disk.create, path)
         try:
             if self._disk.write(fd, data) != size:
@@ -91,7 +97,7 @@ class Segment:
             except OSError:
                 pass
             try:  # noqa: SIM105 - as in close
-                descriptors.close(self._disk.close, fd)
+                descriptors.close(self._disk.close, fd, path)
             except OSError:
                 pass
             raise
@@ -167,11 +173,12 @@ class Segment:
         return True
 
     def close(self) -> None:
-        """Give the descriptor back; it is gone whatever the disk says."""
-        try:  # noqa: SIM105 - contextlib.suppress makes calls, after which a signal handler could raise
-            descriptors.close(self._disk.close, self.fd)
-        except OSError:
-            pass
+        """Give the descriptor back, once; it is gone whatever the disk says."""
+        try:
+            descriptors.close(self._disk.close, self.fd, self._path)
+        except OSError as error:
+            if is_foreign(error):
+                raise
 
 
 def is_closing(payload: bytes) -> bool:

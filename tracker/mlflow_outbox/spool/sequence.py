@@ -276,14 +276,13 @@ class EventSequence:
             self._leave_and_rewrite(again=False)
             return
         old, newest, place = self.live, self._newest(), self._place(self.live.seq)
-        if len(self.retired) >= _MOST_RETIRED:
-            self._newest_first, self.live = newest, place
-            old.close()
-            self._counters.add("unprotected_by_sync", len(old.unsynced))
-            return
         retired = [*self.retired, old]
         self.retired, self._newest_first, self.live = retired, newest, place
-        if self._settings.sync != "interval":
+        if len(retired) > _MOST_RETIRED:
+            old.close()
+            self.retired = retired[:-1]
+            self._counters.add("unprotected_by_sync", len(old.unsynced))
+        elif self._settings.sync != "interval":
             self.flush_retired()
 
     def _newest(self) -> int:
@@ -293,9 +292,9 @@ class EventSequence:
         """Sync and close complete segments here and now."""
         while self.retired:
             old = self.retired[0]
-            good = self.syncer.data(old.fd)
-            self.retired = self.retired[1:]  # nothing between this and closing: never twice, hardly ever not
+            good = not old.is_open or self.syncer.data(old.fd)
             old.close()
+            self.retired = self.retired[1:]  # last: what is interrupted here is done again
             if not good:
                 self._rewrite(old.unsynced, old.first_unsynced)
 
@@ -330,8 +329,8 @@ class EventSequence:
             old: one of ``retired``.
             synced: whether it is durable.
         """
-        self.retired = [other for other in self.retired if other is not old]
         old.close()
+        self.retired = [other for other in self.retired if other is not old]
         if not synced:
             self._rewrite(old.unsynced, old.first_unsynced)
 

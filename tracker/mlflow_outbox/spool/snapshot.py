@@ -117,7 +117,7 @@ class Hold:
         if fd >= 0 and self._pid == os.getpid():
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)  # a process that was forked meanwhile may hold a copy of the descriptor
-            descriptors.close(os.close, fd)
+            descriptors.close(os.close, fd, self._folder)
 
 
 class SnapshotStore:

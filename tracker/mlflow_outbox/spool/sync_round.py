@@ -129,7 +129,7 @@ class SyncRound:
 
     def _finish(self, alone: Alone, old: Segment) -> None:
         """Sync and close a complete segment; listed until it is closed, for a fork to close."""
-        synced = self._sequence.syncer.data(old.fd)
+        synced = not old.is_open or self._sequence.syncer.data(old.fd)
         alone(lambda: self._sequence.finish(old, synced=synced))
 
     def _sync_live(self, alone: Alone, dirt: _Dirt) -> None:
