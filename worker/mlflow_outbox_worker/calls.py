@@ -29,6 +29,8 @@ _OF_EXPERIMENTS: Final = frozenset(
     {"create_experiment", "set_experiment_tag", "delete_experiment_tag"}
     | {"rename_experiment", "delete_experiment", "restore_experiment"}
 )
+#: Nobody is known to have done these, but MLflow says so only of an experiment in the other state.
+_LIFECYCLE: Final = frozenset({"delete_experiment", "restore_experiment"})
 _DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag"})
 
 
@@ -115,7 +117,19 @@ class Calls:
         applied = operation == "create_experiment" and error.code == "RESOURCE_ALREADY_EXISTS"
         if operation in _DELETES:
             applied = error.code == "RESOURCE_DOES_NOT_EXIST" or "No tag with name" in str(error)
+        if operation in _LIFECYCLE and error.code == "RESOURCE_DOES_NOT_EXIST":
+            applied = self._is_there(_text(body.encode(), "experiment_id"))
         return None if applied else error
+
+    def _is_there(self, experiment_id: str) -> bool:
+        """Return whether there is an experiment, deleted or not: then it is in the state that was asked for."""
+        try:
+            self._sink.artifact_location("experiment", experiment_id)
+        except SinkError as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
 
     def _has_params(self, wanted: dict[str, Any]) -> bool:
         """Return whether a model has params with these values, of which only the keys are known to be there."""

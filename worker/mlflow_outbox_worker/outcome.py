@@ -119,7 +119,8 @@ def _answered(error: SinkError, status: int, operation: str) -> Outcome:
         return Outcome("dead_letter", reason)
     if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code in _LATER_CODES:
         return Outcome("retry", reason, error.retry_after)
-    if error.code == "BAD_REQUEST" and _ROW_RACE.search(reason):
+    # A name is taken for good.
+    if error.code == "BAD_REQUEST" and _ROW_RACE.search(reason) and operation != "rename_experiment":
         return Outcome("retry", reason, error.retry_after)
     if error.code == "RESOURCE_ALREADY_EXISTS":
         return Outcome("already_applied", reason)

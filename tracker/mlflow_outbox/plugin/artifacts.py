@@ -201,6 +201,30 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             raise MlflowException.invalid_parameter_value(msg)
         return posixpath.normpath(posixpath.join(self._below, folder))
 
+    def download_artifacts(self, artifact_path: str, dst_path: str | None = None) -> str:
+        """Return the local path of a file or folder: in its place where that is a directory, else of a copy.
+
+        Args:
+            artifact_path: relative to the URI.
+            dst_path: where a copy is wanted; None leaves it to MLflow.
+
+        Raises:
+            MlflowException: the path climbs, there is no such file, or the server is away.
+        """
+        if self._place is not None and self._is_in_place(artifact_path):
+            return str(self._place.download_artifacts(artifact_path, dst_path))
+        return str(super().download_artifacts(artifact_path, dst_path))
+
+    def _is_in_place(self, path: str) -> bool:
+        """Return whether a file, or all that the outbox has of a folder, is where programs open it."""
+        assert self._place is not None  # noqa: S101 - for the type checker; the caller asked
+        root, folder = self._place.artifact_dir, self._folder(path) if path else self._below
+        if not os.path.exists(os.path.join(root, path)):
+            return False
+        local, _ = self._local()
+        below = [name for name in local if name == folder or not folder or name.startswith(f"{folder}/")]
+        return all(os.path.isfile(os.path.join(root, posixpath.relpath(name, self._below or "."))) for name in below)
+
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         if self._place is not None and os.path.isfile(os.path.join(self._place.artifact_dir, remote_file_path)):
             self._place._download_file(remote_file_path, local_path)

@@ -64,12 +64,21 @@ def staged_artifacts(artifact_uri: str, tracking_uri: str | None = None, registr
     """Return the repository of an ``outbox-artifacts:`` URI.
 
     Raises:
-        MlflowException: the outbox, which is all that knows what is there, is switched off.
+        MlflowException: the outbox, which is all that knows what is there, is switched off, or is not the tracking URI.
     """
     if _is_disabled():
         from mlflow.exceptions import MlflowException
 
         msg = f"{artifact_uri} is a place in an outbox, and MLFLOW_OUTBOX_DISABLED switches outboxes off"
+        raise MlflowException.invalid_parameter_value(msg)
+    from mlflow.tracking import get_tracking_uri
+
+    if not any(str(uri).startswith(_PREFIX) for uri in (tracking_uri, get_tracking_uri())):
+        from mlflow.exceptions import MlflowException
+
+        msg = (
+            f"{artifact_uri} is a place in an outbox; it can be read with the outbox+ tracking URI that it was made by"
+        )
         raise MlflowException.invalid_parameter_value(msg)
     from mlflow_outbox.plugin.artifacts import StagedArtifacts
 

@@ -78,17 +78,13 @@ class Experiments(Homes):
             MlflowException: there is none of this id.
         """
         given = str(experiment_id)
-        local = self.local_run(provisional.room_of(given))
         theirs = None
         try:
             remote = self.ids.remote(given)
             theirs = self.ask(lambda store: store.get_experiment(remote))
         except NotYet:
             pass
-        requests: Any = local.view.requests if local is not None else []
-        if local is not None and theirs is not None:  # it has what was delivered, and what others did later
-            requests = [event for _, event in local.pending if isinstance(event, Request)]
-        found = reads.experiment_of(requests, theirs, given, self.own_uri("experiment", given))
+        found = self._with_pending(given, theirs)
         if found is not None:
             self.know_experiment(given, found.name)
             return found
@@ -99,6 +95,14 @@ class Experiments(Homes):
             )
         raise no_such("Experiment", given)
 
+    def _with_pending(self, given: str, theirs: Experiment | None) -> Experiment | None:
+        """Return an experiment, the server's answer if there is one, with what is pending folded in."""
+        local = self.local_run(provisional.room_of(given))
+        requests: Any = local.view.requests if local is not None else []
+        if local is not None and theirs is not None:  # it has what was delivered, and what others did later
+            requests = [event for _, event in local.pending if isinstance(event, Request)]
+        return reads.experiment_of(requests, theirs, given, self.own_uri("experiment", given))
+
     def get_experiment_by_name(self, experiment_name: str) -> Experiment | None:
         """Return the experiment of a name, or None."""
         theirs = self.ask(lambda store: store.get_experiment_by_name(experiment_name))
@@ -107,7 +111,9 @@ class Experiments(Homes):
             if shown != theirs.experiment_id:
                 return self.get_experiment(shown)
             self.know_experiment(theirs.experiment_id, theirs.name)
-            return theirs
+            found = self._with_pending(theirs.experiment_id, theirs)
+            if found is not None and found.name == experiment_name:  # it may be on its way to another
+                return found
         return self._named_here(experiment_name)
 
     def _named_here(self, experiment_name: str) -> Experiment | None:
@@ -156,13 +162,21 @@ class Experiments(Homes):
         return found
 
     def delete_experiment(self, experiment_id: str) -> None:
-        """Delete an experiment, and with it its runs."""
+        """Delete an experiment, and with it its runs.
+
+        Raises:
+            MlflowException: it is deleted already.
+        """
         self._change("delete_experiment", experiment_id)
         self._gone.add(self.shown_experiment(str(experiment_id)))
         self._deleted.update(self.journals.runs())  # any of them may be one of its: it is looked before the next write
 
     def restore_experiment(self, experiment_id: str) -> None:
-        """Restore a deleted experiment, and with it its runs."""
+        """Restore a deleted experiment, and with it its runs.
+
+        Raises:
+            MlflowException: it is not deleted.
+        """
         self._change("restore_experiment", experiment_id)
         self._gone.discard(self.shown_experiment(str(experiment_id)))
 
@@ -193,7 +207,7 @@ class Experiments(Homes):
         """Rename an experiment.
 
         Raises:
-            MlflowException: the name is none that MLflow takes.
+            MlflowException: the name is none that MLflow takes, or is taken.
         """
         _validate_experiment_name(new_name)
         given = str(experiment_id)
@@ -221,8 +235,21 @@ class Experiments(Homes):
                 pass
             else:
                 return True
+        self._check_change(operation, given, **arguments)
         self.journals.room(given).request(operation, experiment_id=given, **arguments)
         return False
+
+    def _check_change(self, operation: str, given: str, *, new_name: str = "") -> None:
+        """Refuse what the server would refuse, as far as this outbox knows: it would hold up what comes after."""
+        if operation == "rename_experiment":
+            other = self._named_here(new_name)
+            if other is not None and other.experiment_id != given:
+                raise _exists(new_name)
+        elif self.journals.exists(provisional.room_of(given)):
+            stage = self.get_experiment(given).lifecycle_stage
+            wanted = LifecycleStage.ACTIVE if operation == "delete_experiment" else LifecycleStage.DELETED
+            if stage != wanted and (operation == "delete_experiment" or provisional.is_provisional(given)):
+                raise no_such(f"{wanted.capitalize()} experiment", given)
 
     def _has_to_come_after(self, given: str, *, runs: bool) -> bool:
         """Return whether other changes of an experiment wait, or (runs) a run of it is not filed as delivered."""

@@ -134,6 +134,22 @@ class Homes(Base):
         root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=True).artifact_location)
         return provisional.URI_PATTERN.sub(lambda _: root.rstrip("/"), uri)
 
+    def located(self, value: Any) -> Any:
+        """Return a value (texts, lists and mappings of them) with MLflow's artifact URIs in place of the outbox's own.
+
+        Raises:
+            Away: the server is, or does not know the owner of one yet.
+        """
+        if isinstance(value, list):
+            return [self.located(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self.located(item) for key, item in value.items()}
+        if not isinstance(value, str) or provisional.ARTIFACT_SCHEME not in value:
+            return value
+        return provisional.URI_PATTERN.sub(
+            lambda found: self.remote_location(found[1], found[2], found[0]).rstrip("/"), value
+        )
+
 
 def _logged(pending: Iterable[tuple[str, Any]], owner: str) -> list[str]:
     return [

@@ -172,9 +172,16 @@ def _shown(value: float, bounded: bool) -> float:
     return math.copysign(sys.float_info.max, value) if bounded and math.isinf(value) else value
 
 
-def merged_points(server: Iterable[Metric], pending: Iterable[Metric]) -> list[Metric]:
-    """Return the points of both, an identical one once, by step and time."""
-    return list({_identity(metric): metric for metric in [*server, *pending]}.values())
+def merged_points(server: Iterable[Metric], pending: Iterable[Metric], *, as_logged: bool = False) -> list[Metric]:
+    """Return the points of both, an identical one once, in the order in which MLflow gives them.
+
+    Args:
+        server: what the store has.
+        pending: what it does not have yet.
+        as_logged: as a file store gives them; a database sorts them.
+    """
+    found = list({_identity(metric): metric for metric in [*server, *pending]}.values())
+    return found if as_logged else sorted(found, key=lambda metric: (metric.timestamp, metric.step, metric.value))
 
 
 def unseen_points(server: Iterable[Metric], pending: Iterable[Metric]) -> list[Metric]:

@@ -2,7 +2,8 @@
 
 Version numbers, stages and aliases are the server's alone, so nothing of the registry is kept for later: a call while
 the server is away fails within the deadline and says so. Before each call what was logged here gets a moment to
-arrive, because a model version points to a model, and ids that were given here are replaced by the server's.
+arrive, because a model version points to a model, and ids and addresses of files that were given here are replaced by
+the server's.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class OutboxRegistry:
         def call(*args: Any, **kwargs: Any) -> Any:
             tracking.settle()
             try:
-                given = [tracking.ids.outgoing(arg) for arg in args]
-                named = {key: tracking.ids.outgoing(value) for key, value in kwargs.items()}
+                given = [tracking.ids.outgoing(tracking.located(arg)) for arg in args]
+                named = {key: tracking.ids.outgoing(tracking.located(value)) for key, value in kwargs.items()}
                 # One short question, because MLflow's own store tries for minutes.
                 tracking.server.ask(lambda store: store.search_experiments(max_results=1), quick=True)
             except Away as away:

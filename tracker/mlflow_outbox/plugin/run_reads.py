@@ -164,13 +164,18 @@ class RunReads(Experiments):
                 raise self.server.needed(
                     f"the metric {metric_key} of run {run_id}", Away(str(away), sent=False)
                 ) from None
-            return PagedList(reads.merged_points((), self._points_on_disk(local_id, metric_key)), None)
+            on_disk = self._points_on_disk(local_id, metric_key)
+            return PagedList(reads.merged_points((), on_disk, as_logged=self._as_logged), None)
         token = getattr(found, "token", None)
         if token is not None or not pending:
             return PagedList(list(found), token)
         if page_token is not None:  # a point that the server has, and the outbox does not know it yet, is on any page
             pending = reads.unseen_points(self._history(local_id, metric_key), pending)
-        return PagedList(reads.merged_points(found, pending), None)
+        return PagedList(reads.merged_points(found, pending, as_logged=self._as_logged), None)
+
+    @property
+    def _as_logged(self) -> bool:
+        return self.outbox.destination.scheme == "file"
 
     def _history(self, local_id: str, key: str) -> list[Metric]:
         """Return what the server has of a metric.

@@ -87,7 +87,8 @@ class Runs(RunReads):
         else:
             return self._adopted(run, experiment_id)
         self.refuse_deleted(experiment_id)
-        return self._begun_here(local, experiment_id, start_time, given, run_name or named, attempted=attempted)
+        name = run_name or named
+        return self._begun_here(local, experiment_id, start_time, given, name, user_id, attempted=attempted)
 
     def _adopted(self, run: Run, experiment_id: str) -> Run:
         """Begin the journal of a run that the server made."""
@@ -117,6 +118,7 @@ class Runs(RunReads):
         start_time: int | None,
         tags: list[Any],
         name: str | None,
+        user_id: Any,
         *,
         attempted: bool,
     ) -> Run:
@@ -128,7 +130,7 @@ class Runs(RunReads):
             RunStarted(
                 now_ms(),
                 name,
-                texts.get(MLFLOW_USER, ""),
+                texts.get(MLFLOW_USER, str(user_id or "")),
                 texts,
                 False,
                 experiment_id,
