@@ -128,7 +128,7 @@ MUTANTS: Final = [
     Mutant(
         "no cut-back after a short write",
         "tracker/mlflow_outbox/spool/segment.py",
-        "            if tail:\n                self._disk.truncate(self.fd, self.offset)\n",
+        "            if tail:\n                self._cut_off()\n",
         "            self.offset += len(tail)\n",
         "tests/faults/test_space.py::test_a_write_that_is_short_at_any_byte_leaves_no_torn_frame",
     ),

@@ -101,7 +101,7 @@ def _reap(pid: int) -> None:
 def _give_up() -> None:
     """Close what the test left open, and let MLflow's client give up what it keeps for its next call."""
     for each in list(outbox._kept):
-        each.close(0, list(each._journals))  # what waits in memory for a disk that fails is given up as well
+        each.close(0, each._journals.members())  # what waits in memory for a disk that fails is given up as well
     for name, forget in (
         ("mlflow.utils.request_utils", lambda module: module._cached_get_request_session.cache_clear()),
         ("mlflow.store.tracking.sqlalchemy_store", lambda module: _dispose(module.SqlAlchemyStore)),

@@ -41,7 +41,8 @@ def tree(path: Path) -> dict[str, str]:
 
 def damage(path: Path, rng: random.Random) -> None:
     """Turn one bit of one segment in its second half: a frame is quarantined, or the tail is."""
-    segment = rng.choice(sorted(path.glob("runs/*/*.log")))
+    # The last one is empty when its writer was killed right after it was made.
+    segment = rng.choice(sorted(found for found in path.glob("runs/*/*.log") if found.stat().st_size))
     data = bytearray(segment.read_bytes())
     data[rng.randrange(len(data) // 2, len(data))] ^= 1 << rng.randrange(8)
     segment.write_bytes(data)
