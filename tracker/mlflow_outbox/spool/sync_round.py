@@ -130,13 +130,25 @@ class SyncRound:
     def _finish(self, alone: Alone, old: Segment) -> None:
         """Sync and close a complete segment; listed until it is closed, for a fork to close."""
         synced = not old.is_open or self._sequence.syncer.data(old.fd)
-        alone(lambda: self._sequence.finish(old, synced=synced))
+        self._with_what_is_written_again(alone, lambda: self._sequence.finish(old, synced=synced))
+
+    def _with_what_is_written_again(self, alone: Alone, work: Callable[[], None]) -> None:
+        """Do some work on the events, and sync the segments that it makes for old ones: the round may be the last."""
+        sequence = self._sequence
+
+        def made() -> list[Segment]:
+            before = sequence.retired
+            work()
+            return [segment for segment in sequence.retired if segment not in before]
+
+        for segment in alone(made):
+            self._finish(alone, segment)
 
     def _sync_live(self, alone: Alone, dirt: _Dirt) -> None:
         segment = dirt.segment
         held = segment.unsynced
         if not self._sequence.syncer.data(segment.fd):
-            alone(lambda: self._sequence.sync_failed(segment))
+            self._with_what_is_written_again(alone, lambda: self._sequence.sync_failed(segment))
             return
 
         def note() -> None:
