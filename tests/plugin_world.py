@@ -277,11 +277,15 @@ def _trace(trace: Any) -> dict[str, Any]:
     }
 
 
+#: What MLflow adds to the directory of a model that it loads from where it lies.
+_OF_LOADING = "registered_model_meta"
+
+
 def _files(listing: Any, path: str | None = None) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     for info in listing(path):
         found += _files(listing, info.path) if info.is_dir else [(info.path, info.file_size)]
-    return sorted(found)
+    return sorted((name, size) for name, size in found if name.rpartition("/")[2] != _OF_LOADING)
 
 
 def _renamed(value: Any, names: dict[str, str], experiment: str) -> Any:

@@ -146,26 +146,6 @@ def test_the_history_of_a_metric_is_in_one_order_before_and_after_its_delivery(
         assert before == [(2.0, 3, 1), (4.0, 6, 2), (5.0, 6, 2), (1.0, 5, 5), (3.0, 5, 9)] == history()
 
 
-def test_who_began_a_run_offline_is_said_as_when_the_server_is_there(
-    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
-) -> None:
-    """MLflow's client gives a user apart from the tags."""
-    users = []
-    for is_up in (True, False):
-        with away(mlflow_server, tmp_path / str(is_up), create_timeout=0.5) as (mlflow, proxy, uri):
-            if is_up:
-                proxy.up()
-            api = mlflow.MlflowClient()
-            name = f"{experiment_name}-{is_up}"
-            api.create_run(api.create_experiment(name))
-            proxy.up()
-            deliver(uri)
-        with client(mlflow_server.url) as held:
-            (run,) = held.search_runs([held.get_experiment_by_name(name).experiment_id])
-            users.append(run.info.user_id)
-    assert ["unknown"] * 2 == users
-
-
 def test_files_of_a_run_that_began_offline_are_registered_under_an_address_that_everybody_can_read(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -433,3 +433,17 @@ def test_a_writer_on_another_machine_may_be_silent_for_long(
         follower.join()
     remote = the_run(uri, experiment_name)
     assert ("FINISHED", numbered(2)) == (remote.info.status, points(uri, remote.info.run_id, "loss"))
+
+
+def test_files_of_a_run_that_goes_on_go_to_another_store_although_they_are_filed_already(
+    sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its copies lie with what is delivered, and no segment of it does."""
+    run_id = log_offline(experiment_name, sqlite_uri, tmp_path / "outbox", status=None)
+    outbox = the_outbox(tmp_path / "outbox")
+    (outbox / "delivered" / run_id).mkdir(mode=0o700)
+    (outbox / "runs" / run_id / "files").rename(outbox / "delivered" / run_id / "files")
+    (result,) = replayed(tmp_path / "outbox", to=file_uri)
+    assert [0] == [run.dead for run in result.runs]
+    run = the_run(file_uri, experiment_name)
+    assert "report of offline" == artifact_text(file_uri, run.info.run_id, "reports/report.txt")

@@ -78,6 +78,8 @@ class Calls:
             return True
         if request.operation == "delete_experiment":
             self._await_runs(request, of)
+        if request.operation == "rename_experiment":
+            request = self._await_name(request)
         parts = _parts(request.operation, self.ids.rewritten(self._placed(request, of).decode(), of=of))
         made = [self._call(request, part, refuse) for part in parts]
         return any(made) or not made
@@ -93,6 +95,17 @@ class Calls:
         if run_id:
             what = f"run {run_id}, which was logged before its experiment was deleted"
             raise Waits(what, run_id)
+
+    def _await_name(self, request: Request) -> Request:
+        """Return the request of a rename, when the experiment whose name it was has another one by now.
+
+        Raises:
+            Waits: it has not.
+        """
+        arguments = arguments_of(request.arguments)
+        for earlier in arguments.pop("after", None) or ():
+            self.ids.await_rename(earlier, request.time_ms)
+        return msgspec.structs.replace(request, arguments=msgspec.json.encode(arguments))
 
     def _call(self, request: Request, body: str, refuse: Callable[[Request, SinkError], bool]) -> bool:
         try:

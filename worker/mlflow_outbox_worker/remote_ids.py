@@ -216,15 +216,27 @@ class RemoteIds:
                     continue
                 wanted = arguments_of(request.arguments)
                 for earlier in wanted.get("after") or ():  # it had the name before, and was renamed
-                    if self._precedence.is_pending(provisional.room_of(earlier), request.time_ms):
-                        what = f"the rename of the experiment {earlier}"
-                        raise Waits(what, provisional.room_of(earlier))
+                    self.await_rename(earlier, request.time_ms)
                 name = self._source.experiment(wanted["name"])
                 location, tags = wanted.get("artifact_location"), wanted.get("tags") or {}
                 remote = self._sink.create_experiment(name, location, tags)
                 self._ledger.set_meta(f"experiment/{local}", remote.encode())
                 return remote
         return ""
+
+    def await_rename(self, earlier: str, time_ms: int) -> None:
+        """Let an experiment be renamed that has a name which another one gets.
+
+        Args:
+            earlier: its id here.
+            time_ms: when the other one got it, in wall-clock milliseconds since the epoch.
+
+        Raises:
+            Waits: it was not yet.
+        """
+        if self._precedence.is_pending(provisional.room_of(earlier), time_ms):
+            what = f"the rename of the experiment {earlier}"
+            raise Waits(what, provisional.room_of(earlier))
 
     @contextlib.contextmanager
     def content(self, file: Path, path: str, *, of: str) -> Iterator[Path]:

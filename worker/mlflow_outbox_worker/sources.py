@@ -343,6 +343,9 @@ def _of_outbox(path: Path) -> Found:
             run_id = run_id_of(path / part / name, problems)
             if run_id is not None:
                 runs[run_id] = (*runs.get(run_id, ()), path / part / name)
+    for run_id, folders in runs.items():  # of a run that goes on copies are filed, and no segment yet perhaps
+        beside = (path / part / run_id for part in ("runs", "delivered"))
+        runs[run_id] = (*folders, *(one for one in beside if one not in folders and _is_directory(one / "files")))
     return Found(identity, outbox, runs, whole=True, problems=problems)
 
 

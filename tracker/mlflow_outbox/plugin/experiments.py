@@ -236,7 +236,9 @@ class Experiments(Homes):
             else:
                 return True
         self._check_change(operation, given, **arguments)
-        self.journals.room(given).request(operation, experiment_id=given, **arguments)
+        before = self._left.get(str(arguments.get("new_name")))  # whose name it was
+        more: dict[str, Any] = {"after": [before]} if before is not None and before != given else {}
+        self.journals.room(given).request(operation, experiment_id=given, **arguments, **more)
         return False
 
     def _check_change(self, operation: str, given: str, *, new_name: str = "") -> None:

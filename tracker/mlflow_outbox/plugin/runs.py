@@ -87,8 +87,7 @@ class Runs(RunReads):
         else:
             return self._adopted(run, experiment_id)
         self.refuse_deleted(experiment_id)
-        name = run_name or named
-        return self._begun_here(local, experiment_id, start_time, given, name, user_id, attempted=attempted)
+        return self._begun_here(local, experiment_id, start_time, given, run_name or named, attempted=attempted)
 
     def _adopted(self, run: Run, experiment_id: str) -> Run:
         """Begin the journal of a run that the server made."""
@@ -118,7 +117,6 @@ class Runs(RunReads):
         start_time: int | None,
         tags: list[Any],
         name: str | None,
-        user_id: Any,
         *,
         attempted: bool,
     ) -> Run:
@@ -130,7 +128,7 @@ class Runs(RunReads):
             RunStarted(
                 now_ms(),
                 name,
-                texts.get(MLFLOW_USER, str(user_id or "")),
+                texts.get(MLFLOW_USER, ""),
                 texts,
                 False,
                 experiment_id,
