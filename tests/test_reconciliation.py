@@ -180,3 +180,21 @@ def test_a_history_that_is_too_long_to_hold_doubles_nothing(
         for step in compared.unsent(record, window(range(begin, begin + 10))):
             sink.log_batch(run_id, step.points, {}, {})
     assert {(step, 0.5): 1 for step in range(30)} == dict(points(uri, run_id, "loss"))
+
+
+def test_points_that_were_answered_for_beside_a_failure_are_left_out_of_the_same_run_alone(
+    mlflow_server: MlflowServer, opened: Opens, ledger: Ledger
+) -> None:
+    """Until they are behind. A run that was lost and made anew in MLflow gets all of them."""
+    reconciliation = Reconciliation(opened(mlflow_server.url), ledger)
+    record = RunRecord("a" * 32, remote_id="b" * 32)
+    whole = [
+        Batch([MetricPoint("m", 0.5, step, step) for step in range(3 * part, 3 * part + 3)], {}, {}, 0)
+        for part in range(3)
+    ]
+    reconciliation.answered(record, [whole[0], whole[2]])
+    assert [whole[1]] == reconciliation.unsent(record, [*whole])
+    assert whole == reconciliation.unsent(record, [*whole]), "they are behind"
+    reconciliation.answered(record, [whole[0], whole[2]])
+    record.remote_id = "c" * 32
+    assert whole == reconciliation.unsent(record, [*whole])

@@ -98,6 +98,8 @@ class Reconciliation:
         self._histories: dict[str, dict[str, Container[bytes] | None]] = {}
         #: Of windows that were not recorded: the points that were answered for, by key.
         self._answered: dict[str, dict[str, set[bytes]]] = {}
+        #: MLflow's ids of the runs that have them.
+        self._answered_by: dict[str, str] = {}
         #: How many of them are still to come.
         self._ahead: dict[str, int] = {}
 
@@ -108,6 +110,9 @@ class Reconciliation:
             record: of the run.
             batches: of points.
         """
+        if self._answered_by.get(record.run_id) != record.remote_id:
+            self._forget(record.run_id)
+        self._answered_by[record.run_id] = record.remote_id
         known = self._answered.setdefault(record.run_id, {})
         for batch in batches:
             for point in batch.points:
@@ -136,7 +141,7 @@ class Reconciliation:
         run_id = record.run_id
         if self._sink.deduplicates_metrics:
             if run_id in self._answered:
-                steps = self._unanswered(run_id, steps)
+                steps = self._unanswered(record, steps)
             return self._fresh(record, steps) if run_id in self._found else steps
         in_doubt = record.uncertain == record.cursors
         if in_doubt:
@@ -148,8 +153,15 @@ class Reconciliation:
             return self._fresh(record, steps)
         return list(_without(steps, {}))
 
-    def _unanswered(self, run_id: str, steps: list[Step]) -> list[Step]:
-        """Return steps without the points that were answered for, and forget those when they are behind."""
+    def _unanswered(self, record: RunRecord, steps: list[Step]) -> list[Step]:
+        """Return steps without the points that were answered for, and forget those when they are behind.
+
+        So they are when the run is another one in MLflow by now, which has none of them.
+        """
+        run_id = record.run_id
+        if self._answered_by[run_id] != record.remote_id:
+            self._forget(run_id)
+            return steps
         left = list(_without(steps, self._answered[run_id]))
         self._ahead[run_id] -= _points(steps) - _points(left)
         if self._ahead[run_id] <= 0:
@@ -157,8 +169,8 @@ class Reconciliation:
         return left
 
     def _forget(self, run_id: str) -> None:
-        self._answered.pop(run_id, None)
-        self._ahead.pop(run_id, None)
+        for noted in (self._answered, self._answered_by, self._ahead):
+            noted.pop(run_id, None)
 
     def _fresh(self, record: RunRecord, steps: list[Step]) -> list[Step]:
         history = self._histories.pop(record.run_id, {})
