@@ -38,6 +38,7 @@ class _Dirt(NamedTuple):
 
     segment: Segment
     offset: int
+    number: int
     events: int
     is_dirty: bool
     copies: list[tuple[SnapshotStore, str]]
@@ -122,7 +123,7 @@ class SyncRound:
         sequence = self._sequence
         live, copies, names = sequence.live, self._copies[:], sequence.unsynced_names
         is_dirty = live.fd >= 0 and live.offset > live.synced and not live.tainted
-        dirt = _Dirt(live, live.offset, len(live.unsynced), is_dirty, copies, names, sequence.retired[:])
+        dirt = _Dirt(live, live.offset, live.seq, len(live.unsynced), is_dirty, copies, names, sequence.retired[:])
         sequence.unsynced_names = False
         self._syncing = live if is_dirty else None
         return dirt
@@ -130,16 +131,22 @@ class SyncRound:
     def _finish(self, alone: Alone, old: Segment) -> None:
         """Sync and close a complete segment; listed until it is closed, for a fork to close."""
         synced = not old.is_open or self._sequence.syncer.data(old.fd)
-        self._with_what_is_written_again(alone, lambda: self._sequence.finish(old, synced=synced))
+        self._with_what_is_written_again(alone, lambda: self._sequence.finish(old, synced=synced), old.seq)
 
-    def _with_what_is_written_again(self, alone: Alone, work: Callable[[], None]) -> None:
-        """Do some work on the events, and sync the segments that it makes for old ones: the round may be the last."""
+    def _with_what_is_written_again(self, alone: Alone, work: Callable[[], None], number: int) -> None:
+        """Do some work on the events, and sync the segments that it makes for old ones: the round may be the last.
+
+        Args:
+            alone: gets the events for a moment.
+            work: what is done with them then.
+            number: of the first event that is not old: what it names may not be durable yet.
+        """
         sequence = self._sequence
 
         def made() -> list[Segment]:
             before = sequence.retired
             work()
-            return [segment for segment in sequence.retired if segment not in before]
+            return [segment for segment in sequence.retired if segment not in before and segment.seq <= number]
 
         for segment in alone(made):
             self._finish(alone, segment)
@@ -148,7 +155,7 @@ class SyncRound:
         segment = dirt.segment
         held = segment.unsynced
         if not self._sequence.syncer.data(segment.fd):
-            self._with_what_is_written_again(alone, lambda: self._sequence.sync_failed(segment))
+            self._with_what_is_written_again(alone, lambda: self._sequence.sync_failed(segment), dirt.number)
             return
 
         def note() -> None:
