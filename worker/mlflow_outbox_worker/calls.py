@@ -29,7 +29,7 @@ _OF_EXPERIMENTS: Final = frozenset(
     {"create_experiment", "set_experiment_tag", "delete_experiment_tag"}
     | {"rename_experiment", "delete_experiment", "restore_experiment"}
 )
-#: Nobody is known to have done these, but MLflow says so only of an experiment in the other state.
+#: Where an experiment is in the state already that these lead to, MLflow says that there is none.
 _LIFECYCLE: Final = frozenset({"delete_experiment", "restore_experiment"})
 _DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag"})
 

@@ -3,8 +3,9 @@
 One object delivers one outbox, in a thread of the experiment, in a process of its own, or for a command: the loop is
 the same. It works while it holds the lease; without it, it stands by and takes over when the holder dies.
 
-* Runs are sent side by side by as many lanes (threads) as the store can take; one run's events go in order through
-  one lane at a time. A run gets a turn of some windows, then the next one: a long backlog holds up nobody.
+* Runs are sent side by side by as many lanes (threads) as the store can take; one run's events go through one lane at a
+  time, in order but for points (``volley``). A run gets a turn of some windows, then the next one: a long backlog holds
+  up nobody.
 * A failed run waits by its own back-off, so it never holds up another. A failure that says something about the
   destination (no connection, a time-out, 5xx, 401, a login page) makes all runs wait by the destination's back-off,
   and then one run at a time tries, a different one each time, with its next window alone, until one has arrived: no

@@ -13,8 +13,8 @@ What that may change, and why it does not:
   when one request of it failed, without those that were answered (``reconciliation``).
 * A database locks the latest value of each metric of a run, in one order (MLflow sorts the keys), and one that is new
   is the one place where two batches could meet. So a batch with a metric that the run has not had yet goes alone.
-* A window is the first of its turn alone, too: a run that a server refuses is met with one request. After a failure
-  with several under way there is one at a time for five minutes, for whatever reason it was.
+* The first window of a turn holds one batch: a run that a server refuses is met with one request. After a failure with
+  several under way there is one at a time for five minutes, for whatever reason it was.
 """
 
 from __future__ import annotations

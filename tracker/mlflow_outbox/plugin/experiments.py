@@ -245,7 +245,7 @@ class Experiments(Homes):
         """Refuse what the server would refuse, as far as this outbox knows: it would hold up what comes after."""
         if operation == "rename_experiment":
             other = self._named_here(new_name)
-            if other is not None and other.experiment_id != given:
+            if other is not None and self.shown_experiment(other.experiment_id) != self.shown_experiment(given):
                 raise _exists(new_name)
         elif self.journals.exists(provisional.room_of(given)):
             stage = self.get_experiment(given).lifecycle_stage
