@@ -16,11 +16,11 @@ from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk
 from mlflow_outbox.spool.events import Artifact, Event, Metric, SegmentClosed, encode
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.listing import Broken
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.recovery import Cut, Damage, frames
-from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.testing import FailingDisk
 

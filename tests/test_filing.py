@@ -19,9 +19,9 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Artifact, Metric, RunEnded, RunStarted
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.spool.window import Cursor, Window
 from mlflow_outbox.testing import FailingDisk

@@ -15,8 +15,10 @@ import pytest
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import extent, guard
+from mlflow_outbox.spool import extent, guard, measurement
+from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import DiskGuard, used_bytes
+from mlflow_outbox.spool.measurement import Measurement
 from servers import eventually
 from spools import RUN, make_journal, make_outbox, metric
 
@@ -93,13 +95,21 @@ class Disk:
         return [at - begin for at in self.walks[before:]]
 
 
+def many(disk: Disk, outbox: OutboxDirectory, count: int, **settings: int) -> list[DiskGuard]:
+    """Return the guards of as many processes, each of which leaves another time to the one that measures."""
+    return [
+        DiskGuard(outbox, Settings(**settings), Counters(), lambda: disk.now, lambda: disk.now, lambda n=n: n / count)
+        for n in range(count)
+    ]
+
+
 def test_an_outbox_that_takes_long_to_measure_is_measured_rarely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundredth of the time goes there; every ten seconds where that is less."""
     for seconds, expected in ((0.0, [0, 10, 20]), (0.125, [0, 12.625, 25.25]), (0.5, [0])):
         disk = Disk(monkeypatch, seconds=seconds)
-        looker = DiskGuard(make_outbox(tmp_path / str(seconds)), Settings(), Counters(), lambda disk=disk: disk.now)
+        (looker,) = many(disk, make_outbox(tmp_path / str(seconds)), 1)
         assert expected == disk.look(looker, seconds=29)
 
 
@@ -108,7 +118,7 @@ def test_an_outbox_that_may_be_near_its_cap_is_measured_more_often(
 ) -> None:
     """When half of what it may still take is gone from the disk; and while it refuses, so that it soon takes again."""
     disk = Disk(monkeypatch, seconds=2.0)
-    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000), Counters(), lambda: disk.now)
+    (looker,) = many(disk, make_outbox(tmp_path), 1, outbox_bytes=10_000)
     assert [0] == disk.look(looker, seconds=100)
     disk.free -= 4_999
     assert [] == disk.look(looker, seconds=50)
@@ -126,13 +136,75 @@ def test_a_small_outbox_that_fills_within_seconds_does_not_pass_its_cap_by_far(
 ) -> None:
     """What is measured at once need not wait for ten seconds when the cap may be near."""
     disk = Disk(monkeypatch, seconds=0.0)
-    looker = DiskGuard(make_outbox(tmp_path), Settings(outbox_bytes=10_000), Counters(), lambda: disk.now)
+    (looker,) = many(disk, make_outbox(tmp_path), 1, outbox_bytes=10_000)
     disk.look(looker, seconds=0.5)
     for used in (3_000, 6_000, 9_000, 12_000):
         assert looker.reason() is None
         disk.free, disk.used = disk.free - 3_000, used
         disk.look(looker, seconds=0.5)
     assert "outbox_bytes" in str(looker.reason())
+
+
+def test_of_many_processes_one_measures_a_large_outbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it ends another does; and all refuse and take again by what it has found."""
+    disk = Disk(monkeypatch, seconds=2.0)
+    guards = many(disk, make_outbox(tmp_path), 20, outbox_bytes=10_000)
+
+    def go_on(seconds: float) -> list[float]:
+        return [walk for _ in range(int(seconds / 10)) for one in guards for walk in disk.look(one, seconds=0.5)]
+
+    begun = disk.now
+    go_on(4_000)
+    assert (disk.now - begun) / 200 - 2 <= len(disk.walks) <= (disk.now - begun) / 200 + 1, "as if there was only one"
+    del guards[0]
+    before = len(disk.walks)
+    go_on(1_000)
+    assert 2 <= len(disk.walks) - before <= 6
+    disk.free, disk.used = disk.free - 5_000, 10_000
+    go_on(100)
+    assert ["outbox_bytes"] * 19 == [str(one.reason()).split()[-3][:12] for one in guards]
+    disk.used = 0
+    before = len(disk.walks)
+    go_on(100)
+    assert [None] * 19 == [one.reason() for one in guards]
+    assert len(disk.walks) - before < 12
+
+
+def test_a_measurement_of_another_time_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be of before a reboot, or of a clock that was set."""
+    for age, walks in ((-1.0, 1), (0.0, 0), (199.0, 0), (200.0, 1)):
+        disk = Disk(monkeypatch, seconds=2.0)
+        outbox = make_outbox(tmp_path / str(age))
+        measurement.write(outbox.path, Measurement(10_000, 10**9, 2.0, disk.now - age))
+        (one,) = many(disk, outbox, 1, outbox_bytes=10_000)
+        assert walks == len(disk.look(one, seconds=0.5))
+        assert (walks == 0) == ("outbox_bytes" in str(one.reason()))
+
+
+def test_what_was_copied_before_another_s_measurement_counts_until_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been copied behind the walk; twice counted is refused a while too early, never too late."""
+    disk = Disk(monkeypatch, seconds=2.0)
+    outbox = make_outbox(tmp_path)
+    (one,) = many(disk, outbox, 1, outbox_bytes=10_000)
+    disk.look(one, seconds=0.5)
+    assert one.reason(9_999) is None
+    for used, refused in ((1, True), (1, False)):
+        disk.now += 400
+        measurement.write(outbox.path, Measurement(used, 10**9, 2.0, disk.now))
+        assert [] == disk.look(one, seconds=0.5)
+        assert refused == (one.reason(1) is not None)
+
+
+def test_a_size_that_cannot_be_told_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process measures for itself then."""
+    disk = Disk(monkeypatch, seconds=2.0)
+    outbox = make_outbox(tmp_path)
+    (outbox.path / "size").mkdir()
+    for one in many(disk, outbox, 2):
+        assert 1 == len(disk.look(one, seconds=0.5))
+        assert 1 == one._counters["size_not_told"]
 
 
 def test_a_look_does_not_wait_for_a_measurement_that_takes_long(
@@ -176,6 +248,7 @@ def test_a_large_outbox_is_measured_by_another_process(tmp_path: Path, monkeypat
         assert looker._thread is not None
         looker._thread.join(30)
         assert here == counters["size_measured_here"]
+        (outbox.path / "size").unlink()
         looker.look()
         assert "outbox_bytes" in str(looker.reason())
 

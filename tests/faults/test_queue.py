@@ -26,8 +26,8 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric, Tags, encode
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.journal import Journal
-from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.testing.proxy import FaultProxy
 from servers import MlflowServer, eventually
 

@@ -21,7 +21,7 @@ from mlflow_outbox.errors import OutboxError
 from mlflow_outbox.outbox import in_use, shared
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
-from mlflow_outbox.spool.sequence import RunIdentity
+from mlflow_outbox.spool.identity import RunIdentity
 
 if TYPE_CHECKING:
     from typing_extensions import Self

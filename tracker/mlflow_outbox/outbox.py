@@ -29,8 +29,8 @@ from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox.spool.guard import DiskGuard
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.journal import Journal
-from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.spool.tally import Tally
 
 if TYPE_CHECKING:

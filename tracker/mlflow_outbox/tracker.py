@@ -28,8 +28,8 @@ from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
 from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.validation import checked_experiment_name, checked_mapping
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from mlflow_outbox.spool.events import (
     Tags,
     decode,
 )
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.spool.snapshot import SnapshotStore, is_digest
 from mlflow_outbox.validation import (
     checked_key,

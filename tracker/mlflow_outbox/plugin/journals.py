@@ -16,8 +16,8 @@ from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import frame, provisional
 from mlflow_outbox.spool.enclosure import append_enclosing
 from mlflow_outbox.spool.events import Event, Request
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.sequence import RunIdentity
 from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore
 
 if TYPE_CHECKING:

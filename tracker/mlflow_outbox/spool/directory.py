@@ -11,6 +11,7 @@ Layout::
       delivery/           the ledger (diskcache), and a reserve for when the disk is full
       worker.lock         flock: held by the one worker that delivers
       doorbell            a line with the run's id for each segment that a writer opened
+      size                bytes of all this, as the last process that measured it found; only when that takes long
       hurry               its modification time changes when somebody wants delivery at once
 
 On a network file system the ledger and the lock lie in the local state directory instead, and ``host.lease`` says

@@ -7,21 +7,24 @@ delivery has made room (``mlflow_outbox_worker.room``).
 Free space is one question. The size of the outbox is one for each of its files (``extent``). A walk that is not done at
 once is made by another process, while a thread waits for it: neither the round of syncing that asked for it nor the
 program's threads do. Walks take a hundredth of the time; a tenth while something depends on them: events are refused,
-or so much of the disk's free space is gone that the outbox may be near its cap.
+or so much of the disk's free space is gone that the outbox may be near its cap. Of many processes that write to a large
+outbox one walks, the others take what it has found (``measurement``); when it ends, another one walks.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import extent
+from mlflow_outbox.spool import extent, measurement
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.measurement import Measurement
 
 #: Seconds between two measurements of the outbox's size, at least, while it cannot be near its cap.
 _MEASURE_EVERY: Final = 10.0
@@ -38,8 +41,10 @@ class DiskGuard:
     Args:
         directory: the outbox.
         settings: ``outbox_bytes`` and ``free_bytes``.
-        counters: where a size that had to be measured here, or could not be, is counted.
+        counters: where a size that had to be measured here, could not be, or could not be told to others is counted.
         clock: seconds of a clock that never goes back.
+        wall: wall-clock seconds since the epoch.
+        chance: returns a number from 0 to 1, below 1.
     """
 
     def __init__(
@@ -48,19 +53,23 @@ class DiskGuard:
         settings: Settings,
         counters: Counters,
         clock: Callable[[], float] = stopwatch.seconds,
+        wall: Callable[[], float] = time.time,
+        chance: Callable[[], float] = lambda: os.urandom(1)[0] / 256,
     ) -> None:
         self._directory = directory
         self._settings = settings
         self._counters = counters
-        self._clock = clock
+        self._clock, self._wall, self._chance = clock, wall, chance
         self._reason: str | None = None
         self._thread: threading.Thread | None = None
         self._measured_at = float("-inf")
         self._took = 0.0
         self._used = 0
         self._free_then = 0
-        #: Bytes of the files that were copied since.
-        self._copied = 0
+        #: Bytes of the files that were copied since, and before that since the measurement before.
+        self._copied = self._copied_before = 0
+        #: The part of a pause by which another process that measures is waited for: it is to be the only one.
+        self._leave = 0.0
 
     def reason(self, size: int = 0) -> str | None:
         """Return why new events are refused, or None when they are not.
@@ -72,7 +81,7 @@ class DiskGuard:
         """
         if self._reason is not None or not size:
             return self._reason
-        used = self._used + self._copied
+        used = self._used + self._copied + self._copied_before
         if used >= self._settings.outbox_bytes:
             return self._over(used)
         self._copied += size  # two threads may count for one here, until the next measurement
@@ -96,8 +105,13 @@ class DiskGuard:
 
     def _budget(self, free: int | None) -> str | None:
         is_measuring = self._thread is not None and self._thread.is_alive()  # in a forked child it is not
-        if not is_measuring and self._clock() - self._measured_at >= self._pause(free):
-            self._measure(free or 0)
+        pause = self._pause(free, self._took)
+        if not is_measuring and self._clock() - self._measured_at >= pause * (1 + self._leave):
+            told = measurement.read(self._directory.path)
+            if told is not None and 0 <= self._wall() - told.at < self._pause(free, told.took):
+                self._adopt(told)
+            else:
+                self._measure(free or 0)
         if self._used < self._settings.outbox_bytes:
             return None
         return self._over(self._used)
@@ -107,7 +121,7 @@ class DiskGuard:
         return f"{self._directory.path} holds {used:,} bytes, the setting outbox_bytes allows {allowed:,}"
 
     def _measure(self, free: int) -> None:
-        directory, begin, used = self._directory, self._clock(), 0
+        directory, begin, at, used = self._directory, self._clock(), self._wall(), 0
         rest = extent.sizes(directory.path)
         if not _is_large(directory):
             for size in rest:
@@ -124,6 +138,8 @@ class DiskGuard:
                 self._counters.add("size_measured_here")
                 found = used + sum(rest)
             self._note(found, free, begin)
+            if not measurement.write(directory.path, Measurement(found, free, self._took, at)):
+                self._counters.add("size_not_told")
 
         self._thread = threading.Thread(target=go_on, name="mlflow-outbox-size", daemon=True)
         try:
@@ -133,15 +149,29 @@ class DiskGuard:
 
     def _note(self, used: int, free: int, begin: float) -> None:
         now = self._clock()
-        self._used, self._copied, self._free_then, self._measured_at, self._took = used, 0, free, now, now - begin
+        self._used, self._free_then, self._measured_at, self._took = used, free, now, now - begin
+        self._copied = self._copied_before = 0
+        self._leave = 0.0
 
-    def _pause(self, free: int | None) -> float:
-        """Return the seconds from one measurement to the next."""
-        room = self._settings.outbox_bytes - self._used - self._copied
+    def _adopt(self, told: Measurement) -> None:
+        """Take what another process has measured: what was copied here since its begin is not known, so all is."""
+        self._used, self._free_then, self._took = told.used, told.free, told.took
+        self._measured_at = self._clock() - max(0.0, self._wall() - told.at)
+        self._copied, self._copied_before = 0, self._copied
+        self._leave = self._chance()
+
+    def _pause(self, free: int | None, took: float) -> float:
+        """Return the seconds from one measurement to the next.
+
+        Args:
+            free: bytes free on the disk.
+            took: seconds of the one before.
+        """
+        room = self._settings.outbox_bytes - self._used - self._copied - self._copied_before
         if self._reason is not None or room <= 0:
-            return _URGENT * self._took if self._took > _QUICK else 0.0
+            return _URGENT * took if took > _QUICK else 0.0
         is_near = free is None or self._free_then - free >= room // 2
-        return _URGENT * self._took if is_near else max(_MEASURE_EVERY, _USUAL * self._took)
+        return _URGENT * took if is_near else max(_MEASURE_EVERY, _USUAL * took)
 
 
 def used_bytes(directory: OutboxDirectory) -> int:

@@ -46,8 +46,9 @@ from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
 from mlflow_outbox.spool.events import Event, encode
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.ring import MemoryRing
-from mlflow_outbox.spool.sequence import EventSequence, Means, RunIdentity
+from mlflow_outbox.spool.sequence import EventSequence, Means
 from mlflow_outbox.spool.snapshot import Hold, SnapshotStore
 from mlflow_outbox.spool.sync_round import SyncRound
 

@@ -27,6 +27,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign
+from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.ring import MemoryRing
 from mlflow_outbox.spool.segment import Segment, TornFrame, is_closing
 from mlflow_outbox.spool.syncer import Syncer
@@ -40,14 +41,6 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _MOST_RETIRED: Final = 16
 #: Seconds between two tries of a logging call at a disk that failed; a full disk answers at once, a dying one may not.
 _RETRY_DISK: Final = 0.05
-
-
-class RunIdentity(NamedTuple):
-    """The run that a writer's events belong to; ``remote`` when its id is one that MLflow gave."""
-
-    run_id: str
-    experiment: str
-    remote: bool = False
 
 
 class Means(NamedTuple):
