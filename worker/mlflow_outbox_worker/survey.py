@@ -198,13 +198,13 @@ def _run(directory: OutboxDirectory, run_id: str, record: RunRecord | None, dead
     reader = RunReader(directory.run(run_id))
     cursors = record.cursors if record is not None else {}
     try:
-        ends = reader.next_numbers(cursors)
+        segments = reader.complete_segments()
+        ends = reader.next_numbers(cursors, segments)
     except OSError:  # something waits there, perhaps; how much the disk does not tell
         experiment = record.experiment if record is not None else ""
         return RunSurvey(run_id, experiment, record, 1, 0, dead, 0, 0, len(reader.bad_headers()) or 1)
     some = left(ends, record, parked=parked)
     waiting_bytes = oldest = 0
-    segments = reader.segments()
     experiment = next((held[0].header.experiment for held in segments.values()), record.experiment if record else "")
     if some.pending or some.parked:
         for writer, held in segments.items():

@@ -161,17 +161,22 @@ class RunReader:
             yield from ((writer, event) for writer, event in window.events if isinstance(event, kind))
             cursors, more = window.cursors, window.more
 
-    def next_numbers(self, cursors: Mapping[str, Cursor] | None = None) -> dict[str, int]:
+    def next_numbers(
+        self,
+        cursors: Mapping[str, Cursor] | None = None,
+        segments: Mapping[str, list[SegmentFile]] | None = None,
+    ) -> dict[str, int]:
         """Return, for every writer, the number that its next event will have; nothing is decoded.
 
         Args:
             cursors: where to begin counting; makes it faster, not different.
+            segments: what ``complete_segments`` has just returned; None looks for them.
 
         Raises:
             OSError: a segment cannot be read at present.
         """
         result: dict[str, int] = {}
-        for writer, held in self.complete_segments().items():
+        for writer, held in (self.complete_segments() if segments is None else segments).items():
             last = held[-1]
             cursor = (cursors or {}).get(writer)
             seq, offset = last.header.first_seq, last.body
