@@ -120,7 +120,40 @@ def test_nothing_at_all_still_makes_runs() -> None:
     assert summary == of_summary({})
     assert summary.tags == of_summary(types.SimpleNamespace()).tags
     assert "experiment_7" == of_experiment({"iteration": 7}).run_name
-    assert [] == of_experiment(None).refused
+
+
+async def forgotten() -> dict[str, Any]:
+    """Return a result to whoever awaits it."""
+    return RESULT
+
+
+@pytest.mark.parametrize("thing", [None, "{}", 5, [RESULT, RESULT], dict, forgotten, (n for n in ())])
+def test_what_has_no_fields_is_no_success(thing: Any) -> None:
+    """A run of nothing would say that an experiment succeeded."""
+    for read in (of_profile, of_experiment, of_summary):
+        with pytest.raises(TypeError, match=f"it is a {type(thing).__name__}; give an object"):
+            read(thing)
+
+
+def test_a_result_that_nobody_awaited_is_no_success() -> None:
+    """It is a coroutine, which has no fields."""
+    result = forgotten()
+    with pytest.raises(TypeError, match="coroutine"):
+        of_experiment(result)
+    result.close()
+
+
+def test_fields_of_another_kind_are_taken_as_they_are_meant_or_listed() -> None:
+    """Pairs are a mapping, a number is a sum; neither vanishes, nor becomes another number."""
+    content = of_experiment(RESULT | {"metrics": [("f1", 0.9)], "model_params": [("depth", 3)]})
+    assert (0.9, "3") == (content.metrics["f1"], content.params["model_depth"])
+    assert [] == content.refused
+    content = of_experiment(RESULT | {"metrics": [0.9], "model_params": 5})
+    assert ["metrics", "model_params"] == sorted(what for what, _ in content.refused)
+    for counts, total in ((7, 7), (np.int64(7), 7), ({"a": 3, "b": 4}, 7), ([("a", 3)], 3), ({}, 0)):
+        assert {"total_missing_values": total} == of_profile({"missing_values": counts}).metrics
+    content = of_profile({"missing_values": [1, 2, 3]})
+    assert ({}, ["missing_values"]) == (content.metrics, [what for what, _ in content.refused])
 
 
 @pytest.mark.parametrize("missing", sorted(RESULT))

@@ -67,7 +67,8 @@ def test_relative_places_are_those_of_the_current_directory(tmp_path: Path) -> N
 
 def test_without_a_uri_it_is_the_environments_or_the_local_directory(tmp_path: Path) -> None:
     """MLflow's own default: SQLite in mlruns, unless a file store is there already."""
-    assert "http://host" == resolve(None, default="http://host").uri
+    for nothing in (None, "", " "):
+        assert "http://host" == resolve(nothing, default="http://host").uri
     local = resolve(None, default="")
     assert (f"sqlite:///{tmp_path}/mlruns/mlflow.db", str(tmp_path / "mlruns")) == (local.uri, local.artifact_root)
     (tmp_path / "mlruns" / "0").mkdir(parents=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import threading
+import types
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +16,7 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import encode
+from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.ring import MemoryRing
 from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.testing import FailingDisk
@@ -226,6 +229,63 @@ def test_a_sync_that_takes_long_costs_a_bounded_number_of_descriptors(
     background.join(10)
     writer.close()
     assert list(range(3000)) == read(outbox).steps
+
+
+def ended(outbox: OutboxDirectory, disk: FailingDisk, counters: Counters, number: int) -> list[Journal]:
+    """End as many runs, with an event each, of which none is synced; return their journals."""
+    background = types.SimpleNamespace(watch=lambda _: None)  # which does not come to it
+    journals = [
+        make_journal(outbox, disk, run=f"{n:032x}", counters=counters, registry=background) for n in range(number)
+    ]
+    for journal in journals:
+        assert journal.append(metric(0))
+        journal.close()
+    return journals
+
+
+def test_many_runs_that_end_faster_than_they_are_synced_leave_the_program_its_descriptors(
+    outbox: OutboxDirectory, disk: FailingDisk
+) -> None:
+    """A complete segment gives its own back, and is opened again to be synced; in all an eighth may be open."""
+    counters = Counters()
+    before = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for allowed, most in ((hard, 130), (400, 51)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        try:
+            journals = ended(outbox, disk, counters, 300)
+            assert len(os.listdir("/proc/self/fd")) <= before + most
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        synced = disk.count("datasync")
+        for journal in journals:
+            assert not journal.is_idle
+            journal.sync()
+            assert journal.is_idle
+        assert 300 == disk.count("datasync") - synced
+        assert before == len(os.listdir("/proc/self/fd"))
+        shutil.rmtree(outbox.runs)
+        outbox.runs.mkdir(mode=0o700)
+    assert {} == counters.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("error", "rewritten", "idle"), [(errno.EMFILE, 0, False), (errno.EIO, 1, False), (errno.ENOENT, 0, True)]
+)
+def test_a_segment_that_cannot_be_opened_again_is_synced_later_or_written_again(
+    error: int, rewritten: int, outbox: OutboxDirectory, disk: FailingDisk, idle: bool
+) -> None:
+    """Without a descriptor it is tried again, a disk that fails gets a copy, and a delivered one is done with."""
+    counters = Counters()
+    *journals, last = ended(outbox, disk, counters, 140)
+    disk.fail("reopen", error=error)
+    last.sync()
+    assert rewritten == counters["rewritten_after_sync_error"]
+    assert idle == last.is_idle
+    for journal in (*journals, last):
+        journal.sync()
+    assert last.is_idle
+    assert [0] == read(outbox, last.run.run_id).steps
 
 
 def test_a_copied_file_that_no_descriptor_was_left_for_is_synced_later(kit: Kit) -> None:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import datetime as dt
 import decimal
+import json
 import math
 from pathlib import PurePosixPath
 from typing import Any
@@ -146,6 +147,15 @@ def test_a_serialiser_that_fails_falls_back_to_the_fields(answer: object) -> Non
     content = of_profile(WithSerialiser(answer=answer))
     assert 3 == strict(content.texts["data_profile.json"])["n_rows"]
     assert ["data_profile.json: to_json()"] == [what for what, _ in content.refused]
+
+
+def test_numbers_and_times_of_pandas_lose_nothing() -> None:
+    """Its own JSON has ten digits, and times in milliseconds."""
+    values = {"tiny": 1e-12, "third": 1 / 3}
+    frame = pd.DataFrame({"x": [1e-12, 1 / 3], "t": pd.to_datetime(["2024-01-01T12:00", None])})
+    assert values == json.loads(json_text(pd.Series(values)))
+    expected = {"x": {"0": 1e-12, "1": 1 / 3}, "t": {"0": "2024-01-01T12:00:00", "1": None}}
+    assert expected == json.loads(json_text(frame))
 
 
 def test_pydantic_models_serialise_themselves() -> None:

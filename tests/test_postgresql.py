@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import plugin_scenarios
-from contents import QUICK, numbered, points, the_run
+from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.mlflow_sink import open_sink
@@ -92,3 +92,20 @@ def test_batches_of_one_run_that_go_side_by_side_do_not_meet_in_the_database(
     for key in held.data.metrics:
         assert 1000 == len(points(postgresql.uri, held.info.run_id, key))
     assert numbered(1000) == points(postgresql.uri, held.info.run_id, "loss")
+
+
+def test_a_name_that_is_too_long_for_a_column_costs_the_run_no_more_than_its_end(
+    postgresql: PostgreSQL, experiment_name: str, tmp_path: Path
+) -> None:
+    """Nor does a NUL, which no column takes: the whole name and the tag are dead letters, all else arrives."""
+    tracker = MLflowTracker(experiment_name, postgresql.uri, outbox_dir=tmp_path, settings=QUICK)
+    for name, kept in (("long " * 60, ("long " * 60)[:250]), ("with\0nul", "withnul")):
+        with tracker.start_run(name, tags={"odd": "a\0b", "good": "c", "mlflow.runName": "another"}) as run:
+            run.log_metric("loss", 0.5, 1)
+        result = tracker.flush(60)
+        assert (0, 0) == (result.pending, result.parked)
+        (held,) = (run for run in runs(postgresql.uri, experiment_name) if run.info.run_name == kept)
+        assert ("c", {"loss": 0.5}, "FINISHED") == (held.data.tags["good"], held.data.metrics, held.info.status)
+        assert "odd" not in held.data.tags
+    assert 4 == tracker.counters["dead_letters"]
+    tracker.close()

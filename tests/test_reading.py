@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -37,6 +38,29 @@ EXPECTED = [
     ("run1", {"rmse": 2.0, "f1": 0.1}, {"depth": "1"}, "FAILED"),
     ("run0", {"rmse": 3.0, "f1": 0.0}, {"depth": "0"}, "FINISHED"),
 ]
+
+
+@pytest.mark.parametrize("store", ["server", "sqlite", "file"])
+def test_a_run_is_called_what_it_was_called_last(
+    store: str, mlflow_server: MlflowServer, sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """By its tag, or by the name that it is gone on with; before and after that has arrived."""
+    uri = {"server": mlflow_server.url, "sqlite": sqlite_uri, "file": file_uri}[store]
+    settings = dataclasses.replace(QUICK, worker="none")
+    tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=settings)
+    run = tracker.start_run("first", tags={"mlflow.runName": "of a copied tag"})
+    names = [("first", lambda: None), ("tagged", lambda: run.set_tag("mlflow.runName", "tagged"))]
+    names += [("renamed", lambda: tracker.start_run("renamed", run_id=run.run_id).end())]
+    for name, call in names:
+        call()
+        (entry,) = tracker.get_all_runs()
+        assert name == entry["run_name"]
+        assert "mlflow_outbox.run_id" not in entry["tags"]
+        with MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as other:
+            assert other.flush(60)
+        (entry,) = tracker.get_all_runs()
+        assert (name, name) == (entry["run_name"], the_run(uri, experiment_name).info.run_name)
+        assert "mlflow_outbox.run_id" not in entry["tags"]
 
 
 @pytest.mark.compatibility

@@ -7,6 +7,7 @@ import datetime as dt
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -119,6 +120,82 @@ def test_a_block_ends_its_run_by_what_left_it(kit: Kit, error: BaseException | N
     end = kit.events[-1]
     assert isinstance(end, RunEnded)
     assert status == end.status
+
+
+def test_a_run_that_was_ended_in_its_block_stays_as_it_was_ended(kit: Kit) -> None:
+    """Its status and its time; one that was said to go on ends with the block."""
+    with kit.run as run:
+        assert run.end("FAILED", 9)
+        assert run.set_tag("after", "the end")
+    failed, _ = kit.events
+    assert RunEnded("FAILED", 9) == failed
+    assert not kit.run._journal._sequence.live.is_open  # type: ignore[union-attr]  # it has one
+    with kit.run:
+        kit.run.end("RUNNING")
+    assert ["RUNNING", "FINISHED"] == [event.status for event in kit.events[2:]]  # type: ignore[union-attr]  # ends
+
+
+@pytest.mark.parametrize("code", [[1], {}, "a sentence", 0.0])
+def test_a_program_may_leave_a_block_with_any_exit_code(code: Any, kit: Kit) -> None:
+    """Python prints what is no number, and exits with 1."""
+    with pytest.raises(SystemExit), kit.run:
+        sys.exit(code)
+    assert ["FAILED"] == [event.status for event in kit.events]  # type: ignore[union-attr]  # an end
+
+
+def test_a_time_that_is_none_does_not_cost_a_run_its_end(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """It ends now."""
+    assert kit.run.end("FAILED", "yesterday")  # type: ignore[arg-type]  # on purpose
+    (end,) = kit.events
+    assert ("FAILED", True) == (end.status, end.time_ms > 1_700_000_000_000)  # type: ignore[union-attr]  # an end
+    assert ["the time of 'end' is 'yesterday'"] == [words[27:60].rstrip(";") for words in warnings(caplog)]
+
+
+def test_a_name_beside_a_tag_of_the_same_meaning_is_the_one_that_counts(kit: Kit) -> None:
+    """MLflow would refuse the run; tags copied from another one have its name in them."""
+    kit.run.begin("mine", "", {"mlflow.runName": "another's", "t": 1}, None, resumed=False)
+    kit.run.begin("renamed", "", {}, None, resumed=True)
+    kit.run.begin(None, "", {"mlflow.runName": "by tag"}, None, resumed=False)
+    first, second, third = kit.events
+    assert ("mine", {"mlflow.runName": "mine", "t": "1"}) == (first.run_name, first.tags)  # type: ignore[union-attr]
+    assert {"mlflow.runName": "renamed"} == second.tags  # type: ignore[union-attr]
+    assert (None, {"mlflow.runName": "by tag"}) == (third.run_name, third.tags)  # type: ignore[union-attr]
+
+
+def test_a_value_of_any_length_costs_no_other_its_place(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """It is cut to much more than MLflow keeps; what is too much for one event is several."""
+    huge = "x" * 17_000_000
+    assert kit.run.log_params({"lr": 0.1, "dump": huge})
+    assert kit.run.set_tags({f"t{n}": "\N{SNOWMAN}" * 900_000 for n in range(7)})
+    assert kit.run.begin(huge, "", {"team": "a", "dump": huge, "b": huge, "c": huge}, None, resumed=False)
+    params, *tags, begin, more = kit.events
+    assert ("0.1", 1_000_000) == (params.values["lr"], len(params.values["dump"]))  # type: ignore[union-attr]
+    assert [2, 2, 2, 1] == [len(part.values) for part in tags]  # type: ignore[union-attr]
+    assert ("a", 1_000_000, 2) == (begin.tags["team"], len(begin.run_name or ""), len(more.values))  # type: ignore[union-attr]
+    assert {"over_long_values": 12} == kit.counters.snapshot()
+    assert any("the run name" in words for words in warnings(caplog))
+
+
+def test_the_tag_by_which_a_run_is_found_cannot_be_set(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    """A run with another's would be taken for that one."""
+    assert not kit.run.set_tags({"mlflow_outbox.run_id": "another", "t": "kept"})
+    (tags,) = kit.events
+    assert {"t": "kept"} == tags.values  # type: ignore[union-attr]
+    assert ["mlflow_outbox.run_id"] == [words.split("'")[1] for words in warnings(caplog)]
+
+
+def test_each_file_that_is_refused_is_said(kit: Kit, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """One warning names one thing."""
+    for name in ("a.txt", "b.txt", "a.txt"):
+        assert not kit.run.log_text("text", f"../text-{name}")
+        assert not kit.run.log_dict({}, f"../dict-{name}")
+        assert not kit.run.log_figure(object(), name)
+    for folder in ("x", "y", "x"):
+        assert not kit.run.log_artifacts(tmp_path / folder)
+        assert not kit.run.log_artifact(__file__, f"../{folder}")
+        assert not kit.run.log_artifact(tmp_path)
+    assert 11 == len(warnings(caplog))
+    assert any("directory; use log_artifacts" in words for words in warnings(caplog))
 
 
 def test_a_beginning_that_is_partly_refused_begins_all_the_same(kit: Kit) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import io
 import json
 import os
 from pathlib import Path
@@ -130,6 +131,15 @@ def test_a_figure_is_rendered_by_the_names_extension(kit: Kit) -> None:
     assert kit.run.log_figure(image, "image.jpg")
     assert kit.content("image.jpg").startswith(b"\xff\xd8")
     assert {"refused_bad_figure": 1} == kit.counters.snapshot()
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.jpg", "a.jfif", "a.apng", "a.png", "a.webp", "a"])
+def test_an_image_is_saved_in_the_format_of_its_extension(name: str, kit: Kit) -> None:
+    """As PIL knows them, which calls some formats by another name."""
+    image = pytest.importorskip("PIL.Image")
+    assert kit.run.log_figure(image.new("RGB", (2, 2)), name)
+    with image.open(io.BytesIO(kit.content(name))) as found:
+        assert image.registered_extensions().get(Path(name).suffix, "PNG") in (found.format, "PNG")
 
 
 def test_a_file_for_which_there_is_no_room_is_counted(kit: Kit, tmp_path: Path) -> None:

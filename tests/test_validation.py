@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mlflow_outbox.errors import EventRefused, InvalidEvent, InvalidEventType
@@ -234,6 +235,33 @@ def test_a_time_outside_mlflows_is_refused(time: Any) -> None:
     with pytest.raises(InvalidEvent) as caught:
         checked_time_ms("k", time)
     assert "bad_time" == caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pd.Timestamp(2024, 1, 1, 12),
+        *(np.datetime64("2024-01-01T12:00", unit) for unit in ("h", "s", "ms", "us", "ns")),
+        np.array(["2024-01-01T12:00"], "datetime64[ns]")[0],
+    ],
+)
+def test_a_time_of_pandas_or_numpy_is_that_of_the_wall_clock(moment: Any) -> None:
+    """Without a zone it is local, as a datetime is, in whatever unit it is counted."""
+    assert checked_time_ms("k", dt.datetime(2024, 1, 1, 12).astimezone()) == checked_time_ms("k", moment)
+
+
+@pytest.mark.parametrize("value", [np.datetime64("2024-01-01", "ns"), np.timedelta64(5, "s"), np.complex128(1 + 2j)])
+def test_what_numpy_makes_a_number_of_that_it_is_not_is_refused(value: Any) -> None:
+    """A time counts its units, whichever they are; a complex number loses a part."""
+    for check in (checked_value, checked_step):
+        with pytest.raises(InvalidEventType, match=r"'k' has the (value|step) "):
+            check("k", value)
+
+
+def test_a_refused_time_is_shown_as_it_was_given() -> None:
+    """Not as what became of it."""
+    with pytest.raises(InvalidEventType, match=r"is numpy\.datetime64|is np\.datetime64"):
+        checked_time_ms("k", np.datetime64("NaT"))
 
 
 def test_pandas_not_a_time_is_refused() -> None:

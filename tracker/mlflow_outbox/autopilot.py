@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import inspect
 import math
+import numbers
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from mlflow_outbox import times
 from mlflow_outbox.jsontext import Reader
 
 #: Characters of a hypothesis that its tag shows; the whole text is usually part of the reasoning.
@@ -43,8 +45,6 @@ _MOST_SECONDS: Final = 1e11
 #: Milliseconds at the end of the year 9999; MLflow refuses times before 1970.
 _MOST_MS: Final = 253_402_300_799_999
 _FALSE_WORDS: Final = frozenset({"", "0", "false", "no", "none"})
-_ISO_FRACTION: Final = re.compile(r"(:\d\d)[.,](\d+)")
-_ISO_OFFSET: Final = re.compile(r"(:\d\d(?:\.\d+)?)\s*([+-]\d\d):?(\d\d)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,11 @@ def of_profile(profile: Any) -> RunContent:
 
     Args:
         profile: any object with the fields of a profile.
+
+    Raises:
+        TypeError: it is nothing that could have fields.
     """
+    _check(profile)
     reader = Reader()
     content = RunContent(PROFILE_RUN, refused=reader.refused)
     fields = {
@@ -93,10 +97,7 @@ def of_profile(profile: Any) -> RunContent:
     }
     _put_texts(reader, content.params, fields)
     missing = reader.field(profile, "missing_values")
-    if missing is not None:
-        counts = reader.items(missing, "missing_values").values()
-        total = reader.attempt("missing_values", lambda: int(sum(counts)))
-        _put(content.metrics, {"total_missing_values": total})
+    _put(content.metrics, {"total_missing_values": None if missing is None else _total(reader, missing)})
     _put(content.texts, {"data_profile.json": reader.json_text(profile, "data_profile.json")})
     return content
 
@@ -111,7 +112,11 @@ def of_experiment(result: Any) -> RunContent:
 
     Args:
         result: any object with the fields of a result.
+
+    Raises:
+        TypeError: it is nothing that could have fields.
     """
+    _check(result)
     reader = Reader()
     iteration = _text_field(reader, result, "iteration")
     success, error = _outcome(reader, result)
@@ -146,7 +151,11 @@ def of_summary(state: Any) -> RunContent:
 
     Args:
         state: any object with the fields of a state.
+
+    Raises:
+        TypeError: it is nothing that could have fields.
     """
+    _check(state)
     reader = Reader()
     content = RunContent(SUMMARY_RUN, refused=reader.refused)
     experiments = reader.field(state, "experiments")
@@ -169,6 +178,15 @@ def of_summary(state: Any) -> RunContent:
     _put_texts(reader, content.tags, tags)
     _put(content.texts, {"final_state.json": reader.json_text(state, "final_state.json")})
     return content
+
+
+def _check(thing: Any) -> None:
+    """Raise a TypeError for what has no fields at all, of which a run would say that all is well."""
+    is_pairless = isinstance(thing, (list, tuple, set, frozenset)) and not hasattr(thing, "_fields")
+    is_scalar = thing is None or isinstance(thing, (str, bytes, bytearray, int, float, type))
+    if is_pairless or is_scalar or inspect.isawaitable(thing) or inspect.isgenerator(thing) or inspect.isroutine(thing):
+        msg = f"it is a {type(thing).__name__}; give an object, or a mapping, that has the fields"
+        raise TypeError(msg)
 
 
 def _results(experiments: Any) -> list[Any]:
@@ -202,6 +220,22 @@ def _text_field(reader: Reader, thing: Any, name: str) -> str | None:
     """Return a field as text, or None when it is missing, unreadable or empty."""
     value = reader.field(thing, name)
     return None if value is None else reader.text(value, name) or None
+
+
+def _total(reader: Reader, missing: Any) -> int | None:
+    """Return how many values are missing: counts by column, or their sum."""
+    if isinstance(missing, numbers.Number):
+        return _int(reader, lambda: missing)
+    before = len(reader.refused)
+    counts = reader.items(missing, "missing_values").values()
+    if not counts and len(reader.refused) > before:
+        return None
+    return _int(reader, lambda: sum(counts))
+
+
+def _int(reader: Reader, number: Callable[[], Any]) -> int | None:
+    found: int | None = reader.attempt("missing_values", lambda: int(number()))
+    return found
 
 
 def _count(reader: Reader, thing: Any, name: str) -> int | None:
@@ -268,10 +302,10 @@ def time_ms(value: Any) -> int:
     if isinstance(value, bool):
         msg = f"{value} is no time"
         raise TypeError(msg)
-    if isinstance(value, str) or getattr(getattr(value, "dtype", None), "kind", "") == "M":
+    if isinstance(value, str) or times.is_numpy_time(value):
         value = _parsed_time(str(value).strip())
     if isinstance(value, dt.datetime):
-        milliseconds = _wall_clock(value).timestamp() * 1000
+        milliseconds = times.wall_clock(value).timestamp() * 1000
     elif isinstance(value, dt.date):
         milliseconds = dt.datetime.combine(value, dt.time.min).timestamp() * 1000
     else:
@@ -283,21 +317,9 @@ def time_ms(value: Any) -> int:
     return round(milliseconds)
 
 
-def _wall_clock(value: dt.datetime) -> dt.datetime:
-    """Return a plain datetime: a pandas Timestamp without a zone would take itself for UTC."""
-    if value.tzinfo is not None:
-        return value
-    time = dt.time(value.hour, value.minute, value.second, value.microsecond, fold=value.fold)
-    return dt.datetime.combine(dt.date(value.year, value.month, value.day), time)
-
-
 def _parsed_time(text: str) -> dt.datetime | float:
-    """Parse ISO 8601 as Python 3.11 does, on 3.10 as well: a Z, short offsets, fractions of any length."""
+    """Parse a number, or ISO 8601."""
     try:
         return float(text)
     except ValueError:
-        pass
-    text = re.sub(r"[zZ]$", "+00:00", text)
-    text = _ISO_FRACTION.sub(lambda match: f"{match[1]}.{match[2][:6]:0<6}", text)
-    text = _ISO_OFFSET.sub(lambda match: f"{match[1]}{match[2]}:{match[3] or '00'}", text)
-    return dt.datetime.fromisoformat(text)
+        return times.parsed(text)

@@ -83,7 +83,8 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
 
 
 def _resolved(tracking_uri: str | os.PathLike[str] | None, default: str | None) -> Destination:
-    given = tracking_uri if tracking_uri is not None else (default or None)
+    is_given = bool(tracking_uri.strip()) if isinstance(tracking_uri, str) else tracking_uri is not None
+    given = tracking_uri if is_given else (default or None)
     if given is None:
         return _local_default(Path.cwd() / "mlruns")
     if isinstance(given, os.PathLike):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from mlflow_outbox.counters import Counters, printable
-from mlflow_outbox.spool.events import MAX_PARAM_CHARS, MAX_TAG_CHARS
+from mlflow_outbox.errors import InvalidEvent
+from mlflow_outbox.spool.events import MAX_NAME_CHARS, MAX_PARAM_CHARS, MAX_TAG_CHARS
+from mlflow_outbox.spool.provisional import RUN_ID_TAG
 from mlflow_outbox.validation import checked_text, checked_time_ms, looks_like_seconds
+
+#: Characters of a value that are kept: a hundred times what MLflow keeps of one, and four to an event at the least.
+_LONGEST: Final = 1_000_000
 
 
 class Doubts:
@@ -29,12 +36,31 @@ class Doubts:
         """Return a tag's value as text.
 
         Raises:
-            EventRefused: it has none.
+            EventRefused: it has none, or the tag is the one by which a run is found in MLflow.
         """
+        if key == RUN_ID_TAG:
+            msg = f"the tag {key!r} is how a run of the outbox is found in MLflow, and cannot be set; leave it out"
+            raise InvalidEvent("bad_key", msg)
         return self._bounded(key, checked_text(key, value, "tag"), "tag", MAX_TAG_CHARS)
 
+    def name(self, name: object) -> str:
+        """Return a run's name.
+
+        Raises:
+            EventRefused: it has no text.
+        """
+        text = checked_text("run_name", name, "name")
+        if len(text) > MAX_NAME_CHARS:
+            self._counters.add("over_long_values")
+            self._counters.warn_once(
+                ("long", "name", text[:MAX_NAME_CHARS]),
+                f"mlflow-outbox: the run name {printable(text, 80)!r} has {len(text)} characters; most of MLflow's "
+                f"databases take {MAX_NAME_CHARS}, and where one refuses it the run gets its beginning for a name",
+            )
+        return text[:_LONGEST]
+
     def _bounded(self, key: str, text: str, what: str, limit: int) -> str:
-        """Say that MLflow will cut a long value; the outbox keeps it whole, for it is MLflow that decides."""
+        """Say that MLflow will cut a long value; the outbox keeps it, for it is MLflow that decides."""
         if len(text) > limit:
             self._counters.add("over_long_values")
             self._counters.warn_once(
@@ -42,7 +68,7 @@ class Doubts:
                 f"mlflow-outbox: the {what} {printable(key)!r} has {len(text)} characters; "
                 f"MLflow keeps the first {limit}, or refuses it; log_text keeps all",
             )
-        return text
+        return text[:_LONGEST]
 
     def unreadable(self, thing: str, reason: str) -> None:
         """Count and say that something could not be read, and is left out of what holds it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from mlflow_outbox.errors import EventRefused
@@ -11,6 +11,22 @@ from mlflow_outbox.validation import checked_key
 
 #: Keys that were checked already, per run; more than these are checked at each call.
 _KEYS_REMEMBERED: Final = 10_000
+
+#: Characters of values that one event holds: with four bytes each, and a value of the longest more, it fits a frame.
+_EVENT_CHARS: Final = 2_000_000
+
+
+def pieces(texts: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Yield texts by key in as many parts as events are needed to hold them: most often one, of nothing none."""
+    size, piece = 0, dict[str, str]()
+    for key, text in texts.items():
+        if size + len(text) > _EVENT_CHARS and piece:
+            yield piece
+            size, piece = 0, {}
+        size += len(text)
+        piece[key] = text
+    if piece:
+        yield piece
 
 
 class Entries:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,10 +188,17 @@ def _rendered(figure: Any, artifact_file: object) -> bytes:
         if hasattr(figure, "to_image"):
             return bytes(figure.to_image(format=kind or "png"))
         if hasattr(figure, "save"):
-            figure.save(target, format={"jpg": "jpeg"}.get(kind, kind or "png"))
+            figure.save(target, format=_format_of(figure, kind or "png"))
             return target.getvalue()
     except Exception as error:  # noqa: BLE001 - any plotting library may raise anything; refused and counted
         msg = f"the figure for {printable(artifact_file)!r} could not be rendered: {shown(error, 200)}"
         raise InvalidEvent("bad_figure", msg) from None
     msg = f"the figure for {printable(artifact_file)!r} is a {type(figure).__name__}; use a matplotlib or plotly figure"
     raise InvalidEventType("bad_figure", msg)
+
+
+def _format_of(image: Any, extension: str) -> str:
+    """Return what PIL calls the format of files with an extension; of another library's image, the extension."""
+    pil = sys.modules.get("PIL.Image") if type(image).__module__.partition(".")[0] == "PIL" else None
+    known: dict[str, str] = pil.registered_extensions() if pil is not None else {".jpg": "jpeg"}
+    return known.get(f".{extension}", extension)

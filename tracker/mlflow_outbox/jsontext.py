@@ -112,12 +112,20 @@ class Reader:
         return default if value is None else value
 
     def items(self, thing: Any, what: str) -> dict[str, Any]:
-        """Return the entries of a mapping, or the fields of an object, by name; empty when there are none."""
+        """Return the entries of a mapping, or the fields of an object, by name; empty when there are none.
+
+        Pairs are entries, too; anything else without names is listed as refused.
+        """
         if thing is None:
             return {}
+        if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
+            thing = self.attempt(what, _paired, thing, default={})
         entries: _Items | None = self.attempt(what, self._entries, thing, what)
         if entries is None:
-            entries = self._fields(thing, self.attempt(what, _public_names, thing) or (), what)
+            names = self.attempt(what, _public_names, thing)
+            if not names:
+                self.refuse(what, f"a {type(thing).__name__} has no names with values")
+            entries = self._fields(thing, names or (), what)
         return {name: value for name, value in entries.items() if value is not _UNREADABLE}
 
     def text(self, value: Any, what: str) -> str | None:
@@ -133,7 +141,8 @@ class Reader:
             what: how refusals name the document.
         """
         self._values, self._full, self._open_ids = 0, False, set()
-        document = self._serialised(thing, what, _SERIALISERS)
+        is_array = hasattr(type(thing), "dtype") or hasattr(type(thing), "dtypes")  # what pandas writes has ten digits
+        document = self._serialised(thing, what, _SERIALISERS[: -1 if is_array else None])
         if document is _UNREADABLE:
             names = self.attempt(what, _public_names, thing)
             document = self._fields(thing, names, what) if names else thing
@@ -275,6 +284,14 @@ def _declared_names(value: Any) -> Sequence[str] | None:
     if isinstance(value, types.SimpleNamespace):
         return list(vars(value))
     return None
+
+
+def _paired(pairs: Iterable[Any]) -> dict[Any, Any]:
+    try:
+        return dict(pairs)
+    except (TypeError, ValueError):
+        msg = "a list without names, where a mapping of names to values is meant"
+        raise TypeError(msg) from None
 
 
 def _is_pydantic_v1(kind: type) -> bool:

@@ -87,5 +87,7 @@ class Refusals:
 
 
 def _remembered(about: object) -> str:
-    """Return a key that a warning is remembered under; of what is no string, which may have no text, its type."""
+    """Return what a warning is remembered under; of what is no string, which may have no text, its type."""
+    if type(about) is tuple:
+        return " ".join(map(_remembered, about))
     return about[:MAX_KEY_CHARS] if type(about) is str else type(about).__name__

@@ -7,6 +7,7 @@ refused with one warning per kind and key, and counted.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import os
 import time
 import weakref
@@ -15,10 +16,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mlflow_outbox import handles
-from mlflow_outbox.counters import Counters
+from mlflow_outbox.beginning import Beginning
+from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.doubts import Doubts
-from mlflow_outbox.entries import Entries
+from mlflow_outbox.entries import Entries, pieces
 from mlflow_outbox.errors import EventRefused, OutboxFull
 from mlflow_outbox.files import RunFiles, files_below, shown_path
 from mlflow_outbox.refusals import Refusals
@@ -31,15 +33,14 @@ from mlflow_outbox.spool.events import (
     Metrics,
     Params,
     RunEnded,
-    RunStarted,
     Tags,
 )
 from mlflow_outbox.validation import (
     checked_mapping,
     checked_status,
     checked_step,
-    checked_text,
     checked_value,
+    status_after,
 )
 
 if TYPE_CHECKING:
@@ -51,12 +52,15 @@ Time = int | float | dt.datetime
 
 _time_ns = time.time_ns
 
+#: Statuses that are no end.
+_GOING_ON = frozenset({"RUNNING", "SCHEDULED"})
+
 
 class Run(handles.Handle):
     """One run. Made by ``MLflowTracker.start_run``; may be used from any thread, in forked processes, and pickled.
 
     Used as a context manager it ends FINISHED, FAILED when an exception leaves the block, or KILLED on
-    KeyboardInterrupt.
+    KeyboardInterrupt; as it was ended, if it was ended within.
 
     Attributes:
         run_id: the run's id in the outbox, 32 hex digits; MLflow's own id when the run is one that existed in MLflow.
@@ -70,6 +74,7 @@ class Run(handles.Handle):
         self._doubts = Doubts(counters)
         self._refusals = Refusals(counters, strict=settings.strict)
         self._entries = Entries(self._refusals)
+        self._beginning = Beginning(self._entries, self._doubts, self._refusals)
         self._keys = self._entries.keys
         self._good = self._entries.good  # held like _append_event below: a look-up less in each call
         self._files = RunFiles(journal, settings, self._now_ms, self._doubts.unreadable)
@@ -86,12 +91,16 @@ class Run(handles.Handle):
         return _rejoined, (str(path), identity, handles.noted(self._settings), self._ended)
 
     def __enter__(self) -> Self:
+        self._ended = False
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end(_status_after(error))
+        if not self._ended:
+            self.end(status_after(error))
+        elif self._journal is not None:  # logged to since
+            self._journal.close()
 
     # -- metrics
 
@@ -225,11 +234,13 @@ class Run(handles.Handle):
 
     def _params(self, given: Iterable[tuple[Any, Any]]) -> bool:
         good, whole = self._good(given, "param", self._doubts.param)
-        return (not good or self._keep(Params(good, self._now_ms()))) and whole
+        kept = [self._keep(Params(piece, self._now_ms())) for piece in pieces(good)]
+        return all(kept) and whole
 
     def _tags(self, given: Iterable[tuple[Any, Any]]) -> bool:
         good, whole = self._good(given, "tag", self._doubts.tag)
-        return (not good or self._keep(Tags(good, self._now_ms()))) and whole
+        kept = [self._keep(Tags(piece, self._now_ms())) for piece in pieces(good)]
+        return all(kept) and whole
 
     # -- files
 
@@ -244,7 +255,8 @@ class Run(handles.Handle):
             EventRefused: only with ``Settings(strict=True)``.
         """
         return self._refusals.attempt(
-            lambda: self._files.copy(path, artifact_path) or self._not_kept(), shown_path(path)
+            lambda: self._files.copy(path, artifact_path) or self._not_kept(),
+            (shown_path(path), "" if artifact_path is None else shown_path(artifact_path)),
         )
 
     def log_artifacts(self, directory: str | os.PathLike[str], artifact_path: str | None = None) -> bool:
@@ -263,7 +275,7 @@ class Run(handles.Handle):
             kept = [self._each_file(file, folder) for file, folder in found]
             return all(kept)
 
-        return self._refusals.attempt(log)
+        return self._refusals.attempt(log, shown_path(directory))
 
     def log_text(self, text: str, artifact_file: str) -> bool:
         """Keep text as an artifact.
@@ -275,7 +287,9 @@ class Run(handles.Handle):
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._refusals.attempt(lambda: self._files.text(text, artifact_file) or self._not_kept())
+        return self._refusals.attempt(
+            lambda: self._files.text(text, artifact_file) or self._not_kept(), shown_path(artifact_file)
+        )
 
     def log_dict(self, dictionary: Any, artifact_file: str) -> bool:
         """Keep a mapping or list as a JSON artifact, or as YAML when the name ends so.
@@ -287,7 +301,9 @@ class Run(handles.Handle):
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._refusals.attempt(lambda: self._files.document(dictionary, artifact_file) or self._not_kept())
+        return self._refusals.attempt(
+            lambda: self._files.document(dictionary, artifact_file) or self._not_kept(), shown_path(artifact_file)
+        )
 
     def log_figure(self, figure: Any, artifact_file: str) -> bool:
         """Render a matplotlib or plotly figure, or save a PIL image, and keep it as an artifact.
@@ -299,7 +315,9 @@ class Run(handles.Handle):
         Raises:
             EventRefused: only with ``Settings(strict=True)``.
         """
-        return self._refusals.attempt(lambda: self._files.figure(figure, artifact_file) or self._not_kept())
+        return self._refusals.attempt(
+            lambda: self._files.figure(figure, artifact_file) or self._not_kept(), shown_path(artifact_file)
+        )
 
     def _each_file(self, path: str, folder: str) -> bool:
         """Keep one file of several: one that is refused does not hold back the others, unless strict."""
@@ -322,16 +340,22 @@ class Run(handles.Handle):
         """
 
         def log() -> bool:
-            kept = self._keep(RunEnded(checked_status(status), self._time("end", end_time)))
-            self._ended = True
+            how = checked_status(status)
+            try:
+                time_ms = self._time("end", end_time)
+            except EventRefused as refused:  # which must not cost the run its end
+                self._refusals.pass_over(refused, "end")
+                time_ms = self._now_ms()
+            kept = self._keep(RunEnded(how, time_ms))
+            self._ended = how not in _GOING_ON
             if self._journal is not None:
                 self._journal.close()
             return kept
 
-        return self._refusals.attempt(log)
+        return self._refusals.attempt(log, shown(status))
 
     def begin(self, run_name: object, user: str, tags: Mapping[str, Any], time: Time | None, *, resumed: bool) -> bool:
-        """Write the event with which a writer begins; called once, by the tracker.
+        """Write the events with which a writer begins; called once, by the tracker.
 
         Args:
             run_name: its name, or None.
@@ -340,20 +364,9 @@ class Run(handles.Handle):
             time: when it started; None is now.
             resumed: the run existed before.
         """
-        given_ms = self._value(lambda: self._doubts.time_ms("start_run", time)) if time is not None else None
-        name = self._value(lambda: checked_text("run_name", run_name, "name")) if run_name is not None else None
-        good = self._value(lambda: self._good(checked_mapping(tags, "tags").items(), "tag", self._doubts.tag)[0])
-        who = user.encode("utf-8", "replace").decode()  # a name that is no Unicode must not cost the run its beginning
-        event = RunStarted(self._now_ms(), name, who, good or {}, resumed, given_ms=given_ms)
-        return self._refusals.attempt(lambda: self._keep(event))
-
-    def _value(self, check: Callable[[], Any]) -> Any:
-        """Return what a check returns; None when it refuses or fails, which is counted and said."""
-        try:
-            return check()
-        except Exception as error:  # noqa: BLE001 - start_run never raises into the experiment; counted and said
-            self._refusals.failed(error, "start_run")
-            return None
+        events = self._beginning.events(run_name, user, tags, time, self._now_ms(), resumed=resumed)
+        kept = [self._refusals.attempt(functools.partial(self._keep, event)) for event in events]
+        return all(kept)
 
     # -- common ground
 
@@ -385,9 +398,3 @@ def _rejoined(path: str, identity: tuple[Any, ...], note: dict[str, Any], ended:
 def _append_nowhere(_: Event) -> bool:
     """Stand in for a journal when nothing can be kept; the tracker said so once."""
     return False
-
-
-def _status_after(error: BaseException | None) -> str:
-    if error is None or (isinstance(error, SystemExit) and error.code in {None, 0}):
-        return "FINISHED"
-    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"

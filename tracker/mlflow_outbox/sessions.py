@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from mlflow_outbox import autopilot
 from mlflow_outbox.counters import Counters, described, shown
 from mlflow_outbox.doubts import Doubts
+from mlflow_outbox.errors import InvalidEventType
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run
 
 
@@ -54,15 +56,16 @@ def log(content: autopilot.RunContent, run: Run) -> None:
     run.end(content.status, content.end_time_ms)
 
 
-def paths_of(plots: Iterable[str | os.PathLike[str]], counters: Counters) -> list[str | os.PathLike[str]] | None:
-    """Return the paths of plots; None when they are none, which is counted as "refused_bad_mapping" and said."""
+def paths_of(plots: Iterable[str | os.PathLike[str]], refusals: Refusals) -> list[str | os.PathLike[str]] | None:
+    """Return the paths of plots; None when they are none, which is counted as "refused_bad_mapping" and said.
+
+    Raises:
+        InvalidEventType: they are none; only when strict.
+    """
     try:
         return [plots] if isinstance(plots, (str, os.PathLike)) else list(plots)
     except Exception as error:  # noqa: BLE001 - a session's objects may raise anything; counted and said
         forward(error)
-        counters.add("refused_bad_mapping")
-        counters.warn_once(
-            "plots",
-            f"mlflow-outbox: log_visualizations takes paths, not a {type(plots).__name__}: {described(error)}",
-        )
+        msg = f"log_visualizations takes paths, not a {type(plots).__name__}: {described(error)}"
+        refusals.refuse(InvalidEventType("bad_mapping", msg), "plots")
         return None

@@ -96,7 +96,8 @@ class Settings:
     #: Seconds for which such a URI is not used after which the process ends its threads and connections for it, if
     #: everything was delivered; the next call starts them again.
     idle_timeout: float = 30.0
-    #: What delivers for such a URI: "thread", "process", or "none" to only write, offline.
+    #: What delivers for such a URI, and for a tracker that is not told: "thread", "process", or "none" to only write,
+    #: offline.
     worker: WorkerKind = "thread"
 
     #: Directory under which outboxes are made, one per destination; None means ``./.mlflow-outbox``.

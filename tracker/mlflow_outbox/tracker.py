@@ -52,7 +52,7 @@ class MLflowTracker(handles.Handle):
         outbox_dir: directory under which outboxes are made, one per destination; None means ``MLFLOW_OUTBOX_DIR``, else
             ``./.mlflow-outbox``.
         worker: "thread" delivers in the background of this process, "process" in one of its own that outlives this
-            one, "none" only writes: offline, to be delivered later.
+            one, "none" only writes: offline, to be delivered later; None is the setting ``worker``, a thread.
         settings: the options; None reads them from the environment.
 
     Raises:
@@ -67,16 +67,16 @@ class MLflowTracker(handles.Handle):
         tracking_uri: str | os.PathLike[str] | None = None,
         *,
         outbox_dir: str | os.PathLike[str] | None = None,
-        worker: WorkerKind = "thread",
+        worker: WorkerKind | None = None,
         settings: Settings | None = None,
     ) -> None:
-        if worker not in get_args(WorkerKind):
+        if worker is not None and worker not in get_args(WorkerKind):
             msg = f"worker={worker!r} must be one of {', '.join(map(repr, get_args(WorkerKind)))}"
             raise InvalidSettings(msg)
         self.experiment_name = checked_experiment_name(experiment_name)
         self._settings = Settings.from_environment() if settings is None else settings
         self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
-        self._begin(self._open(outbox_dir, worker))
+        self._begin(self._open(outbox_dir, worker or self._settings.worker))
 
     def _begin(self, outbox: Outbox | None) -> None:
         self._summary: Run | None = None
@@ -269,7 +269,7 @@ class MLflowTracker(handles.Handle):
         """
         if self.disabled:
             return
-        paths = sessions.paths_of(plot_paths, self._counters)
+        paths = sessions.paths_of(plot_paths, self._refusals)
         if paths is None:
             return
         run = self._summary_run(None)
@@ -359,7 +359,7 @@ def create_tracker(
     tracking_uri: str | os.PathLike[str] | None = None,
     *,
     outbox_dir: str | os.PathLike[str] | None = None,
-    worker: WorkerKind = "thread",
+    worker: WorkerKind | None = None,
     settings: Settings | None = None,
 ) -> MLflowTracker:
     """Return a tracker whose experiment is called ``autopilot_<dataset_name>_<session_id>``.

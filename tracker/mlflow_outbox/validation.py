@@ -17,10 +17,11 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
+from mlflow_outbox import times
 from mlflow_outbox.counters import described, printable, shown
 from mlflow_outbox.errors import InvalidEvent, InvalidEventType, InvalidSettings
 from mlflow_outbox.interrupts import forward
-from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, MAX_TAG_CHARS, STATUSES
+from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, MAX_KEY_CHARS, MAX_NAME_CHARS, MAX_TAG_CHARS, STATUSES
 
 #: Characters of an experiment's name; MLflow's MAX_EXPERIMENT_NAME_LENGTH.
 _MAX_EXPERIMENT_NAME: Final = 500
@@ -65,6 +66,9 @@ def checked_value(key: str, value: object) -> float:
     if isinstance(value, (str, bytes, bytearray)) or value is None:
         msg = f"the metric {printable(key)!r} has the value {shown(value)}, a {type(value).__name__}; use a number"
         raise InvalidEventType("bad_value", msg)
+    if type(value) is not float and _is_imaginary_or_time(value):
+        msg = f"the metric {printable(key)!r} has the value {shown(value)}, a {type(value).__name__}; use a real number"
+        raise InvalidEventType("bad_value", msg)
     try:
         return float(value)  # type: ignore[arg-type]  # what has no float is refused below
     except Exception as error:  # noqa: BLE001 - __float__ of any framework's object may raise anything; refused, counted
@@ -75,6 +79,11 @@ def checked_value(key: str, value: object) -> float:
         kind = type(value).__name__
         msg = f"the metric {printable(key)!r} has a value of type {kind} that is no single number: {described(error)}"
         raise InvalidEventType("bad_value", msg) from None
+
+
+def _is_imaginary_or_time(value: object) -> bool:
+    """Return whether a value of NumPy's has a float that is not its value: a time counts its units, whichever."""
+    return times.numpy_kind(value) in ("c", "m", "M")
 
 
 def checked_step(key: str, step: object) -> int:
@@ -93,15 +102,7 @@ def checked_step(key: str, step: object) -> int:
 
 def checked_time_ms(what: str, time: object) -> int:
     """Return a wall-clock time as milliseconds since the epoch: an int or float of milliseconds, or a datetime."""
-    if isinstance(time, dt.datetime):
-        try:
-            aware = time if time.tzinfo is not None else time.astimezone()
-            time = (aware - _EPOCH) // dt.timedelta(milliseconds=1)
-        # The year 1 in a local time, pandas' "not a time".
-        except (OverflowError, OSError, ValueError, TypeError) as error:
-            forward(error)
-            time = None
-    number = _whole(time, truncate=True)
+    number = _milliseconds(time)
     if not isinstance(number, int):
         given = f"{shown(time)}{_because(number)}"
         msg = f"the time of {printable(what)!r} is {given}; use milliseconds since the epoch, or a datetime"
@@ -112,6 +113,20 @@ def checked_time_ms(what: str, time: object) -> int:
     return number
 
 
+def _milliseconds(time: object) -> int | Exception:
+    """Return a time as milliseconds since the epoch, or why it is none."""
+    if not isinstance(time, dt.datetime) and not times.is_numpy_time(time):
+        return _whole(time, truncate=True)
+    try:
+        local = times.wall_clock(time if isinstance(time, dt.datetime) else times.parsed(str(time)))
+        aware = local if local.tzinfo is not None else local.astimezone()
+        return (aware - _EPOCH) // dt.timedelta(milliseconds=1)
+    # The year 1 in a local time, pandas' "not a time".
+    except (OverflowError, OSError, ValueError, TypeError) as error:
+        forward(error)
+        return error
+
+
 def looks_like_seconds(time: object) -> bool:
     """Return whether a time is probably in seconds, where milliseconds are meant."""
     return isinstance(time, float) and _LIKELY_SECONDS[0] <= time < _LIKELY_SECONDS[1]
@@ -119,6 +134,8 @@ def looks_like_seconds(time: object) -> bool:
 
 def _whole(number: object, *, truncate: bool = False) -> int | Exception:
     """Return a whole number, or why it is none."""
+    if _is_imaginary_or_time(number):
+        return TypeError("no number")
     try:
         return operator.index(number)  # type: ignore[arg-type]  # what has no index is looked at below
     except Exception as error:  # noqa: BLE001 - __index__ of any object may raise anything; it may still have a float
@@ -171,7 +188,12 @@ def is_ordinary_tag(key: str, value: str) -> bool:
         checked_key(key, "tag")
     except (InvalidEvent, InvalidEventType):
         return False
-    return len(value) <= MAX_TAG_CHARS
+    return len(value) <= MAX_TAG_CHARS and "\0" not in value
+
+
+def ordinary_name(name: str) -> str:
+    """Return a run's name as every database of MLflow's takes it: cut to its column, without a NUL."""
+    return name.replace("\0", "")[:MAX_NAME_CHARS]
 
 
 def checked_status(status: object) -> str:
@@ -181,6 +203,18 @@ def checked_status(status: object) -> str:
         msg = f"the status {shown(status)} is none of {', '.join(sorted(STATUSES))}"
         raise InvalidEvent("bad_status", msg)
     return text.upper()
+
+
+def status_after(error: BaseException | None) -> str:
+    """Return the status of a run whose block was left, with what was raised in it."""
+    if error is None or (isinstance(error, SystemExit) and _is_success(error.code)):
+        return "FINISHED"
+    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+
+
+def _is_success(code: object) -> bool:
+    """Return whether a program that is left with a code exits with 0; it may be any object, which is printed then."""
+    return code is None or (isinstance(code, int) and code == 0)
 
 
 def checked_mapping(values: object, what: str) -> dict[Any, Any]:

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from mlflow_outbox.spool.events import (
+    NAME_TAG,
     Artifact,
     Event,
     FileFor,
@@ -158,7 +159,7 @@ class RunView(msgspec.Struct):
             self.tags.pop(argument_of(event.arguments, "key"), None)
         elif event.operation == "update_run_info":
             self.name = argument_of(event.arguments, "run_name") or self.name
-            self.set_tag("mlflow.runName", self.name, event.time_ms, writer)
+            self.set_tag(NAME_TAG, self.name, event.time_ms, writer)
 
     def set_tag(self, key: str, value: str, time_ms: int, writer: str) -> bool:
         """Set a tag unless another writer set it later; return whether it was set."""

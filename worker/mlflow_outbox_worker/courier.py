@@ -25,14 +25,14 @@ from typing import Final, Literal, NamedTuple
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Artifact, Event, RunStarted, Tags, encode
+from mlflow_outbox.spool.events import NAME_TAG, Artifact, Event, RunStarted
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
-from mlflow_outbox.validation import is_ordinary_tag
 from mlflow_outbox.views import Register, RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.copies import copying
+from mlflow_outbox_worker.creation import Creation
 from mlflow_outbox_worker.intake import Intake
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify, is_deleted
@@ -100,6 +100,7 @@ class Courier:
         self._stopped = stopped
         self._experiments: dict[str, str] = {}
         self._calls = Calls(source, sink, ledger)
+        self._creation = Creation(ledger, self._count_letters, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)
         requests = Requests(source, sink, self._calls, now_ms=now_ms)
@@ -314,6 +315,9 @@ class Courier:
                 record.creating = False  # the only one there can be was found
         else:
             first = started.tags if started is not None else {}
+            name_given = started.run_name if started is not None else None
+            if name_given is not None and NAME_TAG in first:  # MLflow refuses two names
+                first = {**first, NAME_TAG: name_given}
             tags = ask(  # before the try is noted: it may have to wait for another run
                 "create_run",
                 lambda: {key: self._calls.ids.tag(key, value, of=record.run_id) for key, value in first.items()},
@@ -325,12 +329,13 @@ class Courier:
             self._ledger.commit(record)
             start_ms = started.start_time_ms if started is not None else header.created_ms if header is not None else 0
             try:
-                record.remote_id = self._created(
+                record.remote_id = self._creation.create(
                     record,
+                    name_given,
                     tags,
-                    lambda labels: self._sink.create_run(
+                    lambda called, labels: self._sink.create_run(
                         record.experiment_id,
-                        run_name=started.run_name if started is not None else None,
+                        run_name=called,
                         start_time_ms=start_ms,
                         user=started.user if started is not None else "",
                         tags=labels,
@@ -345,39 +350,6 @@ class Courier:
             record.creating = unknown
         if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
             record.settles_ms = self._now_ms() + settling(self._settings.request_timeout)
-
-    def _created(self, record: RunRecord, tags: dict[str, str], create: Callable[[dict[str, str]], str]) -> str:
-        """Create a run, and return its id: without the tags that only a creation can set, if it is refused with them.
-
-        Those are dead letters then, on disk before the run is created without them.
-        """
-        ordinary = {key: value for key, value in tags.items() if is_ordinary_tag(key, value)}
-        note = f"without_odd_tags/{record.run_id}"
-        if len(ordinary) == len(tags) or not self._ledger.meta(note):
-            try:
-                return ask("create_run", lambda: create(tags))
-            except Parked as parked:
-                error = parked.error
-                if len(ordinary) == len(tags) or classify(error, "log_batch").kind != "dead_letter":
-                    raise
-            letters = [
-                DeadLetter(
-                    run_id=record.run_id,
-                    remote_id="",
-                    payload=encode(Tags({key: value}, self._now_ms())),
-                    reason=str(error),
-                    code=error.code,
-                    status=error.status,
-                    time_ms=self._now_ms(),
-                )
-                for key, value in tags.items()
-                if key not in ordinary
-            ]
-            record.dead += len(letters)
-            self._ledger.commit(record, dead=letters)
-            self._ledger.set_meta(note, b"1")
-            self._count_letters(letters)
-        return ask("create_run", lambda: create(ordinary))
 
 
 def _unsettled(

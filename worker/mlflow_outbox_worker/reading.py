@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Event, RunStarted
+from mlflow_outbox.spool.events import NAME_TAG, Event, RunStarted
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.views import Latest, Register, RunView
@@ -263,13 +263,13 @@ def _view_of(run: RemoteRun) -> RunView:
 
 
 def _entry(run_id: str, view: RunView, source: str) -> dict[str, Any]:
-    name = view.tags.get("mlflow.runName")
+    name = view.tags.get(NAME_TAG)
     return {
         "run_id": run_id,
-        "run_name": view.name or (name.value if name is not None else ""),
+        "run_name": name.value if name is not None else view.name,
         "metrics": {key: latest.value for key, latest in view.metrics.items()},
         "params": dict(view.params),
-        "tags": {key: register.value for key, register in view.tags.items()},
+        "tags": {key: register.value for key, register in view.tags.items() if key != RUN_ID_TAG},
         "status": view.status.value,
         "start_time": view.start_time_ms,
         "end_time": view.end_time_ms,

@@ -7,6 +7,7 @@ from typing import Final
 
 from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 
+from mlflow_outbox.spool.events import NAME_TAG
 from mlflow_outbox.views import RunView
 
 #: MLflow shows the results of an evaluation itself.
@@ -28,7 +29,7 @@ def show(server: str, experiment_id: str, run_id: str, view: RunView) -> None:
         return
     if kind is not None and kind.value == _EVALUATION:
         return
-    name = view.tags.get("mlflow.runName")
+    name = view.tags.get(NAME_TAG)
     experiment = f"{server.rstrip('/')}/#/experiments/{experiment_id}"
     shown = name.value if name is not None else view.name
     sys.stdout.write(f"🏃 View run {shown} at: {experiment}/runs/{run_id}\n🧪 View experiment at: {experiment}\n")

@@ -34,7 +34,7 @@ from mlflow.entities import (
 
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Event, Request, RunStarted
+from mlflow_outbox.spool.events import NAME_TAG, Event, Request, RunStarted
 from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics as MetricsEvent
 from mlflow_outbox.views import Kept, Latest, Register, RunView
@@ -70,7 +70,7 @@ def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = N
         theirs: the server's answer, if there is one, for inputs and outputs.
         bounded: show infinities as a database does.
     """
-    name = view.tags.get("mlflow.runName")
+    name = view.tags.get(NAME_TAG)
     info = RunInfo(
         run_id=run_id,
         experiment_id=view.experiment_id or "0",

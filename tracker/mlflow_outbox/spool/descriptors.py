@@ -6,12 +6,17 @@ segment at the moment of the fork, its descriptor is either in this list or not 
 closed under a lock, for which a fork waits. It waits for a second at most, because a disk can hang.
 
 This is the only thing that a fork waits for here; events are appended without the lock.
+
+A program that ends runs faster than its disk can sync them would run out of descriptors. So where there are many, a
+complete segment gives its own back, and is opened once more to be synced. (Linux tells of a write that failed in
+between to whoever opens the file next, unless it has dropped what it knew of the file by then.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -21,6 +26,9 @@ from mlflow_outbox.forklock import ForkLock
 #: Held while a segment is opened or closed.
 _lock: Final = ForkLock(patience=1.0)
 _held: dict[int, Path] = {}
+#: Segments that may be open before complete ones give their descriptors back, and the part of all descriptors.
+_MANY: Final = 128
+_PART: Final = 8
 
 
 def opened(create: Callable[[Path], int], path: Path) -> int:
@@ -47,6 +55,12 @@ def holds(fd: int, path: Path) -> bool:
         path: given there.
     """
     return _held.get(fd) == path
+
+
+def are_many() -> bool:
+    """Return whether so many segments are open that those which are complete should not be."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return len(_held) > (_MANY if allowed == resource.RLIM_INFINITY else min(_MANY, allowed // _PART))
 
 
 def close(how: Callable[[int], None], fd: int, path: Path) -> None:

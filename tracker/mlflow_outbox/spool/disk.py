@@ -46,6 +46,11 @@ class SystemDisk:
             raise
         return fd
 
+    @staticmethod
+    def reopen(path: Path) -> int:
+        """Open a complete segment, to sync it."""
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
 
 #: What opening says where it may go well in a moment.
 _ANOTHER_TIME: Final = frozenset({errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})

@@ -22,6 +22,10 @@ import msgspec
 MAX_KEY_CHARS: Final = 250
 MAX_PARAM_CHARS: Final = 6000
 MAX_TAG_CHARS: Final = 8000
+#: The tag in which MLflow keeps a run's name; setting it renames the run.
+NAME_TAG: Final = "mlflow.runName"
+#: Characters of a run's name that MLflow's databases hold, SQLite aside, which holds any (``runs.name``).
+MAX_NAME_CHARS: Final = 250
 #: Steps and times are int64 in MLflow's protocol; a larger one is stored as garbage by its server (facts, 2a).
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1

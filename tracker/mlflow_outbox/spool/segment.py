@@ -41,11 +41,12 @@ class Segment:
         synced: offset up to which the segment is known to be durable.
         unsynced: payloads since then, always the last of the segment.
         tainted: a sync of it failed.
+        laid_by: the descriptor was given back before it was synced.
     """
 
     __slots__ = (
-        "_disk", "_path", "_remember", "fd", "first_seq", "limit", "offset", "seed", "seq", "synced", "tainted",
-        "unsynced",
+        "_disk", "_path", "_remember", "fd", "first_seq", "laid_by", "limit", "offset", "seed", "seq", "synced",
+        "tainted", "unsynced",
     )  # fmt: skip
 
     def __init__(self, disk: SystemDisk, seq: int, *, remember: bool) -> None:
@@ -57,7 +58,12 @@ class Segment:
         self.seq = self.first_seq = seq
         self.offset = self.limit = self.synced = 0
         self.unsynced: list[bytes] = []
-        self.tainted = False
+        self.tainted = self.laid_by = False
+
+    @property
+    def path(self) -> Path:
+        """Where the file was begun."""
+        return self._path
 
     @property
     def is_open(self) -> bool:
@@ -171,6 +177,11 @@ class Segment:
                 raise
             return False
         return True
+
+    def lay_by(self) -> None:
+        """Give the descriptor back, before the file was synced."""
+        self.laid_by = True
+        self.close()
 
     def close(self) -> None:
         """Give the descriptor back, once; it is gone whatever the disk says."""

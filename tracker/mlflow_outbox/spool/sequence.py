@@ -24,7 +24,7 @@ from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import frame
+from mlflow_outbox.spool import descriptors, frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign
 from mlflow_outbox.spool.identity import RunIdentity
@@ -277,6 +277,8 @@ class EventSequence:
             self._counters.add("unprotected_by_sync", len(old.unsynced))
         elif self._settings.sync != "interval":
             self.flush_retired()
+        elif descriptors.are_many():
+            old.lay_by()
 
     def _newest(self) -> int:
         return max(self._newest_first, self.live.first_seq)
@@ -285,7 +287,7 @@ class EventSequence:
         """Sync and close complete segments here and now."""
         while self.retired:
             old = self.retired[0]
-            good = not old.is_open or self.syncer.data(old.fd)
+            good = self.syncer.segment(old)
             old.close()
             self.retired = self.retired[1:]  # last: what is interrupted here is done again
             if not good:

@@ -201,7 +201,7 @@ class SnapshotStore:
     @staticmethod
     def _check_source(found: os.stat_result, shown: str, limit: int) -> None:
         if not stat.S_ISREG(found.st_mode):
-            kind = "directory" if stat.S_ISDIR(found.st_mode) else "FIFO, socket or device"
+            kind = "directory; use log_artifacts" if stat.S_ISDIR(found.st_mode) else "FIFO, socket or device"
             msg = f"{shown!r} is not a regular file but a {kind}"
             raise ArtifactRefused("bad_file", msg)
         if found.st_size > limit:

@@ -130,7 +130,9 @@ class SyncRound:
 
     def _finish(self, alone: Alone, old: Segment) -> None:
         """Sync and close a complete segment; listed until it is closed, for a fork to close."""
-        synced = not old.is_open or self._sequence.syncer.data(old.fd)
+        synced = self._sequence.syncer.segment(old)
+        if synced is None:  # the program has no descriptor left for it: the next round finds one
+            return
         self._with_what_is_written_again(alone, lambda: self._sequence.finish(old, synced=synced), old.seq)
 
     def _with_what_is_written_again(self, alone: Alone, work: Callable[[], None], number: int) -> None:

@@ -14,7 +14,9 @@ from typing import Final
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.courtesy import courtesy
+from mlflow_outbox.spool import descriptors
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign
+from mlflow_outbox.spool.segment import Segment
 from mlflow_outbox.spool.snapshot import SnapshotStore
 
 #: Seconds before the second try at a disk that cannot sync; doubled for each further one, up to the last.
@@ -61,6 +63,30 @@ class Syncer:
             self._failures, self._again_at = 0, 0.0
             self._counters.forget("sync")
         return True
+
+    def segment(self, segment: Segment) -> bool | None:
+        """Make a complete segment survive a power cut; return whether the disk did it, None to try it another time."""
+        if segment.is_open:
+            return self.data(segment.fd)
+        return self._laid_by(segment.path) if segment.laid_by else True
+
+    def _laid_by(self, path: Path) -> bool | None:
+        try:
+            fd = descriptors.opened(self._disk.reopen, path)
+        except FileNotFoundError:
+            return True  # it was delivered meanwhile
+        except OSError as error:
+            if is_foreign(error):
+                raise
+            if error.errno in _NOT_ASKED:
+                self._counters.add("sync_errors")
+                return None
+            self._failed(error)
+            return False
+        try:
+            return self.data(fd)
+        finally:
+            descriptors.close(self._disk.close, fd, path)
 
     def _failed(self, error: OSError) -> None:
         self._failures += 1

@@ -1,5 +1,6 @@
 """Doubles for the tests of programs that log through an outbox."""
 
 from mlflow_outbox.testing.disk import FailingDisk
+from mlflow_outbox.testing.proxy import FaultProxy
 
-__all__ = ["FailingDisk"]
+__all__ = ["FailingDisk", "FaultProxy"]

@@ -24,7 +24,7 @@ from typing import Final, Literal, NamedTuple, get_args
 
 from mlflow_outbox.spool.disk import SystemDisk
 
-Operation = Literal["create", "write", "datasync", "truncate", "close", "sync_directory"]
+Operation = Literal["create", "reopen", "write", "datasync", "truncate", "close", "sync_directory"]
 #: Seconds after which a held call goes on by itself, so that a test that fails does not hang.
 _LONGEST_HOLD: Final = 60.0
 
@@ -172,6 +172,11 @@ class FailingDisk(SystemDisk):
         """Create a segment file."""
         self._meet("create", -1)
         return super().create(path)
+
+    def reopen(self, path: Path) -> int:  # type: ignore[override] # of one that has no script, it is a function
+        """Open a complete segment, to sync it."""
+        self._meet("reopen", -1)
+        return SystemDisk.reopen(path)
 
     def write(self, fd: int, data: bytes) -> int:  # type: ignore[override] # the journal only writes bytes
         """Write, all of it or as the script says."""

@@ -4,7 +4,7 @@ Put it between the outbox and a real server, tell it what to do with which reque
 
     with FaultProxy("http://127.0.0.1:5000") as proxy:
         proxy.on("runs/log-batch", forward_then_drop_response())  # the next batch is committed, its answer lost
-        tracker = create_tracker("experiment", tracking_uri=proxy.url)
+        tracker = MLflowTracker("experiment", proxy.url)
         ...
         assert [200, 200] == [request.backend_status for request in proxy.requests if "log-batch" in request.path]
 
