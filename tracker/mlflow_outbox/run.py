@@ -234,13 +234,17 @@ class Run(handles.Handle):
 
     def _params(self, given: Iterable[tuple[Any, Any]]) -> bool:
         good, whole = self._good(given, "param", self._doubts.param)
-        kept = [self._keep(Params(piece, self._now_ms())) for piece in pieces(good)]
-        return all(kept) and whole
+        return self._keep_texts(Params, good) and whole
 
     def _tags(self, given: Iterable[tuple[Any, Any]]) -> bool:
         good, whole = self._good(given, "tag", self._doubts.tag)
-        kept = [self._keep(Tags(piece, self._now_ms())) for piece in pieces(good)]
-        return all(kept) and whole
+        return self._keep_texts(Tags, good) and whole
+
+    def _keep_texts(self, kind: type[Params | Tags], good: dict[str, str]) -> bool:
+        if len(good) <= 1:
+            return not good or self._keep(kind(good, self._now_ms()))
+        kept = [self._keep(kind(piece, self._now_ms())) for piece in pieces(good)]
+        return all(kept)
 
     # -- files
 
