@@ -337,7 +337,8 @@ class MLflowTracker(handles.Handle):
         result.
 
         Args:
-            timeout: seconds to wait at most; None means the setting ``close_timeout``.
+            timeout: seconds for delivery; None means the setting ``close_timeout``. A worker in the middle of a request
+                that hangs is waited for a second longer.
         """
         if self._outbox is None:
             return FlushResult()
