@@ -10,6 +10,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,8 @@ from contents import QUICK, artifact_text, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox_worker.bundle import BundleRefused, read_manifest
+from mlflow_outbox_worker import packing
+from mlflow_outbox_worker.bundle import BundleRefused, Manifest, read_manifest
 from mlflow_outbox_worker.jobs import view_of
 from mlflow_outbox_worker.packing import write_bundle
 from mlflow_outbox_worker.sources import find_runs
@@ -55,6 +57,51 @@ def outbox(root: Path) -> OutboxDirectory:
 def views(root: Path) -> dict[str, object]:
     """Return every run of the outbox under a root as its events describe it."""
     return {run_id: view_of(folders) for run_id, folders in find_runs(the_outbox(root)).runs.items()}
+
+
+@pytest.mark.parametrize("when", ["before it is looked at", "before it is copied"])
+def test_a_run_that_is_filed_meanwhile_goes_in_whole(
+    when: str, tmp_path: Path, experiment_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker moves its files between the look at what there is and their copies."""
+    run_id = log_offline(experiment_name, NOWHERE, tmp_path / "from")
+    directory = the_outbox(tmp_path / "from")
+
+    def file_it() -> None:
+        (directory / "runs" / run_id).rename(directory / "delivered" / run_id)
+
+    found = find_runs(directory).runs
+    if when == "before it is looked at":
+        file_it()
+    else:
+        seal = packing.sealed
+        monkeypatch.setattr(packing, "sealed", lambda manifest: (file_it(), seal(manifest))[1])
+    write_bundle(tmp_path / "runs.tar", found, resolve(NOWHERE), now_ms=1)
+    import_bundle(tmp_path / "runs.tar", outbox(tmp_path / "to"))
+    assert views(tmp_path / "from") == views(tmp_path / "to")
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_run_that_is_reclaimed_meanwhile_is_left_out_and_named(
+    others: bool,
+    tmp_path: Path,
+    experiment_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The bundle says nothing of it, and there is none when nothing is left."""
+    gone = log_offline(experiment_name, NOWHERE, tmp_path / "from")
+    held = [log_offline(experiment_name, NOWHERE, tmp_path / "from")] if others else []
+
+    def write_late(*arguments: Any, **more: Any) -> Manifest:
+        shutil.rmtree(the_outbox(tmp_path / "from") / "runs" / gone)
+        return write_bundle(*arguments, **more)
+
+    monkeypatch.setattr(packing, "write_bundle", write_late)
+    assert 1 == command("export", "--all", "-o", tmp_path / "runs.tar", "-d", tmp_path / "from")
+    assert f"run {gone} was left out: it is not on disk any more" in capsys.readouterr().err
+    assert others == (tmp_path / "runs.tar").exists()
+    assert held == ([run.run_id for run in read_manifest(tmp_path / "runs.tar").runs] if others else [])
 
 
 @pytest.mark.parametrize("name", ["runs.tar", "runs.tar.gz"])

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from contents import QUICK, artifact_text, numbered, points, runs, stamped_point
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import replay
-from mlflow_outbox_worker.jobs import Job, Wish, prepare
+from mlflow_outbox_worker.jobs import Job, Prepared, Wish, prepare
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.replay import JobResult, Replay
@@ -447,3 +448,71 @@ def test_files_of_a_run_that_goes_on_go_to_another_store_although_they_are_filed
     assert [0] == [run.dead for run in result.runs]
     run = the_run(file_uri, experiment_name)
     assert "report of offline" == artifact_text(file_uri, run.info.run_id, "reports/report.txt")
+
+
+# -- beside a worker
+
+
+def test_a_run_that_is_filed_meanwhile_arrives_whole(
+    sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its own worker delivers and moves it between the look at what there is and the first read."""
+    log_offline(experiment_name, sqlite_uri, tmp_path / "outbox")
+    wish = Wish(to=file_uri)
+    [job] = prepare([tmp_path / "outbox"], wish).jobs
+    assert ["sent"] == states(replayed(tmp_path / "outbox"))
+    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=60)
+    assert ["sent"] == states([result])
+    assert numbered(100) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")
+
+
+def test_a_run_that_is_named_by_its_directory_and_filed_meanwhile_arrives_whole(
+    sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Wherever it lies by then."""
+    run_id = log_offline(experiment_name, sqlite_uri, tmp_path / "outbox")
+    wish = Wish(to=file_uri)
+    [job] = prepare([the_outbox(tmp_path / "outbox") / "runs" / run_id], wish).jobs
+    assert ["sent"] == states(replayed(tmp_path / "outbox"))
+    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=60)
+    assert ["sent"] == states([result])
+    assert numbered(100) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")
+
+
+@pytest.mark.parametrize("seconds", ["60", "0"])
+def test_a_run_that_is_reclaimed_meanwhile_is_skipped_and_named(
+    seconds: str,
+    sqlite_uri: str,
+    file_uri: str,
+    experiment_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing of it is at the other place, and nobody is told that it is, however little time there was."""
+    run_id = log_offline(experiment_name, sqlite_uri, tmp_path / "outbox")
+
+    def prepare_late(*arguments: Any, **more: Any) -> Prepared:
+        found = prepare(*arguments, **more)
+        assert ["sent"] == states(replayed(tmp_path / "outbox"))
+        assert 0 == command("gc", "--older-than", "0", "-d", tmp_path / "outbox")
+        return found
+
+    monkeypatch.setattr("mlflow_outbox_worker.jobs.prepare", prepare_late)
+    assert 1 == command("replay", tmp_path / "outbox", "--to", file_uri, "--timeout", seconds)
+    said = capsys.readouterr()
+    assert f"run {run_id} was skipped: it is not on disk any more" in said.err
+    assert "0 runs sent" in said.out
+
+
+def test_a_run_that_is_reclaimed_before_it_is_sent_again_is_skipped_and_named(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """What its own ledger knows of it is forgotten, so it would look like one that has nothing to send."""
+    log_offline(experiment_name, sqlite_uri, tmp_path / "outbox")
+    assert ["sent"] == states(replayed(tmp_path / "outbox"))
+    wish = Wish(again=True)
+    [job] = prepare([tmp_path / "outbox"], wish).jobs
+    assert 0 == command("gc", "--older-than", "0", "-d", tmp_path / "outbox")
+    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=60)
+    assert [("skipped", True)] == [(run.state, run.gone) for run in result.runs]

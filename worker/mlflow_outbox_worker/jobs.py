@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -159,7 +160,18 @@ def _of_their_outbox(runs: Runs, found: Found) -> Runs:
 
 
 def _is_filed(folders: tuple[Path, ...]) -> bool:
-    return all(folder.parent.name == "delivered" for folder in folders)
+    return all(folder.parent.name == "delivered" for folder in folders if not _is_empty(folder))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Return whether there is nothing in a directory, or no directory."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except FileNotFoundError:
+        return True
+    except OSError:  # whoever reads it will say so
+        return False
 
 
 def _is_home(outbox: OutboxDirectory, runs: Runs) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from mlflow_outbox.destination import Destination
+from mlflow_outbox.spool.disk import is_there
 from mlflow_outbox.spool.listing import SegmentFile
 from mlflow_outbox.spool.private import create_private, sync_directory
 from mlflow_outbox.spool.reader import RunReader
@@ -43,6 +44,8 @@ from mlflow_outbox_worker.bundle import (
 _CHUNK: Final = 1024 * 1024
 #: Seconds without a change after which a writer on another machine counts as gone.
 _SETTLE: Final = 60.0
+#: Looks at a run whose files are moved meanwhile, before that is an error.
+_TRIES: Final = 10
 
 
 def write_bundle(
@@ -57,6 +60,9 @@ def write_bundle(
         now_ms: wall-clock milliseconds since the epoch, kept in the manifest.
         replace: replace a file that is there already.
 
+    Returns:
+        what the bundle holds. A run of which no segment is on disk any more is not in it; with no run there is none.
+
     Raises:
         BundleRefused: a file changed in a way in which no file of a run changes.
         OSError: a file cannot be read, or the bundle cannot be written, for instance because there is one.
@@ -67,7 +73,10 @@ def write_bundle(
     remove_drafts(target.parent, f".{target.name}.")
     places: dict[str, Path] = {}
     bundled = [_bundled(run_id, folders, places) for run_id, folders in sorted(runs.items())]
-    manifest = Manifest(FORMAT, now_ms, destination.uri, bundled, destination.artifact_root)
+    held = [run for run in bundled if any(member.name.endswith(".log") for member in run.members)]
+    manifest = Manifest(FORMAT, now_ms, destination.uri, held, destination.artifact_root)
+    if not held:
+        return manifest
     draft = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     try:
         with os.fdopen(create_private(draft, os.O_RDWR), "w+b") as file:
@@ -78,7 +87,9 @@ def write_bundle(
                 _add(archive, MANIFEST, sealed(manifest), now_ms)
                 for run in manifest.runs:
                     for member in run.members:
-                        _add_file(archive, run.run_id, member, places[f"{run.run_id}/{member.name}"])
+                        seen = places[f"{run.run_id}/{member.name}"]
+                        moved = (folder / member.name for folder in runs[run.run_id])
+                        _add_file(archive, run.run_id, member, [seen, *moved])
             file.flush()
             os.fsync(file.fileno())
             os.rename(draft, target)
@@ -90,23 +101,30 @@ def write_bundle(
 
 
 def _bundled(run_id: str, folders: tuple[Path, ...], places: dict[str, Path]) -> BundledRun:
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):  # a worker files the run, or reclaims it: it is looked at anew
+            return _looked_at(run_id, folders, places)
+    return _looked_at(run_id, folders, places)
+
+
+def _looked_at(run_id: str, folders: tuple[Path, ...], places: dict[str, Path]) -> BundledRun:
     reader = RunReader(*folders)
-    members: list[Member] = []
+    members: dict[str, Member] = {}
     experiment = ""
     for held in reader.complete_segments().values():
         for segment in held:
             experiment = experiment or segment.header.experiment
             size = _whole_frames(segment, is_last=segment is held[-1])
-            members.append(_member(segment.path, segment.path.name, size))
+            members[segment.path.name] = _member(segment.path, segment.path.name, size)
             places[f"{run_id}/{segment.path.name}"] = segment.path
     for folder in reader.paths:
         for digest in listed(folder / "files"):
             name = f"files/{digest}"
-            if is_digest(digest) and f"{run_id}/{name}" not in places:
+            if is_digest(digest) and name not in members:
                 path = folder / "files" / digest
-                members.append(_member(path, name, os.stat(path, follow_symlinks=False).st_size))
+                members[name] = _member(path, name, os.stat(path, follow_symlinks=False).st_size)
                 places[f"{run_id}/{name}"] = path
-    return BundledRun(run_id, experiment, members)
+    return BundledRun(run_id, experiment, list(members.values()))
 
 
 def _whole_frames(segment: SegmentFile, *, is_last: bool) -> int:
@@ -132,9 +150,9 @@ def _member(path: Path, name: str, size: int) -> Member:
     return Member(name, size, digest.hexdigest(), modified)
 
 
-def _add_file(archive: tarfile.TarFile, run_id: str, member: Member, path: Path) -> None:
+def _add_file(archive: tarfile.TarFile, run_id: str, member: Member, places: list[Path]) -> None:
     info = _info(f"runs/{run_id}/{member.name}", member.size, member.modified_ms)
-    with opened(path) as file:
+    with opened(next((place for place in places if is_there(place)), places[0])) as file:
         checked = _Checked(file, member)
         archive.addfile(info, checked)
         checked.finish()

@@ -45,6 +45,7 @@ _FINISH: Final = 2.0
 _PARTING: Final = 0.5
 #: Seconds to wait for a lease that nobody seems to hold before it is an error.
 _LEASE: Final = 15.0
+_GONE: Final = "it is not on disk any more"
 
 
 #: Seconds without a sign of life of a writer on another machine after which it counts as dead.
@@ -73,6 +74,7 @@ class RunResult(NamedTuple):
         remote_id: its id in MLflow; "" when it has none yet.
         dead: its events that MLflow refused for good.
         missing: its events that are not on disk any more, or damaged.
+        gone: nothing of it is on disk any more, and it was not sent before.
     """
 
     run_id: str
@@ -82,6 +84,7 @@ class RunResult(NamedTuple):
     delivered: int = 0
     dead: int = 0
     missing: int = 0
+    gone: bool = False
 
 
 class JobResult(NamedTuple):
@@ -137,6 +140,7 @@ class Replay:
         self._open_sink = open_sink
         self._counters = Counters()
         self._lives: dict[str, str] = {}
+        self._lost: set[str] = set()
         self._look_at_lives = 0.0
 
     def __repr__(self) -> str:
@@ -157,6 +161,7 @@ class Replay:
         job, deadline = self._job, None if timeout is None else stopwatch.seconds() + timeout
         if job.again:
             requeue(job.source, job.own, job.runs, self._settings)
+            self._lost = {run_id for run_id in job.runs if not self._is_there(run_id)}
         records = self._records()
         before = pending_events(job, records)
         done = [run_id for run_id, record in records.items() if record.state == "done" and before.get(run_id) == 0]
@@ -296,6 +301,9 @@ class Replay:
             state, reason = standings.get(run_id, ("", ""))
             if record.state == "parked":
                 state, reason = "parked", record.reason
+            gone = self._is_gone(run_id, record)
+            if gone:
+                state, reason = "broken", _GONE
             if state in {"parked", "broken"}:
                 shown: Literal["sent", "skipped", "left"] = "skipped"
             else:
@@ -309,9 +317,22 @@ class Replay:
                     record.delivered,
                     record.dead,
                     record.missing + record.quarantined,
+                    gone,
                 )
             )
         return results
+
+    def _is_gone(self, run_id: str, record: RunRecord) -> bool:
+        """Return whether a run was reclaimed or deleted before it was sent as a whole.
+
+        Of an outbox's own delivery what is not there any more is delivered, unless it was to be sent once more.
+        """
+        if self._job.own is not None:
+            return run_id in self._lost
+        return record.state != "done" and not self._is_there(run_id)
+
+    def _is_there(self, run_id: str) -> bool:
+        return any(folder.is_dir() for folder in self._job.source.everywhere(run_id))
 
 
 def life_of(folders: tuple[Path, ...], give_up: float) -> str:

@@ -258,7 +258,7 @@ class Found(NamedTuple):
     Attributes:
         identity: of the outbox that the path is, or is in; None for a loose run directory.
         outbox: that outbox, when it is safe to deliver from; None for one of somebody else, or on read-only media.
-        runs: the directories of each run by run id, filed ones too.
+        runs: the directories of each run by run id, filed ones too; in an outbox not all of them need be there.
         whole: the path is the outbox itself, not one of its runs.
         problems: what could not be used, a sentence each.
     """
@@ -286,14 +286,13 @@ def find_runs(path: Path) -> Found:
             None, None, {}, whole=False, problems=problems or [f"{path} is neither an outbox nor a run's directory"]
         )
     identity, outbox = None, None
-    folders = [path]
+    folders: tuple[Path, ...] = (path,)
     for place in (path.parent, path.parent.parent):
         if identity is None and os.path.lexists(place / "outbox.json"):
             identity, outbox = _opened(place, problems)
-            parts = [place / part for part in ("runs", "delivered")]
-            if path.parent in parts:  # a run that is filed in part lies in both
-                folders += [part / path.name for part in parts if _is_directory(part / path.name)]
-    return Found(identity, outbox, {run_id: tuple(dict.fromkeys(folders))}, whole=False, problems=problems)
+            both = _both(place, path.name)
+            folders = both if path in both else folders
+    return Found(identity, outbox, {run_id: folders}, whole=False, problems=problems)
 
 
 def merged(found: Iterable[Mapping[str, tuple[Path, ...]]]) -> dict[str, tuple[Path, ...]]:
@@ -343,9 +342,8 @@ def _of_outbox(path: Path) -> Found:
             run_id = run_id_of(path / part / name, problems)
             if run_id is not None:
                 runs[run_id] = (*runs.get(run_id, ()), path / part / name)
-    for run_id, folders in runs.items():  # of a run that goes on copies are filed, and no segment yet perhaps
-        beside = (path / part / run_id for part in ("runs", "delivered"))
-        runs[run_id] = (*folders, *(one for one in beside if one not in folders and _is_directory(one / "files")))
+    for run_id, folders in runs.items():
+        runs[run_id] = tuple(dict.fromkeys((*_both(path, run_id), *folders)))
     return Found(identity, outbox, runs, whole=True, problems=problems)
 
 
@@ -364,5 +362,6 @@ def _opened(path: Path, problems: list[str]) -> tuple[OutboxIdentity | None, Out
         return identity, None  # not safe to deliver from; safe to read
 
 
-def _is_directory(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+def _both(outbox: Path, name: str) -> tuple[Path, Path]:
+    """Return where a run of an outbox lies and where it is filed: a worker may move it while its files are read."""
+    return outbox / "runs" / name, outbox / "delivered" / name

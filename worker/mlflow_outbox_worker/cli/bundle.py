@@ -74,9 +74,15 @@ def export(
         raise CommandFailed(msg)
     refuse_fragments(lost_beginnings(chosen), incomplete=incomplete, done="written")
     manifest = write_bundle(output, chosen, destination, now_ms=time.time_ns() // 1_000_000, replace=force)
+    gone = chosen.keys() - {run.run_id for run in manifest.runs}
+    for run_id in sorted(gone):
+        terminal.error(f"run {run_id} was left out: it is not on disk any more")
+    if not manifest.runs:
+        msg = "there is no run to export"
+        raise CommandFailed(msg)
     size = sum(member.size for run in manifest.runs for member in run.members)
     terminal.say(f"{count(len(manifest.runs), 'run')}, {wording.size(size)}, in {output}")
-    return ExitCode.DONE
+    return ExitCode.ERROR if gone else ExitCode.DONE
 
 
 def _everything(settings: Settings) -> tuple[Destination, dict[str, tuple[Path, ...]]]:
@@ -106,7 +112,7 @@ def _chosen(names: list[str], settings: Settings) -> tuple[Destination, dict[str
         else:
             directory, run_id = outboxes.find_run(outboxes.open_all(settings), settings, name)
             destination = directory.destination
-            runs.append({run_id: tuple(p for p in (directory.run(run_id), directory.delivered / run_id) if p.is_dir())})
+            runs.append({run_id: (directory.run(run_id), directory.delivered / run_id)})
         destinations[destination.uri] = destination
     if len(destinations) > 1:
         msg = f"these runs are for {len(destinations)} destinations; export each destination's runs by themselves"

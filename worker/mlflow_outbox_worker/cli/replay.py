@@ -162,7 +162,7 @@ def _say_what_would_be_sent(
         runs: list[dict[str, Any]] = []
         for run_id, folders in job.runs.items():
             bundles = [path for place, path in places.items() if path.is_file() and place in folders[0].parents]
-            where = str((bundles or folders)[0])
+            where = str((bundles or [folder for folder in folders if folder.is_dir()] or folders)[0])
             try:
                 view = view_of(folders)
             except OSError as error:
@@ -252,7 +252,7 @@ def _summary(job: Job, result: JobResult) -> ExitCode:
         terminal.note("the same command goes on where this one stopped")
         return ExitCode.LEFT
     if skipped:
-        return ExitCode.PARKED
+        return ExitCode.ERROR if any(run.gone for run in skipped) else ExitCode.PARKED
     return ExitCode.DEAD if dead else ExitCode.DONE
 
 
