@@ -191,6 +191,29 @@ def test_again_to_another_server_starts_anew_there_only(
     assert "before" == replayed(tmp_path / "outbox", to=sqlite_uri)[0].cut_short
 
 
+def test_delivered_runs_that_cannot_be_sent_once_more_are_left(
+    own_mlflow_server: Callable[..., MlflowServer],
+    experiment_name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server is down: none is sent, all are left, and the code says so, whether time is up or it is told to end."""
+    server = own_mlflow_server()
+    for name in ("one", "two"):
+        run_id = log_offline(experiment_name, server.url, tmp_path / "outbox", name=name)
+    assert ["sent"] * 2 == states(replayed(tmp_path / "outbox"))
+    server.stop()
+    outbox = the_outbox(tmp_path / "outbox")
+    wish, told = Wish(again=True), threading.Event()
+    [job] = prepare([outbox / "delivered" / run_id], wish).jobs
+    result = Replay(job, QUICK, wish, stopped=told).run(lambda shown: told.set() if shown.note else None, timeout=60)
+    assert ("interrupted", ["left"]) == (result.cut_short, states([result]))
+    assert 3 == command("replay", outbox, "--again", "--timeout", "0.5")
+    said = capsys.readouterr().out
+    assert "0 runs sent" in said
+    assert "2 runs left" in said
+
+
 def test_a_bad_run_is_skipped_and_named_and_the_rest_goes_on(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
