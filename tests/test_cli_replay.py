@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from commands import Here, command, environment, offline, run, waited
-from contents import QUICK, numbered, points, runs, the_run
+from contents import QUICK, client, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool import frame
 from mlflow_outbox.testing.faults import accept_hang
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
@@ -193,6 +194,116 @@ class TestARunWhoseFirstEventsWereReclaimed:
         assert 0 == here("replay", fragment.saved, fragment.root, "--to", other).code
         [copy] = [one for one in runs(other, experiment_name) if one.data.params.get("name") != "whole"]
         assert numbered(600) == points(other, copy.info.run_id, "loss")
+
+
+class Continued:
+    """A run that a second job went on with; what the first one logged of it was delivered and reclaimed."""
+
+    def __init__(self, uri: str, experiment: str, root: Path, here: Here) -> None:
+        self.root = root
+        self.run_id = log_offline(experiment, uri, root)
+        assert 0 == here("flush", "-d", root, "--timeout", "60").code
+        self.saved = shutil.copytree(root, root.parent / "saved")
+        go_on(experiment, uri, root, self.run_id)
+        assert 0 == here("gc", "--older-than", "0", "-d", root).code
+
+
+def go_on(experiment: str, uri: str, root: Path, run_id: str) -> None:
+    """Be a job that goes on with a run and logs ten points."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=QUICK)
+    with tracker.start_run(run_id=run_id) as run:
+        for step in range(100, 110):
+            run.log_metric("loss", step / 2, step=step)
+    tracker.close(0)
+
+
+@pytest.fixture
+def continued(sqlite_uri: str, experiment_name: str, tmp_path: Path, here: Here) -> Continued:
+    """What is left of a run."""
+    return Continued(sqlite_uri, experiment_name, tmp_path / "box", here)
+
+
+class TestARunOfWhichAWholeProgramWasReclaimed:
+    """No segment that is there tells of those that are not."""
+
+    @pytest.mark.parametrize("how", ["to another store", "again", "as a bundle", "by its id"])
+    def test_it_is_named_and_nothing_is_sent_forgotten_or_written(
+        self, how: str, continued: Continued, here: Here, tmp_path: Path
+    ) -> None:
+        """The ledger of its outbox knows how much is missing."""
+        words = {
+            "to another store": ["replay", continued.root, "--to", (tmp_path / "other").as_uri()],
+            "again": ["replay", continued.root, "--again"],
+            "as a bundle": ["export", "--all", "-d", continued.root, "-o", tmp_path / "runs.tar"],
+            "by its id": ["export", continued.run_id, "-d", continued.root, "-o", tmp_path / "runs.tar"],
+        }
+        before = contents_of(tmp_path)
+        done = here(*words[how])
+        assert 1 == done.code
+        assert f"run {continued.run_id} has lost its first 104 events on disk" in done.err
+        assert before == contents_of(tmp_path)
+
+    def test_it_is_named_where_there_is_no_ledger(self, continued: Continued, here: Here, tmp_path: Path) -> None:
+        """The event with which it began is missing; how many others are, nobody knows any more."""
+        [outbox] = continued.root.glob("*/outbox.json")
+        for ledger in outbox.parent.glob("delivery/*"):
+            ledger.unlink()
+        done = here("replay", continued.root, "--to", (tmp_path / "other").as_uri())
+        assert 1 == done.code
+        assert f"run {continued.run_id} has lost its first events on disk" in done.err
+
+    def test_one_that_was_reclaimed_before_it_went_on_is_named(
+        self, sqlite_uri: str, experiment_name: str, here: Here, tmp_path: Path
+    ) -> None:
+        """All of it was gone by then, and nothing but its id told the second job that it began here."""
+        root = tmp_path / "box"
+        run_id = log_offline(experiment_name, sqlite_uri, root)
+        assert 0 == here("flush", "-d", root, "--timeout", "60").code
+        assert 0 == here("gc", "--older-than", "0", "-d", root).code
+        go_on(experiment_name, sqlite_uri, root, run_id)
+        done = here("replay", root, "--to", (tmp_path / "other").as_uri())
+        assert 1 == done.code
+        assert f"run {run_id} has lost its first events on disk" in done.err
+
+    def test_what_was_logged_in_between_is_missed_too(
+        self, continued: Continued, here: Here, experiment_name: str, sqlite_uri: str, tmp_path: Path
+    ) -> None:
+        """With the first job's segments the run has its beginning, and still not all of it."""
+        assert 0 == here("flush", "-d", continued.root, "--timeout", "60").code
+        go_on(experiment_name, sqlite_uri, continued.root, continued.run_id)
+        assert 0 == here("gc", "--older-than", "0", "-d", continued.root).code
+        other = (tmp_path / "other").as_uri()
+        done = here("replay", continued.saved, continued.root, "--to", other)
+        assert 1 == done.code
+        assert f"run {continued.run_id} has lost its first 12 events on disk" in done.err
+
+    def test_it_goes_on_where_its_beginning_is(
+        self, continued: Continued, here: Here, experiment_name: str, sqlite_uri: str
+    ) -> None:
+        """Its own destination lacks nothing, and gets the rest."""
+        assert 0 == here("replay", continued.root).code
+        run = the_run(sqlite_uri, experiment_name)
+        assert numbered(110) == points(sqlite_uri, run.info.run_id, "loss")
+
+    def test_a_copy_that_still_has_it_makes_it_whole(
+        self, continued: Continued, here: Here, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """The two are read as one run."""
+        other = (tmp_path / "other").as_uri()
+        assert 0 == here("replay", continued.saved, continued.root, "--to", other).code
+        run = the_run(other, experiment_name)
+        assert numbered(110) == points(other, run.info.run_id, "loss")
+
+    def test_a_run_that_began_in_mlflow_has_lost_nothing(
+        self, sqlite_uri: str, experiment_name: str, here: Here, tmp_path: Path
+    ) -> None:
+        """How it began was never on this disk; what was logged here is copied as it always was."""
+        with client(sqlite_uri) as mlflow:
+            run_id = mlflow.create_run(mlflow.create_experiment(experiment_name)).info.run_id
+        go_on(experiment_name, sqlite_uri, tmp_path / "box", run_id)
+        for place in ("before it is delivered", "afterwards"):
+            assert 0 == here("replay", tmp_path / "box", "--to", (tmp_path / place).as_uri()).code
+            assert 0 == here("flush", "-d", tmp_path / "box", "--timeout", "60").code
 
 
 class TestBar:

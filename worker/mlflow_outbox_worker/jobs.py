@@ -82,7 +82,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    paths: Sequence[Path], wish: Wish, *, copies: Collection[Path] = (), deadline: float | None = None
+    paths: Sequence[Path],
+    wish: Wish,
+    *,
+    copies: Collection[Path] = (),
+    deadline: float | None = None,
+    ledger_dir: Path | None = None,
 ) -> Prepared:
     """Find out what there is to replay, and where to.
 
@@ -92,6 +97,7 @@ def prepare(
         copies: those of the paths that are passing copies, for instance unpacked bundles: nothing about them is kept
             there.
         deadline: when to leave off, in seconds of the monotonic clock; None never does.
+        ledger_dir: where the ledger of an own outbox is; None is in the outbox.
 
     Raises:
         DestinationError: the URI to replay to is none.
@@ -101,10 +107,13 @@ def prepare(
     problems: list[str] = []
     own: dict[Path, tuple[OutboxDirectory, Destination, Runs]] = {}
     loose: dict[tuple[str, bool], tuple[Destination, list[Runs], list[Path]]] = {}
+    ledgers: set[Path] = set()
     before = 0
     for path in paths:
         for found in _found(path):
             problems += found.problems
+            if found.outbox is not None:
+                ledgers.add(ledger_dir or found.outbox.ledger)
             recorded = _recorded(found)
             target = given or (with_credentials(recorded, wish.fallback) if recorded is not None else None)
             if target is None and wish.fallback:
@@ -135,7 +144,7 @@ def prepare(
     fragments: dict[str, int] = {}
     for job in jobs:
         if copying(job.source):
-            fragments |= lost_beginnings(job.runs)
+            fragments |= lost_beginnings(job.runs, ledgers)
     return Prepared([job for job in jobs if job.runs or wish.follow], problems, before, fragments)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import click
 
@@ -22,6 +22,14 @@ from mlflow_outbox_worker.wording import count
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
+
+
+class _Choice(NamedTuple):
+    """What is exported: where it is to go, the directories of each run, and the ledgers that know of the runs."""
+
+    destination: Destination
+    runs: dict[str, tuple[Path, ...]]
+    ledgers: set[Path]
 
 
 def register(app: click.Group) -> None:
@@ -68,11 +76,11 @@ def export(
         msg = f"there is a file {printable(output, 300)} already; --force replaces it"
         raise CommandFailed(msg)
     settings = outboxes.settings_for(outbox_dir)
-    destination, chosen = _everything(settings) if everything else _chosen(runs or [], settings)
+    destination, chosen, ledgers = _everything(settings) if everything else _chosen(runs or [], settings)
     if not chosen:
         msg = "there is no run to export"
         raise CommandFailed(msg)
-    refuse_fragments(lost_beginnings(chosen), incomplete=incomplete, done="written")
+    refuse_fragments(lost_beginnings(chosen, ledgers), incomplete=incomplete, done="written")
     manifest = write_bundle(output, chosen, destination, now_ms=time.time_ns() // 1_000_000, replace=force)
     gone = chosen.keys() - {run.run_id for run in manifest.runs}
     for run_id in sorted(gone):
@@ -85,21 +93,23 @@ def export(
     return ExitCode.ERROR if gone else ExitCode.DONE
 
 
-def _everything(settings: Settings) -> tuple[Destination, dict[str, tuple[Path, ...]]]:
+def _everything(settings: Settings) -> _Choice:
     from mlflow_outbox_worker.sources import find_runs
 
     directory = outboxes.open_one(settings)
     found = find_runs(directory.path)
     for problem in found.problems:
         terminal.error(problem)
-    return directory.destination, found.runs
+    return _Choice(directory.destination, found.runs, {outboxes.ledger_path(directory, settings)})
 
 
-def _chosen(names: list[str], settings: Settings) -> tuple[Destination, dict[str, tuple[Path, ...]]]:
+def _chosen(names: list[str], settings: Settings) -> _Choice:
     from mlflow_outbox_worker.sources import find_runs, merged
 
+    directory: OutboxDirectory | None
     destinations: dict[str, Destination] = {}
     runs: list[dict[str, tuple[Path, ...]]] = []
+    ledgers: set[Path] = set()
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -109,15 +119,18 @@ def _chosen(names: list[str], settings: Settings) -> tuple[Destination, dict[str
                 raise CommandFailed(msg)
             destination = Destination(found.identity.destination, found.identity.artifact_root)
             runs.append(found.runs)
+            directory = found.outbox
         else:
             directory, run_id = outboxes.find_run(outboxes.open_all(settings), settings, name)
             destination = directory.destination
             runs.append({run_id: (directory.run(run_id), directory.delivered / run_id)})
         destinations[destination.uri] = destination
+        if directory is not None:
+            ledgers.add(outboxes.ledger_path(directory, settings))
     if len(destinations) > 1:
         msg = f"these runs are for {len(destinations)} destinations; export each destination's runs by themselves"
         raise CommandFailed(msg, ExitCode.USAGE)
-    return next(iter(destinations.values())), merged(runs)
+    return _Choice(next(iter(destinations.values())), merged(runs), ledgers)
 
 
 def import_(

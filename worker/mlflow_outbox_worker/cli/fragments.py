@@ -13,7 +13,7 @@ def refuse_fragments(lost: Mapping[str, int], *, incomplete: bool, done: str) ->
     """Name every run that lacks its beginning, and raise unless that was asked for.
 
     Args:
-        lost: how many events are not on disk any more, by run id.
+        lost: how many events are not on disk any more, by run id; 0 when nobody knows.
         incomplete: what is left of them is wanted.
         done: what was not done, in a word.
 
@@ -23,7 +23,7 @@ def refuse_fragments(lost: Mapping[str, int], *, incomplete: bool, done: str) ->
     say = terminal.note if incomplete else terminal.error
     for run_id, number in lost.items():
         say(
-            f"run {run_id} has lost its first {count(number, 'event')} on disk: "
+            f"run {run_id} has lost its first {count(number, 'event') if number else 'events'} on disk: "
             "what was delivered is reclaimed after the retention time, or earlier for want of room"
         )
     if lost and not incomplete:

@@ -99,7 +99,8 @@ def replay(
     settings = dataclasses.replace(settings, parallel_runs=jobs) if jobs is not None else settings
     wish = Wish(to, tracking_uri_from_environment(), experiment, only_finished, again, follow)
     with _unpacked(paths, deadline) as places:
-        prepared = prepare(list(places), wish, copies=set(places) - set(paths), deadline=deadline)
+        bundles = set(places) - set(paths)
+        prepared = prepare(list(places), wish, copies=bundles, deadline=deadline, ledger_dir=settings.ledger_dir)
         for problem in prepared.problems:
             terminal.error(problem)
         if dry_run:
