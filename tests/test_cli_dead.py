@@ -84,6 +84,21 @@ def test_a_dropped_letter_is_printed_and_gone(here: Here, tmp_path: Path) -> Non
     assert [] == here("dead", "list", "-d", tmp_path, "--json").data
 
 
+@pytest.mark.parametrize("keys", [1, 10_000])
+def test_a_letter_that_cannot_be_printed_is_not_dropped(keys: int, here: Here, tmp_path: Path) -> None:
+    """Standard output is a file on a full disk, which a buffer hides for a while: the letter stays."""
+    with_letters(tmp_path, Params({f"p{number}": "0.1" for number in range(keys)}, 5))
+    words = command("dead", "drop", "1", "-d", tmp_path, "--yes")
+    env = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=env, check=False)
+    assert 1 == done.returncode
+    assert "nothing was dropped" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert 1 == len(done.stderr.splitlines()), done.stderr
+    assert ["1"] == [letter["id"] for letter in here("dead", "list", "-d", tmp_path, "--json").data]
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [

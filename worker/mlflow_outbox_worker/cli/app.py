@@ -127,9 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         terminal.leave()
     try:
-        sys.stdout.flush()
+        terminal.flush()
     except BrokenPipeError:
-        code = _reader_is_gone()
+        code = ExitCode.ERROR
+    except OSError as error:
+        terminal.error(f"standard output cannot be written: {error.strerror or error}")
+        code = ExitCode.ERROR
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
     if arguments is None and delivering.was_used():
@@ -162,8 +165,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, click.Abort):
         terminal.interrupted()
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        return _reader_is_gone()
+    except BrokenPipeError:  # whatever reads standard output has had enough, as ``head`` has
+        return ExitCode.ERROR
     except OutboxError as error:
         _explain(error, str(error))
         return of_error(error)
@@ -180,10 +183,3 @@ def _explain(error: BaseException, sentence: str) -> None:
     if terminal.is_verbose():
         traceback.print_exception(error)
     terminal.error(sentence)
-
-
-def _reader_is_gone() -> int:
-    """End quietly when whatever reads standard output has had enough, as ``head`` does."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return ExitCode.ERROR

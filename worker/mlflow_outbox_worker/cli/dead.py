@@ -237,8 +237,13 @@ def drop(
     for directory in _holding(settings, letter_ids):
         with outboxes.ledger_of(directory, settings) as ledger:
             letters = _letters(ledger, letter_ids)
-        for letter in letters:
-            terminal.raw(lines.dumps(_as_data(directory, letter)))
+        try:
+            for letter in letters:
+                terminal.raw(lines.dumps(_as_data(directory, letter)))
+            terminal.flush()
+        except OSError as error:
+            msg = f"nothing was dropped: what would be cannot be printed: {error.strerror or error}"
+            raise CommandFailed(msg) from error
         question = f"Drop {wording.count(len(letters), 'dead letter')} for good?"
         if not terminal.confirm(question, assume_yes=yes):
             msg = "nothing was dropped; give --yes to drop without being asked"

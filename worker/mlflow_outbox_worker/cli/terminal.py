@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import re
 import shutil
 import sys
@@ -122,6 +123,27 @@ def data(text: str) -> None:
 def raw(text: str) -> None:
     """Print a line that holds no control characters already, in full: JSON."""
     sys.stdout.write(text + "\n")
+
+
+def flush() -> None:
+    """See that all that was printed to standard output has arrived; what cannot arrive is given up.
+
+    Raises:
+        OSError: some of it has not.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up(sys.stdout)
+        raise
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere, so that neither a later flush nor the interpreter's last one fails."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def note(text: str) -> None:
