@@ -144,6 +144,12 @@ def offline(
     return ids
 
 
+def make_unreadable(segment: Path) -> None:
+    """Overwrite the beginning of a segment, so that both copies of its header are gone."""
+    with segment.open("r+b") as file:
+        file.write(bytes(600))
+
+
 def outbox_of(root: Path) -> Path:
     """Return the only outbox in a directory."""
     (path,) = [entry.parent for entry in root.glob("*/outbox.json")]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from commands import make_unreadable
 from contents import QUICK, artifact_text, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.destination import resolve
@@ -363,6 +364,26 @@ def test_a_file_that_is_there_is_not_overwritten(bundle: Path, tmp_path: Path) -
     assert before == bundle.read_bytes()
     assert 1 == command("export", "--all", "-o", bundle, "-d", tmp_path / "from")
     assert 0 == command("export", "--all", "-o", bundle, "-d", tmp_path / "from", "--force")
+
+
+def test_what_cannot_be_read_is_left_out_and_said(
+    tmp_path: Path, experiment_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rest is in the bundle, and the exit code is 1; of a run of which nothing can be read there is no bundle."""
+    root, target = tmp_path / "from", tmp_path / "runs.tar"
+    damaged, sound = (log_offline(experiment_name, NOWHERE, root, name=name) for name in ("one", "two"))
+    folder = the_outbox(root) / "runs" / damaged
+    (segment,) = folder.glob("*.log")
+    make_unreadable(segment)
+    for chosen in (["--all"], [damaged, sound]):
+        assert 1 == command("export", *chosen, "-o", target, "-d", root, "--force")
+        assert [sound] == [run.run_id for run in read_manifest(target).runs]
+        said = capsys.readouterr().err
+        assert (True, True) == (str(segment) in said, f"what cannot be read is not in {target}" in said), said
+    assert 0 == command("export", sound, "-o", target, "-d", root, "--force")
+    assert 1 == command("export", damaged, "-o", tmp_path / "other.tar", "-d", root)
+    assert 1 == command("export", folder, "-o", tmp_path / "other.tar", "-d", root)
+    assert not (tmp_path / "other.tar").exists()
 
 
 def test_a_bundle_is_private(bundle: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, QUICK_ENVIRONMENT, Here, offline, outbox_of, run, start, waited
+from commands import NOBODY, QUICK_ENVIRONMENT, Here, make_unreadable, offline, outbox_of, run, start, waited
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -81,6 +81,22 @@ def test_a_flush_looks_again_as_soon_as_its_own_worker_is_through(
     assert (0, True) == (done.code, "13 events delivered" in done.out), done
     assert time.monotonic() - begun < 60
     assert len(proxy.requests) > 3, "it took longer than a look"
+
+
+def test_a_segment_that_cannot_be_read_is_said(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """All else arrives, and still it is an error: what was logged there is not in MLflow."""
+    first, second = offline(tmp_path, mlflow_server.url, experiment=experiment_name, runs=2)
+    (segment,) = OutboxDirectory.open(outbox_of(tmp_path)).run(first).glob("*.log")
+    make_unreadable(segment)
+    done = here("flush", "-d", tmp_path, "--timeout", 60)
+    assert (1, True) == (done.code, "13 events delivered" in done.out), done
+    assert "1 segment cannot be read, so that its events are not delivered; see: mlflow-outbox doctor" in done.err
+    told = here("flush", "-d", tmp_path, "--timeout", 60, "--json")
+    assert [(1, 1)] == [(one["unreadable_segments"], one["exit_code"]) for one in told.data]
+    assert 1 == here("flush", "-d", tmp_path, "--timeout", 60, "--run", first).code
+    assert 0 == here("flush", "-d", tmp_path, "--timeout", 60, "--run", second).code
 
 
 def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None:

@@ -336,12 +336,23 @@ def test_the_logging_of_the_process_is_put_back(here: Here, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("pending", "parked", "dead", "code"),
-    [(0, 0, 0, 0), (1, 0, 0, 3), (1, 1, 1, 4), (0, 1, 0, 4), (1, 0, 1, 3), (0, 0, 1, 5)],
+    ("pending", "parked", "dead", "unreadable", "code"),
+    [
+        (0, 0, 0, 0, 0),
+        (1, 0, 0, 0, 3),
+        (1, 1, 1, 0, 4),
+        (0, 1, 0, 0, 4),
+        (1, 0, 1, 0, 3),
+        (0, 0, 1, 0, 5),
+        (0, 0, 0, 1, 1),
+        (1, 1, 1, 1, 1),
+    ],
 )
-def test_parked_before_left_over_before_dead(pending: int, parked: int, dead: int, code: int) -> None:
+def test_unreadable_before_parked_before_left_over_before_dead(
+    pending: int, parked: int, dead: int, unreadable: int, code: int
+) -> None:
     """What needs a person most is what the code says."""
-    assert code == of_backlog(pending=pending, parked=parked, dead=dead)
+    assert code == of_backlog(pending=pending, parked=parked, dead=dead, unreadable=unreadable)
 
 
 def test_the_most_urgent_of_several() -> None:

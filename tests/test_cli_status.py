@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, environment, offline, outbox_of, run
+from commands import NOBODY, Here, environment, make_unreadable, offline, outbox_of, run
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
@@ -54,15 +54,16 @@ def test_an_offline_outbox_is_described(here: Here, tmp_path: Path) -> None:
 
 
 def test_a_segment_that_cannot_be_read_is_named(here: Here, tmp_path: Path) -> None:
-    """Both copies of its header are gone: nothing in it can be delivered, so a person has to know of it."""
+    """Nothing in it can be delivered, so a person has to know of it, and a monitor: what waits there nobody knows."""
     first, _ = offline(tmp_path, runs=2, points=10)
     (segment,) = (outbox_of(tmp_path) / "runs" / first).glob("*.log")
-    with segment.open("r+b") as file:
-        file.write(bytes(600))
+    make_unreadable(segment)
     assert 1 == here("status", "-d", tmp_path, "--json").data["outboxes"][0]["unreadable_segments"]
     done = here("status", "-d", tmp_path)
     assert "1 segment cannot be read, so that its events are not delivered; see: mlflow-outbox doctor" in done.out
     assert "13 events wait" in done.out
+    assert 0 == done.code
+    assert 1 == here("status", "-d", tmp_path, "--exit-code").code
 
 
 def test_exit_code_only_on_request(here: Here, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import Here, offline, outbox_of, start
+from commands import Here, make_unreadable, offline, outbox_of, run, start
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
@@ -141,6 +141,15 @@ def test_until_idle_and_the_metrics_file(
     assert any(line.startswith(f'mlflow_outbox_requests_total{{answer="ok",outbox="{name}"}}') for line in lines)
     assert 0o644 == stat.S_IMODE(file.stat().st_mode) | 0o044
     assert [file.name] == [path.name for path in tmp_path.iterdir() if path.is_file()], "no draft is left"
+
+
+def test_a_segment_that_cannot_be_read_is_said_at_the_end(tmp_path: Path) -> None:
+    """There is nothing more to deliver, but what was logged there is not in MLflow: exit code 1."""
+    (run_id,) = offline(tmp_path)
+    (segment,) = (outbox_of(tmp_path) / "runs" / run_id).glob("*.log")
+    make_unreadable(segment)
+    done = run("worker", "-d", tmp_path, "--until-idle")
+    assert (1, True) == (done.code, "1 segment cannot be read" in done.out), done
 
 
 def test_metrics_over_http(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import make_unreadable
 from contents import client, runs, the_run
 from replays import command, contents_of, log_offline, the_outbox
 from servers import MlflowServer
@@ -200,6 +201,32 @@ def test_a_store_that_does_not_exist_is_not_made(
     code, [one] = verified(*words)
     assert (1, delivered, "unknown") == (code, one["run_id"], one["state"])
     assert there == sorted(tmp_path.iterdir())
+
+
+def test_what_cannot_be_read_on_disk_is_not_called_held(
+    delivered: str,
+    sqlite_uri: str,
+    experiment_name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """Whether it is in MLflow nobody can tell: exit code 1 for all runs and for that one, 0 for the other."""
+    damaged = log_offline(experiment_name, sqlite_uri, tmp_path / "outbox")
+    (segment,) = (the_outbox(tmp_path / "outbox") / "runs" / damaged).glob("*.log")
+    make_unreadable(segment)
+    code, said = verified()
+    assert (1, {delivered: "same", damaged: "unknown"}) == (code, {one["run_id"]: one["state"] for one in said})
+    assert 1 == command("verify", "--outbox-dir", tmp_path / "outbox")
+    words = capsys.readouterr()
+    assert "1 of 2 runs held by MLflow in full" in words.out
+    assert f"the run {damaged} was not compared: nothing of it can be read on disk" in words.err
+    assert 1 == command("verify", "--outbox-dir", tmp_path / "outbox", damaged)
+    words = capsys.readouterr()
+    assert ("", True, True) == (words.out, str(segment) in words.err, "was not compared" in words.err)
+    code, said = verified(damaged)
+    assert (1, ["unknown"]) == (code, [one["state"] for one in said])
+    assert 0 == verified(delivered)[0]
 
 
 def test_what_others_added_to_the_run_is_no_difference(

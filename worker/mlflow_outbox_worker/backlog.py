@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,6 +61,17 @@ def remaining(directory: OutboxDirectory, ends: Targets, records: Mapping[str, R
         there = set[str]() if run_ends.keys() <= known else _writers(directory.run(run_id))
         result[run_id] = {writer: end for writer, end in run_ends.items() if writer in known or writer in there}
     return result
+
+
+def unreadable(directory: OutboxDirectory, run_ids: Iterable[str]) -> int:
+    """Return how many segments of some runs cannot be read, so that nothing in them is delivered."""
+    number = 0
+    for run_id in run_ids:
+        reader = RunReader(directory.run(run_id))
+        with contextlib.suppress(OSError):  # the run's directory itself, which whoever asks meets in any case
+            reader.segments()
+        number += len(reader.bad_headers())
+    return number
 
 
 def _writers(folder: Path) -> set[str]:

@@ -25,7 +25,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         state: "same": the store holds everything; "pending": not all was sent yet, and what is compared is what was;
-            "different": something differs; "absent": the store does not have the run; "unknown": it could not be asked.
+            "different": something differs; "absent": the store does not have the run; "unknown": it could not be asked,
+            or the run cannot be read on disk.
         remote_id: the run's id in the store; "" when it has none.
         pending: events that are not sent yet.
         dead: events that the store refused for good, which are not expected in it.

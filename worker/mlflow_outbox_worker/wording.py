@@ -11,6 +11,13 @@ def count(number: int, noun: str = "") -> str:
     return f"{text} {noun if number == 1 else noun + 's'}" if noun else text
 
 
+def unreadable(segments: int) -> str:
+    """Return what it means that segments cannot be read, and who says which."""
+    whose = "its" if segments == 1 else "their"
+    cannot = f"{count(segments, 'segment')} cannot be read, so that {whose} events are not delivered"
+    return f"{cannot}; see: mlflow-outbox doctor"
+
+
 def size(number: float) -> str:
     """Return a number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):

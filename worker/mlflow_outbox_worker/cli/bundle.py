@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 class _Choice(NamedTuple):
-    """What is exported: where it is to go, the directories of each run, and the ledgers that know of the runs."""
+    """What is exported: where it is to go, the directories of each run, the ledgers that know of them, what is bad."""
 
     destination: Destination
     runs: dict[str, tuple[Path, ...]]
     ledgers: set[Path]
+    problems: list[str]
 
 
 def register(app: click.Group) -> None:
@@ -54,8 +55,9 @@ def export(
 ) -> int:
     """Put runs with their files into one file that can be carried to another machine.
 
-    A run that is still being written goes in as far as it is; the same command later takes the rest too. With a run
-    whose first events were delivered and reclaimed nothing is written without --incomplete: exit code 1.
+    A run that is still being written goes in as far as it is; the same command later takes the rest too. What cannot
+    be read is left out: exit code 1. With a run whose first events were delivered and reclaimed nothing is written
+    without --incomplete: exit code 1.
 
     \b
     Examples:
@@ -76,7 +78,9 @@ def export(
         msg = f"there is a file {printable(output, 300)} already; --force replaces it"
         raise CommandFailed(msg)
     settings = outboxes.settings_for(outbox_dir)
-    destination, chosen, ledgers = _everything(settings) if everything else _chosen(runs or [], settings)
+    destination, chosen, ledgers, problems = _everything(settings) if everything else _chosen(runs or [], settings)
+    for problem in problems:
+        terminal.error(problem)
     if not chosen:
         msg = "there is no run to export"
         raise CommandFailed(msg)
@@ -90,7 +94,9 @@ def export(
         raise CommandFailed(msg)
     size = sum(member.size for run in manifest.runs for member in run.members)
     terminal.say(f"{count(len(manifest.runs), 'run')}, {wording.size(size)}, in {output}")
-    return ExitCode.ERROR if gone else ExitCode.DONE
+    if problems:
+        terminal.error(f"what cannot be read is not in {printable(output, 300)}; see: mlflow-outbox doctor")
+    return ExitCode.ERROR if gone or problems else ExitCode.DONE
 
 
 def _everything(settings: Settings) -> _Choice:
@@ -98,18 +104,18 @@ def _everything(settings: Settings) -> _Choice:
 
     directory = outboxes.open_one(settings)
     found = find_runs(directory.path)
-    for problem in found.problems:
-        terminal.error(problem)
-    return _Choice(directory.destination, found.runs, {outboxes.ledger_path(directory, settings)})
+    return _Choice(directory.destination, found.runs, {outboxes.ledger_path(directory, settings)}, found.problems)
 
 
 def _chosen(names: list[str], settings: Settings) -> _Choice:
+    from mlflow_outbox.spool.reader import RunReader
     from mlflow_outbox_worker.sources import find_runs, merged
 
     directory: OutboxDirectory | None
     destinations: dict[str, Destination] = {}
     runs: list[dict[str, tuple[Path, ...]]] = []
     ledgers: set[Path] = set()
+    problems: list[str] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -118,19 +124,22 @@ def _chosen(names: list[str], settings: Settings) -> _Choice:
                 msg = "; ".join(found.problems) or f"{printable(name, 300)} has no outbox.json beside or above it"
                 raise CommandFailed(msg)
             destination = Destination(found.identity.destination, found.identity.artifact_root)
+            problems += found.problems
             runs.append(found.runs)
             directory = found.outbox
         else:
             directory, run_id = outboxes.find_run(outboxes.open_all(settings), settings, name)
             destination = directory.destination
-            runs.append({run_id: (directory.run(run_id), directory.delivered / run_id)})
+            problems += outboxes.unreadable_parts(directory, run_id)
+            folders = (directory.run(run_id), directory.delivered / run_id)
+            runs.append({run_id: folders} if any(RunReader(folder).segments() for folder in folders) else {})
         destinations[destination.uri] = destination
         if directory is not None:
             ledgers.add(outboxes.ledger_path(directory, settings))
     if len(destinations) > 1:
         msg = f"these runs are for {len(destinations)} destinations; export each destination's runs by themselves"
         raise CommandFailed(msg, ExitCode.USAGE)
-    return _Choice(next(iter(destinations.values())), merged(runs), ledgers)
+    return _Choice(next(iter(destinations.values())), merged(runs), ledgers, problems)
 
 
 def import_(

@@ -55,14 +55,17 @@ class CommandFailed(OutboxError):
         self.code = code
 
 
-def of_backlog(*, pending: int, parked: int, dead: int) -> ExitCode:
-    """Return the code that says what is left: parked before left over before dead.
+def of_backlog(*, pending: int, parked: int, dead: int, unreadable: int = 0) -> ExitCode:
+    """Return the code that says what is left: unreadable before parked before left over before dead.
 
     Args:
         pending: events that wait.
         parked: events that wait for a person.
         dead: dead letters.
+        unreadable: segments that cannot be read; how many events wait in them is not known.
     """
+    if unreadable:
+        return ExitCode.ERROR
     if parked:
         return ExitCode.PARKED
     if pending:

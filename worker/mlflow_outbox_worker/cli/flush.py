@@ -202,6 +202,7 @@ class Flush:
         self._worker: CommandWorker | None = None
         self._trouble = ""
         self._refused_before: int | None = None
+        self._unreadable = 0
         #: Nothing can be noted there, so nothing can be delivered from there.
         self.read_only = outboxes.read_only(directory.path) != ""
         self.total = 0
@@ -230,7 +231,11 @@ class Flush:
         return self._worker is not None and self._worker.delivery.is_at_work()
 
     def conclude(self) -> None:
-        """Let the delivery end after the requests under way, and see whether another worker kept this one from it."""
+        """Let the delivery end after the requests under way, and see what stood in its way."""
+        from mlflow_outbox_worker.backlog import unreadable
+
+        runs = self._directory.run_ids() if self._run_id is None else [self._run_id]
+        self._unreadable = unreadable(self._directory, runs)
         if self._worker is None:
             return
         nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
@@ -332,7 +337,9 @@ class Flush:
         seen = self._seen
         if self._trouble or (self.read_only and not self.is_done()):
             return ExitCode.ERROR
-        code = of_backlog(pending=seen.pending + seen.unread_back, parked=seen.parked, dead=seen.dead)
+        code = of_backlog(
+            pending=seen.pending + seen.unread_back, parked=seen.parked, dead=seen.dead, unreadable=self._unreadable
+        )
         return ExitCode.HELD if code is ExitCode.LEFT and self._held_by else code
 
     def as_data(self) -> dict[str, Any]:
@@ -344,6 +351,7 @@ class Flush:
             "parked": self._seen.parked,
             "dead": self._seen.dead,
             "runs_not_read_back": self._seen.unread_back,
+            "unreadable_segments": self._unreadable,
             "reason": self._trouble or self._held_by or self._seen.reason or None,
             "exit_code": int(self.code()),
         }
@@ -367,6 +375,8 @@ class Flush:
         if seen.dead:
             parts.append(f"{wording.count(seen.dead, 'dead letter')} (mlflow-outbox dead list)")
         terminal.say(where + ", ".join(parts))
+        if self._unreadable:
+            terminal.error(where + wording.unreadable(self._unreadable))
         if self._trouble:
             terminal.error(f"{where}how much has been delivered cannot be told: {self._trouble}")
         elif self.read_only and not self.is_done():

@@ -106,6 +106,17 @@ def run_words(given: Mapping[str, Any]) -> list[str]:
     return sorted({run_id for one in directories for run_id in [*one.run_ids(), *one.delivered_ids()]})
 
 
+def unreadable_parts(directory: OutboxDirectory, run_id: str) -> list[str]:
+    """Return what of a run on disk cannot be read, a sentence each."""
+    from mlflow_outbox_worker.sources import run_id_of
+
+    said: list[str] = []
+    for folder in (directory.run(run_id), directory.delivered / run_id):
+        if folder.is_dir():
+            run_id_of(folder, said)
+    return said
+
+
 def read_only(path: Path) -> str:
     """Return why an outbox cannot be delivered from where it is, and what to do; "" when it can be written to."""
     if os.access(path, os.W_OK):

@@ -35,7 +35,9 @@ def status(
     as_json: AsJson = False,
     watch: Annotated[bool, Option("--watch", "-w", about="Go on, until ctrl-C.")] = False,
     interval: Annotated[float, Option(least=0.1, metavar="S", about="Seconds between two looks of --watch.")] = 2.0,
-    exit_code: Annotated[bool, Option("--exit-code", about="Exit with 3, 4 or 5 when something is left.")] = False,
+    exit_code: Annotated[
+        bool, Option("--exit-code", about="Exit with 3, 4 or 5 when something is left, 1 if unreadable.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
@@ -72,6 +74,7 @@ def status(
         pending=sum(one.pending for one in found),
         parked=sum(one.parked for one in found),
         dead=sum(one.dead for one in found),
+        unreadable=sum(one.unreadable for one in found),
     )
 
 
@@ -222,8 +225,7 @@ def sentences(one: OutboxSurvey) -> list[Cell]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(one.refused.items()))
         lines.append(Styled(f"programs refused events, which are nowhere: {printable(reasons, 300)}", "red"))
     if one.unreadable:
-        cannot = f"{wording.count(one.unreadable, 'segment')} cannot be read, so that its events are not delivered"
-        lines.append(Styled(f"{cannot}; see: mlflow-outbox doctor", "red"))
+        lines.append(Styled(wording.unreadable(one.unreadable), "red"))
     if one.unread:
         lines.append(Styled(f"what was delivered cannot be told now: {one.unread}", "red"))
     lines.append(_who(one))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox_worker.comparison import Comparison
     from mlflow_outbox_worker.sink import Sink
+    from mlflow_outbox_worker.sources import Found
 
 #: Differences shown of one run.
 _SHOWN = 20
@@ -49,8 +50,8 @@ def verify(
 ) -> int:
     """Read runs back from MLflow and compare them with what is on disk: points, params, tags, artifacts.
 
-    Changes nothing, here or there. Exit code 0 says that MLflow holds everything, 1 that something differs or is
-    absent, 3 that some of it has not been sent yet or MLflow is away, 4 that it refuses to be asked.
+    Changes nothing, here or there. Exit code 0 says that MLflow holds everything, 1 that something differs, is absent
+    or cannot be read on disk, 3 that some of it has not been sent yet or MLflow is away, 4 that it refuses to be asked.
 
     \b
     Examples:
@@ -88,7 +89,7 @@ def _of_outbox(
     *,
     deep: bool,
 ) -> ExitCode:
-    """Compare the runs of one outbox; those that MLflow could not be asked about are "unknown", which the code says."""
+    """Compare the runs of one outbox; those that could not be read, here or there, are "unknown": the code says so."""
     from mlflow_outbox_worker.comparison import Comparison, compare
     from mlflow_outbox_worker.ledger import Ledger
     from mlflow_outbox_worker.outcome import classify
@@ -101,8 +102,7 @@ def _of_outbox(
     own = destination.uri == recorded.uri
     place = outboxes.ledger_path(directory, settings) if own else replay_directory(destination) / "delivery"
     on_disk = find_runs(directory.path)
-    for problem in on_disk.problems:
-        terminal.error(problem)
+    code = _not_compared(directory, on_disk, wanted, found)
     runs = {
         run_id: folders
         for run_id, folders in sorted(on_disk.runs.items())
@@ -127,8 +127,28 @@ def _of_outbox(
         terminal.error(f"{printable(destination.uri)} cannot be asked now: {error}")
         known = {one.run_id for one in found}
         found += [Comparison(run_id, "unknown") for run_id in runs if run_id not in known]
-        return ExitCode.PARKED if classify(error, "open").kind == "parked" else ExitCode.LEFT
-    return ExitCode.DONE
+        code = most_urgent([code, ExitCode.PARKED if classify(error, "open").kind == "parked" else ExitCode.LEFT])
+    return code
+
+
+def _not_compared(
+    directory: OutboxDirectory, on_disk: Found, wanted: set[str] | None, found: list[Comparison]
+) -> ExitCode:
+    """Say what of the runs cannot be read on disk, and add those of which nothing can."""
+    from mlflow_outbox_worker.comparison import Comparison
+
+    problems = [*on_disk.problems] if wanted is None else []
+    here = {*directory.run_ids(), *directory.delivered_ids()} if problems else set()
+    for run_id in sorted(here if wanted is None else wanted):
+        parts = outboxes.unreadable_parts(directory, run_id)
+        if wanted is not None:
+            problems += parts
+        if run_id not in on_disk.runs and (parts or wanted is not None):
+            problems.append(f"the run {printable(run_id)} was not compared: nothing of it can be read on disk")
+            found.append(Comparison(run_id, "unknown"))
+    for problem in problems:
+        terminal.error(problem)
+    return ExitCode.ERROR if problems else ExitCode.DONE
 
 
 @contextlib.contextmanager

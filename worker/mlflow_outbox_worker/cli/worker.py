@@ -220,11 +220,15 @@ class Service:
         codes = []
         for one in self._workers.values():
             found = survey(one.directory, self._settings)
-            codes.append(of_backlog(pending=found.pending, parked=found.parked, dead=found.dead))
+            codes.append(
+                of_backlog(pending=found.pending, parked=found.parked, dead=found.dead, unreadable=found.unreadable)
+            )
             log(
                 f"{_name(one)}: {one.counters['delivered']:,} delivered, {found.pending:,} left, "
                 f"{found.parked:,} parked, {wording.count(found.dead, 'dead letter')}"
             )
+            if found.unreadable:
+                log(f"{_name(one)}: {wording.unreadable(found.unreadable)}")
         return most_urgent(codes) if codes else ExitCode.DONE
 
     @staticmethod
