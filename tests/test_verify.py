@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from commands import make_unreadable
 from contents import client, runs, the_run
-from replays import command, contents_of, log_offline, the_outbox
+from mlflow_outbox.spool.events import Metric, encode
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import DeadLetter
+from replays import NOW_MS, command, contents_of, log_offline, the_outbox
 from servers import MlflowServer
 
 NOWHERE = "http://127.0.0.1:9"
@@ -79,6 +82,45 @@ def test_a_point_in_the_middle_is_missed_by_a_deep_look_only(
     code, [said] = verified("--deep", delivered[:12])
     assert (1, "different") == (code, said["state"])
     assert ["of the metric 'loss' 1 of 100 points are missing"] == said["differences"]
+
+
+@pytest.mark.parametrize(
+    ("refused", "deleted", "shallow", "deep"),
+    [
+        ([50], "step = 50", 0, 0),
+        ([50], "step IN (50, 51)", 0, 1),
+        ([99], "step = 99", 0, 0),
+        ([99], "step >= 98", 1, 1),
+        ([98, 99], "step >= 98", 0, 0),
+        ([50], "step >= 0", 1, 1),
+        (range(100), "step >= 0", 0, 0),
+    ],
+)
+def test_a_dead_letter_of_a_point_excuses_that_point_only(
+    refused: Iterable[int],
+    deleted: str,
+    shallow: int,
+    deep: int,
+    delivered: str,
+    sqlite_uri: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """MLflow refused some of a hundred points, and lacks more than these: a first look sees it at the latest."""
+    points = [encode(Metric("loss", i / 2, NOW_MS + i, i)) for i in refused]
+    letters = [DeadLetter(delivered, "", point, "no", "", 400, NOW_MS) for point in points]
+    ledger = Ledger.open(the_outbox(tmp_path / "outbox") / "delivery")
+    record = ledger.record(delivered)
+    assert record is not None
+    ledger.commit(record, dead=letters)
+    ledger.close()
+    change(sqlite_uri, f"DELETE FROM metrics WHERE {deleted}")
+    change(sqlite_uri, "DELETE FROM latest_metrics")
+    with sqlite3.connect(sqlite_uri.removeprefix("sqlite:///")) as database:
+        latest = "SELECT key, value, timestamp, MAX(step), is_nan, run_uuid FROM metrics GROUP BY key"
+        database.execute(f"INSERT INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid) {latest}")
+    database.close()
+    assert (shallow, deep) == (verified()[0], verified("--deep")[0])
 
 
 def test_a_param_a_tag_and_a_status_that_differ_are_named(

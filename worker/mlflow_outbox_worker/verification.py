@@ -13,12 +13,13 @@ decided by ``finish``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import posixpath
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import unquote
@@ -49,6 +50,8 @@ from mlflow_outbox_worker.sink import MetricPoint, RemoteRun, Sink, SinkError
 #: Differences named in one message.
 _NAMED: Final = 5
 _CHUNK: Final = 1024 * 1024
+#: What makes two points of a metric one: value, time and step.
+_Identity = tuple[str, int, int]
 
 
 def differences(
@@ -58,7 +61,7 @@ def differences(
     letters: Collection[DeadLetter],
     level: VerifyLevel,
     *,
-    reader: RunReader | None = None,
+    reader: RunReader,
 ) -> list[str]:
     """Return what MLflow lacks of a run, its artifacts aside, one sentence each; empty when it holds everything.
 
@@ -68,7 +71,7 @@ def differences(
         view: the run as its events describe it.
         letters: its dead letters, which MLflow is not expected to hold.
         level: how deep to look.
-        reader: the run's segments, for "full".
+        reader: the run's segments, for "full", and for what else there is of metrics with dead letters.
 
     Raises:
         SinkError: MLflow could not be asked.
@@ -77,9 +80,10 @@ def differences(
         return []
     run = sink.get_run(remote_id)
     excused = _excused(letters)
-    found = [*_of_run(run, view, excused)]
-    if level == "full" and reader is not None:
-        found += _of_history(sink, remote_id, reader, excused)
+    points = _excused_points(letters)
+    found = [*_of_run(run, view, _expected_metrics(view, reader, points), excused)]
+    if level == "full":
+        found += _of_history(sink, remote_id, reader, points)
     return found
 
 
@@ -185,22 +189,26 @@ def summary(found: list[str]) -> str:
 
 
 def _excused(letters: Collection[DeadLetter]) -> set[tuple[str, str]]:
-    result: set[tuple[str, str]] = set()
-    for letter in letters:
-        try:
-            event = decode(letter.payload)
-        except msgspec.DecodeError:
-            continue
-        result.update(_names(event))
+    return {name for event in _events_of(letters) for name in _names(event)}
+
+
+def _excused_points(letters: Collection[DeadLetter]) -> dict[str, set[_Identity]]:
+    """Return the points of dead letters by metric: of a metric of which one was refused, MLflow has all others."""
+    result: dict[str, set[_Identity]] = {}
+    for event in _events_of(letters):
+        for key, point in _points(event):
+            result.setdefault(key, set()).add(point)
     return result
 
 
+def _events_of(letters: Collection[DeadLetter]) -> Iterator[Event]:
+    for letter in letters:
+        with contextlib.suppress(msgspec.DecodeError):  # of a newer version: what it is about cannot be told
+            yield decode(letter.payload)
+
+
 def _names(event: Event) -> Iterator[tuple[str, str]]:
-    if isinstance(event, Metric):
-        yield "metric", event.key
-    elif isinstance(event, Metrics):
-        yield from (("metric", key) for key in event.values)
-    elif isinstance(event, Params):
+    if isinstance(event, Params):
         yield from (("param", key) for key in event.values)
     elif isinstance(event, Tags):
         yield from (("tag", key) for key in event.values)
@@ -210,7 +218,36 @@ def _names(event: Event) -> Iterator[tuple[str, str]]:
         yield "status", ""
 
 
-def _of_run(run: RemoteRun, view: RunView, excused: set[tuple[str, str]]) -> Iterator[str]:
+def _points(event: Event) -> Iterator[tuple[str, _Identity]]:
+    if isinstance(event, Metric):
+        yield event.key, _identity(event.value, event.time_ms, event.step)
+    elif isinstance(event, Metrics):
+        for key, value in event.values.items():
+            yield key, _identity(value, event.time_ms, event.step)
+
+
+def _expected_metrics(
+    view: RunView, reader: RunReader, excused: Mapping[str, Collection[_Identity]]
+) -> dict[str, Latest]:
+    """Return the latest point of each metric that MLflow is expected to hold.
+
+    The view has the latest of all. Where that may be a dead letter, the others are looked for in the journals: once
+    through, with one point of each such metric in memory.
+    """
+    if not excused:
+        return view.metrics
+    rest = RunView()
+    for writer, event in _events(reader):
+        for key, point in _points(event):
+            if key in excused and point not in excused[key]:
+                value = event.value if isinstance(event, Metric) else event.values[key]
+                rest.fold(Metric(key, value, event.time_ms, event.step), writer)
+    return {key: latest for key, latest in view.metrics.items() if key not in excused} | rest.metrics
+
+
+def _of_run(
+    run: RemoteRun, view: RunView, metrics: Mapping[str, Latest], excused: set[tuple[str, str]]
+) -> Iterator[str]:
     status = view.status.value
     if view.end_time_ms is not None and run.status != status and ("status", "") not in excused:
         yield f"the status is {run.status}, not {status}"
@@ -225,10 +262,8 @@ def _of_run(run: RemoteRun, view: RunView, excused: set[tuple[str, str]]) -> Ite
     for key in view.tags:
         if key not in run.tags and ("tag", key) not in excused:
             yield f"the tag {printable(key)!r} is missing"
-    for key, latest in view.metrics.items():
+    for key, latest in metrics.items():
         point = run.metrics.get(key)
-        if ("metric", key) in excused:
-            continue
         if point is None:
             yield f"the metric {printable(key)!r} is missing"
         elif not _as_late(point, latest):
@@ -249,30 +284,32 @@ def _same(held: float, logged: float) -> bool:
     return held == logged
 
 
-def _of_history(sink: Sink, remote_id: str, reader: RunReader, excused: set[tuple[str, str]]) -> Iterator[str]:
+def _of_history(
+    sink: Sink, remote_id: str, reader: RunReader, excused: Mapping[str, Collection[_Identity]]
+) -> Iterator[str]:
     """Compare every point; identical ones (value, time and step) are one, as MLflow has it."""
-    logged: dict[str, set[tuple[str, int, int]]] = {}
-    cursors: dict[str, Cursor] = {}
-    while True:
-        window = reader.window(cursors, points=100_000, items=100_000)
-        for _, event in window.events:
-            if isinstance(event, Metric):
-                logged.setdefault(event.key, set()).add(_identity(event.value, event.time_ms, event.step))
-            elif isinstance(event, Metrics):
-                for key, value in event.values.items():
-                    logged.setdefault(key, set()).add(_identity(value, event.time_ms, event.step))
-        if not window.more:
-            break
-        cursors = window.cursors
+    logged: dict[str, set[_Identity]] = {}
+    for _, event in _events(reader):
+        for key, point in _points(event):
+            logged.setdefault(key, set()).add(point)
     for key, points in logged.items():
-        if ("metric", key) in excused:
-            continue
+        expected = points.difference(excused.get(key, ()))
         held = {_identity(point.value, point.time_ms, point.step) for point in sink.metric_history(remote_id, key)}
-        if points - held:
-            yield f"of the metric {printable(key)!r} {len(points - held)} of {len(points)} points are missing"
+        if missing := len(expected - held):
+            yield f"of the metric {printable(key)!r} {missing} of {len(expected)} points are missing"
 
 
-def _identity(value: float, time_ms: int, step: int) -> tuple[str, int, int]:
+def _events(reader: RunReader) -> Iterator[tuple[str, Metric | Metrics]]:
+    """Yield the points of a run with their writers, from the journals on disk."""
+    cursors: dict[str, Cursor] = {}
+    more = True
+    while more:
+        window = reader.window(cursors, points=100_000, items=100_000)
+        yield from ((writer, event) for writer, event in window.events if isinstance(event, (Metric, Metrics)))
+        cursors, more = window.cursors, window.more
+
+
+def _identity(value: float, time_ms: int, step: int) -> _Identity:
     if math.isnan(value):
         return "nan", time_ms, step
     if abs(value) > 1e308:  # noqa: PLR2004 - infinities, which SQL stores hold as the largest double
