@@ -241,7 +241,7 @@ def test_a_measured_sink_is_the_same_sink() -> None:
 
 
 def test_an_outbox_that_is_not_safe_is_left_alone(tmp_path: Path) -> None:
-    """The others are delivered; the one that others can enter is named once."""
+    """The others are delivered; the one that others can enter is named once, and at the end, which is code 1."""
     offline(tmp_path)
     offline(tmp_path, "http://127.0.0.1:10")
     bad = min(find_outboxes(tmp_path))
@@ -251,4 +251,29 @@ def test_an_outbox_that_is_not_safe_is_left_alone(tmp_path: Path) -> None:
     assert "left alone: " in process.stdout.readline()
     assert "delivering" in process.stdout.readline()
     out = end(process)
-    assert 3 == process.returncode, out
+    assert 1 == process.returncode, out
+    assert f"left alone: {bad}" in out
+
+
+def test_an_outbox_that_was_made_safe_is_delivered_too(tmp_path: Path) -> None:
+    """What was left alone once is no error at the end."""
+    offline(tmp_path)
+    bad = outbox_of(tmp_path)
+    bad.chmod(0o755)
+    process = start("worker", "-d", tmp_path, "--all", "--grace", "0")
+    assert process.stdout is not None
+    assert "left alone: " in process.stdout.readline()
+    bad.chmod(0o700)
+    assert "delivering" in process.stdout.readline()
+    out = end(process)
+    assert (3, False) == (process.returncode, "left alone" in out), out
+
+
+def test_until_idle_ends_where_there_is_nothing_to_deliver(here: Here, tmp_path: Path) -> None:
+    """It says so: code 0 where there is no outbox, 1 where the only one is not safe to use, of which -q says so too."""
+    done = here("worker", "-d", tmp_path, "--all", "--until-idle")
+    assert (0, True) == (done.code, f"there is no outbox to deliver in {tmp_path}" in done.out), done
+    offline(tmp_path)
+    outbox_of(tmp_path).chmod(0o755)
+    done = here("worker", "-d", tmp_path, "--all", "--until-idle", "-q")
+    assert (1, "", True) == (done.code, done.out, "left alone: " in done.err), done

@@ -127,7 +127,7 @@ class Service:
         self._metrics = metrics
         self._workers: dict[Path, CommandWorker] = {}
         self._states: dict[Path, str] = {}
-        self._refused: set[Path] = set()
+        self._refused: dict[Path, str] = {}
         self._ending = ending
         self._file_trouble = ""
 
@@ -153,15 +153,17 @@ class Service:
 
     def adopt(self, root: Path) -> None:
         """Deliver every outbox in a directory that is not delivered yet; one that is not safe to use is named once."""
+        refused: dict[Path, str] = {}
         for path in outboxes.listed(root):
             if path in self._workers:
                 continue
             try:
                 self.take(OutboxDirectory.open(path))
             except OutboxUnusable as error:
+                refused[path] = str(error)
                 if path not in self._refused:
-                    self._refused.add(path)
                     log(f"left alone: {error}")
+        self._refused = refused
 
     def run(self, *, root: Path | None, until_idle: bool, file: Path | None, interval: float) -> None:
         """Go on until somebody asks to end.
@@ -186,7 +188,9 @@ class Service:
             if now >= next_report:
                 self._report()
                 next_report = now + _REPORT
-            if until_idle and self._workers and all(self._is_idle(one) for one in self._workers.values()):
+            if until_idle and all(self._is_idle(one) for one in self._workers.values()):
+                if root is not None and not self._workers:
+                    log(f"there is no outbox to deliver in {printable(root, 300)}")
                 break
 
     def end(self, grace: float, file: Path | None) -> int:
@@ -218,6 +222,9 @@ class Service:
         if file is not None:
             self._write(file)
         codes = []
+        for why in self._refused.values():
+            terminal.error(f"left alone: {why}")
+            codes.append(ExitCode.ERROR)
         for one in self._workers.values():
             found = survey(one.directory, self._settings)
             codes.append(
@@ -229,7 +236,7 @@ class Service:
             )
             if found.unreadable:
                 log(f"{_name(one)}: {wording.unreadable(found.unreadable)}")
-        return most_urgent(codes) if codes else ExitCode.DONE
+        return most_urgent(codes)
 
     @staticmethod
     def _is_idle(one: CommandWorker) -> bool:
