@@ -59,6 +59,11 @@ def command(*words: object) -> list[str]:
     return [str(console_script()), *map(str, words)]
 
 
+def closing(streams: str, *words: str) -> list[str]:
+    """Return the command line of a command whose streams a shell redirects: ``>&-`` closes its standard output."""
+    return ["bash", "-c", f'exec "$@" {streams}', "bash", *words]
+
+
 def environment(**more: str) -> dict[str, str]:
     """Return the environment for a command in a process of its own."""
     return {**os.environ, **QUICK_ENVIRONMENT, **more}

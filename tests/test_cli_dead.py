@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from commands import Here, command, environment, offline, outbox_of
+from commands import Here, closing, command, environment, offline, outbox_of
 from contents import QUICK, artifact_text, artifacts, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.errors import InvalidEvent
@@ -86,7 +86,7 @@ def test_a_dropped_letter_is_printed_and_gone(here: Here, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("keys", [1, 10_000])
 def test_a_letter_that_cannot_be_printed_is_not_dropped(keys: int, here: Here, tmp_path: Path) -> None:
-    """Standard output is a file on a full disk, which a buffer hides for a while: the letter stays."""
+    """Standard output is a file on a full disk, which a buffer hides for a while, or closed: the letter stays."""
     with_letters(tmp_path, Params({f"p{number}": "0.1" for number in range(keys)}, 5))
     words = command("dead", "drop", "1", "-d", tmp_path, "--yes")
     env = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
@@ -96,6 +96,8 @@ def test_a_letter_that_cannot_be_printed_is_not_dropped(keys: int, here: Here, t
     assert "nothing was dropped" in done.stderr
     assert "No space left on device" in done.stderr
     assert 1 == len(done.stderr.splitlines()), done.stderr
+    closed = subprocess.run(closing(">&-", *words), stderr=subprocess.PIPE, text=True, env=env, check=False)
+    assert (1, True) == (closed.returncode, "nothing was dropped" in closed.stderr), closed
     assert ["1"] == [letter["id"] for letter in here("dead", "list", "-d", tmp_path, "--json").data]
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import click
 import pytest
 
-from commands import Here, command, console_script, environment, offline, outbox_of, run
+from commands import Here, closing, command, console_script, environment, offline, outbox_of, run
 from mlflow_outbox_worker.cli import app, exits, terminal
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.wording import size, span
+from servers import MlflowServer
 
 
 @pytest.fixture
@@ -216,6 +217,47 @@ def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
     assert "" == process.stderr.read()
     process.stderr.close()
     process.wait()
+
+
+@pytest.mark.parametrize("words", ["status", "status --json", "--version", "--help", "dead list"])
+def test_a_full_disk_at_standard_output_is_said(words: str, tmp_path: Path) -> None:
+    """One sentence and code 1, no traceback and no code 120, also where the other output is full too."""
+    offline(tmp_path)
+    env = environment(MLFLOW_OUTBOX_DIR=str(tmp_path))
+    env.pop("PYTHONUNBUFFERED", None)
+    for streams, said in ((">/dev/full", 1), (">/dev/full 2>&1", 0), (">/dev/full 2>&-", 0)):
+        asked = closing(streams, *command(*words.split()))
+        done = subprocess.run(asked, capture_output=True, text=True, env=env, check=False)
+        assert (1, "") == (done.returncode, done.stdout), done
+        assert said == len(re.findall("No space left on device", done.stderr)) == len(done.stderr.splitlines()), done
+
+
+@pytest.mark.parametrize(
+    ("streams", "is_read"),
+    [(">&-", False), ("2>&-", True), (">&- 2>&-", False), ("<&- >&- 2>&-", False), ("2>/dev/full", True)],
+)
+@pytest.mark.parametrize("words", ["runs", "dead list", "status --exit-code -v"])
+def test_a_stream_that_is_closed_keeps_no_command(words: str, streams: str, is_read: bool, tmp_path: Path) -> None:
+    """Its exit code is that of one with all streams, and what is left open has no traceback."""
+    offline(tmp_path)
+    asked = command(*words.split(), "-d", tmp_path)
+    expected = run(*words.split(), "-d", tmp_path)
+    done = subprocess.run(closing(streams, *asked), capture_output=True, text=True, env=environment(), check=False)
+    assert (expected.code, "", is_read) == (done.returncode, done.stderr, bool(done.stdout)), done
+
+
+@pytest.mark.parametrize("streams", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full"])
+@pytest.mark.parametrize("words", ["flush --timeout 60", "worker --until-idle"])
+def test_without_streams_is_delivered_too(
+    words: str, streams: str, here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """What it has to say may be lost; what was logged is not."""
+    offline(tmp_path, mlflow_server.url, experiment=experiment_name)
+    asked = closing(streams, *command(*words.split(), "-d", tmp_path))
+    done = subprocess.run(asked, capture_output=True, text=True, env=environment(), check=False)
+    assert (1 if streams == ">/dev/full" else 0) == done.returncode, done
+    assert "Traceback" not in done.stderr
+    assert 0 == here("status", "-d", tmp_path, "--json").data["pending"]
 
 
 def test_an_error_is_one_sentence_unless_asked_for_more(here: Here, tmp_path: Path) -> None:

@@ -126,15 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(arguments)
     finally:
         terminal.leave()
-    try:
-        terminal.flush()
-    except BrokenPipeError:
+    if not _is_printed():
         code = ExitCode.ERROR
-    except OSError as error:
-        terminal.error(f"standard output cannot be written: {error.strerror or error}")
-        code = ExitCode.ERROR
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        terminal.flush(sys.stderr)
     if arguments is None and delivering.was_used():
         # Neither a request that hangs nor what mlflow does at exit may keep the command; all that counts is on disk.
         os._exit(code)
@@ -171,12 +166,26 @@ def _run(arguments: Sequence[str] | None) -> int:
         _explain(error, str(error))
         return of_error(error)
     except OSError as error:
+        if not error.filename and not _is_printed():
+            return ExitCode.ERROR
         where = f"{printable(error.filename, 300)}: " if error.filename else ""
         _explain(error, f"{where}{error.strerror or error}")
         return ExitCode.ERROR
     except Exception as error:  # noqa: BLE001 - the last resort of a command: said in one sentence, with an exit code
         _explain(error, f"this should not have happened: {type(error).__name__}: {error}; -v shows where")
         return ExitCode.ERROR
+
+
+def _is_printed() -> bool:
+    """Return whether all that was printed has arrived; say why not, unless its reader has had enough, as ``head``."""
+    try:
+        terminal.flush(sys.stdout)
+    except BrokenPipeError:
+        return False
+    except OSError as error:
+        terminal.error(f"standard output cannot be written: {error.strerror or error}")
+        return False
+    return True
 
 
 def _explain(error: BaseException, sentence: str) -> None:

@@ -240,7 +240,7 @@ def drop(
         try:
             for letter in letters:
                 terminal.raw(lines.dumps(_as_data(directory, letter)))
-            terminal.flush()
+            terminal.check_heard()
         except OSError as error:
             msg = f"nothing was dropped: what would be cannot be printed: {error.strerror or error}"
             raise CommandFailed(msg) from error

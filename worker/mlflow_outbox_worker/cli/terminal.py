@@ -9,6 +9,7 @@ output, what it has to say about itself to standard error.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import logging
@@ -34,6 +35,8 @@ _PROGRESS: Final = 10.0
 class _State:
     quiet = False
     verbose = False
+    #: Standard output was closed when the command began.
+    unheard = False
     undo: ClassVar[list[Callable[[], object]]] = []
 
 
@@ -73,6 +76,11 @@ class _ToStandardError(logging.Handler):
 def prepare() -> None:
     """Set the streams up at the start of a command; may be called again in one process."""
     _State.quiet = _State.verbose = False
+    _State.unheard = _State.unheard or sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # Python has none where the descriptor was closed, and in this order it gets the same one: no file of ours may.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for as long as the process is
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # a stream of a test or of a notebook
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # suppressed above
@@ -125,16 +133,19 @@ def raw(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def flush() -> None:
-    """See that all that was printed to standard output has arrived; what cannot arrive is given up.
+def flush(stream: TextIO) -> None:
+    """See that all that was printed to a stream has arrived; what cannot arrive is given up.
+
+    Args:
+        stream: standard output or standard error.
 
     Raises:
         OSError: some of it has not.
     """
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        _give_up(sys.stdout)
+        _give_up(stream)
         raise
 
 
@@ -144,6 +155,17 @@ def _give_up(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+def check_heard() -> None:
+    """See that all that was printed to standard output has arrived where somebody can read it.
+
+    Raises:
+        OSError: some of it has not.
+    """
+    if _State.unheard:
+        raise OSError(errno.EBADF, "standard output is closed")
+    flush(sys.stdout)
 
 
 def note(text: str) -> None:

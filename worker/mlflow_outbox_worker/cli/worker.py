@@ -285,8 +285,13 @@ class Service:
 
 def log(text: str) -> None:
     """Print a line with the time, as a service's log wants it, unless ``--quiet`` was given."""
-    terminal.say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}")
-    sys.stdout.flush()
+    try:
+        terminal.say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:  # the disk of the log is full: delivery goes on, and the end says so if it still is
+        return
 
 
 def _name(one: CommandWorker) -> str:
