@@ -8,7 +8,8 @@ mlflow.
 * ``wrapped`` is the server's own store behind it, asked once and briefly; what the plugin does not know is delegated
   to it.
 * ``ids`` knows what a provisional id has become, and what answers call a run or model.
-* ``journals`` holds the journals that this process writes; ``answers`` what the server said of runs from elsewhere.
+* ``journals`` holds the journals that this process writes; ``answers`` what the server said of runs from elsewhere;
+  ``mentions`` which experiments the journals on disk name.
 * ``arrivals`` waits for the delivery of writes where that is asked for.
 * ``links`` says where a run can be looked at.
 * ``rest`` ends what a store that is not used costs.

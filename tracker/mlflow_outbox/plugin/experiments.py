@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from mlflow.entities import Experiment, LifecycleStage
@@ -14,6 +15,7 @@ from mlflow_outbox.plugin.base import UNKNOWN, no_such, not_active
 from mlflow_outbox.plugin.homes import Homes
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import now_ms
+from mlflow_outbox.plugin.mentions import Mentions
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
@@ -29,6 +31,7 @@ class Experiments(Homes):
         self._active_experiments: set[str] = set()
         #: Names that are free again once the rename of an experiment, by its id, has arrived.
         self._left: dict[str, str] = {}
+        self._mentions = Mentions(self.outbox)
 
     def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
         """Create an experiment and return its id, a provisional one when the server is away.
@@ -118,12 +121,23 @@ class Experiments(Homes):
 
     def _named_here(self, experiment_name: str) -> Experiment | None:
         """Return the experiment of a name that this outbox knows of, or None."""
-        known = self._ids_here(experiment_name)[:-1]
-        known += sorted(self._handed_out - {*known})
-        if self.server.is_away():
-            known += [number for number, name in list(self._experiment_names.items()) if name == experiment_name]
-        found = (self.get_experiment(number) for number in known)
+        found = (self.get_experiment(number) for number in self._known_here(experiment_name))
         return next((one for one in found if one.name == experiment_name), None)  # it may have been renamed
+
+    def _known_here(self, name: str) -> Iterator[str]:
+        """Yield the ids of experiments that may have a name, as far as this outbox knows; each is found out on demand.
+
+        While the server is away these are those that this process met, and those that other processes wrote of.
+        """
+        yield from (known := self._ids_here(name)[:-1])
+        yield from sorted(self._handed_out - {*known})
+        if not self.server.is_away():
+            return
+        yield from [number for number, held in list(self._experiment_names.items()) if held == name]
+        for number in self._mentions.of(name):
+            if number not in self._experiment_names:  # else this process knows better what it is called
+                self.know_experiment(number, name)
+                yield number
 
     def set_experiment_tag(self, experiment_id: str, tag: Any) -> None:
         """Set a tag of an experiment.
