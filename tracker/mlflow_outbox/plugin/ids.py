@@ -15,11 +15,14 @@ as they are. An experiment is called what a search asked for if that was a provi
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import re
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
+
+from mlflow.entities import Assessment
 
 from mlflow_outbox import delivery
 from mlflow_outbox.spool import provisional
@@ -140,9 +143,15 @@ class Ids:
     def outgoing(self, value: Any) -> Any:
         """Return a value (texts, lists and mappings of them) with MLflow's ids in place of provisional ones.
 
+        Of an assessment these are the ids that MLflow puts into it; what its author wrote stays.
+
         Raises:
             NotYet: one of them has none yet.
         """
+        if isinstance(value, Assessment):
+            sent = copy.copy(value)  # the caller's own goes on calling the run as he does
+            sent.run_id, sent.metadata = self.outgoing(value.run_id), self.outgoing(value.metadata)
+            return sent
         if isinstance(value, str):
             if not provisional.PATTERN.search(value):
                 return value  # as it is: members of MLflow's enumerations are strings too
