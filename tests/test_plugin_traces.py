@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlflow_outbox.plugin import codec, trace_rooms
+from mlflow_outbox.plugin import spans as held_spans
 from mlflow_outbox.plugin.journals import MOST_INLINE
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
@@ -184,3 +185,55 @@ def test_traces_that_were_delivered_are_forgotten(
             start_traces(uri, number, 15)
             deliver(uri)
         assert len(store(uri)._rooms) <= 20
+
+
+def one_trace(mlflow: Any, size: int, *children: str) -> str:
+    """Log a trace with inputs of so many bytes, and children; return its id."""
+    with mlflow.start_span("span") as span:
+        span.set_inputs({"document": "x" * size})
+        for child in children:
+            with mlflow.start_span(child):
+                pass
+    mlflow.flush_trace_async_logging()
+    return str(span.trace_id)
+
+
+def test_spans_that_wait_are_held_up_to_a_number_of_bytes(
+    experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest go first, and a trace is held in full or not at all; the last one is held however large it is."""
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setattr(held_spans, "_MOST_BYTES", 1_000_000)
+    with tracking(NOWHERE, tmp_path, worker="none", exit_timeout=0) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        ids = [one_trace(mlflow, 300_000, "child") for _ in range(5)]
+        held = store(NOWHERE)._spans
+        assert 600_000 < held.size < 1_000_000
+        assert {"span", "child"} == {span.name for span in mlflow.get_trace(ids[-1]).data.spans}
+        with pytest.raises(MlflowException, match="needs the tracking server"):
+            store(NOWHERE).get_trace(ids[0])
+        last = one_trace(mlflow, 2_000_000, "child")
+        assert 1 == len(held)
+        assert {"span", "child"} == {span.name for span in mlflow.get_trace(last).data.spans}
+        one_trace(mlflow, 1)
+        assert held.size < 10_000
+
+
+def test_spans_that_were_delivered_are_not_held(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the server's to answer: it is noticed when some more are logged, and when the store is put to rest."""
+    monkeypatch.setattr(held_spans, "_LOOK", 100_000)
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        ids = []
+        for _ in range(3):
+            ids.append(one_trace(mlflow, 200_000))
+            deliver(uri)
+        held = store(uri)._spans
+        assert held.size < 500_000
+        assert store(uri).rest(20)
+        assert (0, 0) == (len(held), held.size)
+        assert [1, 1, 1] == [len(mlflow.get_trace(trace_id).data.spans) for trace_id in ids]

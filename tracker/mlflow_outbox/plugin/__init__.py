@@ -14,7 +14,7 @@ mlflow.
 * ``links`` says where a run can be looked at.
 * ``rest`` ends what a store that is not used costs.
 * ``models`` and ``traces`` are the parts of the store that their names say; ``trace_rooms`` knows which traces are on
-  their way, and where.
+  their way, and where, and ``spans`` holds what is in them.
 * ``artifacts`` stages files; ``registry_store`` delegates the model registry, which needs the server.
 * ``codec`` writes MLflow's entities as JSON; the worker reads them back.
 """

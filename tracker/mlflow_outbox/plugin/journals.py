@@ -73,8 +73,8 @@ class OpenRun:
         """
         return append_enclosing(self.journal, self._outbox.settings.sync, size, copy, event)
 
-    def request(self, operation: str, *, known: str = "", **arguments: Any) -> None:
-        """Write a call of the tracking store.
+    def request(self, operation: str, *, known: str = "", **arguments: Any) -> int:
+        """Write a call of the tracking store; return the bytes of its arguments.
 
         Args:
             operation: the store's method.
@@ -89,13 +89,14 @@ class OpenRun:
             content = codec.dumps(arguments)
             if len(content) <= MOST_INLINE:
                 self.append(Request(operation, content, now_ms(), known))
-                return
+                return len(content)
             short, limit = codec.short(arguments), self._outbox.settings.artifact_bytes
             self.append_with(
                 len(content),
                 lambda store, hold: store.add_bytes(content, limit=limit, name="arguments", hold=hold),
                 lambda kept: Request(operation, short, now_ms(), known, kept.sha256),
             )
+            return len(content)
         except (TypeError, ValueError, RecursionError, ArtifactRefused) as error:
             self._outbox.counters.add("requests_refused")
             reason = f"{operation} cannot be kept: {printable(error, 300)}"

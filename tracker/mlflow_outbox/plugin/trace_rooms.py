@@ -6,6 +6,7 @@ not know then. So a trace is remembered until it was delivered, however many wai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mlflow_outbox import delivery
@@ -19,11 +20,29 @@ if TYPE_CHECKING:
 _REMEMBERED: Final = 256
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
+    """Where something of a trace was written: up to an event of a writer, in the room of an experiment."""
+
     experiment: str
     room: str
     writer: str
     end: int
+
+
+def place_in(experiment: str, room: OpenRun) -> Place:
+    """Return the place of what was just written to the room of an experiment."""
+    return Place(experiment, room.run_id, room.journal.writer, room.journal.events)
+
+
+def arrived(outbox: Outbox, places: Mapping[str, Place]) -> list[str]:
+    """Return those keys of places up to which all was delivered, after one look at the ledger for each room."""
+    reading = delivery.reading(outbox)
+    reached = {room: reading.reached(room) for room in {place.room for place in places.values()}}
+    return [
+        key
+        for key, place in places.items()
+        if (reached[place.room].get(place.writer, 0) - place.end) & SEQUENCE_MASK < 1 << 31
+    ]
 
 
 class TraceRooms:
@@ -35,29 +54,21 @@ class TraceRooms:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._most = _REMEMBERED
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def remember(self, trace_id: str, experiment: str, room: OpenRun) -> None:
-        """Take note of a trace that was just written to the room of its experiment."""
-        self._places[trace_id] = _Place(experiment, room.run_id, room.journal.writer, room.journal.events)
+    def remember(self, trace_id: str, place: Place) -> None:
+        """Take note of where a trace was just written."""
+        self._places[trace_id] = place
         if len(self._places) > self._most:
-            self._forget()
+            for there in arrived(self._outbox, dict(self._places)):
+                self._places.pop(there, None)
             self._most = max(_REMEMBERED, 2 * len(self._places))  # so that looking costs little for each trace
 
     def experiment(self, trace_id: str) -> str:
         """Return the experiment of a trace, or "" when it is none of this process or was delivered."""
         place = self._places.get(trace_id)
         return place.experiment if place is not None else ""
-
-    def _forget(self) -> None:
-        reading = delivery.reading(self._outbox)
-        places = list(self._places.items())
-        reached = {place.room: reading.reached(place.room) for _, place in places}
-        for trace_id, place in places:
-            number = reached[place.room].get(place.writer, 0)
-            if (number - place.end) & SEQUENCE_MASK < 1 << 31:
-                self._places.pop(trace_id, None)

@@ -14,7 +14,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_ARTIFACT_LOCATION
 from mlflow.utils.validation import _validate_trace_tag
 
 from mlflow_outbox.plugin.models import Models
-from mlflow_outbox.plugin.trace_rooms import TraceRooms
+from mlflow_outbox.plugin.spans import Spans
+from mlflow_outbox.plugin.trace_rooms import TraceRooms, place_in
 from mlflow_outbox.plugin.wrapped import Away
 
 #: Traces of this process that are remembered until the server can be asked for them.
@@ -27,7 +28,7 @@ class Traces(Models):
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
         super().__init__(store_uri, artifact_uri)
         self._recent: OrderedDict[str, TraceInfo] = OrderedDict()
-        self._spans: OrderedDict[str, dict[str, Span]] = OrderedDict()
+        self._spans = Spans(self.outbox)
         self._rooms = TraceRooms(self.outbox)
         self._recent_lock = threading.Lock()
         self._traced = False
@@ -43,21 +44,20 @@ class Traces(Models):
         self._traced = True
         room = self.journals.room(experiment)
         room.request("start_trace", trace_info=trace_info)
-        self._rooms.remember(trace_info.trace_id, experiment, room)
+        place = place_in(experiment, room)
+        self._rooms.remember(trace_info.trace_id, place)
+        self._spans.follow(trace_info.trace_id, place)
         shown = TraceInfo.from_dict(trace_info.to_dict())
         shown.tags[MLFLOW_ARTIFACT_LOCATION] = (
             f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
         )
         if self._has_spans:
             shown.tags[TraceTagKey.SPANS_LOCATION] = "TRACKING_STORE"
-        self._remember(self._recent, trace_info.trace_id, shown)
-        return shown
-
-    def _remember(self, where: OrderedDict[str, Any], key: str, value: Any) -> None:
         with self._recent_lock:
-            where[key] = value
-            while len(where) > _REMEMBERED:
-                where.popitem(last=False)
+            self._recent[trace_info.trace_id] = shown
+            while len(self._recent) > _REMEMBERED:
+                self._recent.popitem(last=False)
+        return shown
 
     def log_spans(self, location: str, spans: list[Span], tracking_uri: str | None = None) -> list[Span]:
         """Record spans.
@@ -69,10 +69,10 @@ class Traces(Models):
             raise NotImplementedError
         if spans:
             self._traced = True
-            self.journals.room(str(location)).request("log_spans", location=str(location), spans=list(spans))
-            for span in spans:
-                held = self._spans.get(span.trace_id) or {}
-                self._remember(self._spans, span.trace_id, {**held, span.span_id: span})
+            experiment = str(location)
+            room = self.journals.room(experiment)
+            size = room.request("log_spans", location=experiment, spans=list(spans))
+            self._spans.add(list(spans), size, place_in(experiment, room))
         return spans
 
     async def log_spans_async(self, location: str, spans: list[Span]) -> list[Span]:
@@ -144,7 +144,7 @@ class Traces(Models):
         deleted: int = self._delegate("delete_traces", *args, **kwargs)
         with self._recent_lock:
             self._recent.clear()
-            self._spans.clear()
+        self._spans.clear()
         return deleted
 
     def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
@@ -212,5 +212,10 @@ class Traces(Models):
         return [everything[trace_id] for trace_id in trace_ids if trace_id in everything]
 
     def _held(self, trace_id: str) -> Trace | None:
-        info, spans = self._recent.get(trace_id), self._spans.get(trace_id)
-        return Trace(info, TraceData(spans=list(spans.values()))) if info is not None and spans is not None else None
+        info, spans = self._recent.get(trace_id), self._spans.of(trace_id)
+        return Trace(info, TraceData(spans=spans)) if info is not None and spans is not None else None
+
+    def rest(self, timeout: float) -> bool:
+        """Do as the others, and let go of the traces that were delivered."""
+        self._spans.forget_arrived()
+        return super().rest(timeout)

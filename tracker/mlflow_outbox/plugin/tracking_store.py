@@ -41,6 +41,7 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
         self.server.forked()
         self.journals.forked()
         self._recent_lock = threading.Lock()
+        self._spans.forked()
         self._offline_lock = threading.Lock()
 
     @property
