@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from mlflow_outbox.plugin.mentions import Mentions
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import away, deliver, store, the_runs, tracking
+from plugin_world import NOWHERE, away, deliver, store, the_runs, tracking
 from servers import MlflowServer
 from test_plugin_processes import program
 
@@ -138,3 +139,24 @@ def test_a_journal_that_cannot_be_read_keeps_no_other_back(
     (folder / "a.log").write_bytes(b"no journal")
     (folder / "b.log").mkdir()
     assert 1 == len(list(Mentions(outbox).of(experiment_name)))
+
+
+def test_a_subprocess_in_another_directory_goes_on_with_a_run_that_began_offline(
+    experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a setting the outbox is in the current directory; subprocesses are told which one that was."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with tracking(NOWHERE, tmp_path, dir="", exit_timeout=0) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            text = f"import os; os.chdir({str(elsewhere)!r}); _log({run.info.run_id!r}, 1)"
+            child = program(Path(os.environ["MLFLOW_OUTBOX_DIR"]), text)
+            output, _ = child.communicate(timeout=60)
+            assert 0 == child.returncode, output
+            assert {"child-1": 1.0} == mlflow.get_run(run.info.run_id).data.metrics
+        monkeypatch.chdir(elsewhere)
+        other = store("outbox+http://127.0.0.1:99").outbox
+        assert tmp_path / ".mlflow-outbox" == other.directory.path.parent
+        other.close(0)
+    assert [] == list(elsewhere.iterdir())
