@@ -89,7 +89,7 @@ def test_a_letter_that_cannot_be_printed_is_not_dropped(keys: int, here: Here, t
     """Standard output is a file on a full disk, which a buffer hides for a while, or closed: the letter stays."""
     with_letters(tmp_path, Params({f"p{number}": "0.1" for number in range(keys)}, 5))
     words = command("dead", "drop", "1", "-d", tmp_path, "--yes")
-    env = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    env = environment(PYTHONUNBUFFERED="")
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=env, check=False)
     assert 1 == done.returncode

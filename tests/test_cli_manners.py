@@ -223,8 +223,7 @@ def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
 def test_a_full_disk_at_standard_output_is_said(words: str, tmp_path: Path) -> None:
     """One sentence and code 1, no traceback and no code 120, also where the other output is full too."""
     offline(tmp_path)
-    env = environment(MLFLOW_OUTBOX_DIR=str(tmp_path))
-    env.pop("PYTHONUNBUFFERED", None)
+    env = environment(MLFLOW_OUTBOX_DIR=str(tmp_path), PYTHONUNBUFFERED="")
     for streams, said in ((">/dev/full", 1), (">/dev/full 2>&1", 0), (">/dev/full 2>&-", 0)):
         asked = closing(streams, *command(*words.split()))
         done = subprocess.run(asked, capture_output=True, text=True, env=env, check=False)
@@ -246,16 +245,27 @@ def test_a_stream_that_is_closed_keeps_no_command(words: str, streams: str, is_r
     assert (expected.code, "", is_read) == (done.returncode, done.stderr, bool(done.stdout)), done
 
 
-@pytest.mark.parametrize("streams", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full"])
+@pytest.mark.parametrize(
+    ("streams", "unbuffered"),
+    [*((streams, "") for streams in ("2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full")), (">/dev/full", "1")],
+)
 @pytest.mark.parametrize("words", ["flush --timeout 60", "worker --until-idle"])
 def test_without_streams_is_delivered_too(
-    words: str, streams: str, here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    words: str,
+    streams: str,
+    unbuffered: str,
+    here: Here,
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    tmp_path: Path,
 ) -> None:
     """What it has to say may be lost; what was logged is not."""
     offline(tmp_path, mlflow_server.url, experiment=experiment_name)
     asked = closing(streams, *command(*words.split(), "-d", tmp_path))
-    done = subprocess.run(asked, capture_output=True, text=True, env=environment(), check=False)
-    assert (1 if streams == ">/dev/full" else 0) == done.returncode, done
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(asked, capture_output=True, text=True, env=env, check=False)
+    full = streams == ">/dev/full"
+    assert (int(full), full) == (done.returncode, "standard output cannot be written" in done.stderr), done
     assert "Traceback" not in done.stderr
     assert 0 == here("status", "-d", tmp_path, "--json").data["pending"]
 

@@ -239,8 +239,7 @@ def drop(
             letters = _letters(ledger, letter_ids)
         try:
             for letter in letters:
-                terminal.raw(lines.dumps(_as_data(directory, letter)))
-            terminal.check_heard()
+                terminal.record(lines.dumps(_as_data(directory, letter)))
         except OSError as error:
             msg = f"nothing was dropped: what would be cannot be printed: {error.strerror or error}"
             raise CommandFailed(msg) from error

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, TextIO
 
@@ -37,6 +38,8 @@ class _State:
     verbose = False
     #: Standard output was closed when the command began.
     unheard = False
+    #: Why a line is lost; the end of the command says so.
+    lost: OSError | None = None
     undo: ClassVar[list[Callable[[], object]]] = []
 
 
@@ -76,6 +79,7 @@ class _ToStandardError(logging.Handler):
 def prepare() -> None:
     """Set the streams up at the start of a command; may be called again in one process."""
     _State.quiet = _State.verbose = False
+    _State.lost = None
     _State.unheard = _State.unheard or sys.stdout is None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # Python has none where the descriptor was closed, and in this order it gets the same one: no file of ours may.
@@ -125,28 +129,54 @@ def say(text: str) -> None:
 
 def data(text: str) -> None:
     """Print a line that was asked for, ``--quiet`` or not."""
-    sys.stdout.write(_fitted(printable(text, _LINE), sys.stdout) + "\n")
+    _write(_fitted(printable(text, _LINE), sys.stdout))
 
 
 def raw(text: str) -> None:
     """Print a line that holds no control characters already, in full: JSON."""
-    sys.stdout.write(text + "\n")
+    _write(text)
+
+
+def _write(line: str) -> None:
+    try:
+        sys.stdout.write(line + "\n")
+    except OSError as error:
+        _State.lost = error
+        raise
 
 
 def flush(stream: TextIO) -> None:
     """See that all that was printed to a stream has arrived; what cannot arrive is given up.
 
-    Args:
-        stream: standard output or standard error.
-
     Raises:
         OSError: some of it has not.
     """
+    lost = _State.lost if stream is sys.stdout else None
     try:
         stream.flush()
-    except OSError:
+    except OSError as error:
         _give_up(stream)
+        lost = error
+    if lost is not None:
+        _State.lost = None
+        raise lost
+
+
+def log(text: str) -> None:
+    """Print a line with the time at once, as a service's log wants it, unless ``--quiet`` was given.
+
+    On a full disk the line is lost, and the service goes on; ``flush`` raises why at the end.
+
+    Raises:
+        BrokenPipeError: whatever reads it has ended.
+    """
+    try:
+        say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}")
+        sys.stdout.flush()
+    except BrokenPipeError:
         raise
+    except OSError as error:
+        _State.lost = error
 
 
 def _give_up(stream: TextIO) -> None:
@@ -157,15 +187,20 @@ def _give_up(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def check_heard() -> None:
-    """See that all that was printed to standard output has arrived where somebody can read it.
+def record(text: str) -> None:
+    """Print a line of JSON that is the last copy of something; it has arrived when this returns.
 
     Raises:
-        OSError: some of it has not.
+        OSError: it has not, or nobody can read it.
     """
     if _State.unheard:
         raise OSError(errno.EBADF, "standard output is closed")
-    flush(sys.stdout)
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError:
+        _give_up(sys.stdout)
+        raise
 
 
 def note(text: str) -> None:
@@ -269,7 +304,7 @@ def _plain_line(texts: Sequence[str], columns: Sequence[Column], widths: Sequenc
         text.rjust(width) if column.right else text.ljust(width)
         for text, column, width in zip(texts, columns, widths, strict=True)
     ]
-    sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    _write("  ".join(cells).rstrip())
 
 
 def pairs(items: Sequence[tuple[str, Cell]]) -> None:

@@ -7,8 +7,6 @@ second signal ends it at once. Both are safe at any moment, as is SIGKILL.
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -109,7 +107,7 @@ def _exporter(settings: Settings, port: int | None, address: str, file: Path | N
             reason = error.strerror or error
             msg = f"metrics cannot be served at {printable(address)}:{port}: {reason}; give another --metrics-port"
             raise CommandFailed(msg) from error
-        log(f"metrics at http://{address}:{bound}/metrics")
+        terminal.log(f"metrics at http://{address}:{bound}/metrics")
     return exporter
 
 
@@ -162,7 +160,7 @@ class Service:
             except OutboxUnusable as error:
                 refused[path] = str(error)
                 if path not in self._refused:
-                    log(f"left alone: {error}")
+                    terminal.log(f"left alone: {error}")
         self._refused = refused
 
     def run(self, *, root: Path | None, until_idle: bool, file: Path | None, interval: float) -> None:
@@ -190,7 +188,7 @@ class Service:
                 next_report = now + _REPORT
             if until_idle and all(self._is_idle(one) for one in self._workers.values()):
                 if root is not None and not self._workers:
-                    log(f"there is no outbox to deliver in {printable(root, 300)}")
+                    terminal.log(f"there is no outbox to deliver in {printable(root, 300)}")
                 break
 
     def end(self, grace: float, file: Path | None) -> int:
@@ -205,7 +203,7 @@ class Service:
         self._say_changes()
         deadline = stopwatch.seconds() + grace
         if self._ending.is_set():
-            log(f"ending; {wording.span(grace)} to deliver what is left")
+            terminal.log(f"ending; {wording.span(grace)} to deliver what is left")
         while stopwatch.seconds() < deadline and not self._ending.wait(0.05, number=2):
             busy = [one for one in self._workers.values() if one.delivery.holds_lease() and not one.delivery.is_idle()]
             if not busy:
@@ -230,12 +228,12 @@ class Service:
             codes.append(
                 of_backlog(pending=found.pending, parked=found.parked, dead=found.dead, unreadable=found.unreadable)
             )
-            log(
+            terminal.log(
                 f"{_name(one)}: {one.counters['delivered']:,} delivered, {found.pending:,} left, "
                 f"{found.parked:,} parked, {wording.count(found.dead, 'dead letter')}"
             )
             if found.unreadable:
-                log(f"{_name(one)}: {wording.unreadable(found.unreadable)}")
+                terminal.log(f"{_name(one)}: {wording.unreadable(found.unreadable)}")
         return most_urgent(codes)
 
     @staticmethod
@@ -262,7 +260,7 @@ class Service:
         except (OSError, OutboxError) as error:
             if str(error) != self._file_trouble:  # once, not every few seconds
                 self._file_trouble = str(error)
-                log(f"metrics cannot be written to {printable(file, 300)}: {error}")
+                terminal.log(f"metrics cannot be written to {printable(file, 300)}: {error}")
 
     def _say_changes(self) -> None:
         from mlflow_outbox_worker.host_lease import described
@@ -275,23 +273,12 @@ class Service:
                 state = f"standing by, {described(other)} delivers" if other is not None else self._states.get(path, "")
             if state and self._states.get(path) != state:
                 self._states[path] = state
-                log(f"{_name(one)}: {state}, to {one.directory.destination.uri}")
+                terminal.log(f"{_name(one)}: {state}, to {one.directory.destination.uri}")
 
     def _report(self) -> None:
         for one in self._workers.values():
             if one.counters["delivered"]:
-                log(f"{_name(one)}: {one.counters['delivered']:,} delivered so far")
-
-
-def log(text: str) -> None:
-    """Print a line with the time, as a service's log wants it, unless ``--quiet`` was given."""
-    try:
-        terminal.say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError:  # the disk of the log is full: delivery goes on, and the end says so if it still is
-        return
+                terminal.log(f"{_name(one)}: {one.counters['delivered']:,} delivered so far")
 
 
 def _name(one: CommandWorker) -> str:
