@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commands import NOBODY, Here, offline, outbox_of
 from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric, encode
 from mlflow_outbox.spool.reader import RunReader
@@ -19,6 +22,9 @@ from mlflow_outbox_worker.cli.gc import seconds_of
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.room import Room
+from mlflow_outbox_worker.sources import find_runs
+from mlflow_outbox_worker.upkeep import Upkeep
 from replays import run_with_kills
 
 
@@ -100,8 +106,41 @@ def test_killed_at_any_moment_it_is_finished_by_the_next(here: Here, tmp_path: P
     outbox = OutboxDirectory.open(outbox_of(tmp_path))
     killed, code = run_with_kills("gc", "-d", tmp_path, least=0.005, most=0.06, kills=20, mlflow=False)
     assert (True, 0) == (killed > 0, code)
-    assert ([], [waiting]) == (outbox.delivered_ids(), outbox.run_ids())
+    assert ([], [waiting]) == (os.listdir(outbox.delivered), outbox.run_ids())
     assert 13 == here("status", "-d", tmp_path, "--json").data["pending"]
+
+
+@pytest.mark.parametrize("by", ["gc", "room", "worker"])
+def test_a_run_that_is_deleted_in_part_when_a_kill_comes_is_no_run_any_more(
+    by: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of one would be sent to another place as a whole one; what is left of it goes in the next round."""
+    delivered(tmp_path, 1)
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    died = OSError("killed here")
+
+    def die(path: Path) -> None:
+        assert 1 == len(list(Path(path).glob("*.log")))
+        raise died
+
+    def reclaim() -> None:
+        with contextlib.closing(Ledger.open(outbox.ledger)) as ledger:
+            if by == "room":
+                Room(outbox, Settings(free_bytes=10**17), Counters()).look(ledger)
+            elif by == "worker":
+                room = Room(outbox, Settings(), Counters())
+                clocks: dict[str, Any] = {"now_ms": lambda: time.time_ns() // 1_000_000, "clock": time.monotonic}
+                Upkeep(outbox, Settings(), Counters(), room, **clocks).reclaim(ledger)
+            else:
+                here("gc", "-d", tmp_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        reclaim()
+    assert ([], {}) == (outbox.delivered_ids(), find_runs(outbox.path).runs)
+    assert 1 == len(os.listdir(outbox.delivered))
+    reclaim()
+    assert [] == os.listdir(outbox.delivered)
 
 
 def test_what_is_delivered_of_a_run_without_an_end_goes_too(here: Here, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import database, room
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
+from mlflow_outbox_worker.removal import leftovers
 from mlflow_outbox_worker.room import Room
+from mlflow_outbox_worker.sources import run_id_of
 from servers import MlflowServer, eventually
 
 
@@ -213,19 +215,20 @@ class TestRoom:
     def test_one_run_that_cannot_be_deleted_keeps_no_other(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The oldest one stays, and is counted; the next one goes."""
+        """What is left of the oldest one stays, and is counted; the next one goes."""
         outbox, ledger, (first, second) = delivered(tmp_path, 2)
         original, counters = shutil.rmtree, Counters()
 
         def refuse(path: Path) -> None:
-            if path.name == first:
+            if run_id_of(path) == first:
                 raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
             original(path)
 
         monkeypatch.setattr(shutil, "rmtree", refuse)
         Room(outbox, Settings(free_bytes=10**17), counters).look(ledger)
-        assert (1, 1, [first]) == (counters["reclaim_errors"], counters["reclaimed_early"], outbox.delivered_ids())
-        assert second not in outbox.delivered_ids()
+        assert (1, 1) == (counters["reclaim_errors"], counters["reclaimed_early"])
+        assert ([first], []) == ([run_id_of(path) for path in leftovers(outbox)], outbox.delivered_ids())
+        assert first != second
         ledger.close()
 
     def test_delivery_goes_on_where_nothing_can_be_deleted(
@@ -242,14 +245,28 @@ class TestRoom:
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", refuse)
             room.look(ledger)
-        assert (1, 2) == (counters["reclaim_errors"], len(outbox.delivered_ids()))
+        assert (1, 2) == (counters["reclaim_errors"], len(leftovers(outbox)))
         room.look(ledger)
-        assert (2, []) == (counters["reclaimed_early"], outbox.delivered_ids())
+        assert (2, []) == (counters["reclaimed_early"], leftovers(outbox))
         with monkeypatch.context() as patch:
             patch.setattr(Ledger, "dead_letter_counts", refuse)
             room.look(ledger)
         ledger.close()
         assert first != second
+
+    def test_a_name_that_there_is_no_room_for_keeps_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A full disk may refuse the one under which a run would be deleted: then it is deleted where it is."""
+        outbox, ledger, _ = delivered(tmp_path, 2)
+
+        def refuse(path: Path, _: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(os, "rename", refuse)
+        Room(outbox, Settings(free_bytes=10**17), Counters()).look(ledger)
+        assert [] == os.listdir(outbox.delivered)
+        ledger.close()
 
     def test_where_nothing_may_be_deleted_nothing_is(self, tmp_path: Path) -> None:
         """Another's outbox, or one that is only read."""

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -37,6 +36,7 @@ from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox.spool.writer import writer_state
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.removal import remove_run, sweep
 from mlflow_outbox_worker.requeue import MOVED
 from mlflow_outbox_worker.snapshots import passed_copies
 
@@ -196,6 +196,8 @@ def reclaim(
 ) -> list[str]:
     """Delete delivered and verified runs whose verification is older than a time; return their ids.
 
+    What is left of runs whose deletion was begun goes too.
+
     Args:
         directory: the outbox.
         ledger: of its worker; says which runs are done, and when they were verified.
@@ -210,10 +212,11 @@ def reclaim(
     old = [run_id for run_id, verified_ms in reclaimable(directory, ledger) if verified_ms < before_ms]
     if dry_run:
         return old
+    sweep(directory, failed)
     gone = []
     for run_id in old:
         try:
-            shutil.rmtree(directory.delivered / run_id)
+            remove_run(directory.delivered / run_id)
         except OSError as error:
             failed(error)
         else:

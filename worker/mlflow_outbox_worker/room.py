@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
+from mlflow_outbox_worker.removal import leftovers, remove_run
 from mlflow_outbox_worker.retention import filed_parts, gave_way, reclaimable
 
 #: Seconds between two measurements of the outbox, at least, and how many times as long as one takes.
@@ -164,7 +164,8 @@ def bytes_that_may_go(directory: OutboxDirectory, ledger: Ledger) -> int:
 
 
 def _delivered(directory: OutboxDirectory, ledger: Ledger) -> Iterator[Path]:
-    """Yield what may go, in the order in which it goes: whole runs, then segments and copies."""
+    """Yield what may go, in the order in which it goes: what is left of some, whole runs, then segments and copies."""
+    yield from leftovers(directory)
     done = sorted((verified_ms, run_id) for run_id, verified_ms in reclaimable(directory, ledger))
     for _, run_id in done:
         yield directory.delivered / run_id
@@ -176,7 +177,7 @@ def _remove(path: Path) -> int:
     """Delete a run's directory, a segment or a copy, and return how many bytes that freed."""
     size = _size(path)
     if path.is_dir():
-        shutil.rmtree(path)
+        remove_run(path)
     else:
         os.unlink(path)
     return size

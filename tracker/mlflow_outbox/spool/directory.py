@@ -5,7 +5,7 @@ Layout::
     <outbox>/             0700, owned by the user
       outbox.json         format, id, destination without credentials, artifact root, creation time
       runs/<run_id>/      segments (*.log) and files/<sha256>, until the run is delivered
-      delivered/<run_id>/ the same, until the retention time is over
+      delivered/<run_id>/ the same, until the retention time is over; what is being deleted is called .gone-<random>
       refused/            what programs refused, counts by reason; only when they did
       quarantine/         bytes that were no intact frames, as they were found
       delivery/           the ledger (diskcache), and a reserve for when the disk is full
