@@ -386,6 +386,23 @@ def test_what_cannot_be_read_is_left_out_and_said(
     assert not (tmp_path / "other.tar").exists()
 
 
+def test_what_others_keep_beside_a_bundle_is_left_alone(tmp_path: Path, experiment_name: str) -> None:
+    """Whatever its name begins with: only a file that an export has left in a way that nothing else is called goes."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "from")
+    place = tmp_path / "place"
+    for folder in (".runs.tar.d", ".runs.tar.0123456789ab", ".runs.tar.git"):
+        (place / folder).mkdir(parents=True)
+        (place / folder / "mine").write_text("x")
+    for name in (".runs.tar.bak", ".runs.tar.0123456789abc", ".runs.tar.0123456789AB", ".runs.tar.", "runs.tar.part"):
+        (place / name).write_text("x")
+    (place / ".runs.tar.0123456789ac").symlink_to(place / ".runs.tar.bak")
+    os.mkfifo(place / ".runs.tar.0123456789ad")
+    before = {path.relative_to(place) for path in place.rglob("*")}
+    (place / ".runs.tar.0123456789ae").write_text("what an export has left that was killed")
+    exported(tmp_path / "from", place / "runs.tar")
+    assert {*before, Path("runs.tar")} == {path.relative_to(place) for path in place.rglob("*")}
+
+
 def test_a_bundle_is_private(bundle: Path) -> None:
     """It holds what an outbox holds."""
     assert 0o600 == bundle.stat().st_mode & 0o777

@@ -17,7 +17,9 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import shutil
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -45,6 +47,7 @@ _EXTENDED: Final = frozenset(
 )
 _EXTENDED_BYTES: Final = 64 * 1024
 _CHUNK: Final = 1024 * 1024
+_DRAFT_BYTES: Final = 6
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,150}\.log", re.ASCII)
 
 
@@ -203,22 +206,36 @@ def listed(folder: Path) -> list[str]:
         return []
 
 
-def remove_drafts(parent: Path, prefix: str) -> None:
-    """Remove what earlier attempts left that were killed; those of living processes are locked."""
-    for name in listed(parent):
-        if not name.startswith(prefix):
-            continue
-        path = parent / name
+def draft_of(path: Path) -> Path:
+    """Return a name of its own beside a path for what is to become it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(_DRAFT_BYTES)}")
+
+
+def remove_drafts(path: Path, kind: Literal["file", "directory"]) -> None:
+    """Remove what earlier attempts left that were killed; those of living processes are locked.
+
+    A name that could be a draft's does not make it one: others' files, and what is of another kind, is left alone.
+
+    Args:
+        path: what the drafts were to become.
+        kind: of the drafts.
+    """
+    form = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{2 * _DRAFT_BYTES}}}")
+    for name in filter(form.fullmatch, listed(path.parent)):
+        draft = path.with_name(name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
         try:
+            found = os.fstat(fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                os.unlink(path)
+            if found.st_uid != os.geteuid():
+                continue
+            if kind == "directory" and stat.S_ISDIR(found.st_mode):
+                shutil.rmtree(draft, ignore_errors=True)
+            elif kind == "file" and stat.S_ISREG(found.st_mode):
+                os.unlink(draft)
         except OSError:
             continue  # somebody is at it
         finally:

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import io
 import os
-import secrets
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +33,7 @@ from mlflow_outbox_worker.bundle import (
     BundleRefused,
     Manifest,
     Member,
+    draft_of,
     listed,
     opened,
     pieces,
@@ -70,14 +70,14 @@ def write_bundle(
     target = Path(os.path.abspath(target))
     if os.path.lexists(target) and not replace:
         raise FileExistsError(errno.EEXIST, "there is such a file already", str(target))
-    remove_drafts(target.parent, f".{target.name}.")
+    remove_drafts(target, "file")
     places: dict[str, Path] = {}
     bundled = [_bundled(run_id, folders, places) for run_id, folders in sorted(runs.items())]
     held = [run for run in bundled if any(member.name.endswith(".log") for member in run.members)]
     manifest = Manifest(FORMAT, now_ms, destination.uri, held, destination.artifact_root)
     if not held:
         return manifest
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    draft = draft_of(target)
     try:
         with os.fdopen(create_private(draft, os.O_RDWR), "w+b") as file:
             with contextlib.suppress(OSError):

@@ -15,7 +15,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +34,7 @@ from mlflow_outbox_worker.bundle import (
     Manifest,
     Member,
     archive_of,
+    draft_of,
     is_plain,
     manifest_of,
     opened,
@@ -45,7 +45,7 @@ from mlflow_outbox_worker.bundle import (
 )
 
 _CHUNK: Final = 1024 * 1024
-_STAGING: Final = ".import-"
+_STAGING: Final = "import"
 _FILES: Final = "files/"
 
 #: What an import did with a run: it is new, it got something it lacked, or it had everything.
@@ -68,8 +68,8 @@ def import_bundle(
         OutOfTime: the deadline came first; nothing of it was used.
         OSError: it cannot be read, or there is no room for it.
     """
-    remove_drafts(directory.path, _STAGING)
-    staging = directory.path / f"{_STAGING}{secrets.token_hex(6)}"
+    remove_drafts(directory.path / _STAGING, "directory")
+    staging = draft_of(directory.path / _STAGING)
     os.mkdir(staging, 0o700)
     lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -207,8 +207,8 @@ def unpacked(path: Path, deadline: float | None = None) -> Iterator[Path]:
     manifest = read_manifest(path)
     parent = state_directory() / "bundles"
     os.makedirs(parent, 0o700, exist_ok=True)
-    remove_drafts(parent, "bundle-")
-    place = parent / f"bundle-{secrets.token_hex(8)}"
+    remove_drafts(parent / "bundle", "directory")
+    place = draft_of(parent / "bundle")
     os.mkdir(place, 0o700)
     lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
