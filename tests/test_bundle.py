@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from commands import make_unreadable
@@ -20,7 +21,7 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import packing
-from mlflow_outbox_worker.bundle import BundleRefused, Manifest, read_manifest
+from mlflow_outbox_worker.bundle import MANIFEST, BundledRun, BundleRefused, Manifest, read_manifest, sealed
 from mlflow_outbox_worker.jobs import view_of
 from mlflow_outbox_worker.packing import write_bundle
 from mlflow_outbox_worker.sources import find_runs
@@ -341,19 +342,35 @@ def test_a_list_of_holes_refuses_the_bundle(tmp_path: Path) -> None:
             import_bundle(holes, directory)
 
 
-def test_a_bundle_of_a_newer_format_says_to_upgrade(bundle: Path, tmp_path: Path) -> None:
-    """It is left alone."""
-    import msgspec
-
-    from mlflow_outbox_worker.bundle import MANIFEST, sealed
-
-    manifest = msgspec.structs.replace(read_manifest(bundle), format=99)
-    with tarfile.open(tmp_path / "newer.tar", "w") as archive:
+def written(target: Path, manifest: Manifest) -> Path:
+    """Write a bundle of nothing but a manifest, and return its path."""
+    with tarfile.open(target, "w") as archive:
         info = tarfile.TarInfo(MANIFEST)
         info.size = len(sealed(manifest))
         archive.addfile(info, io.BytesIO(sealed(manifest)))
+    return target
+
+
+@pytest.mark.parametrize("how", ["import", "replay"])
+@pytest.mark.parametrize("ids", [("../../../../evil",), ("/tmp/evil",), ("..",), ("",), (".",), ("a", "a"), ("a\n",)])
+def test_a_run_that_no_export_names_refuses_the_bundle(ids: tuple[str, ...], how: str, tmp_path: Path) -> None:
+    """Ids that climb out, or stand there twice, of runs without files as well: nothing is made anywhere."""
+    runs = [BundledRun(run_id.replace("/tmp", str(tmp_path)), "e", []) for run_id in ids]
+    evil = written(tmp_path / "evil.tar", Manifest(1, 1, NOWHERE, runs))
+    outbox(tmp_path / "to")
+    with pytest.raises(BundleRefused, match="names the run"):
+        read_manifest(evil)
+    before = contents_of(tmp_path)
+    words = {"import": ["-d", tmp_path / "to"], "replay": ["--to", (tmp_path / "mlruns").as_uri()]}
+    assert 1 == command(how, evil, *words[how])
+    assert before == contents_of(tmp_path)
+
+
+def test_a_bundle_of_a_newer_format_says_to_upgrade(bundle: Path, tmp_path: Path) -> None:
+    """It is left alone."""
+    newer = written(tmp_path / "newer.tar", msgspec.structs.replace(read_manifest(bundle), format=99))
     with pytest.raises(BundleRefused, match=r"format 99 .* upgrade"):
-        import_bundle(tmp_path / "newer.tar", outbox(tmp_path / "to"))
+        import_bundle(newer, outbox(tmp_path / "to"))
 
 
 def test_a_file_that_is_there_is_not_overwritten(bundle: Path, tmp_path: Path) -> None:

@@ -156,13 +156,19 @@ def manifest_of(archive: tarfile.TarFile, path: Path) -> Manifest:
         known = resolve(manifest.destination).uri == manifest.destination
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply, no destination
         refuse(path, f"has a manifest of another form ({printable(error, 100)})")
-    names = [(run.run_id, member) for run in manifest.runs for member in run.members]
-    if not known or len({run.run_id for run in manifest.runs}) != len(manifest.runs):
+    if not known:
         refuse(path, "has a manifest that no export wrote")
-    for run_id, member in names:
+    ids: set[str] = set()
+    for run in manifest.runs:  # without members too: a directory is made for each
+        if not is_run_id(run.run_id):
+            refuse(path, f"names the run {printable(run.run_id, 200)!r}, which is no id of a run")
+        if run.run_id in ids:
+            refuse(path, f"names the run {run.run_id} twice")
+        ids.add(run.run_id)
+    for member in (member for run in manifest.runs for member in run.members):
         folder, slash, digest_name = member.name.partition("/")
         fits = _SEGMENT.fullmatch(member.name) or (folder == "files" and slash and digest_name == member.sha256)
-        if not fits or not is_run_id(run_id) or not is_digest(member.sha256) or member.size < 0:
+        if not fits or not is_digest(member.sha256) or member.size < 0:
             refuse(path, f"names the file {printable(member.name, 200)!r}, which is none of a run's")
     return manifest
 
