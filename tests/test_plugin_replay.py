@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 import plugin_scenarios
+from contents import client
+from mlflow_outbox.destination import resolve
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.packing import write_bundle
+from mlflow_outbox_worker.sources import find_runs
 from plugin_world import deliver, differences, picture, store, tracking
 from replays import command, the_outbox
 from servers import MlflowServer, eventually
@@ -134,6 +138,33 @@ def test_a_run_that_was_sent_again_goes_on_under_the_id_that_its_program_knows(
     found = picture(server.url, experiment_name)
     assert [[[0, "1.0"], [1, "2.0"]]] == [one["metrics"]["m"] for one in found["runs"]]
     assert ["yes"] == [one["tags"].get("late") for one in found["models"]]
+
+
+@pytest.mark.parametrize("how", ["the same bundle", "one without an outbox's id", "another one", "the outbox"])
+def test_what_was_done_to_an_experiment_is_done_once_however_often_its_bundle_is_replayed(
+    how: str, sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a person changed there since then stays."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with tracking("outbox+http://127.0.0.1:9", tmp_path / "outbox", worker="none", create_timeout=0) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        mlflow.set_experiment_tag("stage", "first")
+        with mlflow.start_run():
+            mlflow.log_param("a", 1)
+    outbox, bundle, second = the_outbox(tmp_path / "outbox"), tmp_path / "runs.tar", tmp_path / "second.tar"
+    if how == "one without an outbox's id":
+        write_bundle(bundle, find_runs(outbox).runs, resolve("http://127.0.0.1:9"), now_ms=1)
+    else:
+        for target in (bundle, second):
+            assert 0 == command("export", "--all", "-d", outbox, "-o", target)
+    assert 0 == command("replay", bundle, "--to", sqlite_uri)
+    with client(sqlite_uri) as there:
+        number = there.get_experiment_by_name(experiment_name).experiment_id
+        assert "first" == there.get_experiment(number).tags["stage"]
+        there.set_experiment_tag(number, "stage", "a person's")
+        again = {"another one": second, "the outbox": outbox}.get(how, bundle)
+        assert 0 == command("replay", again, "--to", sqlite_uri)
+        assert "a person's" == there.get_experiment(number).tags["stage"]
 
 
 def forget_engines() -> None:

@@ -73,13 +73,18 @@ class BundledRun(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a bundle holds; see the module's docstring."""
+    """What a bundle holds; see the module's docstring.
+
+    Attributes:
+        outbox: id of the outbox that the runs are of, which names what belongs to no run; "" in older bundles.
+    """
 
     format: int
     made_ms: int
     destination: str
     runs: list[BundledRun]
     artifact_root: str = ""
+    outbox: str = ""
 
 
 def sealed(manifest: Manifest) -> bytes:
@@ -156,7 +161,7 @@ def manifest_of(archive: tarfile.TarFile, path: Path) -> Manifest:
         known = resolve(manifest.destination).uri == manifest.destination
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply, no destination
         refuse(path, f"has a manifest of another form ({printable(error, 100)})")
-    if not known:
+    if not known or (manifest.outbox and not is_run_id(manifest.outbox)):
         refuse(path, "has a manifest that no export wrote")
     ids: set[str] = set()
     for run in manifest.runs:  # without members too: a directory is made for each

@@ -112,7 +112,7 @@ def prepare(
     for path in paths:
         for found in _found(path):
             problems += found.problems
-            if found.outbox is not None:
+            if found.outbox is not None and path not in copies:
                 ledgers.add(ledger_dir or found.outbox.ledger)
             recorded = _recorded(found)
             target = given or (with_credentials(recorded, wish.fallback) if recorded is not None else None)

@@ -49,7 +49,13 @@ _TRIES: Final = 10
 
 
 def write_bundle(
-    target: Path, runs: Mapping[str, tuple[Path, ...]], destination: Destination, *, now_ms: int, replace: bool = False
+    target: Path,
+    runs: Mapping[str, tuple[Path, ...]],
+    destination: Destination,
+    *,
+    now_ms: int,
+    outbox: str = "",
+    replace: bool = False,
 ) -> Manifest:
     """Write runs into a bundle.
 
@@ -58,6 +64,7 @@ def write_bundle(
         runs: the directories of each run, by run id; only read.
         destination: where the runs are to be delivered to.
         now_ms: wall-clock milliseconds since the epoch, kept in the manifest.
+        outbox: id of the outbox that the runs are of, kept in the manifest.
         replace: replace a file that is there already.
 
     Returns:
@@ -74,7 +81,7 @@ def write_bundle(
     places: dict[str, Path] = {}
     bundled = [_bundled(run_id, folders, places) for run_id, folders in sorted(runs.items())]
     held = [run for run in bundled if any(member.name.endswith(".log") for member in run.members)]
-    manifest = Manifest(FORMAT, now_ms, destination.uri, held, destination.artifact_root)
+    manifest = Manifest(FORMAT, now_ms, destination.uri, held, destination.artifact_root, outbox)
     if not held:
         return manifest
     draft = draft_of(target)

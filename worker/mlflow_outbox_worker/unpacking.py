@@ -42,6 +42,7 @@ from mlflow_outbox_worker.bundle import (
     read_manifest,
     refuse,
     remove_drafts,
+    sealed,
 )
 
 _CHUNK: Final = 1024 * 1024
@@ -214,7 +215,9 @@ def unpacked(path: Path, deadline: float | None = None) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the directory is no leftover
         destination = Destination(manifest.destination, manifest.artifact_root)
-        directory = OutboxDirectory.create(place, destination, now_ms=manifest.made_ms)
+        # Not one of its own: what was done to an experiment is known at the destination by the outbox that it is from.
+        outbox_id = manifest.outbox or hashlib.sha256(sealed(manifest)).hexdigest()[:32]
+        directory = OutboxDirectory.create(place, destination, now_ms=manifest.made_ms, outbox_id=outbox_id)
         import_bundle(path, directory, deadline=deadline, passing=True)
         yield directory.path
     finally:

@@ -101,13 +101,14 @@ class OutboxDirectory:
         return Destination(self.identity.destination, self.identity.artifact_root)
 
     @classmethod
-    def create(cls, root: Path, destination: Destination, *, now_ms: int) -> OutboxDirectory:
+    def create(cls, root: Path, destination: Destination, *, now_ms: int, outbox_id: str = "") -> OutboxDirectory:
         """Open the outbox of a destination under root, and make it when there is none.
 
         Args:
             root: directory that holds outboxes, one per destination; or an existing outbox itself.
             destination: where it delivers to.
             now_ms: wall-clock milliseconds since the epoch, kept as its creation time.
+            outbox_id: the id of one that is made; "" gives it one that no other has.
 
         Raises:
             OutboxUnusable: it cannot be made, or is not safe to use.
@@ -115,15 +116,15 @@ class OutboxDirectory:
         """
         for seconds in _ASKED_AGAIN:
             try:
-                return cls._create(root, destination, now_ms)
+                return cls._create(root, destination, now_ms, outbox_id)
             except OutboxUnusable as error:
                 if getattr(error.__cause__, "errno", None) not in _PASSING:
                     raise
             time.sleep(seconds)
-        return cls._create(root, destination, now_ms)
+        return cls._create(root, destination, now_ms, outbox_id)
 
     @classmethod
-    def _create(cls, root: Path, destination: Destination, now_ms: int) -> OutboxDirectory:
+    def _create(cls, root: Path, destination: Destination, now_ms: int, outbox_id: str) -> OutboxDirectory:
         root = _absolute(root)
         path = root if os.path.lexists(root / _IDENTITY) else root / destination.slug
         try:
@@ -136,9 +137,8 @@ class OutboxDirectory:
                 make_private(path / part)
                 check_private(path / part)
             if not os.path.lexists(path / _IDENTITY):
-                identity = OutboxIdentity(
-                    FORMAT, os.urandom(16).hex(), destination.uri, now_ms, destination.artifact_root
-                )
+                outbox_id = outbox_id or os.urandom(16).hex()
+                identity = OutboxIdentity(FORMAT, outbox_id, destination.uri, now_ms, destination.artifact_root)
                 write_once(path / _IDENTITY, msgspec.json.format(msgspec.json.encode(identity)))
                 if not is_network(path):
                     reserve.make(path / "delivery")

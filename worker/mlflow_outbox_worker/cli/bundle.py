@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -25,11 +26,20 @@ if TYPE_CHECKING:
 
 
 class _Choice(NamedTuple):
-    """What is exported: where it is to go, the directories of each run, the ledgers that know of them, what is bad."""
+    """What is exported.
+
+    Attributes:
+        destination: where it is to go.
+        runs: the directories of each run.
+        ledgers: directories of the ledgers that know of the runs.
+        outboxes: ids of the outboxes that the runs are of.
+        problems: what cannot be read, a sentence each.
+    """
 
     destination: Destination
     runs: dict[str, tuple[Path, ...]]
     ledgers: set[Path]
+    outboxes: set[str]
     problems: list[str]
 
 
@@ -78,14 +88,17 @@ def export(
         msg = f"there is a file {printable(output, 300)} already; --force replaces it"
         raise CommandFailed(msg)
     settings = outboxes.settings_for(outbox_dir)
-    destination, chosen, ledgers, problems = _everything(settings) if everything else _chosen(runs or [], settings)
-    for problem in problems:
+    choice = _everything(settings) if everything else _chosen(runs or [], settings)
+    chosen = choice.runs
+    for problem in choice.problems:
         terminal.error(problem)
     if not chosen:
         msg = "there is no run to export"
         raise CommandFailed(msg)
-    refuse_fragments(lost_beginnings(chosen, ledgers), incomplete=incomplete, done="written")
-    manifest = write_bundle(output, chosen, destination, now_ms=time.time_ns() // 1_000_000, replace=force)
+    refuse_fragments(lost_beginnings(chosen, choice.ledgers), incomplete=incomplete, done="written")
+    now_ms = time.time_ns() // 1_000_000
+    outbox = _id_of(choice.outboxes)
+    manifest = write_bundle(output, chosen, choice.destination, now_ms=now_ms, outbox=outbox, replace=force)
     gone = chosen.keys() - {run.run_id for run in manifest.runs}
     for run_id in sorted(gone):
         terminal.error(f"run {run_id} was left out: it is not on disk any more")
@@ -94,9 +107,9 @@ def export(
         raise CommandFailed(msg)
     size = sum(member.size for run in manifest.runs for member in run.members)
     terminal.say(f"{count(len(manifest.runs), 'run')}, {wording.size(size)}, in {output}")
-    if problems:
+    if choice.problems:
         terminal.error(f"what cannot be read is not in {printable(output, 300)}; see: mlflow-outbox doctor")
-    return ExitCode.ERROR if gone or problems else ExitCode.DONE
+    return ExitCode.ERROR if gone or choice.problems else ExitCode.DONE
 
 
 def _everything(settings: Settings) -> _Choice:
@@ -104,7 +117,13 @@ def _everything(settings: Settings) -> _Choice:
 
     directory = outboxes.open_one(settings)
     found = find_runs(directory.path)
-    return _Choice(directory.destination, found.runs, {outboxes.ledger_path(directory, settings)}, found.problems)
+    ledgers = {outboxes.ledger_path(directory, settings)}
+    return _Choice(directory.destination, found.runs, ledgers, {directory.identity.id}, found.problems)
+
+
+def _id_of(ids: set[str]) -> str:
+    """Return the id of the outbox of a bundle's runs; of several, one that is always the same."""
+    return hashlib.sha256("/".join(sorted(ids)).encode()).hexdigest()[:32] if len(ids) > 1 else next(iter(ids))
 
 
 def _chosen(names: list[str], settings: Settings) -> _Choice:
@@ -116,6 +135,7 @@ def _chosen(names: list[str], settings: Settings) -> _Choice:
     runs: list[dict[str, tuple[Path, ...]]] = []
     ledgers: set[Path] = set()
     problems: list[str] = []
+    ids: set[str] = set()
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -123,23 +143,25 @@ def _chosen(names: list[str], settings: Settings) -> _Choice:
             if found.identity is None or not found.runs:
                 msg = "; ".join(found.problems) or f"{printable(name, 300)} has no outbox.json beside or above it"
                 raise CommandFailed(msg)
-            destination = Destination(found.identity.destination, found.identity.artifact_root)
+            identity = found.identity
+            destination = Destination(identity.destination, identity.artifact_root)
             problems += found.problems
             runs.append(found.runs)
             directory = found.outbox
         else:
             directory, run_id = outboxes.find_run(outboxes.open_all(settings), settings, name)
-            destination = directory.destination
+            identity, destination = directory.identity, directory.destination
             problems += outboxes.unreadable_parts(directory, run_id)
             folders = (directory.run(run_id), directory.delivered / run_id)
             runs.append({run_id: folders} if any(RunReader(folder).segments() for folder in folders) else {})
         destinations[destination.uri] = destination
+        ids.add(identity.id)
         if directory is not None:
             ledgers.add(outboxes.ledger_path(directory, settings))
     if len(destinations) > 1:
         msg = f"these runs are for {len(destinations)} destinations; export each destination's runs by themselves"
         raise CommandFailed(msg, ExitCode.USAGE)
-    return _Choice(next(iter(destinations.values())), merged(runs), ledgers, problems)
+    return _Choice(next(iter(destinations.values())), merged(runs), ledgers, ids, problems)
 
 
 def import_(
