@@ -24,6 +24,9 @@ from mlflow_outbox_worker.wording import size, span
 from servers import MlflowServer
 
 
+from replays import contents_of
+
+
 @pytest.fixture
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
     """Run commands in this process."""
@@ -374,6 +377,22 @@ def test_the_shell_in_use_is_known(here: Here, monkeypatch: pytest.MonkeyPatch) 
     done = here("--show-completion", "tcsh")
     assert 2 == done.code
     assert "bash, zsh or fish" in done.err
+
+
+@pytest.mark.parametrize("uri", ["", " "])
+@pytest.mark.parametrize("words", [["replay", "."], ["replay", ".", "--dry-run"], ["verify"]])
+def test_an_empty_place_is_bad_usage(
+    words: list[str], uri: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable that is not set must not mean the directory mlruns: nothing is sent, read or made."""
+    offline(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = contents_of(tmp_path)
+    done = here(*words, "--to", uri)
+    assert 2 == done.code
+    assert "--to" in done.err
+    assert "its value is empty" in done.err
+    assert before == contents_of(tmp_path)
 
 
 def test_the_logging_of_the_process_is_put_back(here: Here, tmp_path: Path) -> None:

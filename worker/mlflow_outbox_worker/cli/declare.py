@@ -52,6 +52,7 @@ class Option:
         metavar: what its value is called in help.
         least: the smallest number that it takes.
         most: the largest.
+        filled: an empty value, as of a variable that is not set, is bad usage.
         default: what help says about leaving it out, when the default value itself does not tell.
         words: says how a shell may complete its value.
     """
@@ -63,6 +64,7 @@ class Option:
         metavar: str | None = None,
         least: float | None = None,
         most: float | None = None,
+        filled: bool = False,
         default: str = "",
         words: Words | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Option:
         self.about = f"{about}  [default: {default}]" if default else about
         self.metavar = metavar
         self.least, self.most = least, most
+        self.filled = filled
 
     def __repr__(self) -> str:
         return f"<Option {'/'.join(self.names)}>"
@@ -187,7 +190,7 @@ def _parameter(parameter: inspect.Parameter, kind: Any, about: Option | Argument
         return click.Option(names, is_flag=True, default=default, help=about.about)
     return click.Option(
         names,
-        type=_type(kind, about.least, about.most),
+        type=_Filled() if about.filled else _type(kind, about.least, about.most),
         multiple=several,
         required=required,
         default=default,
@@ -235,6 +238,16 @@ class _Number(click.FloatRange):
 
     def _describe_range(self) -> str:
         return ""
+
+
+class _Filled(click.types.StringParamType):
+    """A text that is not empty."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        if not text.strip():
+            self.fail("its value is empty; leave the option out, or give it one.", param, ctx)
+        return text
 
 
 def _bounds(least: float | None, most: float | None) -> str:

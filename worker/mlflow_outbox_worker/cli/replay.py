@@ -39,7 +39,9 @@ def replay(
         list[Path],
         Argument(metavar="PATH...", about="Outboxes, directories with several, single runs' directories, bundles."),
     ],
-    to: Annotated[str | None, Option("--to", metavar="URI", about="Tracking URI; else the recorded one.")] = None,
+    to: Annotated[
+        str | None, Option("--to", metavar="URI", filled=True, about="Tracking URI; else the recorded one.")
+    ] = None,
     experiment: Annotated[str, Option("--experiment", metavar="NAME", about="Put all runs into this experiment.")] = "",
     only_finished: Annotated[bool, Option("--only-finished", about="Only runs whose status is FINISHED.")] = False,
     again: Annotated[

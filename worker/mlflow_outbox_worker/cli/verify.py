@@ -41,7 +41,7 @@ def verify(
     ] = None,
     deep: Annotated[bool, Option("--deep", about="Every point, and the content of every artifact.")] = False,
     to: Annotated[
-        str | None, Option("--to", metavar="URI", about="A tracking URI that the runs were replayed to.")
+        str | None, Option("--to", metavar="URI", filled=True, about="A tracking URI that the runs were replayed to.")
     ] = None,
     as_json: AsJson = False,
     outbox_dir: OutboxDir = None,
