@@ -237,6 +237,17 @@ def test_a_gzipped_bundle_that_was_cut_off_is_refused(bundle: Path, tmp_path: Pa
         import_bundle(tmp_path / "cut.tar.gz", outbox(tmp_path / "to"))
 
 
+def test_a_bundle_is_read_through_a_link(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The latest of several, say; the link may be given to any command, and is not changed."""
+    latest, other = tmp_path / "latest.tar", (tmp_path / "mlruns").as_uri()
+    latest.symlink_to(bundle.name)
+    assert 0 == command("import", latest, "-d", tmp_path / "to")
+    assert 0 == command("replay", latest, "--to", other, "--dry-run")
+    assert str(latest) in capsys.readouterr().out
+    assert views(tmp_path / "from") == views(tmp_path / "to")
+    assert latest.is_symlink()
+
+
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     """A text, an empty file, somebody else's archive."""
     directory = outbox(tmp_path / "to")

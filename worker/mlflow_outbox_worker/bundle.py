@@ -107,7 +107,7 @@ def read_manifest(path: Path) -> Manifest:
 @contextlib.contextmanager
 def archive_of(path: Path) -> Iterator[tarfile.TarFile]:
     """Open a bundle for reading it once from its beginning; whatever is wrong with its bytes becomes BundleRefused."""
-    with opened(path) as file:
+    with opened(Path(os.path.realpath(path))) as file:  # a link may lead to it, and no more than that
         magic = file.read(2)
         file.seek(0)
         try:
