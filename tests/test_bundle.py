@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import io
 import os
 import shutil
 import tarfile
+import threading
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,14 @@ from contents import QUICK, artifact_text, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox_worker import packing
+from mlflow_outbox_worker import packing, unpacking
 from mlflow_outbox_worker.bundle import MANIFEST, BundledRun, BundleRefused, Manifest, read_manifest, sealed
 from mlflow_outbox_worker.jobs import view_of
 from mlflow_outbox_worker.packing import write_bundle
 from mlflow_outbox_worker.sources import find_runs
-from mlflow_outbox_worker.unpacking import import_bundle
+from mlflow_outbox_worker.unpacking import Imported, import_bundle
 from replays import command, contents_of, log_offline, run_with_kills, the_outbox
+from servers import eventually
 from spools import RUN, Kit
 
 NOWHERE = "http://127.0.0.1:9"
@@ -161,6 +165,37 @@ def test_an_import_twice_changes_nothing(bundle: Path, tmp_path: Path) -> None:
     assert {"unchanged"} == set(import_bundle(bundle, directory).values())
     assert before == contents_of(directory.runs)
     assert [] == [path.name for path in directory.path.iterdir() if path.name.startswith(".")]
+
+
+def test_two_imports_at_once_put_each_run_there_once(
+    tmp_path: Path, experiment_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one comes when the first has looked at what the outbox has, and begins to add to it."""
+    for name in ("one", "two"):
+        log_offline(experiment_name, NOWHERE, tmp_path / "from", name=name)
+    exported(tmp_path / "from", tmp_path / "runs.tar")
+    directory, publish, flock = outbox(tmp_path / "to"), unpacking._publish, fcntl.flock
+    second: list[Future[dict[str, Imported]]] = []
+    begun, waits = threading.Event(), threading.Event()
+
+    def publish_late(*arguments: Any) -> Imported:
+        if not begun.is_set():
+            begun.set()
+            second.append(pool.submit(import_bundle, tmp_path / "runs.tar", directory))
+            eventually(lambda: waits.is_set() or second[0].done())
+        return publish(*arguments)
+
+    def noted(fd: Any, operation: int) -> None:
+        if begun.is_set() and operation == fcntl.LOCK_EX:
+            waits.set()
+        flock(fd, operation)
+
+    monkeypatch.setattr(unpacking, "_publish", publish_late)
+    monkeypatch.setattr(fcntl, "flock", noted)
+    with ThreadPoolExecutor(1) as pool:
+        assert ["new"] * 2 == list(import_bundle(tmp_path / "runs.tar", directory).values())
+        assert ["unchanged"] * 2 == list(second[0].result(60).values())
+    assert views(tmp_path / "from") == views(tmp_path / "to")
 
 
 def test_a_run_that_is_written_goes_in_as_far_as_it_is_and_the_rest_later(tmp_path: Path, experiment_name: str) -> None:

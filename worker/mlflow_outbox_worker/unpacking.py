@@ -69,17 +69,19 @@ def import_bundle(
         OutOfTime: the deadline came first; nothing of it was used.
         OSError: it cannot be read, or there is no room for it.
     """
-    remove_drafts(directory.path / _STAGING, "directory")
-    staging = draft_of(directory.path / _STAGING)
-    os.mkdir(staging, 0o700)
-    lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _alone(directory):
+        remove_drafts(directory.path / _STAGING, "directory")
+        staging = draft_of(directory.path / _STAGING)
+        os.mkdir(staging, 0o700)
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if not directory.network:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the directory is no leftover
+    try:
         manifest = _unpack(path, staging, deadline, sync=not passing)
-        plans = {run.run_id: _lacking(run, staging, directory) for run in manifest.runs}
-        result = {run.run_id: _publish(run, plans[run.run_id], staging, directory) for run in manifest.runs}
-        sync_directory(directory.runs)
+        with _alone(directory):
+            plans = {run.run_id: _lacking(run, staging, directory) for run in manifest.runs}
+            result = {run.run_id: _publish(run, plans[run.run_id], staging, directory) for run in manifest.runs}
+            sync_directory(directory.runs)
         for run_id in result:
             with contextlib.suppress(OSError):  # a worker finds it at its next look around
                 directory.ring(run_id)
@@ -87,6 +89,18 @@ def import_bundle(
     finally:
         os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(directory: OutboxDirectory) -> Iterator[None]:
+    """Keep other imports into an outbox waiting, where locks can be relied on: one may add to what another looks at."""
+    fd = os.open(directory.runs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not directory.network:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _unpack(path: Path, staging: Path, deadline: float | None, *, sync: bool) -> Manifest:
