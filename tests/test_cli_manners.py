@@ -21,10 +21,8 @@ from commands import Here, closing, command, console_script, environment, offlin
 from mlflow_outbox_worker.cli import app, exits, terminal
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.wording import size, span
-from servers import MlflowServer
-
-
 from replays import contents_of
+from servers import MlflowServer
 
 
 @pytest.fixture
