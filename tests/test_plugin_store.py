@@ -267,7 +267,8 @@ def test_a_run_from_elsewhere_is_shown_as_the_server_said_last_while_it_is_away(
         ("search for runs", lambda mlflow: mlflow.search_runs(["0"])),
         ("search_experiments", lambda mlflow: mlflow.search_experiments()),
         ("the run", lambda mlflow: mlflow.get_run(uuid.uuid4().hex)),
-        ("log_feedback", lambda mlflow: mlflow.log_feedback(trace_id="tr-1", name="good", value=True)),
+        ("create_assessment", lambda mlflow: mlflow.log_feedback(trace_id="tr-1", name="good", value=True)),
+        ("delete_traces", lambda mlflow: mlflow.MlflowClient().delete_traces("0", trace_ids=["tr-1"])),
     ],
 )
 def test_what_only_the_server_knows_fails_at_once_and_says_so(what: str, call: Any, tmp_path: Path) -> None:
@@ -280,6 +281,22 @@ def test_what_only_the_server_knows_fails_at_once_and_says_so(what: str, call: A
             call(mlflow)
         assert time.monotonic() - begin < 30.0, "MLflow's own client tries for four minutes"
     assert "TEMPORARILY_UNAVAILABLE" == raised.value.error_code, what
+    assert what in str(raised.value)
+    is_write = what in {"model registry", "create_assessment", "delete_traces"}
+    assert is_write == ("This call was not kept: make it again when the server is back." in str(raised.value))
+    assert is_write == ("What was logged is kept and will be delivered; ask again" not in str(raised.value))
+
+
+def test_a_write_that_the_server_may_have_carried_out_says_so(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    """Whoever made it again without a look would have it twice."""
+    from mlflow.exceptions import MlflowException
+
+    with FaultProxy(mlflow_server.url) as proxy, tracking(f"outbox+{proxy.url}", tmp_path, exit_timeout=0) as mlflow:
+        proxy.on("/assessments", forward_then_drop_response())
+        with pytest.raises(
+            MlflowException, match="not kept: make it again when the server is back unless it was carried out"
+        ):
+            mlflow.log_feedback(trace_id="tr-1", name="good", value=True)
 
 
 # -- errors at the call

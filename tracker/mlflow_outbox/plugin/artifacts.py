@@ -263,7 +263,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         try:
             self._repository().delete_artifacts(posixpath.join(self._below, artifact_path or "") or None)
         except Away as away:
-            raise self._store.server.needed("deleting artifacts", away) from None
+            raise self._store.server.needed("deleting artifacts", away, call="delete_artifacts") from None
 
     def _local(self) -> tuple[dict[str, File], dict[str, File]]:
         """Return the files that the outbox knows of, and those of them that the server does not have yet."""

@@ -115,9 +115,10 @@ class Base:
             named = {key: self.ids.outgoing(value) for key, value in kwargs.items()}
             return self.server.ask(lambda store: getattr(store, name)(*given, **named))
         except Away as away:
-            raise self.server.needed(name, away) from None
+            raise self.server.needed(name, away, call=name) from None
         except NotYet as missing:
-            raise self.server.needed(name, Away(f"{missing} has not been delivered yet", sent=False)) from None
+            pending = Away(f"{missing} has not been delivered yet", sent=False)
+            raise self.server.needed(name, pending, call=name) from None
 
     def __getattr__(self, name: str) -> Any:
         """Find what MLflow's stores have beyond their abstract base, for instance in a newer version."""

@@ -44,11 +44,12 @@ class OutboxRegistry:
                 named = {key: tracking.ids.outgoing(tracking.located(value)) for key, value in kwargs.items()}
                 # One short question, because MLflow's own store tries for minutes.
                 tracking.server.ask(lambda store: store.search_experiments(max_results=1), quick=True)
-            except Away as away:
-                raise tracking.server.needed(f"the model registry ({name})", away) from None
+            except Away as error:  # the question before was sent at most, and not the call
+                away = Away(str(error), sent=False, answer=error.answer)
+                raise tracking.server.needed(f"the model registry ({name})", away, call=name) from None
             except NotYet as missing:
                 pending = Away(f"{missing} has not been delivered yet", sent=False)
-                raise tracking.server.needed(f"the model registry ({name})", pending) from None
+                raise tracking.server.needed(f"the model registry ({name})", pending, call=name) from None
             return theirs(*given, **named)
 
         return call

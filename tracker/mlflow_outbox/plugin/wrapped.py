@@ -46,6 +46,8 @@ _OURS: Final = re.compile(r"^[A-Z]+ /\S*: \d{3} (?:[A-Z_]+: )?")
 _NOT_ABOUT_IT: Final = frozenset({401, 407, 408, 425, 429})
 #: What MLflow's own server answers beside 403 where it asks for passwords; other answers of it are JSON.
 _FORBIDDEN: Final = re.compile(r" 403: Permission denied$")
+#: How the names of methods begin that change nothing.
+_READING: Final = re.compile(r"(?:batch_get|calculate|filter|find|get(?!_or_create)|list|query|resolve|search|sum)_")
 
 
 class SilentHost(OSError):
@@ -256,13 +258,27 @@ class Server:
         self._lock = threading.Lock()
         self._opened, self._under_way, self._aside = {}, 0, threading.Semaphore()
 
-    def needed(self, what: str, away: Away) -> MlflowException:
-        """Return the error of a call that only the server can answer: its own, if it has said one."""
+    def needed(self, what: str, away: Away, *, call: str = "") -> MlflowException:
+        """Return the error of a call that only the server can answer: its own, if it has said one.
+
+        Args:
+            what: begins a sentence about what needs the server.
+            away: why it cannot be asked.
+            call: the store's method, where it is one that is handed on; it would have changed something unless its name
+                says otherwise.
+        """
         if away.answer is not None:
             return away.answer
+        if call and not _READING.match(call):
+            unless = " unless it was carried out all the same" if away.sent else ""
+            then = (
+                f"This call was not kept: make it again when the server is back{unless}. "
+                "What was logged before is kept."
+            )
+        else:
+            then = "What was logged is kept and will be delivered; ask again when the server is back."
         return MlflowException(
-            f"{what} needs the tracking server, and {self.uri} cannot be asked now ({away}). "
-            "What was logged is kept and will be delivered; ask again when the server is back.",
+            f"{what} needs the tracking server, and {self.uri} cannot be asked now ({away}). {then}",
             error_code=TEMPORARILY_UNAVAILABLE,
         )
 
