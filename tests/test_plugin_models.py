@@ -224,3 +224,52 @@ def test_models_are_searched_by_their_metrics_at_the_server_alone(
         deliver(uri)
         eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
         assert (["good"], ["good", "bad"]) == (found(**by_filter), found(**by_order))
+
+
+def test_a_model_shows_the_metrics_of_its_run_while_the_server_is_away(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Those of other runs only the server puts together, and shows when it is back."""
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            one, other = (mlflow.initialize_logged_model(name=name) for name in ("one", "other"))
+            for step in range(2):
+                mlflow.log_metric("acc", step / 2, step=step, model_id=one.model_id)
+            mlflow.log_metrics({"acc": 0.9, "loss": 0.1}, model_id=other.model_id)
+        with mlflow.start_run():
+            mlflow.log_metric("later", 1.0, model_id=one.model_id)
+
+        def shown(model_id: str) -> list[tuple[str, float, int]]:
+            return sorted((m.key, m.value, m.step) for m in mlflow.get_logged_model(model_id).metrics or ())
+
+        assert [("acc", 0.0, 0), ("acc", 0.5, 1)] == shown(one.model_id)
+        assert [("acc", 0.9, 0), ("loss", 0.1, 0)] == shown(other.model_id)
+        assert {run.info.run_id} == {m.run_id for m in mlflow.get_logged_model(one.model_id).metrics}
+        (listed, _) = mlflow.search_logged_models(output_format="list", order_by=[{"field_name": "name"}])
+        assert 2 == len(listed.metrics)
+        proxy.up()
+        deliver(uri)
+        eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+        assert [("acc", 0.0, 0), ("acc", 0.5, 1), ("later", 1.0, 0)] == shown(one.model_id)
+
+
+def test_what_is_logged_with_a_dataset_shows_the_dataset_once(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow sends it once for each metric of a call, in one request; the server keeps it once."""
+    import pandas as pd
+
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        mlflow.set_experiment(experiment_name)
+        table = mlflow.data.from_pandas(pd.DataFrame({"x": [1.0]}), name="table")
+        with mlflow.start_run() as run:
+            mlflow.log_metrics({"a": 1.0, "b": 2.0, "c": 3.0}, dataset=table)
+
+        def datasets() -> list[str]:
+            return [one.dataset.name for one in mlflow.get_run(run.info.run_id).inputs.dataset_inputs]
+
+        assert ["table"] == datasets()
+        proxy.up()
+        deliver(uri)
+        assert ["table"] == datasets()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import (
@@ -131,14 +131,20 @@ def links(requests: Iterable[Kept], theirs: Run | None) -> tuple[RunInputs, RunO
     for request in requests:
         if request.operation == "log_inputs":
             given = codec.loads(request.arguments)
-            seen = {(d.dataset.name, d.dataset.digest) for d in datasets}
-            datasets += [d for d in given.get("datasets") or () if (d.dataset.name, d.dataset.digest) not in seen]
-            ids = {model.model_id for model in read}
-            read += [model for model in given.get("models") or () if model.model_id not in ids]
+            _add(datasets, given.get("datasets"), lambda one: (one.dataset.name, one.dataset.digest))
+            _add(read, given.get("models"), lambda one: one.model_id)
         elif request.operation == "log_outputs":
-            ids = {model.model_id for model in made}
-            made += [m for m in codec.loads(request.arguments).get("models") or () if m.model_id not in ids]
+            _add(made, codec.loads(request.arguments).get("models"), lambda one: one.model_id)
     return RunInputs(dataset_inputs=datasets, model_inputs=read), RunOutputs(model_outputs=made)
+
+
+def _add(held: list[Any], given: Iterable[Any] | None, identity: Callable[[Any], object]) -> None:
+    """Add those that are not there; one request may name the same thing several times, as the metrics of it do."""
+    seen = {identity(one) for one in held}
+    for one in given or ():
+        if identity(one) not in seen:
+            seen.add(identity(one))
+            held.append(one)
 
 
 def named(run: Run, names: Mapping[str, str]) -> None:
@@ -197,6 +203,8 @@ def _identity(metric: Metric) -> tuple[str, int, int]:
 def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None, location: str) -> LoggedModel | None:
     """Return a logged model: the server's answer, if there is one, with requests folded in.
 
+    Without one its metrics are those in this journal, which is that of its own run: any other may have some too.
+
     Args:
         requests: of the journal that the model is in.
         model_id: as it is called there.
@@ -214,6 +222,8 @@ def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None
         }  # fmt: skip
     for request in requests:
         given = codec.loads(request.arguments)
+        if request.operation == "log_batch" and theirs is None and found is not None:
+            found["metrics"] += _points_of_model(given, model_id)
         if given.get("model_id") != model_id:
             continue
         if request.operation == "create_logged_model" and found is None:
@@ -231,6 +241,19 @@ def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None
         return None
     found["tags"].pop(provisional.MODEL_ID_TAG, None)
     return LoggedModel(**found)
+
+
+def _points_of_model(given: dict[str, Any], model_id: str) -> list[Metric]:
+    return [
+        Metric(
+            *(one.key, one.value, one.timestamp, one.step, model_id),
+            dataset_name=one.dataset_name,
+            dataset_digest=one.dataset_digest,
+            run_id=given["run_id"],
+        )
+        for one in given.get("metrics") or ()
+        if one.model_id == model_id
+    ]
 
 
 def is_deleted(requests: Iterable[Kept], model_id: str) -> bool:
