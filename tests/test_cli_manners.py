@@ -284,6 +284,30 @@ def test_an_error_is_one_sentence_unless_asked_for_more(here: Here, tmp_path: Pa
     assert "Traceback" in verbose.err
 
 
+@pytest.mark.parametrize(
+    "words", ["status", "flush --timeout 60", "verify", "runs", "dead list", "gc", "status --exit-code", "runs --json"]
+)
+def test_an_outbox_that_is_not_safe_keeps_nobody_from_the_others(
+    words: str, here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It is named, with the remedy, and the exit code is 1; what was asked is done with the others."""
+    (run_id,) = offline(tmp_path, mlflow_server.url, experiment=experiment_name)
+    if words != "flush --timeout 60":
+        assert 0 == here("flush", "-d", tmp_path, "--timeout", 60).code
+    sound = outbox_of(tmp_path)
+    offline(tmp_path)
+    (bad,) = [path for path in tmp_path.iterdir() if path != sound]
+    bad.chmod(0o755)
+    done = here(*words.split(), "-d", tmp_path)
+    assert (1, True) == (done.code, f"left alone: {bad}" in done.err), done
+    assert "" != done.out
+    assert 0 == here("flush", "-d", tmp_path, "--timeout", 60, "--run", run_id).code, "which is not in that one"
+    assert 0 == here("status", "-d", tmp_path, "--json").data["pending"]
+    sound.chmod(0o755)
+    done = here(*words.split(), "-d", tmp_path)
+    assert (1, "", True) == (done.code, done.out, str(sound) in done.err and str(bad) in done.err), done
+
+
 def test_a_mistake_of_ours_is_said_too(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code 1 and one sentence, not a traceback of a hundred lines."""
 

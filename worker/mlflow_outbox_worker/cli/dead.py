@@ -67,15 +67,17 @@ def listed(
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     found: list[tuple[OutboxDirectory, DeadLetter]] = []
-    for directory in outboxes.open_all(settings):
+    usable = outboxes.open_usable(settings)
+    code = usable.name_refused()
+    for directory in usable.directories:
         with outboxes.ledger_of(directory, settings) as ledger:
             found += [(directory, letter) for letter in ledger.dead_letters()]
     if as_json:
         terminal.raw(lines.dumps([_as_data(directory, letter) for directory, letter in found], indent=2))
-        return ExitCode.DONE
+        return code
     if not found:
         terminal.say("there are no dead letters")
-        return ExitCode.DONE
+        return code
     columns = [
         Column("id", right=True),
         Column("run", rank=2),
@@ -95,7 +97,7 @@ def listed(
     ]
     if not quiet:
         terminal.table(columns, rows)
-    return ExitCode.DONE
+    return code
 
 
 def show(

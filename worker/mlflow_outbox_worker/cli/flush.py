@@ -83,11 +83,11 @@ def flush(
     started = clock.began()
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
-    directories = outboxes.open_all(settings)
-    chosen: str | None = None
+    usable = outboxes.open_usable(settings)
+    directories, codes, chosen = usable.directories, [usable.name_refused()], None
     if run is not None:
         directory, chosen = outboxes.find_run(directories, settings, run)
-        directories = [directory]
+        directories, codes = [directory], []
     flushes = [Flush(directory, settings, chosen) for directory in directories]
     with Ending(forceful=True) as ending:
         _until_done(flushes, started, timeout, ending)
@@ -100,7 +100,7 @@ def flush(
             one.say()
         if as_json:
             terminal.raw(json.dumps([one.as_data() for one in flushes], indent=2))
-        return ExitCode.INTERRUPTED if ending.interrupted else most_urgent([one.code() for one in flushes])
+        return ExitCode.INTERRUPTED if ending.interrupted else most_urgent([*codes, *(one.code() for one in flushes)])
 
 
 def _until_done(flushes: list[Flush], started: float, timeout: float | None, ending: Ending) -> None:

@@ -68,8 +68,9 @@ def gc(
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     keep = settings.retention if older_than is None else seconds_of(older_than)
-    codes, freed_of = [], []
-    for directory in outboxes.open_all(settings):
+    usable = outboxes.open_usable(settings)
+    codes, freed_of = [usable.name_refused()], []
+    for directory in usable.directories:
         from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
         from mlflow_outbox_worker.retention import reclaim, reclaim_parts, retire
 

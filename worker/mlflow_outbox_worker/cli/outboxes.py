@@ -6,13 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, with_credentials
 from mlflow_outbox.errors import OutboxError, OutboxUnusable
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
+from mlflow_outbox_worker.cli import terminal
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
 
 if TYPE_CHECKING:
@@ -54,8 +55,39 @@ def find(settings: Settings) -> list[Path]:
     return paths
 
 
+class Usable(NamedTuple):
+    """The outboxes of a directory that can be used, and why the others cannot, a sentence each."""
+
+    directories: list[OutboxDirectory]
+    refused: list[str]
+
+    def name_refused(self) -> ExitCode:
+        """Say which outboxes are left out and why; return the code that says so too."""
+        for why in self.refused:
+            terminal.error(f"left alone: {why}")
+        return ExitCode.ERROR if self.refused else ExitCode.DONE
+
+
+def open_usable(settings: Settings) -> Usable:
+    """Open every outbox that a command is about and that is safe to use: one that is not keeps nobody from the others.
+
+    Raises:
+        CommandFailed: there is none.
+        OutboxUnusable: not one of them is safe to use.
+    """
+    usable = Usable([], [])
+    for path in find(settings):
+        try:
+            usable.directories.append(_opened(path))
+        except OutboxUnusable as error:
+            usable.refused.append(str(error))
+    if not usable.directories:
+        raise OutboxUnusable("; ".join(usable.refused))
+    return usable
+
+
 def open_all(settings: Settings) -> list[OutboxDirectory]:
-    """Open every outbox that a command is about.
+    """Open every outbox that a command is about, to find the one that has what a person means.
 
     Raises:
         CommandFailed: there is none.
@@ -100,7 +132,7 @@ def run_words(given: Mapping[str, Any]) -> list[str]:
         given: the values of a command's other parameters.
     """
     try:
-        directories = open_all(settings_for(given.get("outbox_dir")))
+        directories = open_usable(settings_for(given.get("outbox_dir"))).directories
     except (OutboxError, OSError):
         return []
     return sorted({run_id for one in directories for run_id in [*one.run_ids(), *one.delivered_ids()]})

@@ -62,7 +62,9 @@ def runs(
     settings = outboxes.settings_for(outbox_dir)
     budget = _READ
     entries: list[dict[str, Any]] = []
-    for directory in outboxes.open_all(settings):
+    usable = outboxes.open_usable(settings)
+    code = usable.name_refused()
+    for directory in usable.directories:
         with outboxes.ledger_of(directory, settings) as ledger:
             for run_id in dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]):
                 look = Look(directory, ledger, run_id)
@@ -76,7 +78,7 @@ def runs(
         terminal.raw(lines.dumps(entries, indent=2))
     elif not quiet:
         _list(entries)
-    return ExitCode.DONE
+    return code
 
 
 def _list(entries: list[dict[str, Any]]) -> None:

@@ -56,9 +56,13 @@ def status(
     from mlflow_outbox_worker.survey import survey
 
     settings = outboxes.settings_for(outbox_dir)
+    code, refused = exits.ExitCode.DONE, list[str]()
     while True:
         # Opened anew for each look: a program may have made another outbox meanwhile.
-        found = [survey(directory, settings) for directory in outboxes.open_all(settings)]
+        usable = outboxes.open_usable(settings)
+        if usable.refused != refused:
+            code, refused = usable.name_refused(), usable.refused
+        found = [survey(directory, settings) for directory in usable.directories]
         with terminal.redrawn(on=watch and not as_json and not quiet):
             if as_json:
                 terminal.raw(json.dumps(as_data(found), indent=None if watch else 2, sort_keys=False))
@@ -69,13 +73,14 @@ def status(
         sys.stdout.flush()  # a pipe that is watched must not wait for its buffer to fill
         time.sleep(interval)
     if not exit_code:
-        return exits.ExitCode.DONE
-    return exits.of_backlog(
+        return code
+    backlog = exits.of_backlog(
         pending=sum(one.pending for one in found),
         parked=sum(one.parked for one in found),
         dead=sum(one.dead for one in found),
         unreadable=sum(one.unreadable for one in found),
     )
+    return exits.most_urgent([code, backlog])
 
 
 def as_data(found: list[OutboxSurvey]) -> dict[str, Any]:

@@ -61,11 +61,12 @@ def verify(
     """
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
-    directories = outboxes.open_all(settings)
-    chosen = [outboxes.find_run(directories, settings, name) for name in runs or []]
+    usable = outboxes.open_usable(settings)
+    refused = usable.name_refused()
+    chosen = [outboxes.find_run(usable.directories, settings, name) for name in runs or []]
     found: list[Comparison] = []
-    codes: list[ExitCode] = []
-    for directory in directories:
+    codes = [refused] if not runs else []
+    for directory in usable.directories:
         wanted = {run_id for place, run_id in chosen if place.path == directory.path} if runs else None
         if wanted is None or wanted:
             codes.append(_of_outbox(directory, settings, wanted, to, found, deep=deep))
