@@ -128,6 +128,28 @@ def test_wrong_words_change_nothing(here: Here, tmp_path: Path, words: list[str]
     assert before == written(tmp_path, run_id)
 
 
+def test_a_letter_that_cannot_be_sent_keeps_no_other_back(here: Here, tmp_path: Path) -> None:
+    """The copy of its file is gone; it stays, is named by its number, and both counts are given with code 1."""
+    lost = Artifact("model.bin", "0" * 64, 1, 5)
+    run_id = with_letters(tmp_path, Params({"a": "1"}, 5), lost, Params({"b": "2"}, 5))
+    done = here("dead", "retry", "--all", "-d", tmp_path)
+    assert 1 == done.code
+    assert "2 events will be sent again; mlflow-outbox flush does it now; 1 dead letter cannot be sent\n" == done.out
+    assert "the file of the dead letter 2 is not in the outbox any more; drop the letter" in done.err
+    assert [Params({"a": "1"}, 5), Params({"b": "2"}, 5)] == written(tmp_path, run_id)[-2:]
+    assert ["2"] == [letter["id"] for letter in here("dead", "list", "-d", tmp_path, "--json").data]
+
+
+@pytest.mark.parametrize("words", [["1", "01"], ["0000000000000001", "1", "1"]])
+def test_a_letter_named_twice_is_sent_once(words: list[str], here: Here, tmp_path: Path) -> None:
+    """However many zeros it is written with."""
+    run_id = with_letters(tmp_path, Params({"a": "1"}, 5), Params({"b": "2"}, 5))
+    before = written(tmp_path, run_id)
+    done = here("dead", "retry", *words, "-d", tmp_path)
+    assert (0, True) == (done.code, done.out.startswith("1 event will be sent again")), done
+    assert [*before, Params({"a": "1"}, 5)] == written(tmp_path, run_id)
+
+
 def test_a_retried_letter_arrives(
     here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

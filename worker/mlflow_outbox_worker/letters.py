@@ -60,7 +60,7 @@ def event_of(letter: DeadLetter) -> Event:
     try:
         return decode(letter.payload)
     except msgspec.DecodeError as error:
-        msg = f"the dead letter {letter.id} holds an event that only a newer mlflow-outbox knows ({error}); upgrade"
+        msg = f"the dead letter {letter.number} holds an event that only a newer mlflow-outbox knows ({error}); upgrade"
         raise LetterRefused(msg) from None
 
 
@@ -99,7 +99,7 @@ def send_again(
     journal.close()
     if not kept or journal.in_memory or counters["unsynced_not_rewritten"]:
         journal.release()
-        msg = f"the disk does not take the event of the dead letter {letter.id}, which stays; free space and try again"
+        msg = f"the disk does not take the event of the dead letter {letter.number}, which stays; free space and repeat"
         raise LetterRefused(msg)
     if replacement is None:
         ledger.drop_dead_letter(letter.id)
@@ -177,7 +177,7 @@ def _identity(directory: OutboxDirectory, ledger: Ledger, letter: DeadLetter) ->
     record = ledger.record(run_id)
     if record is not None and record.remote_id:
         return RunIdentity(run_id, record.experiment, remote=record.remote_id == run_id)
-    msg = f"the dead letter {letter.id} is of the run {run_id}, of which nothing else is known any more; drop it"
+    msg = f"the dead letter {letter.number} is of the run {run_id}, of which nothing else is known any more; drop it"
     raise LetterRefused(msg)
 
 
@@ -189,20 +189,20 @@ def _bring_file(directory: OutboxDirectory, settings: Settings, letter: DeadLett
     try:
         source = filed / "files" / sha256
         if not is_digest(sha256) or source.is_symlink() or not source.is_file():
-            msg = f"the file of the dead letter {letter.id} is not in the outbox any more; drop the letter"
+            msg = f"the file of the dead letter {letter.number} is not in the outbox any more; drop the letter"
             raise LetterRefused(msg)
         directory.make_run(letter.run_id)
         kept = SnapshotStore(here, durable=True).add_file(
             source, limit=max(settings.artifact_bytes, source.stat().st_size)
         )
     except ArtifactRefused as error:
-        msg = f"the file of the dead letter {letter.id} cannot be copied: {error}; the letter stays"
+        msg = f"the file of the dead letter {letter.number} cannot be copied: {error}; the letter stays"
         raise LetterRefused(msg) from None
     except OSError as error:
-        msg = f"the file of the dead letter {letter.id} cannot be copied: {error.strerror or error}; the letter stays"
+        msg = (
+            f"the file of the dead letter {letter.number} cannot be copied: {error.strerror or error}; the letter stays"
+        )
         raise LetterRefused(msg) from None
     if kept.sha256 != sha256:
-        msg = (
-            f"the file of the dead letter {letter.id} was changed since it was logged; log it anew and drop the letter"
-        )
+        msg = f"the file of the dead letter {letter.number} was changed since it was logged; log it anew and drop this"
         raise LetterRefused(msg)

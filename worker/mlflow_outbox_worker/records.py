@@ -85,3 +85,8 @@ class DeadLetter(msgspec.Struct):
     status: int | None
     time_ms: int
     id: str = ""
+
+    @property
+    def number(self) -> str:
+        """Its id as people write it."""
+        return self.id.lstrip("0") or "0"

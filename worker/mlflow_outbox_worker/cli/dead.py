@@ -87,7 +87,7 @@ def listed(
     ]
     rows: list[list[Cell]] = [
         [
-            number(letter),
+            letter.number,
             short(letter.run_id),
             _in_words(letter),
             wording.moment(letter.time_ms),
@@ -120,7 +120,7 @@ def show(
         terminal.raw(lines.dumps(_as_data(directory, letter), indent=2))
         return ExitCode.DONE
     pairs: list[tuple[str, Cell]] = [
-        ("dead letter", Styled(number(letter), "bold")),
+        ("dead letter", Styled(letter.number, "bold")),
         ("run", letter.run_id),
         ("in MLflow as", letter.remote_id or "-"),
         ("refused", wording.moment(letter.time_ms)),
@@ -160,19 +160,30 @@ def retry(
     if bool(letter_ids) == every:
         msg = "name the letters to send again, or give --all"
         raise CommandFailed(msg, ExitCode.USAGE)
-    from mlflow_outbox_worker.letters import send_again
+    from mlflow_outbox_worker.letters import LetterRefused, send_again
 
     settings = outboxes.settings_for(outbox_dir)
-    sent = 0
-    for directory in outboxes.open_all(settings) if every else _holding(settings, letter_ids or []):
+    sent = stay = 0
+    code = ExitCode.DONE
+    if every:
+        usable = outboxes.open_usable(settings)
+        directories, code = usable.directories, usable.name_refused()
+    else:
+        directories = [*_holding(settings, letter_ids or [])]
+    for directory in directories:
         with outboxes.ledger_of(directory, settings, write=True) as ledger:
             letters = list(ledger.dead_letters()) if every else _letters(ledger, letter_ids or [])
             for letter in letters:
-                send_again(directory, ledger, settings, letter)
-                sent += 1
+                try:
+                    send_again(directory, ledger, settings, letter)
+                    sent += 1
+                except (LetterRefused, OSError) as error:  # of this letter; the others can be sent
+                    terminal.error(str(error))
+                    stay += 1
         _hurry(directory)
-    terminal.say(f"{wording.count(sent, 'event')} will be sent again; mlflow-outbox flush does it now")
-    return ExitCode.DONE
+    again = f"{wording.count(sent, 'event')} will be sent again; mlflow-outbox flush does it now"
+    terminal.say(f"{again}; {wording.count(stay, 'dead letter')} cannot be sent" if stay else again)
+    return ExitCode.ERROR if stay else code
 
 
 def edit(
@@ -255,15 +266,10 @@ def drop(
     return ExitCode.DONE
 
 
-def number(letter: DeadLetter) -> str:
-    """Return a letter's number as people write it."""
-    return letter.id.lstrip("0") or "0"
-
-
 def _as_data(directory: OutboxDirectory, letter: DeadLetter) -> dict[str, Any]:
     event = _event(letter)
     return {
-        "id": number(letter),
+        "id": letter.number,
         "outbox": str(directory.path),
         "run_id": letter.run_id,
         "mlflow_run_id": letter.remote_id or None,
@@ -293,11 +299,16 @@ def _stored_id(text: str) -> str:
     if not text.isascii() or not text.isdigit():
         msg = f"{printable(repr(text))} is no letter's number; mlflow-outbox dead list shows them"
         raise CommandFailed(msg, ExitCode.USAGE)
-    return text.zfill(12)
+    return text.lstrip("0").zfill(12)
+
+
+def _stored_ids(letter_ids: list[str]) -> list[str]:
+    """Return the ids of letters that a person has named, each once: 1 and 01 are one."""
+    return list(dict.fromkeys(_stored_id(text) for text in letter_ids))
 
 
 def _letters(ledger: Ledger, letter_ids: list[str]) -> list[DeadLetter]:
-    found = [ledger.dead_letter(_stored_id(text)) for text in dict.fromkeys(letter_ids)]
+    found = [ledger.dead_letter(stored) for stored in _stored_ids(letter_ids)]
     return [letter for letter in found if letter is not None]
 
 
@@ -307,7 +318,7 @@ def _holding(settings: Settings, letter_ids: list[str]) -> Iterator[OutboxDirect
     holding = []
     for directory in directories:
         with outboxes.ledger_of(directory, settings) as ledger:
-            if len(_letters(ledger, letter_ids)) == len(set(letter_ids)):
+            if len(_letters(ledger, letter_ids)) == len(_stored_ids(letter_ids)):
                 holding.append(directory)
     if len(holding) == 1:
         yield holding[0]
