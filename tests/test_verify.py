@@ -201,6 +201,28 @@ def test_what_was_replayed_elsewhere_is_read_back_from_there(
     assert 0 == verified("--to", mlflow_server.url)[0]
 
 
+def test_what_was_replayed_into_another_experiment_is_read_back_too(
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each of the places is compared; what is not there yet is sent by a replay, not by a flush."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    assert 3 == command("verify", "--outbox-dir", tmp_path / "outbox", "--to", mlflow_server.url)
+    said = capsys.readouterr().out
+    assert f"with events that wait: mlflow-outbox replay {tmp_path / 'outbox'} --to {mlflow_server.url}" in said
+    other = ["--experiment", f"{experiment_name}-imported"]
+    assert 0 == command("replay", tmp_path / "outbox", "--to", mlflow_server.url, *other)
+    code, said_of = verified("--to", mlflow_server.url, "--deep")
+    assert (0, ["same"]) == (code, [one["state"] for one in said_of])
+    assert 0 == command("replay", tmp_path / "outbox", "--to", mlflow_server.url)
+    code, said_of = verified("--to", mlflow_server.url)
+    assert (0, ["same", "same"]) == (code, [one["state"] for one in said_of])
+    assert 2 == len({one["remote_id"] for one in said_of})
+
+
 def test_a_server_that_is_away_is_no_difference(
     experiment_name: str,
     tmp_path: Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox_worker.comparison import Comparison
+    from mlflow_outbox_worker.ledger import Ledger
+    from mlflow_outbox_worker.records import DeadLetter, RunRecord
     from mlflow_outbox_worker.sink import Sink
     from mlflow_outbox_worker.sources import Found
 
@@ -73,7 +76,8 @@ def verify(
     if as_json:
         terminal.raw(json.dumps([one._asdict() for one in found], indent=2))
     elif not found or any(one.state != "unknown" for one in found):
-        _show(found)
+        there = printable(resolve(to).uri, 300) if to is not None else ""
+        _show(found, f"replay {printable(outboxes.root_of(settings), 300)} --to {there}" if there else "flush")
     if any(one.state in {"different", "absent"} or one.differences for one in found if not one.pending):
         codes.append(ExitCode.ERROR)
     if any(one.pending for one in found):
@@ -96,12 +100,12 @@ def _of_outbox(
     from mlflow_outbox_worker.outcome import classify
     from mlflow_outbox_worker.presence import absent_store
     from mlflow_outbox_worker.sink import SinkError
-    from mlflow_outbox_worker.sources import find_runs, replay_directory
+    from mlflow_outbox_worker.sources import find_runs
 
     recorded = directory.destination
     destination = resolve(to) if to is not None else with_credentials(recorded, tracking_uri_from_environment())
-    own = destination.uri == recorded.uri
-    place = outboxes.ledger_path(directory, settings) if own else replay_directory(destination) / "delivery"
+    places = [outboxes.ledger_path(directory, settings)] if destination.uri == recorded.uri else []
+    places += _replay_ledgers(destination) if to is not None else []
     on_disk = find_runs(directory.path)
     code = _not_compared(directory, on_disk, wanted, found)
     runs = {
@@ -118,12 +122,13 @@ def _of_outbox(
         with (
             _opened(destination, settings) as sink,
             terminal.progress() as show,
-            contextlib.closing(Ledger.open(place, read_only=True)) as ledger,
+            contextlib.ExitStack() as opened,
         ):
+            ledgers = [opened.enter_context(contextlib.closing(Ledger.open(place, read_only=True))) for place in places]
             for number, (run_id, folders) in enumerate(runs.items()):
                 show(f"{number} of {count(len(runs), 'run')} compared")
-                letters = [*ledger.dead_letters(run_id), *ledger.settled_letters(run_id)]
-                found.append(compare(sink, run_id, folders, ledger.record(run_id), letters, deep=deep))
+                for record, letters in _deliveries(ledgers, run_id):
+                    found.append(compare(sink, run_id, folders, record, letters, deep=deep))
     except SinkError as error:
         terminal.error(f"{printable(destination.uri)} cannot be asked now: {error}")
         known = {one.run_id for one in found}
@@ -152,6 +157,23 @@ def _not_compared(
     return ExitCode.ERROR if problems else ExitCode.DONE
 
 
+def _replay_ledgers(destination: Destination) -> list[Path]:
+    """Return the ledgers of this machine's replays to a destination: into the runs' own experiments, or into one."""
+    from mlflow_outbox_worker.sources import replay_directory
+
+    own = replay_directory(destination)
+    return [place / "delivery" for place in (own, *sorted(own.parent.glob(f"{own.name}-*")))]
+
+
+def _deliveries(ledgers: list[Ledger], run_id: str) -> Iterator[tuple[RunRecord | None, list[DeadLetter]]]:
+    """Yield what is known of each delivery of a run to the destination, and its letters; at least one, of nothing."""
+    records = [(ledger, ledger.record(run_id)) for ledger in ledgers]
+    held = [one for one in records if one[1] is not None and one[1].remote_id]
+    begun = [one for one in records if one[1] is not None]
+    for ledger, record in held or begun[:1] or records[:1]:
+        yield record, [*ledger.dead_letters(run_id), *ledger.settled_letters(run_id)]
+
+
 @contextlib.contextmanager
 def _opened(destination: Destination, settings: Settings) -> Iterator[Sink]:
     from mlflow_outbox_worker.mlflow_sink import open_sink
@@ -165,7 +187,7 @@ def _opened(destination: Destination, settings: Settings) -> Iterator[Sink]:
         yield sink
 
 
-def _show(found: list[Comparison]) -> None:
+def _show(found: list[Comparison], remedy: str) -> None:
     for one in found:
         if one.state == "absent":
             waits = f" yet: {one.pending:,} of its events wait" if one.pending and not one.remote_id else ""
@@ -180,5 +202,5 @@ def _show(found: list[Comparison]) -> None:
     waiting = sum(bool(one.pending) for one in found)
     dead = sum(one.dead for one in found)
     refused = f"; {count(dead, 'dead letter')} not expected there" if dead else ""
-    still = f"; {count(waiting, 'run')} with events that wait: mlflow-outbox flush" if waiting else ""
+    still = f"; {count(waiting, 'run')} with events that wait: mlflow-outbox {remedy}" if waiting else ""
     terminal.say(f"{same} of {count(len(found), 'run')} held by MLflow in full{still}{refused}")
