@@ -94,6 +94,8 @@ def test_it_leaves_the_outbox_to_another_worker(here: Here, tmp_path: Path) -> N
     done = here("gc", "-d", tmp_path)
     assert 6 == done.code
     assert "a worker (process" in done.err
+    told = here("gc", "-d", tmp_path, "--json")
+    assert (6, True) == (told.code, "a worker (process" in told.data[0]["reason"]), "programs are told why too"
     assert 1 == len(outbox.delivered_ids())
     assert 0 == here("gc", "--dry-run", "-d", tmp_path).code
     lease.release()
@@ -182,6 +184,17 @@ def test_a_number_without_a_unit_is_asked_for_one(text: str, here: Here, tmp_pat
     done = here("gc", "--older-than", text, "-d", tmp_path)
     assert 2 == done.code
     assert f"'{text}' has no unit; write {text}s, {text}min, {text}h or {text}d" in " ".join(done.err.split())
+    assert 1 == len(OutboxDirectory.open(outbox_of(tmp_path)).delivered_ids())
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "d", "9" * 400, "1000001d", "9" * 300 + "h"])
+def test_a_span_that_is_no_time_any_more_is_bad_usage(text: str, here: Here, tmp_path: Path) -> None:
+    """Said in one sentence that is shorter than the number; a million days is a time."""
+    delivered(tmp_path, 1)
+    done = here("gc", "--older-than", text, "-d", tmp_path)
+    assert (2, True) == (done.code, "give 1000000d at most" in done.err), done
+    assert len(done.err) < 200
+    assert 0 == here("gc", "--older-than", "1000000d", "-d", tmp_path).code
     assert 1 == len(OutboxDirectory.open(outbox_of(tmp_path)).delivered_ids())
 
 

@@ -11,14 +11,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import click
 
 from mlflow_outbox.counters import Counters, printable
-from mlflow_outbox.errors import LeaseHeld, LedgerUnavailable, OutboxUnusable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import outboxes, terminal
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|)")
 _SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
+#: Seconds of the longest span taken; far longer ones are no numbers that a clock's can be compared with.
+_LONGEST: Final = 1_000_000 * 86_400
 
 
 def register(app: click.Group) -> None:
@@ -69,19 +71,18 @@ def gc(
     settings = outboxes.settings_for(outbox_dir)
     keep = settings.retention if older_than is None else seconds_of(older_than)
     usable = outboxes.open_usable(settings)
-    codes, freed_of = [usable.name_refused()], []
+    refused = usable.name_refused()
+    results: list[tuple[ExitCode, dict[str, Any]]] = []
     for directory in usable.directories:
-        from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
+        from mlflow_outbox_worker.host_lease import lease_of
         from mlflow_outbox_worker.retention import reclaim, reclaim_parts, retire
 
         name = printable(directory.path.name)
         lease = lease_of(directory, "command")
         if not dry_run and not lease.acquire():
-            found = worker_of(directory)
-            who = described(found) if found is not None else "another worker"
-            error = LeaseHeld(f"{name}: {who} has this outbox; it deletes by itself what is past retention")
-            terminal.error(str(error))
-            codes.append(ExitCode.HELD)
+            why = f"{name}: {_holder(directory)} has this outbox; it deletes by itself what is past retention"
+            terminal.error(why)
+            results.append((ExitCode.HELD, _entry(directory, dry_run=dry_run, reason=why)))
             continue
         stays: list[OSError] = []
         try:
@@ -103,7 +104,7 @@ def gc(
                     retire(directory, whole, now=time.time())
         except (LedgerUnavailable, OSError) as failure:
             terminal.error(f"{name}: {failure}")
-            codes.append(ExitCode.ERROR)
+            results.append((ExitCode.ERROR, _entry(directory, dry_run=dry_run, reason=f"{name}: {failure}")))
             continue
         finally:
             lease.release()
@@ -116,13 +117,37 @@ def gc(
         of = wording.count(len(gone), "run") + (" and of runs that go on" if parts else "")
         stay = f"{wording.count(kept, 'delivered run')} kept"
         terminal.say(f"{name}: {verb} {wording.size(freed)} of {of}; {stay}")
-        freed_of.append({"path": str(directory.path), "runs": gone, "bytes": freed, "kept": kept, "dry_run": dry_run})
+        reason = "; ".join(map(str, stays)) or None
+        entry = _entry(directory, dry_run=dry_run, runs=gone, freed=freed, kept=kept, reason=reason)
+        results.append((ExitCode.ERROR if stays else ExitCode.DONE, entry))
         for trouble in stays:
             terminal.error(f"{name}: {printable(str(trouble))}")
-        codes.append(ExitCode.ERROR if stays else ExitCode.DONE)
     if as_json:
-        terminal.raw(json.dumps(freed_of, indent=2))
-    return most_urgent(codes)
+        terminal.raw(json.dumps([entry for _, entry in results], indent=2))
+    return most_urgent([refused, *(code for code, _ in results)])
+
+
+def _holder(directory: OutboxDirectory) -> str:
+    """Return who delivers an outbox, in words."""
+    from mlflow_outbox_worker.host_lease import described, worker_of
+
+    found = worker_of(directory)
+    return described(found) if found is not None else "another worker"
+
+
+def _entry(
+    directory: OutboxDirectory,
+    *,
+    dry_run: bool,
+    runs: Sequence[str] = (),
+    freed: int = 0,
+    kept: int | None = None,
+    reason: str | None,
+) -> dict[str, Any]:
+    """Return what was freed of an outbox, or why not, as JSON can hold it."""
+    kept = len(directory.delivered_ids()) if kept is None else kept
+    entry = {"path": str(directory.path), "runs": [*runs], "bytes": freed, "kept": kept, "dry_run": dry_run}
+    return {**entry, "reason": reason}
 
 
 def _file(directory: OutboxDirectory, settings: Settings, failed: Callable[[OSError], None], *, dry_run: bool) -> int:
@@ -171,11 +196,15 @@ def seconds_of(text: str) -> float:
         msg = f"{printable(repr(text))} is no time span; write for instance 0, 90min, 12h or 7d"
         raise CommandFailed(msg, ExitCode.USAGE)
     number, unit = found.groups()
+    seconds = float(number) * _SECONDS.get(unit, 1)
+    if seconds > _LONGEST:
+        msg = f"{printable(text)} is longer than anything was kept; give 1000000d at most"
+        raise CommandFailed(msg, ExitCode.USAGE)
     if not unit and float(number):
         units = " or ".join([", ".join(f"{number}{unit}" for unit in ("s", "min", "h")), f"{number}d"])
         msg = f"{number!r} has no unit; write {units}"
         raise CommandFailed(msg, ExitCode.USAGE)
-    return float(number) * _SECONDS.get(unit, 1)
+    return seconds
 
 
 def _bytes(folder: Path) -> int:
