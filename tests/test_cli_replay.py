@@ -424,6 +424,17 @@ class TestTerminal:
         (held,) = runs(mlflow_server.url, experiment_name)
         assert numbered(10) == points(mlflow_server.url, held.info.run_id, "loss")
 
+    def test_what_was_not_sent_again_in_time_is_called_left(
+        self, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """Its files were filed when the command began, and are not any more when it ends."""
+        with FaultProxy(mlflow_server.url) as proxy:
+            offline(tmp_path / "box", proxy.url, experiment=experiment_name)
+            assert 0 == run("replay", tmp_path / "box").code
+            proxy.on("mlflow/", accept_hang(), times=None)
+            done = run("replay", tmp_path / "box", "--again", "--timeout", "1")
+        assert (3, True) == (done.code, "1 run left" in done.out), done
+
     @pytest.mark.parametrize(("seconds", "boxes", "more"), [(0.0, 1, []), (0.5, 1, ["--follow"]), (0.5, 3, [])])
     def test_a_hung_server_holds_up_no_replay(
         self, seconds: float, boxes: int, more: list[str], tmp_path: Path
