@@ -435,6 +435,23 @@ class TestTerminal:
             done = run("replay", tmp_path / "box", "--again", "--timeout", "1")
         assert (3, True) == (done.code, "1 run left" in done.out), done
 
+    def test_what_was_begun_again_goes_on_without_that_word(
+        self, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    ) -> None:
+        """With it everything would be sent from the beginning once more."""
+        with FaultProxy(mlflow_server.url) as proxy:
+            offline(tmp_path / "box", proxy.url, experiment=experiment_name)
+            assert 0 == run("replay", tmp_path / "box").code
+            proxy.on("mlflow/", accept_hang(), times=None)
+            done = run("replay", tmp_path / "box", "--again", "--timeout", "1")
+            assert (3, True) == (done.code, "the same command without --again goes on where this one" in done.err), done
+            done = run("replay", tmp_path / "box", "--timeout", "1")
+            assert (3, True) == (done.code, "the same command goes on where this one stopped" in done.err), done
+            proxy.clear()
+            done = run("replay", tmp_path / "box")
+            assert (0, True) == (done.code, "1 run sent" in done.out), done
+        assert 1 == len(runs(mlflow_server.url, experiment_name))
+
     @pytest.mark.parametrize(("seconds", "boxes", "more"), [(0.0, 1, []), (0.5, 1, ["--follow"]), (0.5, 3, [])])
     def test_a_hung_server_holds_up_no_replay(
         self, seconds: float, boxes: int, more: list[str], tmp_path: Path

@@ -16,12 +16,14 @@ import pytest
 
 from contents import QUICK, artifact_text, numbered, points, runs, stamped_points, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import replay
 from mlflow_outbox_worker.jobs import Job, Prepared, Wish, prepare
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.replay import JobResult, Replay
+from mlflow_outbox_worker.sources import replay_directory
 from replays import NOW_MS, command, contents_of, log_offline, run_with_kills, the_outbox
 from servers import MlflowServer, eventually
 
@@ -307,6 +309,25 @@ def test_an_outbox_that_another_worker_delivers_is_left_to_it(experiment_name: s
     assert lease.acquire()
     assert 6 == command("replay", tmp_path / "outbox")
     lease.release()
+
+
+def test_a_replay_of_other_runs_to_the_same_place_is_told_to_come_later(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that is under way does not send these: afterwards the same command does."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    place = replay_directory(resolve(sqlite_uri))
+    place.mkdir(parents=True)
+    lease = Lease(place / "worker.lock", "command")
+    assert lease.acquire()
+    words = ["replay", tmp_path / "outbox", "--to", sqlite_uri]
+    assert 6 == command(*words)
+    said = capsys.readouterr().err
+    assert f"another replay to {sqlite_uri} is under way" in said
+    assert "repeat this one afterwards" in said
+    lease.release()
+    assert 0 == command(*words)
+    assert 1 == len(runs(sqlite_uri, experiment_name))
 
 
 def test_a_server_that_is_away_leaves_the_runs_where_they_are(experiment_name: str, tmp_path: Path) -> None:

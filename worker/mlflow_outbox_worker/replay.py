@@ -252,9 +252,14 @@ class Replay:
 
     def _respect(self, found: Holder | None) -> None:
         """Leave the source to the worker that delivers from it, if there is one."""
-        if found is not None:
+        if found is None:
+            return
+        if self._job.own is None:  # what is held is the place, not the runs: the other may send any
+            place = f"another replay to {self._job.destination.uri} is under way, by {described(found)}"
+            msg = f"{place}; repeat this one afterwards"
+        else:
             msg = f"{described(found)} delivers {self._job.source.path}; it sends these runs, or end it first"
-            raise LeaseHeld(msg)
+        raise LeaseHeld(msg)
 
     # -- following
 

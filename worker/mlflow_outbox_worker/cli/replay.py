@@ -252,7 +252,8 @@ def _summary(job: Job, result: JobResult) -> ExitCode:
     if waiting:
         if not sent and not result.reason:
             terminal.note(f"{job.destination.uri} has not answered yet")
-        terminal.note("the same command goes on where this one stopped")
+        without = " without --again" if job.again else ""
+        terminal.note(f"the same command{without} goes on where this one stopped")
         return ExitCode.LEFT
     if skipped:
         return ExitCode.ERROR if any(run.gone for run in skipped) else ExitCode.PARKED
