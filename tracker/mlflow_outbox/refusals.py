@@ -10,6 +10,9 @@ from mlflow_outbox.errors import EventRefused, OutboxFull
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool.events import MAX_KEY_CHARS
 
+#: Reasons that are trouble with the disk or the outbox, whatever was to be kept: said once.
+_OF_THE_DISK: Final = frozenset({"full", "no_room_for_file"})
+
 
 class Refusals:
     """The one place at which an error of a logging call ends.
@@ -28,15 +31,17 @@ class Refusals:
 
         Args:
             log: the call.
-            about: the key, or path, that it is about.
+            about: the key, or path, that a refusal is about.
 
         Raises:
             EventRefused: only when strict; as any other error then. What a signal handler raised is raised always.
         """
         try:
             return bool(log())
+        except EventRefused as refused:
+            return self.refuse(refused, about)
         except Exception as error:  # noqa: BLE001 - a logging call never raises into the experiment; counted and said
-            return self.failed(error, about)
+            return self.failed(error)
 
     def failed(self, error: Exception, about: object = "") -> bool:
         """Return False for a logging call that ended with an error, after it was counted and said.
@@ -75,7 +80,8 @@ class Refusals:
             self._counters.add(f"refused_{refused.reason}")
         if self.strict:
             raise refused
-        self._counters.warn_once((refused.reason, _remembered(about)), f"mlflow-outbox: not logged: {refused}")
+        what = "" if refused.reason in _OF_THE_DISK else _remembered(about)
+        self._counters.warn_once((refused.reason, what), f"mlflow-outbox: not logged: {refused}")
         return False
 
     def pass_over(self, refused: EventRefused, about: object) -> bool:

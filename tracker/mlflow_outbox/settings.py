@@ -233,6 +233,15 @@ def tracking_uri_from_environment() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def tell_root(root: Path) -> None:
+    """Set ``MLFLOW_OUTBOX_DIR`` for this program and its subprocesses, as MLflow does with its tracking URI.
+
+    Args:
+        root: directory under which outboxes are made.
+    """
+    os.environ[variable_name("root")] = os.path.abspath(root)
+
+
 def environment_for_child(**extra: str) -> dict[str, str]:
     """Return a copy of this process's environment with ``extra`` added, for a worker process."""
     while True:

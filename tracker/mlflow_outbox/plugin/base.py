@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from mlflow_outbox.plugin.journals import Journals, OpenRun
 from mlflow_outbox.plugin.made_here import MadeHere
 from mlflow_outbox.plugin.rest import Pulse
 from mlflow_outbox.plugin.wrapped import Away, Server
-from mlflow_outbox.settings import Settings, variable_name
+from mlflow_outbox.settings import Settings, tell_root
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 
@@ -62,8 +61,7 @@ class Base:
         root = settings.root or Path(_DEFAULT_ROOT)
         directory = OutboxDirectory.create(root, destination, now_ms=time.time_ns() // 1_000_000)
         if settings.root is None:
-            # As MLflow does with its tracking URI: a subprocess in another directory has to find what began here.
-            os.environ[variable_name("root")] = os.path.abspath(root)
+            tell_root(root)  # a subprocess in another directory has to find what began here
         self.outbox: Outbox = shared(directory, destination, settings, settings.worker)
         delivery.prepare(self.outbox)
         self.server = Server(self.outbox)

@@ -44,6 +44,9 @@ class Pulse:
         self.rests = False
         self._wait = 1
         self._skip = 0
+
+    def begin(self) -> None:
+        """Look after the store from now on; to be called once it is made as a whole."""
         _watched.add(self)
         _start()
 

@@ -35,6 +35,7 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
         super().__init__(store_uri, artifact_uri)
         _stores.add(self)
+        self.pulse.begin()
 
     def forked(self) -> None:
         """Renew the locks in a forked child: threads that held them stayed in the parent."""
