@@ -7,11 +7,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from contents import client
-from mlflow_outbox.plugin import rest
+from mlflow_outbox.plugin import rest, traces
+from mlflow_outbox.plugin.spans import Spans
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, store, tracking
 from servers import MlflowServer, eventually
@@ -129,3 +131,21 @@ def test_what_is_logged_in_the_moment_of_going_to_rest_arrives(sqlite_uri: str, 
             eventually(lambda: 400 == len(api.get_metric_history(run.info.run_id, "m")), 30, "all points arrive")
         deliver(uri)
         held.pulse.rests = True
+
+
+def test_a_store_is_not_put_to_rest_before_it_is_all_there(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database may take long to open; the thread that puts stores to rest would meet half of one."""
+    watched: list[int] = []
+
+    def noted(outbox: Any) -> Spans:
+        watched.append(len(rest._watched))
+        return Spans(outbox)
+
+    monkeypatch.setattr(traces, "Spans", noted)
+    uri = f"outbox+{sqlite_uri}"
+    with tracking(uri, tmp_path / "outbox", idle_timeout=0):
+        assert store(uri).pulse in rest._watched
+        eventually(lambda: not threads("mlflow-outbox"), message="it rests")
+    assert [0] == watched
