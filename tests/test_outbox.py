@@ -124,11 +124,12 @@ def test_a_ledger_directory_that_is_not_safe_costs_no_event_and_raises_nothing(
     sqlite_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The worker says what is wrong and how to mend it; once it is mended, everything arrives."""
-    place = tmp_path / "ledger"
-    place.mkdir()
-    place.chmod(0o755)
-    settings = dataclasses.replace(QUICK, ledger_dir=place)
+    settings = dataclasses.replace(QUICK, ledger_dir=tmp_path / "ledgers")
     with MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=settings) as tracker:
+        assert tracker.outbox_path is not None
+        place = tmp_path / "ledgers" / OutboxDirectory.open(tracker.outbox_path).identity.id
+        place.mkdir(parents=True)
+        place.chmod(0o755)
         with tracker.start_run("r") as run:
             run.log_metric("loss", 0.5, step=0)
         with tracker.start_run(run_id=run.run_id) as again:
@@ -139,6 +140,23 @@ def test_a_ledger_directory_that_is_not_safe_costs_no_event_and_raises_nothing(
         place.chmod(0o700)
         assert tracker.flush(60)
     assert 0.25 == the_run(sqlite_uri, "e").data.metrics["loss"]
+
+
+def test_outboxes_share_a_directory_for_ledgers_and_nothing_else(
+    sqlite_uri: str, file_uri: str, tmp_path: Path
+) -> None:
+    """What is known of one destination says nothing of another."""
+    settings = dataclasses.replace(QUICK, ledger_dir=tmp_path / "ledgers")
+    trackers = [
+        MLflowTracker("e", uri, outbox_dir=tmp_path / "outbox", settings=settings) for uri in (sqlite_uri, file_uri)
+    ]
+    for tracker in trackers:
+        with tracker.start_run("r") as run:
+            run.log_metric("loss", 0.5)
+        result = tracker.close(60)
+        assert (3, 0) == (result.delivered, result.pending)
+    ids = [OutboxDirectory.open(tracker.outbox_path).identity.id for tracker in trackers if tracker.outbox_path]
+    assert sorted(ids) == sorted(path.name for path in (tmp_path / "ledgers").iterdir())
 
 
 def test_a_disk_that_does_not_let_journals_be_read_raises_nothing_into_a_program(

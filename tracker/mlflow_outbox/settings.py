@@ -102,7 +102,7 @@ class Settings:
 
     #: Directory under which outboxes are made, one per destination; None means ``./.mlflow-outbox``.
     root: Path | None = None
-    #: Exact directory for the ledger, when it must not be inside the outbox; None decides by file system.
+    #: Directory for ledgers, when they must not be inside outboxes, one for each of these; None decides by file system.
     ledger_dir: Path | None = None
     #: Switches the whole outbox off: nothing is kept and nothing is delivered; an ``outbox+`` tracking URI is then what
     #: it is without the prefix.

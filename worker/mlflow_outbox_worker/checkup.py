@@ -124,7 +124,7 @@ def check_outbox(
     yield Finding(
         "ok", "worker", f"{described(holder)} delivers" if holder is not None else "nobody delivers at present"
     )
-    path = settings.ledger_dir or directory.ledger
+    path = directory.ledger_in(settings.ledger_dir)
     if repair:
         yield from _mend_ledger(directory, path)
     records: dict[str, RunRecord] = {}

@@ -201,7 +201,7 @@ class Delivery:
     def _hold(self) -> None:
         """Deliver as long as the lease is sound."""
         self._ledger = self._room.opened(
-            self._settings.ledger_dir or self._source.ledger,
+            self._source.ledger_in(self._settings.ledger_dir),
             lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
         )
         self._schedule.clear()

@@ -60,7 +60,7 @@ class Watch:
     def __init__(self, directory: OutboxDirectory, settings: Settings, counters: Counters | None = None) -> None:
         self._directory = directory
         self._counters = counters or Counters()
-        self._path: Path = settings.ledger_dir or directory.ledger
+        self._path: Path = directory.ledger_in(settings.ledger_dir)
         self._last = FlushResult()
         self._settling = False  # a run may have a twin, for which the worker looks soon
         self._tried_ms = 0  # when what is parked was tried, the run that was tried longest ago

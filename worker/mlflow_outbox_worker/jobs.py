@@ -97,7 +97,7 @@ def prepare(
         copies: those of the paths that are passing copies, for instance unpacked bundles: nothing about them is kept
             there.
         deadline: when to leave off, in seconds of the monotonic clock; None never does.
-        ledger_dir: where the ledger of an own outbox is; None is in the outbox.
+        ledger_dir: directory for the ledgers of outboxes; None is in each.
 
     Raises:
         DestinationError: the URI to replay to is none.
@@ -113,7 +113,7 @@ def prepare(
         for found in _found(path):
             problems += found.problems
             if found.outbox is not None and path not in copies:
-                ledgers.add(ledger_dir or found.outbox.ledger)
+                ledgers.add(found.outbox.ledger_in(ledger_dir))
             recorded = _recorded(found)
             target = given or (with_credentials(recorded, wish.fallback) if recorded is not None else None)
             if target is None and wish.fallback:
@@ -258,8 +258,8 @@ def known_records(job: Job, settings: Settings) -> dict[str, RunRecord]:
     Raises:
         LedgerUnavailable: the ledger cannot be read now.
     """
-    place = settings.ledger_dir if job.own is not None else None
-    with contextlib.closing(Ledger.open(place or job.source.ledger, read_only=True)) as ledger:
+    path = job.source.ledger_in(settings.ledger_dir)
+    with contextlib.closing(Ledger.open(path, read_only=True)) as ledger:
         found = {run_id: ledger.record(run_id) for run_id in job.runs}
     return {run_id: record for run_id, record in found.items() if record is not None}
 

@@ -68,7 +68,7 @@ class Reading:
     def __init__(self, outbox: Outbox) -> None:
         self._directory = outbox.directory
         self._destination = outbox.destination
-        self._ledger_path = outbox.settings.ledger_dir or outbox.directory.ledger
+        self._ledger_path = outbox.directory.ledger_in(outbox.settings.ledger_dir)
         self._timeout = min(_DEADLINE, outbox.settings.request_timeout)
         least, most = _LEDGER_PATIENCE
         self._patience = min(most, max(least, outbox.settings.create_timeout))

@@ -247,7 +247,8 @@ class Replay:
             return
         self._respect(delivery.other_worker())
         if waited > _LEASE:
-            msg = f"no ledger could be opened in {self._job.source.ledger}; see the warnings above"
+            place = self._job.source.ledger_in(self._settings.ledger_dir)
+            msg = f"no ledger could be opened in {place}; see the warnings above"
             raise LedgerUnavailable(msg)
 
     def _respect(self, found: Holder | None) -> None:

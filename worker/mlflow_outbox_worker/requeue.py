@@ -48,7 +48,7 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
         msg = f"{described(found) if found is not None else 'another worker'} delivers {source.path}; end it first"
         raise LeaseHeld(msg)
     try:
-        ledger = Ledger.open(settings.ledger_dir or source.ledger)
+        ledger = Ledger.open(source.ledger_in(settings.ledger_dir))
         with contextlib.closing(ledger):
             for run_id in run_ids:
                 for letter in list(ledger.dead_letters(run_id)):

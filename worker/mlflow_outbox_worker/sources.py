@@ -38,7 +38,6 @@ class Source(Protocol):
 
     Attributes:
         path: what to call the source in messages.
-        ledger: where its progress is recorded.
         quarantine: where bytes that are no frames are kept.
         filing: the outbox whose delivered files may be moved and reclaimed; None when nothing may be touched.
         elsewhere: the destination is another one than the runs were logged for.
@@ -47,7 +46,6 @@ class Source(Protocol):
     """
 
     path: Path
-    ledger: Path
     quarantine: Path
     filing: OutboxDirectory | None
     elsewhere: bool
@@ -56,6 +54,14 @@ class Source(Protocol):
 
     def lease(self, kind: str) -> WorkerLease:
         """Return the right to deliver from it."""
+        ...
+
+    def ledger_in(self, place: Path | None) -> Path:
+        """Return where its progress is recorded.
+
+        Args:
+            place: directory for the ledgers of outboxes; None is in each.
+        """
         ...
 
     def run_ids(self) -> list[str]:
@@ -119,7 +125,7 @@ class OutboxSource:
         self._chosen = chosen
         self._lock = lock
         self.path = directory.path
-        self.ledger = directory.ledger
+        self.ledger_in = directory.ledger_in
         self.quarantine = directory.quarantine
         self.filing = directory if filing else None
         self.elsewhere = False
@@ -187,7 +193,7 @@ class RunsSource:
         self._rung: list[str] = []
         own = replay_directory(destination, experiment)
         self.path = next((folders[0] for folders in self._runs.values()), own)
-        self.ledger = own / "delivery"
+        self._ledger = own / "delivery"
         self.quarantine = own / "quarantine"
         self._lock = own / "worker.lock"
         self.filing: OutboxDirectory | None = None
@@ -199,6 +205,10 @@ class RunsSource:
         """Return the lease of this machine's replays to the destination."""
         os.makedirs(self._lock.parent, 0o700, exist_ok=True)
         return Lease(self._lock, kind)
+
+    def ledger_in(self, place: Path | None) -> Path:  # noqa: ARG002 - it is this machine's own, wherever others are
+        """Return where the ledger of this machine's replays to the destination is."""
+        return self._ledger
 
     def run_ids(self) -> list[str]:
         """Return the ids of all runs."""

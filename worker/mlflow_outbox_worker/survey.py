@@ -164,7 +164,7 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
     letters: Mapping[str, int] = {}
     note, pace, unread, retired = DestinationNote("ok"), None, "", Totals()
     try:
-        ledger = Ledger.open(settings.ledger_dir or directory.ledger, read_only=True)
+        ledger = Ledger.open(directory.ledger_in(settings.ledger_dir), read_only=True)
         records, retired = counted(ledger)
         letters = ledger.dead_letter_counts()
         note, pace = destination_note(ledger), noted_pace(ledger)

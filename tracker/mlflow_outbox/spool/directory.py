@@ -180,6 +180,14 @@ class OutboxDirectory:
         """Return the directory of a run whose id was checked with ``is_run_id``."""
         return self.runs / run_id
 
+    def ledger_in(self, place: Path | None) -> Path:
+        """Return where the ledger is.
+
+        Args:
+            place: directory for ledgers, in which each outbox has one of its own; None is where the file system allows.
+        """
+        return self.ledger if place is None else place / self.identity.id
+
     def run_ids(self) -> list[str]:
         """Return the ids of all runs that have something on disk that is not filed as delivered."""
         return run_directories(self.runs)

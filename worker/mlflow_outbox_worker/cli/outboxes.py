@@ -164,7 +164,7 @@ def destination_of(directory: OutboxDirectory) -> Destination:
 
 def ledger_path(directory: OutboxDirectory, settings: Settings) -> Path:
     """Return the directory of an outbox's ledger."""
-    return settings.ledger_dir or directory.ledger
+    return directory.ledger_in(settings.ledger_dir)
 
 
 @contextlib.contextmanager
