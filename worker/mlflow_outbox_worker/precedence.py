@@ -47,7 +47,8 @@ class Precedence:
         self._before: dict[tuple[str, int], list[str]] = {}
         #: What each run or room waits for, of those that wait.
         self._waiting: dict[str, str] = {}
-        #: How far a run was delivered when MLflow refused what follows, because it or its experiment was deleted.
+        #: How far a run was delivered when MLflow refused what follows, because it or its experiment was deleted, and
+        #: no restoration was on its way.
         self._refused_at: dict[str, dict[str, Cursor]] = {}
 
     def waits(self, run_id: str, on: str) -> None:
@@ -92,11 +93,13 @@ class Precedence:
             LedgerUnavailable: the ledger could not be read.
         """
         room = self._restoring(record)
-        if not room and self._refused_at.get(record.run_id) == record.cursors:
-            return
-        self._refused_at[record.run_id] = dict(record.cursors)
         if room:
+            self._refused_at.pop(record.run_id, None)  # it may arrive between the next refusal and the look after that
             self.waits(record.run_id, room)
+        elif self._refused_at.get(record.run_id) == record.cursors:
+            return
+        else:
+            self._refused_at[record.run_id] = dict(record.cursors)
         what = "the restoration of its experiment"
         raise Waits(what, room)
 
