@@ -177,8 +177,8 @@ class MLflowTracker(handles.Handle):
         """Start a run, or go on with one.
 
         Args:
-            run_name: its name, also for one that is gone on with; None lets MLflow choose one. Of one that a database does
-                not take (PostgreSQL: more than 250 characters) the beginning becomes the name.
+            run_name: its name, also for one that is gone on with; None lets MLflow choose one. Of one that a database
+                does not take (PostgreSQL: more than 250 characters) the beginning becomes the name.
             run_id: a run of this outbox (also one of an earlier process, offline too) or an existing run of MLflow to
                 go on with.
             tags: its first tags.
