@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.spool import frame, listing
+from mlflow_outbox.spool import writer as writers
 from mlflow_outbox.spool.disk import is_being_written
 from mlflow_outbox.spool.events import Metric, Metrics, RunStarted
 from mlflow_outbox.spool.reader import RunReader
@@ -159,8 +161,11 @@ def test_a_gap_that_only_a_header_tells_is_counted_once_and_not_waited_for(tmp_p
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_wherever_a_cut_comes_nothing_is_waited_for_that_will_not_come(zeros: bool, tmp_path: Path) -> None:
+def test_wherever_a_cut_comes_nothing_is_waited_for_that_will_not_come(
+    zeros: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """F18: any of four segments absent, and another one cut, or full of zeros, from any byte of its events on."""
+    monkeypatch.setattr(writers, "_MOMENT", 0.0)  # it is over: see the next test
     heads = [header(ordinal=number, first_seq=number * 3) for number in range(3)]
     absences = [set(absent) for count in range(3) for absent in itertools.combinations(range(3), count)]
     for absent, damaged in itertools.product(absences, range(3)):
@@ -181,6 +186,31 @@ def test_wherever_a_cut_comes_nothing_is_waited_for_that_will_not_come(zeros: bo
             cursors = Everything(folder).cursors
             for name, end in RunReader(folder).next_numbers().items():
                 assert end == cursors.get(name, Cursor()).seq, (absent, damaged, size)
+
+
+def test_the_beginning_of_a_frame_is_torn_only_once_its_rest_has_not_come_for_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F40: by the clock, which jumped or is another machine's, the writer is gone; it is in the middle of a write."""
+    now = [100.0]
+    monkeypatch.setattr(stopwatch, "seconds", lambda: now[0])
+    head = header()
+    first, second, third = packed(map(metric, range(3)), head)
+    path = write_segment(tmp_path, head, [first, second[:9]])
+    reader, cursors = RunReader(tmp_path), dict[str, Cursor]()
+    for expected, rest in ((1, second[9:] + third[:9]), (1, b""), (0, b"")):
+        os.utime(path, (1, 1))
+        for _ in range(2):
+            window = reader.window(cursors)
+            assert (expected, [], True) == (len(window.events), window.broken, window.live)
+        cursors = window.cursors
+        now[0] += 0.5
+        with path.open("ab") as file:
+            file.write(rest)
+    os.utime(path, (1, 1))
+    now[0] += 0.5
+    window = reader.window(cursors)
+    assert ([], ["torn"], False) == (window.events, [broken.kind for broken in window.broken], window.live)
 
 
 def test_a_run_begins_with_its_start_however_many_tags_it_has(tmp_path: Path) -> None:

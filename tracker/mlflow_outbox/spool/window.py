@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -18,10 +18,10 @@ import msgspec
 
 from mlflow_outbox.spool.disk import is_there
 from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, decode, points_of
-from mlflow_outbox.spool.frame import SEQUENCE_MASK, SHORT_OVERHEAD
+from mlflow_outbox.spool.frame import SEQUENCE_MASK, SHORT_OVERHEAD, Frame
 from mlflow_outbox.spool.listing import CHUNK, LARGEST, Broken, SegmentFile, decoded, read_bytes
 from mlflow_outbox.spool.recovery import Cut, Damage, frames
-from mlflow_outbox.spool.writer import is_gone
+from mlflow_outbox.spool.writer import is_gone, may_go_on
 
 #: Length field of a long frame.
 _LONG: Final = 0xFFFF
@@ -155,7 +155,8 @@ class WriterPass:
                 if self._budget.spent:
                     return False
             base, cut, closed = offset, False, False
-            for found in frames(data, 0, header.seed, next_seq=self._seq, final=gone, complete=at_end):
+            rest = frames(data, 0, header.seed, next_seq=self._seq, final=gone, complete=at_end)
+            for found in self._until_on_its_way(rest, segment):
                 if isinstance(found, Cut):
                     cut = True
                     break
@@ -170,8 +171,19 @@ class WriterPass:
             if closed:
                 return True
             if at_end:
-                return self._come_to_end(header.ordinal, offset, gone=gone)
+                return self._come_to_end(header.ordinal, offset, gone=gone and not self.live)
             chunk, offset = self._go_on(segment, chunk, offset, stuck=cut and offset == base and not plain)
+
+    def _until_on_its_way(
+        self, found: Iterator[Frame | Damage | Cut], segment: SegmentFile
+    ) -> Iterator[Frame | Damage | Cut]:
+        """Yield what was found, up to the beginning of a last frame of which the rest may still come."""
+        for one in found:
+            is_torn = isinstance(one, Damage) and one.kind == "torn" and segment is self._held[-1]
+            if is_torn and may_go_on(segment.path, segment.header, self._settle):
+                self.live = True
+                return
+            yield one
 
     def _come_to_end(self, ordinal: int, offset: int, *, gone: bool) -> bool:
         """Take notice that there is no more in a segment now; return whether the next one may be read."""

@@ -8,7 +8,9 @@ silent         another machine wrote it, or an earlier boot, or the file system 
 =============  ===========================================================================================
 
 A clock of a file server may be wrong, so on a network file system a segment counts as left only when this process has
-itself seen it unchanged for the time in question, or when its last change is ten times as long ago.
+itself seen it unchanged for the time in question, or when its last change is ten times as long ago. On any other the
+clock of this machine is believed, but for a frame that is there in part: its writer may be in the middle of it, by a
+clock that jumped or that is another one's, so this process must have seen the segment unchanged for a second.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from mlflow_outbox.spool.frame import SHORT_OVERHEAD, SegmentHeader, unpack
 
 #: Segments of network file systems whose size this process remembers.
 _REMEMBERED: Final = 10_000
+#: Seconds in which the rest of a frame follows its beginning.
+_MOMENT: Final = 1.0
 #: Times the settling time after which the clock of a file server is believed.
 _SURELY: Final = 10
 #: The last event of a writer that does not go on in another segment, and the bytes of its frame.
@@ -76,6 +80,17 @@ def is_gone(path: Path, header: SegmentHeader, settle: float) -> bool:
     if not is_network(path.parent):
         return state.idle > settle
     return state.idle > _SURELY * settle or _unchanged(path) > settle
+
+
+def may_go_on(path: Path, header: SegmentHeader, settle: float) -> bool:
+    """Return whether the rest of the last frame may still come, of a segment whose writer counts as gone.
+
+    Args:
+        path: the segment.
+        header: its header.
+        settle: as for ``is_gone``.
+    """
+    return writer_state(path, header).kind == "silent" and _unchanged(path) < min(_MOMENT, settle)
 
 
 def has_ended(path: Path, header: SegmentHeader) -> bool:
