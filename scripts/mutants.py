@@ -213,8 +213,8 @@ MUTANTS: Final = [
     Mutant(
         "park what a restoration on its way lets in",
         "worker/mlflow_outbox_worker/precedence.py",
-        "        room = self._restoring(record)\n        if not room and",
-        "        return\n        room = self._restoring(record)\n        if not room and",
+        "        room = self._restoring(record)\n        if room:",
+        "        return\n        room = self._restoring(record)\n        if room:",
         "tests/test_plugin_deleted.py::test_what_was_logged_after_an_experiment_was_restored_waits_for_that",
     ),
     Mutant(
