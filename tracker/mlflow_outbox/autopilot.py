@@ -182,9 +182,9 @@ def of_summary(state: Any) -> RunContent:
 
 def _check(thing: Any) -> None:
     """Raise a TypeError for what has no fields at all, of which a run would say that all is well."""
-    is_pairless = isinstance(thing, (list, tuple, set, frozenset)) and not hasattr(thing, "_fields")
+    is_list = isinstance(thing, (list, tuple, set, frozenset)) and not hasattr(thing, "_fields")
     is_scalar = thing is None or isinstance(thing, (str, bytes, bytearray, int, float, type))
-    if is_pairless or is_scalar or inspect.isawaitable(thing) or inspect.isgenerator(thing) or inspect.isroutine(thing):
+    if is_list or is_scalar or inspect.isawaitable(thing) or inspect.isgenerator(thing) or inspect.isroutine(thing):
         msg = f"it is a {type(thing).__name__}; give an object, or a mapping, that has the fields"
         raise TypeError(msg)
 

@@ -10,7 +10,7 @@ from mlflow_outbox.spool.events import MAX_NAME_CHARS, MAX_PARAM_CHARS, MAX_TAG_
 from mlflow_outbox.spool.provisional import RUN_ID_TAG
 from mlflow_outbox.validation import checked_text, checked_time_ms, looks_like_seconds
 
-#: Characters of a value that are kept: a hundred times what MLflow keeps of one, and four to an event at the least.
+#: Characters of a value or name that are kept, a hundred times what MLflow keeps of one: it must not fill an event.
 _LONGEST: Final = 1_000_000
 
 
@@ -60,7 +60,7 @@ class Doubts:
         return text[:_LONGEST]
 
     def _bounded(self, key: str, text: str, what: str, limit: int) -> str:
-        """Say that MLflow will cut a long value; the outbox keeps it, for it is MLflow that decides."""
+        """Say that MLflow will cut a long value; the outbox keeps as much, for it is MLflow that decides."""
         if len(text) > limit:
             self._counters.add("over_long_values")
             self._counters.warn_once(

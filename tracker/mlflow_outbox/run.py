@@ -26,6 +26,7 @@ from mlflow_outbox.files import RunFiles, files_below, shown_path
 from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import (
+    GOING_ON,
     INT64_MAX,
     INT64_MIN,
     Event,
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
 Time = int | float | dt.datetime
 
 _time_ns = time.time_ns
-
-#: Statuses that are no end.
-_GOING_ON = frozenset({"RUNNING", "SCHEDULED"})
 
 
 class Run(handles.Handle):
@@ -351,7 +349,7 @@ class Run(handles.Handle):
                 self._refusals.pass_over(refused, "end")
                 time_ms = self._now_ms()
             kept = self._keep(RunEnded(how, time_ms))
-            self._ended = how not in _GOING_ON
+            self._ended = how not in GOING_ON
             if self._journal is not None:
                 self._journal.close()
             return kept

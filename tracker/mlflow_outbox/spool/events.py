@@ -22,6 +22,8 @@ import msgspec
 MAX_KEY_CHARS: Final = 250
 MAX_PARAM_CHARS: Final = 6000
 MAX_TAG_CHARS: Final = 8000
+#: Statuses that are no end of a run.
+GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
 #: The tag in which MLflow keeps a run's name; setting it renames the run.
 NAME_TAG: Final = "mlflow.runName"
 #: Characters of a run's name that MLflow's databases hold, SQLite aside, which holds any (``runs.name``).
