@@ -2,6 +2,12 @@
 
 The clock's own cost (about 0.1 us) is in every figure. One loop runs for a limited number of calls and a limited
 time, whichever ends first, after some calls that are not counted.
+
+A virtual machine has seconds in which everything takes two to five times as long, a bare write and a line of Python
+alike. So the outbox has another loop of one metric, in which each second step is a bare write, to a file of its own:
+how many times as long as that a call takes is told by the two medians of one loop. The controls "write" and "write
+spaced" show how much of that is chance. What a tracker's threads take from its program, they take from the bare write
+too; so this says how long a call is, not what it waits for, and is not done with peers, whose threads work more.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +54,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             if calls is not None:
                 with contextlib.suppress(ValueError):  # threads in which every call failed: the tracker cannot do it
                     result[shape] = quantiles(_timed(shape, calls, request["calls"], seconds, spaced))
+        if name.startswith(("outbox", "write")):
+            result["one metric"].update(_beside(tracker, request, seconds, spaced))
     # Not measured here; but a queue can take minutes to empty, so an end that takes long is left to itself.
     end = threading.Thread(target=_finish, args=(tracker,), daemon=True)
     end.start()
@@ -78,10 +87,10 @@ def _timed(shape: str, call: Any, calls: int, seconds: float, spaced: bool) -> l
     for number in range(_WARM_UP):
         call(number)
     if shape != "8 threads":
-        return _loop(call, _WARM_UP, calls, seconds, spaced)
+        return _loop([call], _WARM_UP, calls, seconds, spaced)
     parts: list[list[int]] = []
     threads = [
-        threading.Thread(target=lambda at=at: parts.append(_loop(call, at, calls // 8, seconds, spaced)))
+        threading.Thread(target=lambda at=at: parts.append(_loop([call], at, calls // 8, seconds, spaced)))
         for at in range(1000, 9000, 1000)
     ]
     for thread in threads:
@@ -91,11 +100,28 @@ def _timed(shape: str, call: Any, calls: int, seconds: float, spaced: bool) -> l
     return [one for part in parts for one in part]
 
 
-def _loop(call: Any, begin: int, calls: int, seconds: float, spaced: bool) -> list[int]:  # noqa: FBT001 - internal
+def _beside(tracker: Any, request: dict[str, Any], seconds: float, spaced: bool) -> dict[str, float]:  # noqa: FBT001 - internal
+    """Return the median of bare writes, in us, and how many times as long that of the calls between them is."""
+    steps = [_calls(one, "one metric") for one in (tracker, open_tracker("write", Path(request["directory"]), {}))]
+    steps[1](0)  # the file's first page
+    durations = _loop(steps, 2 * request["calls"], request["calls"], seconds, spaced)
+    ours, writes = (quantiles(durations[first::2])["p50"] for first in (0, 1))
+    return {"write": writes, "times": ours / writes}
+
+
+def _loop(
+    steps: Sequence[Callable[[int], Any]],
+    begin: int,
+    calls: int,
+    seconds: float,
+    spaced: bool,  # noqa: FBT001 - internal
+) -> list[int]:
+    """Return the nanoseconds of each call; the steps take turns."""
     clock = time.perf_counter_ns
     durations: list[int] = []
     end = clock() + int(seconds * 1e9)
     for number in range(begin, begin + calls):
+        call = steps[(number - begin) % len(steps)]
         before = clock()
         call(number)
         after = clock()
@@ -148,4 +174,7 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _short(result: dict[str, Any]) -> str:
     one = result.get("one metric")
-    return f"{one['p50']:.1f} us, p99.9 {one['p99.9']:.0f} us" if one else str(result.get("error", "no such call"))
+    if not one:
+        return str(result.get("error", "no such call"))
+    times = f"{one['times']:.1f} times a bare write beside it, " if "times" in one else ""
+    return f"{one['p50']:.1f} us, {times}p99.9 {one['p99.9']:.0f} us"

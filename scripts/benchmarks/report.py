@@ -26,6 +26,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             "whole process": "slowdown",
             "its loop": "loop_slowdown",
             "its CPU": "cpu_slowdown",
+            "calls, % of its steps": "calls_percent",
             "longest step, ms": "longest_step_ms",
         }
         _plain(console, "What the experiment pays (1 is no tracking)", results["experiment"], columns)
@@ -99,6 +100,8 @@ def _calls(console: Console, found: dict[str, Any]) -> None:
     for shape in shapes:
         rows = {subject: row.get(shape, row) for subject, row in found.items() if shape in row or "error" in row}
         columns = {"p50, us": "p50", "p99": "p99", "p99.9": "p99.9", "largest": "max"}
+        if shape == "one metric":
+            columns |= {"a bare write beside it, p50": "write", "times as long": "times"}
         _plain(console, f"A logging call: {shape}", rows, columns)
 
 
