@@ -16,6 +16,7 @@ import pytest
 from contents import QUICK, artifact_text, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Run, Settings
 from mlflow_outbox.errors import OutboxError, OutboxUnusable
+from servers import eventually
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -73,6 +74,19 @@ def test_processes_that_are_given_a_run_and_a_tracker_log_to_them(
         )
         assert f"of {number}" == artifact_text(sqlite_uri, info.run_id, f"{number}.txt")
         assert {"m": float(number)} == held[f"own-{number}"].data.metrics
+
+
+def test_a_program_that_gives_its_tracker_away_and_logs_nothing_delivers_what_others_log(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """They only write: while it runs nothing would arrive, and nothing be said at its end."""
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path, settings=QUICK)
+    try:
+        done = read_elsewhere(pickle.dumps([tracker]))
+        assert (0, "True\n") == (done.returncode, done.stdout), done.stderr
+        eventually(lambda: [run.data.metrics for run in runs(sqlite_uri, experiment_name)] == [{"m": 1.0}], 60)
+    finally:
+        tracker.close(60)
 
 
 def test_in_the_process_that_it_comes_from_a_pickled_run_is_delivered_by_the_same_worker(

@@ -4,8 +4,9 @@ A copy is the same handle, also where the object that is copied only holds one: 
 
 A pickle says which outbox and run it is, without credentials. Where it is read, by a process that the program starts
 (one that is spawned, or joblib's, or Ray's) or with a checkpoint, the handle only writes, unless that process uses the
-outbox already: whoever delivers that outbox delivers what it writes too. Where the outbox is not there, on another
-machine above all, nothing is kept, which is said and counted: reading a checkpoint must not fail for it.
+outbox already: whoever delivers that outbox delivers what it writes too. So the program begins to deliver when it has
+a tracker pickled, though it may never log anything itself. Where the outbox is not there, on another machine above all,
+nothing is kept, which is said and counted: reading a checkpoint must not fail for it.
 
 Nothing of an outbox is ever read by ``pickle``; these are the program's own, and hold plain values.
 """

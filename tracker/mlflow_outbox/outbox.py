@@ -121,6 +121,10 @@ class Outbox:
         self._journals.add(journal)
         return journal
 
+    def hand_out(self) -> None:
+        """See to it that what others log who are given a handle is delivered from here, at the exit too."""
+        self._begun()
+
     def _begun(self) -> None:
         """Note that a segment was begun, for the exit, when its journal may be gone; and let it be delivered."""
         self._has_written = True

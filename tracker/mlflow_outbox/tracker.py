@@ -108,6 +108,8 @@ class MLflowTracker(handles.Handle):
 
     def __reduce__(self) -> tuple[Callable[..., MLflowTracker], tuple[Any, ...]]:
         path = str(self.outbox_path or "")
+        if self._outbox is not None:
+            self._outbox.hand_out()
         return _reopened, (self.experiment_name, self.tracking_uri, path, handles.noted(self._settings))
 
     def __enter__(self) -> Self:
