@@ -4,8 +4,8 @@ There is one ``Outbox`` object per outbox directory, worker kind and settings in
 it. It costs a directory check to make; threads, processes and imports come with the first event.
 
 At the exit of the interpreter every outbox gets the chance to deliver what is left, for ``exit_timeout`` seconds in
-all, and says in one line what stays on disk and how to send it. A forked child does not wait: what it wrote is on
-disk, and its parent's worker, or the next one, delivers it.
+all, and says in one line what stays on disk and how to send it. A forked child does not wait while its parent is there:
+what it wrote is on disk, and its parent's worker, or the next one, delivers it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Outbox:
             settings.sync_interval, self.counters, each_round=self._look, let_go=self._note_written
         )
         self.arrived = 0
-        self._pid = os.getpid()
+        self._parent, self._pid = 0, os.getpid()
         self._begin()
         _outboxes.add(self)
 
@@ -254,7 +254,7 @@ class Outbox:
             journal.close()
         self._tally.note()
         self._caretaker.stop(for_good=True)
-        if self._pid == os.getpid() and self._has_written:
+        if self._is_the_last() and self._has_written:
             if self.worker_kind == "none":
                 for journal in journals:
                     self._note_written(journal)
@@ -270,12 +270,17 @@ class Outbox:
             journal.release()
         self._tally.note()
 
+    def _is_the_last(self) -> bool:
+        """Return whether no parent is there that delivers after this process, as none is for a daemon."""
+        return not self._parent or os.getppid() != self._parent
+
     def _is_left(self, run_id: str) -> bool:
         """Return whether something of a run was not delivered by somebody else, who files what is."""
         return any(self.directory.run(run_id).glob("*.log"))
 
     def forked(self) -> None:
         """Begin anew in a forked child: the worker thread stayed in the parent; runs go on, as writers of their own."""
+        self._parent, self._pid = self._pid, os.getpid()
         journals = self._journals
         self._begin()
         self._journals = journals

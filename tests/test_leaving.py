@@ -1,0 +1,48 @@
+"""What a program does at its end for an outbox, where it forks, is a daemon, or is told to hurry."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from contents import numbered, points, the_run
+
+
+def program(body: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a Python program of its own, whose words can be read."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(body), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_daemon_delivers_at_its_end_what_its_parents_cannot(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its tracker was made before it was forked, twice, and those it was forked from are gone."""
+    started = program(
+        """
+        import os, sys
+        from mlflow_outbox import MLflowTracker, Settings
+
+        settings = Settings(exit_timeout=60.0)
+        tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], settings=settings)
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        with tracker.start_run("daemon") as run:
+            for i in range(200):
+                run.log_metric("loss", i / 2, step=i)
+        """,
+        *(experiment_name, sqlite_uri, str(tmp_path / "outbox")),
+    )
+    _, said = started.communicate(timeout=120)  # until the daemon has ended, whose streams they are too
+    assert "" == said
+    run = the_run(sqlite_uri, experiment_name)
+    assert numbered(200) == points(sqlite_uri, run.info.run_id, "loss")
