@@ -55,6 +55,7 @@ class Child:
         self.connection, theirs = socket.socketpair()
         theirs.settimeout(None)  # the program may have set another default, of which the child knows nothing
         _connections.add(self.connection)
+        _connections.add(theirs)
         entries = interpreter.entries()
         try:
             with theirs:
@@ -148,7 +149,8 @@ class Child:
             self._process.wait()
 
 
-#: Sockets of this process. A forked child that kept one would keep the process at its other end alive.
+#: Both ends of the sockets of this process. A forked child that kept one would keep the process at the other end alive,
+#: or its death from being noticed.
 _connections: Living[socket.socket] = Living()
 
 
