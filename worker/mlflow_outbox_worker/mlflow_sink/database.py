@@ -12,6 +12,7 @@ import sqlalchemy.event
 from mlflow.store.db import utils as database
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+from mlflow_outbox_worker.mlflow_sink import new_database
 from mlflow_outbox_worker.mlflow_sink.migrations import take_turns
 from mlflow_outbox_worker.mlflow_sink.point_rows import PointRows
 from mlflow_outbox_worker.sink import SinkError
@@ -52,15 +53,16 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
     file = _file(url)
     store = _in_use.get((uri, root, *_identity(file))) if file else None
     if store is None:
+        take_turns()
         if file:
             _prepare(file)
+            new_database.make(url, file)
         # MLflow would try for a minute to connect. One attempt is enough here, and a second process may be
         # creating the tables.
         engine = database.create_sqlalchemy_engine(uri)
         try:
             with engine.connect():
                 pass
-            take_turns()
             database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
         finally:
             engine.dispose()
