@@ -12,8 +12,40 @@ from typing import Any
 
 import pytest
 
+from contents import numbered, points, the_run
 from mlflow_outbox_worker.child.process import Child
 from servers import eventually
+
+_DAEMON = """
+import os, sys
+from mlflow_outbox import MLflowTracker
+from servers import eventually
+
+tracker = MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3])
+run = tracker.start_run("daemon")
+eventually(lambda: tracker.flush(0).delivered, 60)
+for stream in range(3):
+    try:
+        os.write(stream, b"a library's warning\\n")
+    except OSError:
+        pass
+run.log_metric("loss", 0.0, step=0)
+run.end()
+left, counters = tracker.close(60), tracker.counters
+os._exit(0 if left and not counters.get("children_lost") else 3)
+"""
+
+
+def test_no_socket_to_a_child_takes_the_place_of_a_standard_stream_that_is_closed(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """What the libraries of a daemon print would be told to the child, which ends at what it does not understand."""
+    command = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", _DAEMON]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([*command, experiment_name, sqlite_uri, str(tmp_path)], timeout=120, check=False, env=found)
+    assert 0 == ended.returncode
+    assert numbered(1) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
+
 
 _WAITING = """
 import json, socket

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Final
@@ -39,6 +40,18 @@ def command(module: str) -> list[str]:
 def entries() -> list[str]:
     """Return where this program finds modules."""
     return [os.fsdecode(entry) for entry in sys.path]
+
+
+def standard_error() -> int | None:
+    """Return what a process of ours is given as that: None for the program's, nothing where the program has none.
+
+    Else the first thing that it opens would be it.
+    """
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return None
 
 
 def environment() -> dict[str, str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from mlflow_outbox.living import Living
+from mlflow_outbox.spool.private import above_streams
 
 
 class Holder(msgspec.Struct):
@@ -63,7 +64,8 @@ class Lease:
     def _take(self) -> bool:
         fd, self._inherited = self._inherited, -1
         if fd < 0:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = above_streams(os.open(self._path, flags, 0o600))  # it is handed down to a child, which has streams
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_same(fd, self._path):

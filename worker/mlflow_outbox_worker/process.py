@@ -90,6 +90,7 @@ def start(outbox: Outbox) -> ProcessWorker | ThreadWorker:
         [*interpreter.command("mlflow_outbox_worker"), str(outbox.directory.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        stderr=interpreter.standard_error(),
         env=interpreter.environment(),
         start_new_session=True,
     )

@@ -18,13 +18,21 @@ _FIRST: Final = 3
 def create_private(path: Path, flags: int = os.O_WRONLY) -> int:
     """Create a new file that only the user can read and return its descriptor; never follows a link.
 
-    In a program that was started without one of the standard streams, as daemons are, the descriptor is none of theirs:
-    whatever a library writes to standard error would be in the file. (SQLite does the same, for that reason.)
-
     Raises:
         OSError: it exists already, or cannot be made.
     """
-    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    return above_streams(os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+
+
+def above_streams(fd: int) -> int:
+    """Return a descriptor, or another one in its place that is none of a standard stream's.
+
+    In a program that was started without one of these, as daemons are, whatever a library writes to standard error
+    would be in the file, or socket. (SQLite does the same, for that reason.)
+
+    Raises:
+        OSError: there is no other one; this one is given back.
+    """
     if fd >= _FIRST:
         return fd
     try:

@@ -16,6 +16,7 @@ from mlflow_outbox import stopwatch
 from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.living import Living
 from mlflow_outbox.settings import environment_for_child
+from mlflow_outbox.spool.private import above_streams
 from mlflow_outbox_worker import interpreter
 
 #: What a child says first.
@@ -52,7 +53,7 @@ class Child:
             msg = "this program has no Python interpreter that could deliver in a process of its own"
             raise NoChild(msg)
         self._environment = environment_for_child()
-        self.connection, theirs = socket.socketpair()
+        self.connection, theirs = map(_above_streams, socket.socketpair())
         theirs.settimeout(None)  # the program may have set another default, of which the child knows nothing
         _connections.add(self.connection)
         _connections.add(theirs)
@@ -63,6 +64,7 @@ class Child:
                     [*program, str(directory), str(lock)],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
+                    stderr=interpreter.standard_error(),
                     env=interpreter.environment(),
                     pass_fds=(lock,),
                     start_new_session=True,  # ctrl-C is for the program
@@ -147,6 +149,11 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _above_streams(one: socket.socket) -> socket.socket:
+    """Return a socket in place of one that may have the number of a standard stream."""
+    return socket.socket(fileno=above_streams(one.detach()))
 
 
 #: Both ends of the sockets of this process. A forked child that kept one would keep the process at the other end alive,
