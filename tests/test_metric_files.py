@@ -192,3 +192,22 @@ def test_tags_of_a_new_run_that_need_one_place_are_refused_and_not_asked_for_aga
             sink.experiment_id("e"), run_name="r", start_time_ms=1, user="u", tags={"val": "1", "val/acc": "2"}
         )
     assert 400 == refused.value.status
+
+
+@pytest.mark.parametrize("values", [(math.nan, 5.0), (5.0, math.nan), (math.nan, 5.0, 7.0)])
+def test_no_number_beside_numbers_of_one_step_and_time_is_nothing_that_the_store_lacks(
+    values: tuple[float, ...], file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Which of them is the latest depends on which came first there; the run was parked for it."""
+    tracker = MLflowTracker(experiment_name, file_uri, outbox_dir=tmp_path / "outbox", settings=QUICK)
+    with tracker.start_run() as run:
+        for value in values:
+            run.log_metric("loss", value, timestamp=1_700_000_000_000)
+    result = tracker.flush(60)
+    assert (len(values) + 2, 0, 0) == (result.delivered, result.pending, result.parked)
+    assert tracker.outbox_path is not None
+    outbox = OutboxDirectory.open(tracker.outbox_path)
+    eventually(lambda: [run.run_id] == outbox.delivered_ids(), message="it was read back and filed")
+    tracker.close(60)
+    held = the_run(file_uri, experiment_name)
+    assert len(values) == sum(points(file_uri, held.info.run_id, "loss").values())

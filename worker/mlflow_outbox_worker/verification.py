@@ -273,7 +273,9 @@ def _of_run(
 def _as_late(point: MetricPoint, latest: Latest) -> bool:
     if (point.step, point.time_ms) != (latest.step, latest.time_ms):
         return (point.step, point.time_ms) > (latest.step, latest.time_ms)
-    return _same(point.value, latest.value) or point.value > latest.value or math.isnan(latest.value)
+    # NaN is before and behind every number: which of them a file store shows depends on which came first.
+    unordered = math.isnan(latest.value) or math.isnan(point.value)
+    return unordered or _same(point.value, latest.value) or point.value > latest.value
 
 
 def _same(held: float, logged: float) -> bool:
