@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,59 @@ def test_what_is_logged_with_a_dataset_shows_the_dataset_once(
         proxy.up()
         deliver(uri)
         assert ["table"] == datasets()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_points_of_a_model_that_are_logged_within_a_millisecond_are_all_kept(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A database has one of them for each run, step and millisecond; calls that wait for a server are further apart."""
+    with world(way, mlflow_server, tmp_path) as here:
+        mlflow = here.mlflow
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            model = mlflow.initialize_logged_model(name="m", source_run_id=run.info.run_id)
+            here.kill()
+            for number in range(30):
+                mlflow.log_metric("loss", number / 2, model_id=model.model_id)
+            for number in range(5):
+                mlflow.log_metrics({"a": number, "b": -number}, step=7, model_id=model.model_id)
+    with client(mlflow_server.url) as api:
+        (found,) = api.search_logged_models([api.get_experiment_by_name(experiment_name).experiment_id])
+        held = Counter((point.key, point.step, point.value) for point in found.metrics)
+        (run,) = the_runs(mlflow_server.url, experiment_name)
+        history = [point.value for point in api.get_metric_history(run.info.run_id, "loss")]
+    expected = [("loss", 0, number / 2) for number in range(30)]
+    expected += [(key, 7, sign * number) for number in range(5) for key, sign in (("a", 1), ("b", -1))]
+    assert Counter(expected) == held
+    assert [number / 2 for number in range(30)] == sorted(history)
+
+
+@pytest.mark.parametrize("kind", ["server", "sqlite"])
+def test_a_point_of_a_model_that_mlflow_takes_only_once_is_a_dead_letter(
+    kind: str, mlflow_server: MlflowServer, experiment_name: str, sqlite_uri: str, tmp_path: Path
+) -> None:
+    """Another value at a step and a time of the program's choice; what is beside it and what follows arrives."""
+    from mlflow.entities import Metric
+
+    plain = {"server": mlflow_server.url, "sqlite": sqlite_uri}[kind]
+    uri = f"outbox+{plain}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        api = mlflow.MlflowClient()
+        with mlflow.start_run() as run:
+            model = mlflow.initialize_logged_model(name="m").model_id
+            for value in (1.0, 2.0, 1.0):
+                api.log_metric(run.info.run_id, "alone", value, timestamp=1000, step=1, model_id=model)
+            for values in ({"a": 1.0, "b": 1.0}, {"a": 2.0, "b": 1.0, "c": 1.0}):
+                points = [Metric(key, value, 1000, 1, model) for key, value in values.items()]
+                api.log_batch(run.info.run_id, metrics=points)
+            mlflow.log_metric("after", 1.0)
+        result = store(uri).outbox.flush(60)
+        assert (0, 0, 2) == (result.pending, result.parked, result.dead), result
+    with client(plain) as api:
+        (found,) = api.search_logged_models([api.get_experiment_by_name(experiment_name).experiment_id])
+        assert {(key, 1.0) for key in ("alone", "a", "b", "c")} == {(one.key, one.value) for one in found.metrics}
+        (held,) = the_runs(plain, experiment_name)
+        assert {"alone": 2.0, "a": 2.0, "b": 1.0, "c": 1.0, "after": 1.0} == held.data.metrics
+        assert "FINISHED" == held.info.status

@@ -3,6 +3,10 @@
 Once in effect: most of these requests change nothing when they are made again. The others are recognised by their
 answers (a row that exists; a model's param has to have the value, too), or carry a tag of the outbox by which what they
 create is found before it is created.
+
+A database keeps one point of a model's metric for each run, time and step. Another one of those is refused with all
+that is beside it, for ever, in the words in which it says that two requests met at a row. So each point of such a
+request is sent once more, alone, and what is refused then is refused for good.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ _OF_EXPERIMENTS: Final = frozenset(
     {"create_experiment", "set_experiment_tag", "delete_experiment_tag"}
     | {"rename_experiment", "delete_experiment", "restore_experiment"}
 )
+#: The table, or a rule of it, that names itself where a model has a point of that time and step.
+_POINTS_OF_MODELS: Final = "logged_model_metrics"
 #: Where an experiment is in the state already that these lead to, MLflow says that there is none.
 _LIFECYCLE: Final = frozenset({"delete_experiment", "restore_experiment"})
 _DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag"})
@@ -111,9 +117,23 @@ class Calls:
         try:
             self._sink.call(request.operation, body)
         except SinkError as error:
+            if _is_about_points_of_models(request.operation, error):
+                made = [self._point(request, part, refuse) for part in _split(body, "metrics")]
+                return any(made)
             verdict = self._verdict(request.operation, body, error)
             if verdict is not None:
                 return not refuse(msgspec.structs.replace(request, arguments=body.encode()), verdict)
+        return True
+
+    def _point(self, request: Request, body: str, refuse: Callable[[Request, SinkError], bool]) -> bool:
+        try:
+            self._sink.call(request.operation, body)
+        except SinkError as error:
+            verdict = error
+            if _is_about_points_of_models(request.operation, error):
+                msg = "the model has another point of this metric for the run, time and step, and MLflow takes only one"
+                verdict = SinkError(msg, kind="answer", status=HTTPStatus.BAD_REQUEST, code="INVALID_PARAMETER_VALUE")
+            return not refuse(msgspec.structs.replace(request, arguments=body.encode()), verdict)
         return True
 
     def _verdict(self, operation: str, body: str, error: SinkError) -> SinkError | None:
@@ -220,7 +240,13 @@ def _text(arguments: bytes, name: str) -> str:
 
 def _parts(operation: str, body: str) -> list[str]:
     name = _ONE_BY_ONE.get(operation)
-    if name is None:
-        return [body]
+    return [body] if name is None else _split(body, name)
+
+
+def _is_about_points_of_models(operation: str, error: SinkError) -> bool:
+    return operation == "log_batch" and _POINTS_OF_MODELS in str(error) and _ROW_EXISTS.search(str(error)) is not None
+
+
+def _split(body: str, name: str) -> list[str]:
     arguments = arguments_of(body.encode())
     return [msgspec.json.encode({**arguments, name: [item]}).decode() for item in arguments.get(name) or ()]

@@ -41,6 +41,7 @@ class OpenRun:
     Attributes:
         params: those that it is known to have, for MLflow's rule that a param never changes.
         outputs: models that this process logged as outputs, which a database takes once.
+        linked: of each metric of each model its last step, and from when to when in ms it has points of that.
     """
 
     def __init__(self, run_id: str, journal: Journal, outbox: Outbox) -> None:
@@ -49,6 +50,7 @@ class OpenRun:
         self._outbox = outbox
         self.params: dict[str, str] = {}
         self.outputs: set[str] = set()
+        self.linked: dict[tuple[str, str], tuple[int, int, int]] = {}
 
     def append(self, event: Event) -> bool:
         """Write one event; return whether it was kept. What is refused is counted and said by the journal."""

@@ -37,6 +37,8 @@ from mlflow_outbox.spool.events import Metrics, Params, RunEnded, RunStarted, Ta
 #: MLflow's code for what cannot be said now.
 _LATER: Final = "TEMPORARILY_UNAVAILABLE"
 _GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
+#: Milliseconds within which a point's time is that of the call, and not one that the program has chosen.
+_JUST_NOW: Final = 1000
 
 
 class Runs(RunReads):
@@ -240,7 +242,7 @@ class Runs(RunReads):
         groups: dict[tuple[int, int], dict[str, float]] = {}
         for metric in metrics:
             if _is_linked(metric):
-                linked.append(_with_float(metric))
+                linked.append(self._apart(run, _with_float(metric)))
                 continue
             group = groups.setdefault((metric.timestamp, metric.step), {})
             if metric.key in group:
@@ -256,6 +258,22 @@ class Runs(RunReads):
         if linked:
             self._models_have_metrics = True
             run.request("log_batch", run_id=run.run_id, metrics=linked, params=[], tags=[])
+
+    def _apart(self, run: OpenRun, metric: Metric) -> Metric:
+        """Return a point of a model that was logged just now with a time that no other one of its step has.
+
+        A database keeps one of them for each millisecond. Calls that wait for a server come further apart than that.
+        """
+        if not getattr(metric, "model_id", None) or self.outbox.destination.scheme == "file":
+            return metric
+        key, time_ms = (metric.model_id, metric.key), metric.timestamp
+        step, first, last = run.linked.get(key, (0, 0, -1))
+        if step == metric.step and first <= time_ms <= last and time_ms > now_ms() - _JUST_NOW:
+            time_ms = metric._timestamp = last + 1
+        else:
+            first = time_ms
+        run.linked[key] = metric.step, first, time_ms
+        return metric
 
     def log_metric(self, run_id: str, metric: Metric) -> None:
         """Log one metric point; see ``log_batch``."""
