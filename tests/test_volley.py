@@ -146,6 +146,40 @@ def test_a_request_that_fails_beside_others_is_sent_again_alone(
     assert [set()] * 3 == [watch.beside[step] for step in range(80, 140, 20)], "one at a time since"
 
 
+def test_what_arrived_beside_a_request_that_fails_is_not_sent_again_however_often_that_fails(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """As in an outage that begins in the middle of them: a server whose store is one of files would keep them twice."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        outbox = logged(experiment_name, proxy.url, tmp_path, 140)
+        proxy.on(BATCHES, faults.status(503), times=3, body=holds(40))
+        watch = Watch(proxy)
+        with delivering(outbox, proxy.url, SETTINGS) as counters:
+            eventually(lambda: 144 == counters["delivered"], 60)
+    assert arrived(mlflow_server, experiment_name, 140)
+    assert 3 == counters["retried"]
+    assert {1} == {Counter(watch.order)[step] for step in range(0, 140, 20)}, watch.order
+
+
+def test_what_arrived_before_a_request_that_fails_is_not_sent_again(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """One call of many metrics is several requests, one after the other."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=SETTINGS)
+        with tracker.start_run() as run:
+            run.log_metrics({f"m{number:02}": number for number in range(50)}, step=1)
+        tracker.close(0)
+        assert tracker.outbox_path is not None
+        proxy.on(BATCHES, faults.status(503), times=2, body=lambda body: b'"m30"' in body)
+        with delivering(OutboxDirectory.open(tracker.outbox_path), proxy.url, SETTINGS) as counters:
+            eventually(lambda: 3 == counters["delivered"], 60)
+        sent = [body for one in proxy.requests if b'"metrics"' in (body := one.body)]
+    assert 2 == counters["retried"]
+    assert [1, 3, 1] == [sum(name in body for body in sent) for name in (b'"m00"', b'"m30"', b'"m49"')]
+    assert 50 == len(the_run(mlflow_server.url, experiment_name).data.metrics)
+
+
 def test_a_point_that_is_refused_beside_others_is_the_only_dead_letter(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -199,6 +199,7 @@ class Courier:
         record.state, record.reason = "active", ""
         record.verified_at_ms = 0
         self._ledger.commit(record, view=view, dead=refused.letters)
+        self._reconciliation.recorded(record.run_id)
         self._count(window, refused.letters, dead)
 
     def _count(self, window: Window, letters: list[DeadLetter], dead: int) -> None:

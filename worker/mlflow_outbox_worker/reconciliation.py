@@ -12,9 +12,9 @@ another machine: then events are sent that are there. What is compared with the 
   lost ledger, are compared until one is new. The single window that a killed worker may have sent is not: reading a
   long history would cost more. Nor is anything compared of a database that leaves out what it has (``point_rows``).
 
-Of a window whose requests went side by side some may have been answered when one failed (``volley``). They are left out
-of what is sent again by the same process, which costs nothing and is asked of nobody: a tracking server whose own store
-is one of files would have their points twice, and does not say what its store is.
+Of a window some requests may have been answered when one failed (``volley``). They are left out of what is sent again
+by the same process, however often that fails, which costs nothing and is asked of nobody: a tracking server whose own
+store is one of files would have their points twice, and does not say what its store is.
 
 History is read once for each key of a run, and held exactly, in 24 bytes for each point, up to ``MOST`` points a key;
 up to ``FEW`` as a set, which takes five times as much and is asked in a tenth of the time.
@@ -100,16 +100,18 @@ class Reconciliation:
         self._answered: dict[str, dict[str, set[bytes]]] = {}
         #: MLflow's ids of the runs that have them.
         self._answered_by: dict[str, str] = {}
-        #: How many of them are still to come.
-        self._ahead: dict[str, int] = {}
+        #: What of them was left out of the window that is being sent.
+        self._left_out: dict[str, set[tuple[str, bytes]]] = {}
 
-    def answered(self, record: RunRecord, batches: Iterable[Batch]) -> None:
+    def answered(self, record: RunRecord, batches: Sequence[Batch]) -> None:
         """Note the batches of a window that were answered for, though others of it failed.
 
         Args:
             record: of the run.
-            batches: of points.
+            batches: of points, or of none.
         """
+        if not self._sink.deduplicates_metrics or self._sink.takes_repeats or not any(one.points for one in batches):
+            return
         if self._answered_by.get(record.run_id) != record.remote_id:
             self._forget(record.run_id)
         self._answered_by[record.run_id] = record.remote_id
@@ -117,7 +119,16 @@ class Reconciliation:
         for batch in batches:
             for point in batch.points:
                 known.setdefault(point.key, set()).add(packed(point))
-        self._ahead[record.run_id] = sum(map(len, known.values()))
+
+    def recorded(self, run_id: str) -> None:
+        """Note that a window was recorded: what was left out of it is behind."""
+        known = self._answered.get(run_id)
+        if known is None:
+            return
+        for key, point in self._left_out.pop(run_id, ()):
+            known[key].discard(point)
+        if not any(known.values()):
+            self._forget(run_id)
 
     def found(self, run_id: str) -> None:
         """Note that a run was there already."""
@@ -154,27 +165,22 @@ class Reconciliation:
         return list(_without(steps, {}))
 
     def _unanswered(self, record: RunRecord, steps: list[Step]) -> list[Step]:
-        """Return steps without the points that were answered for, and forget those when they are behind.
-
-        So they are when the run is another one in MLflow by now, which has none of them.
-        """
+        """Return steps without the points that were answered for, which none was if the run is another one by now."""
         run_id = record.run_id
         if self._answered_by[run_id] != record.remote_id:
             self._forget(run_id)
             return steps
-        left = list(_without(steps, self._answered[run_id]))
-        self._ahead[run_id] -= _points(steps) - _points(left)
-        if self._ahead[run_id] <= 0:
-            self._forget(run_id)
-        return left
+        known = self._answered[run_id]
+        self._left_out[run_id] = {one for one in _points(steps) if one[1] in known.get(one[0], ())}
+        return list(_without(steps, known))
 
     def _forget(self, run_id: str) -> None:
-        for noted in (self._answered, self._answered_by, self._ahead):
+        for noted in (self._answered, self._answered_by, self._left_out):
             noted.pop(run_id, None)
 
     def _fresh(self, record: RunRecord, steps: list[Step]) -> list[Step]:
         history = self._histories.pop(record.run_id, {})
-        points = {(point.key, packed(point)) for step in steps if isinstance(step, Batch) for point in step.points}
+        points = _points(steps)
         for key in {key for key, _ in points} - history.keys():
             history[key] = self._history(record, key, self._most)
         held = {key: some for key in history if (some := history[key]) is not None}
@@ -206,8 +212,8 @@ class Reconciliation:
                 return frozenset(records) if len(records) <= FEW else Packed(records)
 
 
-def _points(steps: Iterable[Step]) -> int:
-    return sum(len(step.points) for step in steps if isinstance(step, Batch))
+def _points(steps: Iterable[Step]) -> set[tuple[str, bytes]]:
+    return {(point.key, packed(point)) for step in steps if isinstance(step, Batch) for point in step.points}
 
 
 def _without(steps: list[Step], held: Mapping[str, Container[bytes]]) -> Iterator[Step]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from mlflow_outbox import stopwatch
@@ -41,7 +41,7 @@ class Volley:
 
     Args:
         requests: makes each of them.
-        answered: told of batches that were answered for when others beside them failed.
+        answered: told of batches that were answered for when something else of their window failed.
         sink: the tracking store.
         most: requests that may be under way at once, of all runs.
         clock: seconds of a clock that never goes back.
@@ -50,7 +50,7 @@ class Volley:
     def __init__(
         self,
         requests: Requests,
-        answered: Callable[[RunRecord, Iterable[Batch]], None],
+        answered: Callable[[RunRecord, Sequence[Batch]], None],
         sink: Sink,
         most: int,
         *,
@@ -92,19 +92,26 @@ class Volley:
             Later: try again after a pause.
             Parked: a person is needed.
         """
-        beside: list[Batch] = []
-        for step in steps:
-            if isinstance(step, Batch) and _is_of_known_metrics(step, view):
-                beside.append(step)
-                continue
-            self._fire(record, beside, refused)
-            beside = []
-            self._requests.make(record, step, refused)
-        self._fire(record, beside, refused)
-
-    def _fire(self, record: RunRecord, batches: Sequence[Batch], refused: Refused) -> None:
-        width = self.width() if len(batches) > 1 else 1
         answered: list[Batch] = []
+        beside: list[Batch] = []
+        try:
+            for step in steps:
+                if isinstance(step, Batch) and _is_of_known_metrics(step, view):
+                    beside.append(step)
+                    continue
+                self._fire(record, beside, refused, answered)
+                beside = []
+                letters = len(refused.letters)
+                self._requests.make(record, step, refused)
+                if isinstance(step, Batch) and len(refused.letters) == letters:
+                    answered.append(step)
+            self._fire(record, beside, refused, answered)
+        except BaseException:  # raised again
+            self._answered(record, answered)
+            raise
+
+    def _fire(self, record: RunRecord, batches: Sequence[Batch], refused: Refused, answered: list[Batch]) -> None:
+        width = self.width() if len(batches) > 1 else 1
         for begin in range(0, len(batches), width):
             shots = [_Shot(self._requests, record, batch) for batch in batches[begin : begin + width]]
             for shot in shots[1:]:
@@ -112,15 +119,14 @@ class Volley:
             shots[0].make()
             for shot in shots:
                 shot.wait()
+            answered += [shot.batch for shot in shots if shot.is_answered]
             failures = [shot.failure for shot in shots if shot.failure is not None]
             if failures:
                 if len(shots) > 1:
                     self._alone_until = self._clock() + _ALONE
-                    self._answered(record, [*answered, *(shot.batch for shot in shots if shot.is_answered)])
                 raise failures[0]
             for shot in shots:
                 refused.take(shot.refused)
-            answered += [shot.batch for shot in shots if shot.is_answered]
 
 
 class _Shot:
