@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,14 +15,17 @@ import pytest
 
 from contents import QUICK, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
-from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing import faults
+from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.planner import Batch
 from mlflow_outbox_worker.reconciliation import Packed, Reconciliation, packed
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sink import MetricPoint, Sink
-from servers import MlflowServer
+from servers import MlflowServer, eventually
+from workers import delivering
 
 Opens = Callable[[str], Sink]
 VALUES = [0.5, -0.0, 0.0, math.inf, -math.inf, math.nan, 1e308]
@@ -203,3 +207,55 @@ def test_points_that_were_answered_for_beside_a_failure_are_left_out_of_the_same
     reconciliation.answered(record, [whole[0], whole[2]])
     record.remote_id = "c" * 32
     assert whole == reconciliation.unsent(record, [*whole])
+
+
+@pytest.mark.compatibility
+def test_points_that_are_no_number_arrive_again_and_twice(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The answer to their first batch is lost. A server of MLflow 3.9 refuses what it has of NaN, for ever."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=QUICK)
+        with tracker.start_run() as run:
+            for number in range(10):
+                run.log_metric("loss", math.nan if number % 2 else number, step=number)
+            for _ in range(50):
+                run.log_metric("same", math.nan)
+        tracker.close(0)
+        assert tracker.outbox_path is not None
+        proxy.on("log-batch", faults.forward_then_drop_response())
+        with delivering(OutboxDirectory.open(tracker.outbox_path), proxy.url, QUICK) as counters:
+            eventually(lambda: 62 == counters["delivered"], 60)
+    held = the_run(mlflow_server.url, experiment_name)
+    history = points(mlflow_server.url, held.info.run_id, "loss")
+    assert [*range(10)] == sorted(step for step, _ in history.elements())
+    assert 5 == sum(math.isnan(value) for _, value in history)
+    assert math.isnan(held.data.metrics["same"])
+
+
+def test_a_batch_that_is_refused_for_a_row_that_is_there_is_compared_with_what_the_store_has(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """As a server of MLflow 3.9 refuses NaN that it has; what it has not is sent."""
+    there = json.dumps(
+        {"error_code": "BAD_REQUEST", "message": "(IntegrityError) UNIQUE constraint failed: metrics.key"}
+    )
+
+    def take_and_refuse(exchange: Exchange) -> None:
+        exchange.fetch()
+        exchange.run(faults.status(400, body=there))
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        settings = dataclasses.replace(QUICK, batch_points=10)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=settings)
+        with tracker.start_run() as run:
+            for step in range(20):
+                run.log_metric("loss", step / 2, step=step)
+        tracker.close(0)
+        assert tracker.outbox_path is not None
+        proxy.on("log-batch", Action("take_and_refuse", take_and_refuse))
+        proxy.on("log-batch", faults.status(400, body=there), times=None, body=lambda body: b'"step":3}' in body)
+        with delivering(OutboxDirectory.open(tracker.outbox_path), proxy.url, settings) as counters:
+            eventually(lambda: 22 == counters["delivered"], 60)
+    held = the_run(mlflow_server.url, experiment_name).info.run_id
+    assert numbered(20) == points(mlflow_server.url, held, "loss")

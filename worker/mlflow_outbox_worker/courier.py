@@ -144,6 +144,8 @@ class Courier:
             except Later as later:
                 if later.outcome.alone:
                     self._note_obstacle(run_id, later.outcome.reason)
+                if later.error.code == "BAD_REQUEST":  # a row was there: not all MLflows know NaN for what they have
+                    self._reconciliation.found(run_id)
                 raise
             except Waits as waits:
                 self._calls.precedence.waits(run_id, waits.on)

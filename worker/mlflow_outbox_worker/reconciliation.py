@@ -10,7 +10,9 @@ another machine: then events are sent that are there. What is compared with the 
 * A store that does deduplicate need not be asked, but a batch that it has costs MLflow's server three to eight times
   what a first one costs: it looks for each of the points. So windows of a run that was found by its tag, as after a
   lost ledger, are compared until one is new. The single window that a killed worker may have sent is not: reading a
-  long history would cost more. Nor is anything compared of a database that leaves out what it has (``point_rows``).
+  long history would cost more. But an older server (3.9) takes NaN that it has for something new, and refuses the batch
+  for a row that is there: one that was refused so is compared. Nor is anything compared of a database that leaves
+  out what it has (``point_rows``).
 
 Of a window some requests may have been answered when one failed (``volley``). They are left out of what is sent again
 by the same process, however often that fails, which costs nothing and is asked of nobody: a tracking server whose own
@@ -131,7 +133,7 @@ class Reconciliation:
             self._forget(run_id)
 
     def found(self, run_id: str) -> None:
-        """Note that a run was there already."""
+        """Note that a run was there already, or that something of its window was."""
         if self._sink.deduplicates_metrics and not self._sink.takes_repeats:
             self._found.add(run_id)
 
