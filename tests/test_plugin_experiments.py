@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from contents import client
+from mlflow_outbox.plugin.ids import NotYet
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import away, deliver, store, tracking
+from plugin_world import NOWHERE, away, deliver, store, tracking
 from servers import MlflowServer
 
 
@@ -189,3 +191,29 @@ def root_of(uri: str) -> Path:
     from mlflow.utils.file_utils import local_file_uri_to_path
 
     return Path(local_file_uri_to_path(uri))
+
+
+def test_threads_make_experiments_side_by_side_while_the_server_is_away(
+    experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id of one that another thread is making is known before it is written, and more of them come at any time."""
+    with tracking(NOWHERE, tmp_path, worker="none", exit_timeout=0) as mlflow:
+        api, held = mlflow.MlflowClient(), store(NOWHERE)
+        number = api.create_experiment(f"{experiment_name}-mine")
+
+        def name_another() -> str:
+            other = provisional.experiment_id(held.outbox.directory.identity.id, f"other {len(held._handed_out)}")
+            held.know_experiment(other, "other")
+            return other
+
+        name_another()
+        assert number == api.get_experiment_by_name(f"{experiment_name}-mine").experiment_id
+        assert api.get_experiment_by_name("other") is None
+        api.create_experiment(f"{experiment_name}-next")
+
+        def ask(given: str) -> str:
+            name_another()
+            raise NotYet(given)
+
+        monkeypatch.setattr(held.ids, "remote", ask)
+        assert number == held.shown_experiment(number)

@@ -282,7 +282,7 @@ class Base:
 
     def shown_experiment(self, experiment_id: str) -> str:
         """Return the id by which this process knows an experiment; MLflow compares ids, so a given one stays."""
-        for local in self._handed_out:
+        for local in [*self._handed_out]:  # other threads hand out more meanwhile
             try:
                 if self.ids.remote(local) == experiment_id:
                     return local

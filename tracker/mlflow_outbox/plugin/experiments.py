@@ -121,8 +121,16 @@ class Experiments(Homes):
 
     def _named_here(self, experiment_name: str) -> Experiment | None:
         """Return the experiment of a name that this outbox knows of, or None."""
-        found = (self.get_experiment(number) for number in self._known_here(experiment_name))
-        return next((one for one in found if one.name == experiment_name), None)  # it may have been renamed
+        for number in self._known_here(experiment_name):
+            try:
+                found = self.get_experiment(number)
+            except MlflowException as error:
+                if error.error_code != UNKNOWN:
+                    raise
+                continue  # another thread is making it: its id is known before it is written
+            if found.name == experiment_name:  # it may have been renamed
+                return found
+        return None
 
     def _known_here(self, name: str) -> Iterator[str]:
         """Yield the ids of experiments that may have a name, as far as this outbox knows; each is found out on demand.
