@@ -118,14 +118,15 @@ class Reading:
         entries.sort(key=lambda entry: entry["start_time"], reverse=True)
         return entries
 
-    def local_runs(self, experiment: str | None = None) -> list[LocalRun]:
+    def local_runs(self, experiment: str | None = None, *, filed: bool = True) -> list[LocalRun]:
         """Return the runs that the outbox still has on disk.
 
         Args:
             experiment: only those of this experiment; None means all.
+            filed: those too that are filed as delivered, which may be thousands, and of which nothing waits.
         """
         with self._ledger() as ledger:
-            on_disk = dict.fromkeys([*self._directory.run_ids(), *self._directory.delivered_ids()])
+            on_disk = dict.fromkeys([*self._directory.run_ids(), *(self._directory.delivered_ids() if filed else ())])
             ids = [run_id for run_id in on_disk if not provisional.is_room(run_id)]
             found = (self._local_run(run_id, ledger) for run_id in ids)
             return [run for run in found if run is not None and experiment in {None, run.experiment}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -247,11 +248,7 @@ class RunReads(Experiments):
                 known.append(self.ids.remote(number))
             except NotYet:
                 continue
-        local = [
-            run
-            for run in self._local_runs()
-            if {run.view.experiment_id, self._remote_experiment(run)} & {*wanted, *known}
-        ]
+        local = self._local_runs({*wanted, *known}, filed=False)  # the server has the others
         page: tuple[list[Run], str | None]
         fresh = [run for run in local if not run.remote_id and provisional.is_provisional(run.run_id)]
         mixed = self._matching([self._local_entity(run) for run in fresh], filter_string, run_view_type, None)
@@ -270,6 +267,7 @@ class RunReads(Experiments):
                 # It may know experiments of these names all the same, from others.
                 raise Away("what they have begun is not delivered yet", sent=False)
         except Away as away:
+            local = self._local_runs({*wanted, *known}, filed=True)
             if not local:
                 raise self.server.needed("a search for runs that this outbox did not make", away) from None
             say_once(self.outbox, "search", "the server is away, so a search for runs found only those of this outbox")
@@ -300,8 +298,9 @@ class RunReads(Experiments):
                 break
         return found
 
-    def _local_runs(self) -> list[Any]:
-        return list(delivery.reading(self.outbox).local_runs())
+    def _local_runs(self, experiments: set[str], *, filed: bool) -> list[Any]:
+        found = delivery.reading(self.outbox).local_runs(filed=filed)
+        return [run for run in found if {run.view.experiment_id, self._remote_experiment(run)} & experiments]
 
     def _remote_experiment(self, run: Any) -> str:
         try:
@@ -319,11 +318,19 @@ class RunReads(Experiments):
         return self._staged(reads.local_run_of(run, run.run_id, self._uri(run.run_id), bounded=self._bounded))
 
     def _shown(self, run: Run, local: Any, names: dict[str, str]) -> Run:
-        home = local.run_id if local is not None else run.info.run_id
+        home = local.run_id if local is not None else self._home(run)
         uri = self.shown_uri("run", home, run.info.artifact_uri)
         pending = local.pending if local is not None else ()
         run_id = names.get(run.info.run_id, run.info.run_id)
         return self._placed(reads.folded(run, pending, run_id, uri, bounded=self._bounded), names)
+
+    def _home(self, run: Run) -> str:
+        """Return the id under which the outbox keeps a run of the server's; of one that it has not, the server's."""
+        mark = run.data.tags.get(provisional.RUN_ID_TAG, "")  # of one that began offline, what it was called then
+        if provisional.is_provisional(mark) and self.journals.exists(mark):
+            with contextlib.suppress(NotYet):
+                return mark if self.ids.remote(mark) == run.info.run_id else str(run.info.run_id)
+        return str(run.info.run_id)
 
     @staticmethod
     def _matching(runs: list[Run], filter_string: str, view: int, order_by: list[str] | None) -> list[Run]:

@@ -1,0 +1,47 @@
+"""Searches for runs through the plugin: the server's answer costs no more the more runs are kept on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_outbox_worker.reading import Reading
+from plugin_world import away, deliver, store
+from servers import MlflowServer, eventually
+
+
+def test_a_search_reads_no_run_that_is_filed_as_delivered(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a week they stay on disk, thousands in a sweep; the answer shows them as before, whatever they began as."""
+    with away(mlflow_server, tmp_path, create_timeout=0.5) as (mlflow, proxy, uri):
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run(run_name="offline") as begun:
+            mlflow.log_metric("m", 1.0)
+        proxy.up()
+        deliver(uri)
+        with mlflow.start_run(run_name="online"):
+            mlflow.log_metric("m", 2.0)
+        deliver(uri)
+        directory = store(uri).outbox.directory
+        eventually(lambda: 2 == len([*directory.delivered_ids()]), message="both are filed")
+        read: list[str] = []
+        theirs: Any = Reading._local_run
+
+        def spy(self: Reading, run_id: str, *more: Any) -> Any:
+            read.append(run_id)
+            return theirs(self, run_id, *more)
+
+        monkeypatch.setattr(Reading, "_local_run", spy)
+        found = {run.info.run_name: run for run in mlflow.search_runs(output_format="list", order_by=["metrics.m ASC"])}
+        assert ["offline", "online"] == [*found]
+        assert [] == read
+        assert begun.info.run_id == found["offline"].info.run_id
+        assert begun.info.artifact_uri == found["offline"].info.artifact_uri
+        assert found["online"].info.artifact_uri.startswith("mlflow-artifacts:")
+        proxy.down()
+        held = mlflow.search_runs(output_format="list", order_by=["metrics.m ASC"])
+        assert ["offline", "online"] == [run.info.run_name for run in held]
+        assert {*read} >= {begun.info.run_id}
