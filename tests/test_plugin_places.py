@@ -182,3 +182,19 @@ def test_a_database_whose_driver_is_named_is_the_same_one(
         assert store(f"outbox+{sqlite_uri}").outbox is store(uri).outbox
         deliver(uri)
     assert [{"m": 1.0}] == [run.data.metrics for run in the_runs(sqlite_uri, experiment_name)]
+
+
+@pytest.mark.parametrize(
+    "database",
+    ["postgresql+psycopg2", "postgresql+psycopg", "mysql+pymysql", "mysql+mysqldb", "mssql+pyodbc", "mssql+pymssql"],
+)
+def test_a_database_is_found_with_the_driver_that_its_uri_names(database: str) -> None:
+    """MLflow looks for a plugin by all that stands before the colon, and its own stores by the database alone."""
+    from mlflow.genai.scorers.registry import _scorer_store_registry
+    from mlflow.tracking._model_registry.utils import _get_store_registry
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    register()
+    uri = f"outbox+{database}://user:word@host/mlflow"
+    for registry in (_tracking_store_registry, _get_store_registry(), _scorer_store_registry):
+        assert "mlflow_outbox.plugin.entry" == registry.get_store_builder(uri).__module__
