@@ -237,3 +237,19 @@ def test_spans_that_were_delivered_are_not_held(
         assert store(uri).rest(20)
         assert (0, 0) == (len(held), held.size)
         assert [1, 1, 1] == [len(mlflow.get_trace(trace_id).data.spans) for trace_id in ids]
+
+
+def test_the_spans_of_a_trace_on_its_way_come_in_the_order_in_which_a_server_gives_them(
+    experiment_name: str, tmp_path: Path
+) -> None:
+    """The root first and the others as they began; they are written as they end, the root last."""
+    with tracking(NOWHERE, tmp_path, worker="none", exit_timeout=0) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_span("root"):
+            with mlflow.start_span("first"), mlflow.start_span("inner"):
+                pass
+            with mlflow.start_span("second"):
+                pass
+        mlflow.flush_trace_async_logging()
+        trace = mlflow.get_trace(mlflow.get_last_active_trace_id())
+        assert ["root", "first", "inner", "second"] == [span.name for span in trace.data.spans]

@@ -87,10 +87,13 @@ class Spans:
                 held.place = place
 
     def of(self, trace_id: str) -> list[Span] | None:
-        """Return the spans of a trace, or None when none is held."""
+        """Return the spans of a trace as a server gives them, the root first, or None when none is held."""
         with self._lock:
             held = self._traces.get(trace_id)
-            return [span for span, _ in held.spans.values()] if held is not None else None
+            spans = [span for span, _ in held.spans.values()] if held is not None else None
+        if spans is not None:  # they were written as they ended, the root last
+            spans.sort(key=lambda span: (span.parent_id is not None, span.start_time_ns))
+        return spans
 
     def forget_arrived(self) -> None:
         """Let go of the traces that the server has."""
