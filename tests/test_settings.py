@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_a_number_outside_its_range_is_refused_by_name(name: str, value: Any) ->
     """NaN and infinities too: a clock that waits for them never wakes."""
     with pytest.raises(InvalidSettings, match=name):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if type(getattr(Settings, name)) is float])
+def test_no_time_is_longer_than_a_thread_can_wait(name: str) -> None:
+    """A thread of the background would end by an OverflowError; two centuries are taken."""
+    assert getattr(Settings(**{name: 200 * 365 * 86_400}), name) < threading.TIMEOUT_MAX
+    with pytest.raises(InvalidSettings, match=name):
+        Settings(**{name: threading.TIMEOUT_MAX + 1})
 
 
 @pytest.mark.parametrize("name", [name for name in NUMBERS if type(getattr(Settings, name)) is int])

@@ -112,10 +112,10 @@ class Settings:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             whole = isinstance(getattr(type(self), name), int)
-            kinds = (int,) if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < _ENDLESS:
+            kinds, most = ((int,), _MOST_BYTES) if whole else ((int, float), _MOST_SECONDS)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
                 sort = "whole" if whole else "finite"
-                msg = f"the setting {name}={value!r} must be a {sort} number of at least {least}"
+                msg = f"the setting {name}={value!r} must be a {sort} number from {least} to {most}"
                 raise InvalidSettings(msg)
         if self.batch_points > MAX_BATCH_POINTS:
             msg = (
@@ -167,8 +167,10 @@ class Settings:
 #: ``root`` is what users know as the outbox directory; all other variables follow the option's name.
 _VARIABLES = {"root": "MLFLOW_OUTBOX_DIR"}
 
-#: No option is as large: what is meant to last for ever takes some centuries of seconds, which every clock can add.
-_ENDLESS = 1e18
+#: 285 years, for what is meant to last for ever: beyond 292, ``threading.TIMEOUT_MAX``, waits raise an OverflowError.
+_MOST_SECONDS = 9_000_000_000
+#: Nearly an exabyte, and more than there will be of anything that is counted.
+_MOST_BYTES = 10**18 - 1
 
 _LEAST: dict[str, float] = {
     "sync_interval": 0.001,
