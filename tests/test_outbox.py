@@ -120,6 +120,37 @@ def test_a_worker_that_could_not_be_started_is_started_later(
     tracker.close(60)
 
 
+def test_where_no_thread_at_all_could_be_started_a_later_call_starts_the_background_and_the_worker(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else could: of a segment that is not full for hours nothing would be synced or delivered all that time."""
+    tracker = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, settings=QUICK)
+    outbox = tracker._outbox
+    assert outbox is not None
+
+    def fails(_: threading.Thread) -> None:
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        run = tracker.start_run("r")
+        for step in range(100):
+            assert run.log_metric("loss", step / 2, step=step)
+        assert 1 == tracker.counters["worker_not_started"], "not each call tries"
+    held: Any = run._journal
+    live = held._sequence.live
+
+    def is_looked_after() -> bool:
+        run.log_metric("later", 0.5, step=0)
+        return bool(left(outbox).delivered and live.synced)
+
+    eventually(is_looked_after, 60, "it is synced and delivered")
+    assert held._sequence.live is live
+    assert live.limit > live.offset, "a call is fast again"
+    tracker.close(60)
+
+
 def test_a_ledger_directory_that_is_not_safe_costs_no_event_and_raises_nothing(
     sqlite_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -85,11 +85,12 @@ class Caretaker:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def watch(self, journal: Journal) -> None:
-        """Look after a journal until it is closed and clean."""
+    def watch(self, journal: Journal) -> bool:
+        """Look after a journal until it is closed and clean; return False while no thread can be started for that."""
         self._watched[id(journal)] = journal  # one dict store: atomic, so a nested call needs no lock
         if self._thread is None:
             self._start()
+        return self._thread is not None
 
     def _start(self) -> None:
         if sys.is_finalizing():  # a thread started now would be waited for forever
@@ -100,7 +101,7 @@ class Caretaker:
             thread = threading.Thread(target=self._rounds, args=(self._stop,), name="mlflow-outbox-sync", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # at interpreter exit, or no threads left: close() syncs instead
+            except RuntimeError:  # at interpreter exit, or no threads left: a later call tries again, or close() syncs
                 self._counters.add("sync_thread_not_started")
                 return
             self._thread = thread

@@ -37,6 +37,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.ending import is_stuck
 from mlflow_outbox.interrupts import forward
@@ -59,13 +60,15 @@ _crc_pack = frame._CRC.pack  # noqa: SLF001 - as above
 _crc32 = zlib.crc32
 _ESCAPE: Final = 0xFFFF
 _OVERHEAD: Final = frame.SHORT_OVERHEAD
+#: Seconds after which a logging call tells once more of a segment for which no thread could be started.
+_TELL_AGAIN: Final = 0.5
 
 
 class Registry(Protocol):
     """Whoever looks after open journals in the background: syncs them and empties their memory."""
 
-    def watch(self, journal: Journal) -> None:
-        """Look after a journal from now on."""
+    def watch(self, journal: Journal) -> bool:
+        """Look after a journal from now on; return False where nobody is there to do so."""
         ...
 
 
@@ -117,6 +120,7 @@ class Journal:
         self._busy = False
         self._nested: Journal | None = None
         self._closed = False
+        self._tell_at = 0.0
         self._holds: list[Hold] = []
         self._sequence = EventSequence(self._means)
         self._round = SyncRound(self._sequence, self.directory.run(self.run.run_id), self.directory.runs)
@@ -253,15 +257,14 @@ class Journal:
 
     # -- who else is to know
 
-    def _watch(self) -> None:
-        if self._registry is not None:
-            self._registry.watch(self)
+    def _watch(self) -> bool:
+        return self._registry is None or self._registry.watch(self)
 
     def _announce(self) -> None:
-        """Tell the background and the worker of a segment that was begun."""
-        if not self._sequence.unannounced:
+        """Tell the background and the worker of a segment that was begun; while no thread can be started, again."""
+        if not self._sequence.unannounced or stopwatch.seconds() < self._tell_at:
             return
-        self._watch()
+        is_watched = self._watch()
         try:
             self.directory.ring(self.run.run_id)
         except OSError as error:  # a worker that is not told finds the segment at its next full look
@@ -275,7 +278,9 @@ class Journal:
                 self._counters.warn_once(
                     "worker", f"mlflow-outbox: no worker could be started ({error!r}); events stay on disk"
                 )
-        self._sequence.unannounced = False
+        self._sequence.unannounced = not is_watched
+        self._tell_at = 0.0 if is_watched else stopwatch.seconds() + _TELL_AGAIN
+        self._sequence.refresh_limit()
 
     # -- syncing
 

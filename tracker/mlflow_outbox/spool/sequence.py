@@ -68,7 +68,7 @@ class EventSequence:
         retired: segments that are complete, and neither synced nor closed yet.
         syncer: makes them durable.
         suspect: an exception arrived in the middle; nothing but the file says what was written.
-        unannounced: a segment was begun that no worker was told of.
+        unannounced: a segment was begun that the background or the worker was not told of.
         unsynced_names: a segment was begun whose name a power cut may take.
     """
 
@@ -205,7 +205,7 @@ class EventSequence:
     def refresh_limit(self) -> None:
         """Set the offset at which the next logging call takes the slow path."""
         live = self.live
-        if live.fd < 0 or self._always or self.ring or self._refuse() is not None:
+        if live.fd < 0 or self._always or self.ring or self.unannounced or self._refuse() is not None:
             live.limit = 0
             return
         if live.offset - live.synced > self._settings.memory_bytes and live.unsynced:
