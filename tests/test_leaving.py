@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import pytest
 
 from contents import numbered, points, the_run
 
@@ -46,3 +49,39 @@ def test_a_daemon_delivers_at_its_end_what_its_parents_cannot(
     assert "" == said
     run = the_run(sqlite_uri, experiment_name)
     assert numbered(200) == points(sqlite_uri, run.info.run_id, "loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_is_told_to_hurry_at_its_exit_says_what_every_outbox_has_left(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Ctrl-C, or a SIGTERM that its handler makes an exit of: it waits for none of them, and shows no traceback."""
+    ending = program(
+        """
+        import signal, sys
+        from mlflow_outbox import MLflowTracker, Settings
+        from mlflow_outbox.outbox import Outbox
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        at_exit = Outbox.at_exit
+
+        def says_so(self, deadline):
+            print("waits", flush=True)
+            at_exit(self, deadline)
+
+        Outbox.at_exit = says_so
+        for name in ("first", "second"):
+            tracker = MLflowTracker(
+                "e", "http://127.0.0.1:9", outbox_dir=f"{sys.argv[1]}/{name}", settings=Settings(exit_timeout=600.0)
+            )
+            tracker.start_run("r").log_metric("loss", 0.5, step=0)
+        """,
+        str(tmp_path),
+    )
+    assert ending.stdout is not None
+    assert "waits\n" == ending.stdout.readline()
+    ending.send_signal(number)
+    _, said = ending.communicate(timeout=60)
+    assert 0 == ending.returncode
+    assert "Traceback" not in said
+    assert 2 == said.count("2 events wait in"), said

@@ -339,13 +339,19 @@ def _at_exit() -> None:
         return
     deadline = stopwatch.seconds() + max(outbox.settings.exit_timeout for outbox in outboxes)
     for outbox in outboxes:
-        try:
-            outbox.at_exit(deadline)
-        except KeyboardInterrupt:  # ctrl-C at exit means: do not wait
-            pass
-        except Exception as error:  # noqa: BLE001 - one outbox's trouble is not the others'; counted and said
-            outbox.counters.add("exit_errors")
-            outbox.counters.warn_once("exit", f"mlflow-outbox: {outbox.directory.path}, at the exit: {error!r}")
+        deadline = _leave(outbox, deadline)
+
+
+def _leave(outbox: Outbox, deadline: float) -> float:
+    """Let an outbox deliver until a deadline, and return the deadline of the next one."""
+    try:
+        outbox.at_exit(deadline)
+    except (KeyboardInterrupt, SystemExit):  # ctrl-C at the exit, or one more SIGTERM, means: do not wait, but say
+        return _leave(outbox, 0.0) if deadline else 0.0
+    except Exception as error:  # noqa: BLE001 - one outbox's trouble is not the others'; counted and said
+        outbox.counters.add("exit_errors")
+        outbox.counters.warn_once("exit", f"mlflow-outbox: {outbox.directory.path}, at the exit: {error!r}")
+    return deadline
 
 
 def _after_fork_in_child() -> None:
