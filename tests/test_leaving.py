@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from contents import numbered, points, the_run
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.host_lease import worker_of
 
 
 def program(body: str, *arguments: str) -> subprocess.Popen[str]:
@@ -85,3 +88,24 @@ def test_a_program_that_is_told_to_hurry_at_its_exit_says_what_every_outbox_has_
     assert 0 == ending.returncode
     assert "Traceback" not in said
     assert 2 == said.count("2 events wait in"), said
+
+
+def test_whoever_reads_what_a_program_says_does_not_wait_for_the_process_that_outlives_it(tmp_path: Path) -> None:
+    """As ``tee`` does, and ``subprocess.run``: until nobody has the pipe any more."""
+    ending = program(
+        """
+        import sys
+        from mlflow_outbox import MLflowTracker, Settings
+
+        settings = Settings(exit_timeout=2.0, linger=120.0)
+        tracker = MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=sys.argv[1], worker="process", settings=settings)
+        tracker.start_run("r").log_metric("loss", 0.5, step=0)
+        print(tracker.outbox_path)
+        """,
+        str(tmp_path),
+    )
+    path, said = ending.communicate(timeout=60)
+    found = worker_of(OutboxDirectory.open(Path(path.strip())))
+    assert found is not None
+    os.kill(found.pid, signal.SIGKILL)
+    assert "2 events wait in" in said

@@ -4,7 +4,8 @@ The experiment starts ``python -m mlflow_outbox_worker DIRECTORY`` in a session 
 the killing of the experiment's process group ends it. Settings and credentials go through a pipe to its standard
 input, never over a command line. The
 pipe stays open: its end of file tells the worker that the experiment is gone, whichever way it went. The worker then
-delivers what is left for at most ``linger`` seconds and exits.
+delivers what is left for at most ``linger`` seconds and exits. It shares the experiment's standard error, and lets go
+of it then if that is a pipe: ``tee``, or a program that runs the experiment, would wait for it too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import stat
 import subprocess
 import threading
 import time
@@ -161,6 +163,7 @@ def serve(path: Path, source: IO[bytes]) -> int:
     worker.start()
     while source.read(4096):
         pass
+    _let_go_of_standard_error()
     last = stopwatch.seconds() + settings.linger
     result = Watch(directory, settings).until_delivered(settings.linger)
     while delivery.is_settling() and stopwatch.seconds() < last:
@@ -168,3 +171,13 @@ def serve(path: Path, source: IO[bytes]) -> int:
     delivery.stop()
     worker.join(1.0)
     return 0 if result else 1
+
+
+def _let_go_of_standard_error() -> None:
+    """Give back the starter's standard error if that is a pipe, whose reader may wait for the end of the program."""
+    with contextlib.suppress(OSError):
+        kind = os.fstat(2).st_mode
+        if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 2)
+            os.close(nothing)
