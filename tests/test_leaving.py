@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from contents import numbered, points, the_run
+from contents import numbered, points, runs, the_run
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.host_lease import worker_of
 
@@ -109,3 +109,34 @@ def test_whoever_reads_what_a_program_says_does_not_wait_for_the_process_that_ou
     assert found is not None
     os.kill(found.pid, signal.SIGKILL)
     assert "2 events wait in" in said
+
+
+_CHILDREN = """
+import os, sys
+from mlflow_outbox import MLflowTracker, Settings
+
+settings = Settings(exit_timeout=60.0)
+tracker = MLflowTracker(*sys.argv[1:3], outbox_dir=sys.argv[3], worker=sys.argv[4], settings=settings)
+for number in range(2):
+    if not os.fork():
+        with tracker.start_run(f"child-{number}") as run:
+            run.log_metric("loss", 0.5, step=number)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_a_program_delivers_at_its_exit_what_its_forked_children_alone_have_logged(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """As those of a pool do, which end without waiting; it has no worker of its own."""
+    _, said = program(_CHILDREN, experiment_name, sqlite_uri, str(tmp_path), "thread").communicate(timeout=120)
+    assert "" == said
+    held = {run.info.run_name: run.data.metrics for run in runs(sqlite_uri, experiment_name)}
+    assert {f"child-{number}": {"loss": 0.5} for number in range(2)} == held
+
+
+def test_an_offline_program_says_at_its_exit_what_its_forked_children_have_logged(tmp_path: Path) -> None:
+    """Three events each: the beginning, a point and the end."""
+    _, said = program(_CHILDREN, "e", "http://127.0.0.1:9", str(tmp_path), "none").communicate(timeout=60)
+    assert "6 events wait in" in said

@@ -42,6 +42,16 @@ def start(outbox: Outbox) -> Worker:
     return cast("Worker", _half(outbox.worker_kind).start(outbox))
 
 
+def start_at_exit(outbox: Outbox) -> Worker:
+    """Start a worker at the exit of the interpreter, where no thread can: a process, which ends with this one.
+
+    Raises:
+        RuntimeError: there is no process to start.
+        OSError: it cannot be started.
+    """
+    return cast("Worker", _half("process").start(outbox, linger=0.0 if outbox.worker_kind == "thread" else None))
+
+
 def prepare(outbox: Outbox) -> None:
     """Import now what threads of this process will use for an outbox, if MLflow is part of the program.
 

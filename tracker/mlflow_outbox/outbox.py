@@ -5,12 +5,14 @@ it. It costs a directory check to make; threads, processes and imports come with
 
 At the exit of the interpreter every outbox gets the chance to deliver what is left, for ``exit_timeout`` seconds in
 all, and says in one line what stays on disk and how to send it. A forked child does not wait while its parent is there:
-what it wrote is on disk, and its parent's worker, or the next one, delivers it.
+what it wrote is on disk, and its parent's worker, or the next one, delivers it. A parent that has none, for it has
+logged nothing itself, starts one at its own exit.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import sys
@@ -101,7 +103,8 @@ class Outbox:
         self._lock = threading.RLock()
         self._worker: delivery.Worker | None = None
         self._journals: Living[Journal] = Living()
-        self._has_written = False
+        self._has_written = self._has_forked = False
+        self._since = time.time()
         self._written: dict[str, tuple[str, int]] = {}
 
     def __repr__(self) -> str:
@@ -234,6 +237,7 @@ class Outbox:
         """
         for journal in self._journals.members():
             journal.close()
+        self._since = time.time()
         self._tally.note()
         result = self.flush(timeout, settled=True)
         self._caretaker.stop()  # before the worker, or a round of it would miss that
@@ -254,21 +258,40 @@ class Outbox:
             journal.close()
         self._tally.note()
         self._caretaker.stop(for_good=True)
-        if self._is_the_last() and self._has_written:
-            if self.worker_kind == "none":
-                for journal in journals:
-                    self._note_written(journal)
-                if not is_being_written(self.directory.lock):  # by whoever delivers, in another process
-                    _say_what_is_left(self, sum(n for run_id, n in self._written.values() if self._is_left(run_id)), 0)
-            else:
-                remaining = max(0.0, deadline - stopwatch.seconds()) if self._worker else 0
-                result = delivery.flush(self, remaining, settled=True)
-                _say_what_is_left(self, result.pending, result.parked)
+        if self._is_the_last():
+            _say_what_is_left(self, *self._left_at_exit(journals, deadline))
         if self._worker is not None:
             self._worker.stop(timeout=0.5)
         for journal in journals:
             journal.release()
         self._tally.note()
+
+    def _left_at_exit(self, journals: list[Journal], deadline: float) -> tuple[int, int]:
+        """Deliver until a deadline, and return how many events are pending then, and how many are parked."""
+        only_writes = self.worker_kind == "none"
+        of_children = self._has_forked and self._worker is None and self._has_segments_of_children()
+        if not of_children and (only_writes or not self._has_written):
+            for journal in journals:
+                self._note_written(journal)
+            own = sum(events for run_id, events in self._written.values() if self._is_left(run_id))
+            # None of them wait if there is who delivers, in another process.
+            return (0 if is_being_written(self.directory.lock) else own), 0
+        if of_children and not only_writes:
+            try:
+                self._worker = delivery.start_at_exit(self)
+            except (OSError, RuntimeError):
+                self.counters.add("worker_not_started")
+        result = delivery.flush(self, max(0.0, deadline - stopwatch.seconds()) if self._worker else 0, settled=True)
+        return result.pending, result.parked
+
+    def _has_segments_of_children(self) -> bool:
+        """Return whether a forked child has left something, that ended and did not wait for its delivery."""
+        for run_id in self.directory.run_ids():
+            for path in self.directory.run(run_id).glob("*.log"):
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime >= self._since and not is_being_written(path):
+                        return True
+        return False
 
     def _is_the_last(self) -> bool:
         """Return whether no parent is there that delivers after this process, as none is for a daemon."""
@@ -277,6 +300,10 @@ class Outbox:
     def _is_left(self, run_id: str) -> bool:
         """Return whether something of a run was not delivered by somebody else, who files what is."""
         return any(self.directory.run(run_id).glob("*.log"))
+
+    def has_forked(self) -> None:
+        """Take note in the parent: a child does not wait at its end for the delivery of what it writes."""
+        self._has_forked = True
 
     def forked(self) -> None:
         """Begin anew in a forked child: the worker thread stayed in the parent; runs go on, as writers of their own."""
@@ -354,6 +381,11 @@ def _leave(outbox: Outbox, deadline: float) -> float:
     return deadline
 
 
+def _after_fork_in_parent() -> None:
+    for outbox in _outboxes.members():
+        outbox.has_forked()
+
+
 def _after_fork_in_child() -> None:
     global _shared_lock  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
     _shared_lock = threading.RLock()
@@ -362,4 +394,4 @@ def _after_fork_in_child() -> None:
 
 
 atexit.register(_at_exit)
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

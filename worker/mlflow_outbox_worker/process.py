@@ -77,8 +77,12 @@ class ProcessWorker:
             self._pipe.close()
 
 
-def start(outbox: Outbox) -> ProcessWorker | ThreadWorker:
+def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | ThreadWorker:
     """Start a worker process for an outbox; a thread of this one, which says so, where there is nothing to start.
+
+    Args:
+        outbox: what to deliver.
+        linger: seconds that it goes on after this process; None means the setting.
 
     Raises:
         OSError: no process can be started.
@@ -98,18 +102,20 @@ def start(outbox: Outbox) -> ProcessWorker | ThreadWorker:
     )
     pipe = process.stdin
     assert pipe is not None  # noqa: S101 - for the type checker: PIPE was asked for
-    pipe.write(note_of(outbox))
+    pipe.write(note_of(outbox, linger))
     pipe.flush()
     return ProcessWorker(process, pipe)
 
 
-def note_of(outbox: Outbox) -> bytes:
+def note_of(outbox: Outbox, linger: float | None = None) -> bytes:
     """Return what a process that delivers an outbox has to know of it, in one line, credentials included."""
     settings = {
         field.name: str(value) if isinstance(value, Path) else value
         for field in dataclasses.fields(outbox.settings)
         if (value := getattr(outbox.settings, field.name)) is not None
     }
+    if linger is not None:
+        settings["linger"] = linger
     return json.dumps({"settings": settings, "uri": outbox.destination.secret_uri}).encode() + b"\n"
 
 
