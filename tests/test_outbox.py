@@ -120,6 +120,25 @@ def test_a_worker_that_could_not_be_started_is_started_later(
     tracker.close(60)
 
 
+def test_what_a_signal_handler_logs_while_the_worker_is_started_starts_no_second_one(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes in the middle of an import, in the same thread, and its run has a segment of its own to tell of."""
+    tracker = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, settings=QUICK)
+    start, started = delivery.start, list[Outbox]()
+
+    def interrupted(outbox: Outbox) -> delivery.Worker:
+        started.append(outbox)
+        if len(started) == 1:
+            tracker.start_run("of the handler").log_metric("loss", 0.5, step=0)
+        return start(outbox)
+
+    monkeypatch.setattr(delivery, "start", interrupted)
+    tracker.start_run("r").log_metric("loss", 0.5, step=0)
+    assert 1 == len(started)
+    assert tracker.close(60)
+
+
 def test_where_no_thread_at_all_could_be_started_a_later_call_starts_the_background_and_the_worker(
     sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ class Outbox:
     def _begin(self) -> None:
         self._lock = threading.RLock()
         self._worker: delivery.Worker | None = None
+        self._is_starting = False
         self._journals: Living[Journal] = Living()
         self._has_written = self._has_forked = False
         self._since = time.time()
@@ -142,15 +143,19 @@ class Outbox:
             worker.wake()
             return
         with self._lock:
-            if self._worker is None or not self._worker.is_alive():
-                try:
-                    self._worker = delivery.start(self)
-                except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
-                    forward(error)
-                    self.counters.add("worker_not_started")
-                    self.counters.warn_once(
-                        "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
-                    )
+            if self._is_starting or (self._worker is not None and self._worker.is_alive()):
+                return  # the first: a signal handler, or a __del__, logs while this very thread starts it
+            self._is_starting = True
+            try:
+                self._worker = delivery.start(self)
+            except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
+                forward(error)
+                self.counters.add("worker_not_started")
+                self.counters.warn_once(
+                    "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
+                )
+            finally:
+                self._is_starting = False
 
     def _look(self) -> None:
         """Look at the disk budget, and see to it that somebody delivers while somebody logs, in the background.
