@@ -136,3 +136,28 @@ def test_a_handler_of_the_program_that_raises_ends_neither_a_call_nor_the_backgr
     kit.disk.clear()
     eventually(lambda: not writer.in_memory and not writer._sequence.live.unsynced)
     caretaker.stop()
+
+
+def test_a_handler_of_the_program_that_ends_it_does_not_end_the_background_alone(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that takes no warning: raised in a thread, its SystemExit would mean that thread, without a word."""
+    rounds: list[int] = []
+
+    def leave(_: logging.LogRecord) -> bool:
+        raise SystemExit(1)
+
+    def trouble() -> None:
+        rounds.append(1)
+        kit.counters.warn_once(len(rounds), "a warning of the background")
+
+    logger = logging.getLogger("mlflow_outbox")
+    monkeypatch.setattr(logger, "filters", [leave])
+    caretaker = Caretaker(0.002, kit.counters, each_round=trouble)
+    writer = make_journal(kit.outbox, kit.disk, run="b" * 32, counters=kit.counters, registry=caretaker)
+    assert writer.append(metric(0))
+    eventually(lambda: len(rounds) > 3)
+    assert kit.counters["caretaker_errors"]
+    monkeypatch.undo()
+    eventually(lambda: not writer._sequence.live.unsynced, message="it is synced after all")
+    caretaker.stop()

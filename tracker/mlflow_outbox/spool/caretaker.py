@@ -116,7 +116,10 @@ class Caretaker:
                 if stop.wait(pause):
                     return
                 courtesy.works()
-                self.round()
+                try:
+                    self.round()
+                except BaseException:  # noqa: BLE001 - a log handler that ends programs ends only this thread; counted
+                    self._counters.add("caretaker_errors")
                 idle = 0 if self._watched else idle + 1
                 if idle >= _IDLE_ROUNDS and self._retires(stop):
                     return
