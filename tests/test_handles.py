@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import multiprocessing
 import pickle
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from contents import QUICK, artifact_text, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Run, Settings
 from mlflow_outbox.errors import OutboxError, OutboxUnusable
+from mlflow_outbox.spool.identity import new_writer
 from servers import eventually
 
 NOWHERE = "http://127.0.0.1:9"
@@ -104,6 +106,24 @@ def test_in_the_process_that_it_comes_from_a_pickled_run_is_delivered_by_the_sam
         assert "ended" in repr(pickle.loads(pickle.dumps(run)))
         assert tracker.flush(60)
     assert {"m": 1.0} == the_run(sqlite_uri, experiment_name).data.metrics
+
+
+def test_of_two_handles_in_one_millisecond_the_later_one_has_the_last_word(tmp_path: Path) -> None:
+    """As of the tasks of a pool's process, each of which gets the run anew."""
+    with offline(tmp_path) as tracker:
+        for number in range(60):
+            run = tracker.start_run(f"r{number}")
+            run.set_tag("task", "first")
+            pickle.loads(pickle.dumps(run)).set_tag("task", "second")
+        assert ["second"] * 60 == [run["tags"]["task"] for run in tracker.get_all_runs()]
+
+
+def test_no_two_writers_have_one_id_however_many_there_are() -> None:
+    """And each comes after the one before, but for one in 65,536."""
+    ids = [new_writer() for _ in range(150_000)]
+    assert len(ids) == len(set(ids))
+    assert {16} == {len(one) for one in ids}
+    assert 3 >= sum(later < earlier for earlier, later in itertools.pairwise(ids))
 
 
 def test_a_pickle_holds_no_credentials(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
-"""Whose events these are: the run that everything of one writer belongs to."""
+"""Whose events these are: the run that everything of one writer belongs to, and the writer."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+import os
+from typing import Final, NamedTuple
+
+#: Writers of one process that share a beginning of their ids.
+_MANY: Final = 1 << 16
 
 
 class RunIdentity(NamedTuple):
@@ -17,3 +22,39 @@ class RunIdentity(NamedTuple):
     run_id: str
     experiment: str
     remote: bool = False
+
+
+class _Writers:
+    """Names writers of this process: by twelve hex digits of chance, and four of which each writer has the next.
+
+    Two handles of one run, as a task of a pool gets one each time, can begin within the millisecond that times have;
+    readers then take the one with the lesser id for the first (``listing``), and the last value is the last one's.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._shared = os.urandom(6).hex()
+
+    def next(self) -> str | None:
+        """Return an id that no other writer has; None when all were given."""
+        number = next(self._numbers)
+        return f"{self._shared}{number:04x}" if number < _MANY else None
+
+
+_writers = _Writers()
+
+
+def new_writer() -> str:
+    """Return an id for a new writer."""
+    global _writers  # noqa: PLW0603 - when all of one beginning were given
+    while (writer := _writers.next()) is None:
+        _writers = _Writers()
+    return writer
+
+
+def _after_fork_in_child() -> None:
+    global _writers  # noqa: PLW0603 - the child's own
+    _writers = _Writers()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -27,7 +27,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import descriptors, frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign
-from mlflow_outbox.spool.identity import RunIdentity
+from mlflow_outbox.spool.identity import RunIdentity, new_writer
 from mlflow_outbox.spool.ring import MemoryRing
 from mlflow_outbox.spool.segment import Segment, TornFrame, is_closing
 from mlflow_outbox.spool.syncer import Syncer
@@ -73,7 +73,7 @@ class EventSequence:
     """
 
     def __init__(self, means: Means) -> None:
-        self.writer = os.urandom(8).hex()
+        self.writer = new_writer()
         self._directory, self._run, self._settings, self._counters, self._disk, self._clock_ms, self._refuse = means
         self._always = self._settings.sync == "always"
         #: What is being written cannot make room for what comes: it takes no large part of a small outbox.
