@@ -211,3 +211,36 @@ def test_no_number_beside_numbers_of_one_step_and_time_is_nothing_that_the_store
     tracker.close(60)
     held = the_run(file_uri, experiment_name)
     assert len(values) == sum(points(file_uri, held.info.run_id, "loss").values())
+
+
+def test_a_point_of_a_model_or_a_dataset_that_comes_again_is_there_once(
+    sink: Sink, file_uri: str, tmp_path: Path
+) -> None:
+    """As after a lost ledger, and by another process; also where a killed one had written the model's point alone."""
+    from mlflow.entities import Metric
+
+    from mlflow_outbox.plugin import codec
+
+    experiment = sink.experiment_id("metric files")
+    run_id = new_run(sink, experiment)
+    named = codec.dumps({"experiment_id": experiment, "name": "net"}).decode()
+    model = sink.call("create_logged_model", named)
+    linked = [
+        Metric("loss", 0.5, 1000, 1, model),
+        Metric("loss", 0.5, 1000, 2, model, "data", "digest"),
+        Metric("loss", 0.5, 1000, 3, None, "data", "digest"),
+    ]
+    body = codec.dumps({"run_id": run_id, "metrics": linked, "params": [], "tags": []}).decode()
+    sink.log_batch(run_id, [MetricPoint("loss", 0.5, 1000, 1)], {}, {})  # it had the first before, as one of no model
+    of_run = "1000 0.5 1\n1000 0.5 1\n1000 0.5 2 data digest\n1000 0.5 3 data digest\n"
+    of_model = f"1000 0.5 1 {run_id}\n1000 0.5 2 {run_id} data digest\n"
+    (models,) = tmp_path.glob(f"mlruns/*/models/{model}")
+    with closing(open_sink(file_uri)) as other:
+        for writer in (sink, sink, other, sink):
+            writer.call("log_batch", body)
+            assert (of_run, of_model) == (_file(tmp_path, "loss").read_text(), (models / "metrics/loss").read_text())
+        _file(tmp_path, "loss").write_text("1000 0.5 1\n")
+        for writer in (sink, other):
+            writer.call("log_batch", body)
+            assert of_run.partition("\n")[2] == _file(tmp_path, "loss").read_text()
+            assert of_model == (models / "metrics/loss").read_text()

@@ -9,6 +9,8 @@ description, which makes every later look at the experiment fail. Here
 * a param is written elsewhere and renamed, and so is a run's description when it changes;
 * the points of a batch go to the file of their metric in one write (MLflow's own opens, writes and closes for each
   point, which takes ten times as long); what is torn there is no point (``point_lines``);
+* a point of a model, or of a dataset, that is there already is not added again: it comes as a request of MLflow's own,
+  which nobody compares with a run's history before it is sent;
 * a run is searched for by the outbox's tag without reading the others (``tagged``);
 * what another process left torn (a run or an experiment whose description is missing, empty or cut, a metric without
   a point, an empty param) is no run, no experiment, no metric and no param;
@@ -27,6 +29,7 @@ Nothing is synced, as in MLflow's own: a power cut can take what a file store ha
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import os
 import shutil
@@ -45,7 +48,7 @@ from mlflow.store.tracking.file_store import FileStore
 from mlflow.utils.yaml_utils import write_yaml
 
 from mlflow_outbox_worker.mlflow_sink import point_lines
-from mlflow_outbox_worker.mlflow_sink.point_lines import Unusual, locked, plain
+from mlflow_outbox_worker.mlflow_sink.point_lines import Lines, Unusual, locked, plain
 from mlflow_outbox_worker.mlflow_sink.tagged import TaggedRuns
 from mlflow_outbox_worker.sink import MetricPoint
 
@@ -65,6 +68,7 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         self._swept: set[str] = set()
         self._batch = threading.local()
         self._tagged = TaggedRuns()
+        self._lines = Lines()
         super().__init__(root, artifact_root)
         self._sweep(self.root_directory)
 
@@ -103,12 +107,32 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
         """Log points, params and tags of a run; the arguments are those of MLflow's method."""
         held: dict[str, list[str]] = {}  # by metric: the path of its file, and its lines
         self._batch.lines, self._batch.places = held, _Places()
+        if any(metric.model_id or metric.dataset_name for metric in metrics):
+            info = self._get_run_info(run_id)
+            metrics = [rest for metric in metrics if (rest := self._lacking(info, metric)) is not None]
         try:
             super().log_batch(run_id, metrics, params, tags)
         finally:
             self._batch.lines = None
         for path, *lines in held.values():
             point_lines.append(path, "".join(lines).encode())
+
+    def _lacking(self, info: RunInfo, metric: Metric) -> Metric | None:
+        """Return what of a point of a model, or of a dataset, is not there yet; all of any other."""
+        dataset = _dataset(metric)
+        if not metric.model_id and not dataset:
+            return metric
+        line = f"{metric.timestamp} {metric.value} {metric.step}"
+        if metric.model_id:
+            place = self._get_model_metric_path(info.experiment_id, metric.model_id, metric.key)
+            # A model has its point first. The run may have had the same one before, as one that is of no model.
+            if not self._lines.has(place, f"{line} {info.run_id}{dataset}\n"):
+                return metric
+        if self._lines.has(self._get_metric_path(info.experiment_id, info.run_id, metric.key), f"{line}{dataset}\n"):
+            return None
+        rest = copy.copy(metric)
+        rest._model_id = None  # noqa: SLF001 - MLflow's, as its own property reads it
+        return rest
 
     def _set_run_tag(self, run_info: Any, tag: Any) -> None:
         path = self._get_tag_path(run_info.experiment_id, run_info.run_id, tag.key)
@@ -117,7 +141,7 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
 
     def _log_run_metric(self, run_info: Any, metric: Any) -> None:
         held = getattr(self._batch, "lines", None)
-        if held is None or metric.dataset_name is not None:
+        if held is None:
             super()._log_run_metric(run_info, metric)
             return
         lines = held.get(metric.key)
@@ -126,7 +150,7 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
             # Before a point of the batch is written: it is sent again without what is refused.
             self._batch.places.check(path, self._get_run_dir(run_info.experiment_id, run_info.run_id))
             lines = held[metric.key] = [path]
-        lines.append(f"{metric.timestamp} {metric.value} {metric.step}\n")
+        lines.append(f"{metric.timestamp} {metric.value} {metric.step}{_dataset(metric)}\n")
 
     def _log_run_param(self, run_info: Any, param: Any) -> None:
         path = Path(self._get_param_path(run_info.experiment_id, run_info.run_id, param.key))
@@ -282,6 +306,12 @@ class _Places:
             raise _no_place(os.path.relpath(path, folder))
         self._files.add(path)
         self._folders.update(above)
+
+
+def _dataset(metric: Metric) -> str:
+    """Return what stands behind a point's line for its dataset."""
+    is_whole = metric.dataset_name is not None and metric.dataset_digest is not None
+    return f" {metric.dataset_name} {metric.dataset_digest}" if is_whole else ""
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from mlflow_outbox import stopwatch
@@ -23,10 +24,44 @@ _FIELDS = 3
 #: Seconds for which a writer waits for another, which takes milliseconds; and between two tries.
 _PATIENCE = 5.0
 _PAUSE = 0.001
+#: Lines that are held of all files together: some 40 MB.
+_HELD = 300_000
 
 
 class Unusual(Exception):
     """Raised for a point as earlier versions of MLflow have written it, or one that names a dataset."""
+
+
+class Lines:
+    """Knows the lines of files to which lines are only added; each is read once, as long as it is held."""
+
+    def __init__(self) -> None:
+        #: By path, the one asked for last at the end: how far the file was read, and its lines.
+        self._files: OrderedDict[str, tuple[int, set[bytes]]] = OrderedDict()
+
+    def has(self, path: str, line: str) -> bool:
+        """Return whether a file has a line, which is given with its line feed.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        read, lines = self._files.pop(path, (0, set()))
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - closed by the with statement below
+        except FileNotFoundError:
+            return False
+        with file:
+            if os.fstat(file.fileno()).st_size < read:  # another file
+                read, lines = 0, set()
+            file.seek(read)
+            for one in file:
+                if one.endswith(b"\n"):  # else torn, or on its way
+                    lines.add(one)
+                    read += len(one)
+        self._files[path] = read, lines
+        while len(self._files) > 1 and sum(len(held) for _, held in self._files.values()) > _HELD:
+            self._files.popitem(last=False)
+        return line.encode() in lines
 
 
 def plain(path: str) -> Iterator[tuple[int, int, float]]:
