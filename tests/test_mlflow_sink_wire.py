@@ -282,6 +282,24 @@ def test_a_server_that_serves_no_artifacts_parks_the_upload(wire: Callable[..., 
     assert server.requests[1].endswith(b"\r\n\r\ncontent")
 
 
+def test_what_a_server_says_of_a_file_is_told_however_long_its_path_is(
+    wire: Callable[..., Wire], tmp_path: Path
+) -> None:
+    """A person reads it, and what it means is read from it: the 503 of a server that serves no artifacts never ends."""
+
+    def behave(server: Wire, connection: socket.socket, request: bytes) -> None:
+        refused = says(503, "disabled due to the mlflow server running with `--no-serve-artifacts`")
+        answer = refused if request.startswith(b"PUT") else says(200, run_json("mlflow-artifacts:/1/a/artifacts"))
+        answer(server, connection, request)
+
+    (tmp_path / "copy").write_bytes(b"content")
+    with closing(open_sink(wire(behave).url)) as sink:
+        error = fails(lambda: sink.upload("a" * 32, tmp_path / "copy", f"{'folder/' * 60}x.png"))
+    assert str(error).startswith("PUT folder/")
+    assert "503: disabled due to" in str(error)
+    assert "parked" == classify(error, "upload").kind
+
+
 # --- TLS and credentials --------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ LEAST_UPLOAD_RATE = 256 * 1024
 #: The name of a file that is uploaded to see whether files are taken, and deleted again.
 PROBE = ".mlflow-outbox-probe"
 _PROBE_TEXT = b"mlflow-outbox looks whether files are taken here. This one can be deleted.\n"
+#: Characters of a path in a message, which has to have room for what the server said too.
+_SHOWN = 120
 #: Errors of a file system that the path of what is stored can cause.
 _OF_PATHS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST})
 
@@ -132,7 +134,7 @@ class Artifacts:
                     into=file,
                 )
             if not 200 <= answer.status < 300:  # noqa: PLR2004 - success, in whatever words
-                checked(answer, f"GET {path}")
+                checked(answer, f"GET {printable(path, _SHOWN)}")
             return
         with tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
             found = self._repository(artifact_uri).download_artifacts(path, private)
@@ -165,7 +167,7 @@ class Artifacts:
                 extra_headers={"Content-Type": kind},
             )
         if mlflows or not 200 <= answer.status < 300:  # noqa: PLR2004 - success, in whatever words
-            checked(answer, f"PUT {artifact_path}", empty_is_success=True)
+            checked(answer, f"PUT {printable(artifact_path, _SHOWN)}", empty_is_success=True)
 
     @staticmethod
     def _ask_server(store: ServerStore, run_id: str, folder: str) -> dict[str, int | None]:
