@@ -84,6 +84,25 @@ class TestJobs:
         assert "--jobs" in done.err
 
 
+def test_a_run_that_was_deleted_where_it_is_sent_to_is_named_with_what_mlflow_says(
+    here: Here, sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experiment has no journal among what is replayed, which was an error of ours; restored, it is sent."""
+    offline(tmp_path / "box", experiment=experiment_name)
+    words = ("replay", tmp_path / "box", "--to", sqlite_uri)
+    assert 0 == here(*words).code
+    (sent,) = runs(sqlite_uri, experiment_name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another machine"))
+    with client(sqlite_uri) as api:
+        api.delete_run(sent.info.run_id)
+        done = here(*words)
+        assert 4 == done.code, done
+        assert "must be in the 'active' state" in done.err
+        assert "TypeError" not in done.err
+        api.restore_run(sent.info.run_id)
+    assert 0 == here(*words).code
+
+
 class TestJson:
     def test_a_dry_run_is_told_to_programs(self, here: Here, tmp_path: Path) -> None:
         """Numbers are numbers, and of a bundle its own path is named, not where it is unpacked just now."""

@@ -111,9 +111,11 @@ class Precedence:
         return next((room for room in rooms if room != record.run_id and self._is_restoring(room)), "")
 
     def _is_restoring(self, room: str) -> bool:
+        folders = self._source.folders(room)
+        if not folders:  # it is not among what is replayed
+            return False
         record = self._ledger.record(room)
-        reader = RunReader(*self._source.folders(room))
-        pending = reader.each(Request, record.cursors if record is not None else {})
+        pending = RunReader(*folders).each(Request, record.cursors if record is not None else {})
         return any(event.operation == "restore_experiment" and not event.known for _, event in pending)
 
     def is_pending(self, run_id: str, time_ms: int) -> bool:
@@ -126,7 +128,10 @@ class Precedence:
         Raises:
             LedgerUnavailable: the ledger could not be read.
         """
-        reader = RunReader(*self._source.folders(run_id))
+        folders = self._source.folders(run_id)
+        if not folders:  # as above
+            return False
+        reader = RunReader(*folders)
         record = self._ledger.record(run_id)
         if record is None or not record.remote_id:  # the time at which it started may be of the program's choice
             _, header = reader.started()
