@@ -15,7 +15,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.testing.faults import delay
+from mlflow_outbox.testing.faults import delay, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from plugin_world import WAYS, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
@@ -360,3 +360,49 @@ def test_a_database_that_is_taken_away_while_it_is_open_takes_nothing_with_it(
         deliver(uri)
     with client(sqlite_uri) as api:
         assert [1.0, 2.0] == [point.value for point in api.get_metric_history(run.info.run_id, "m")]
+
+
+@pytest.mark.parametrize(
+    ("place", "restored"),
+    [
+        ("runs/delete", False),
+        ("runs/delete", True),
+        ("runs/restore", True),
+        ("logged-models", False),
+        ("logged-models", True),
+    ],
+)
+def test_what_was_logged_before_a_deletion_is_not_refused_for_it_after_an_answer_that_was_lost(
+    place: str, restored: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It is recorded before that is sent: sent anew with it, it would be refused, and all that follows would wait."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path / "outbox", worker="none") as mlflow:
+            api = mlflow.MlflowClient()
+            number = api.create_experiment(experiment_name)
+            run_id = api.create_run(number).info.run_id
+            api.log_metric(run_id, "m", 1.0)
+            model = api.create_logged_model(number, name="made", source_run_id=run_id)
+            (tmp_path / "x.txt").write_text("x")
+            api.log_model_artifact(model.model_id, str(tmp_path / "x.txt"))
+            api.delete_logged_model(model.model_id)
+            api.log_param(run_id, "p", "1")
+            api.delete_run(run_id)
+            if restored:
+                api.restore_run(run_id)
+                api.log_metric(run_id, "m", 2.0)
+
+            def is_it(method: str, path: str) -> bool:
+                return place in path and (method == "DELETE" or "logged-models" not in place)
+
+            proxy.on(is_it, forward_then_drop_response())
+            proxy.on(is_it, status(503))
+        with tracking(uri, tmp_path / "outbox", parked_retry=60):
+            deliver(uri)
+        assert 2 < len([one for one in proxy.requests if is_it(one.method, one.path)])
+    with client(mlflow_server.url) as api:
+        held = api.get_run(run_id)
+        assert ("active" if restored else "deleted") == held.info.lifecycle_stage
+        assert {"p": "1"} == held.data.params
+        assert {"m": 2.0 if restored else 1.0} == held.data.metrics

@@ -37,7 +37,9 @@ _OF_EXPERIMENTS: Final = frozenset(
 _POINTS_OF_MODELS: Final = "logged_model_metrics"
 #: Where an experiment is in the state already that these lead to, MLflow says that there is none.
 _LIFECYCLE: Final = frozenset({"delete_experiment", "restore_experiment"})
-_DELETES: Final = frozenset({"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag"})
+_DELETES: Final = frozenset(
+    {"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag", "delete_logged_model"}
+)
 
 
 class Calls:

@@ -2,7 +2,9 @@
 
 A window is recorded as a whole. So it holds few of the events that are a request each (files, MLflow's own requests):
 else a server that takes a number of them and then wants a pause, or a flush that has less time than all of them take,
-would be sent the same first ones again and again, and never come to the others.
+would be sent the same first ones again and again, and never come to the others. And what was logged before a deletion
+is recorded before that is sent: were it sent anew, after an answer that was lost, MLflow would refuse it for what we
+have deleted ourselves.
 
 What the cursors pass is never read again. A directory's listing that leaves out a file that is there, as some network
 file systems give while others are moved, must not be what decides: so where the numbers of events tell that some are
@@ -15,7 +17,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
@@ -25,6 +26,8 @@ from mlflow_outbox_worker.records import RunRecord
 _EVENTS: Final = 2000
 #: Files and requests of MLflow's own in a window.
 _REQUESTS: Final = 20
+#: Requests after which MLflow refuses what was logged before; that of an experiment may have to wait for runs.
+_DELETIONS: Final = frozenset({"delete_run", "delete_logged_model", "delete_experiment"})
 
 
 class Intake:
@@ -67,23 +70,18 @@ class Intake:
         return again
 
     def _next(self, reader: RunReader, record: RunRecord, after: str, batches: int) -> Window:
-        """Return the next events; of a room, those before a deletion that may have to wait, or those from it on."""
+        """Return the next events: those before a deletion, or those from it on."""
         points, items = self._points * batches, _EVENTS * batches
         window = reader.window(record.cursors, points=points, items=items, after=after)
-        end = _end(window.events, waits=provisional.is_room(record.run_id))
+        end = _end(window.events)
         return reader.window(record.cursors, points=points, items=end, after=after) if end else window
 
 
-def _end(events: Sequence[tuple[str, Event]], *, waits: bool) -> int:
-    """Return how many events are enough for one window; 0 for all.
-
-    Args:
-        events: with their writers.
-        waits: a deletion may have to wait for another run; what was sent before it would be sent anew at each turn.
-    """
+def _end(events: Sequence[tuple[str, Event]]) -> int:
+    """Return how many events are enough for one window; 0 for all."""
     requests: set[object] = set()
     for number, (_, event) in enumerate(events):
-        if waits and number and _is_deletion(event):
+        if number and isinstance(event, Request) and event.operation in _DELETIONS:
             return number
         if isinstance(event, Artifact):  # of several contents of a file only the last is sent
             request: object = event.path
@@ -97,7 +95,3 @@ def _end(events: Sequence[tuple[str, Event]], *, waits: bool) -> int:
             return number
         requests.add(request)
     return 0
-
-
-def _is_deletion(event: Event) -> bool:
-    return isinstance(event, Request) and event.operation == "delete_experiment"
