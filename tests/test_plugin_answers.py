@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.testing.faults import status
+from mlflow_outbox.testing.faults import drop, status
 from mlflow_outbox.testing.proxy import Action, FaultProxy
 from plugin_world import deliver, store, the_runs, tracking
 from servers import MlflowServer
@@ -128,3 +128,23 @@ def test_a_run_of_ones_own_is_answered_from_the_disk_while_its_server_fails_insi
                 assert {"m": 1.0} == mlflow.get_run(run.info.run_id).data.metrics
                 assert not store(uri).server.is_away()
                 assert 0 < store(uri).outbox.counters["questions_failed"]
+
+
+@pytest.mark.parametrize("filed", [True, False])
+def test_files_are_listed_and_read_from_the_disk_when_the_server_goes_away_between_two_questions(
+    filed: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has answered whose they are, and not what they are: that MLflow's own client asks, which raises its own."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, worker="thread" if filed else "none") as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run() as run:
+                mlflow.log_text("hello", "notes/a.txt")
+            if filed:
+                deliver(uri)
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            proxy.on("mlflow-artifacts/artifacts", drop(), times=None)
+            found = mlflow.MlflowClient().list_artifacts(run.info.run_id, "notes")
+            assert ["notes/a.txt"] == [info.path for info in found]
+            assert "hello" == mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/notes/a.txt")

@@ -30,6 +30,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.uri import get_uri_scheme
 
+from mlflow_outbox import delivery
 from mlflow_outbox.errors import ArtifactRefused, InvalidEvent
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.plugin.journals import now_ms
@@ -234,7 +235,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         if path in pending and self._copied(pending[path], local_path):
             return
         try:
-            self._repository()._download_file(path, local_path)
+            self._download(path, local_path)
         except Away as away:
             if path in local and self._copied(local[path], local_path):
                 return
@@ -242,6 +243,15 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 msg = f"No such artifact: {path!r}"
                 raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST) from None
             raise self._store.server.needed(f"the artifact {path!r}", away) from None
+
+    def _download(self, path: str, local_path: str) -> None:
+        repository = self._repository()
+        try:
+            repository._download_file(path, local_path)
+        except (MlflowException, OSError) as error:
+            forward(error)
+            _check_silence(error)
+            raise
 
     def _copied(self, file: File, target: str) -> bool:
         directory = self._store.outbox.directory
@@ -277,6 +287,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return []
+            _check_silence(error)
             raise
         except OSError as error:  # requests' errors are OSErrors too
             forward(error)
@@ -292,6 +303,17 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         return get_artifact_repository(
             uri, tracking_uri=self._store.outbox.destination.secret_uri or self._store.server.uri
         )
+
+
+def _check_silence(error: Exception) -> None:
+    """Look whether an error of MLflow's client says that the server has gone away since the question before.
+
+    Raises:
+        Away: it does.
+    """
+    found = delivery.translate(error)
+    if found.kind in {"connection", "timeout"}:
+        raise Away(str(found), sent=False) from None
 
 
 class _Claimed:
