@@ -25,6 +25,7 @@ REFUSED: dict[str, Callable[[Any, str, str], object]] = {
     "a bad key": lambda m, e, _r: m.MlflowClient().set_trace_tag(traced(m, e), "a$", "b"),
     "a long key": lambda m, e, _r: m.MlflowClient().set_trace_tag(traced(m, e), "a" * 300, "b"),
     "deleting no tag of a trace": lambda m, e, _r: m.MlflowClient().delete_trace_tag(traced(m, e), "never set"),
+    "a tag of no trace": lambda m, _e, _r: m.set_trace_tag("tr-" + "f" * 32, "a", "b"),
     "a metric of no model": lambda m, _e, r: m.MlflowClient().log_metric(r, "m", 1.0, model_id="m-" + "f" * 32),
 }
 
@@ -144,3 +145,35 @@ def test_a_name_that_an_experiment_had_before_its_rename_is_free_for_another(
             api.create_run(made[number], run_name=f"run {number}")
     for number, name in enumerate((f"{experiment_name}-0", f"{experiment_name}-1", experiment_name)):
         assert [f"run {number}"] == [run.info.run_name for run in the_runs(mlflow_server.url, name)]
+
+
+def test_a_link_that_no_server_takes_away_is_refused_as_it_is_without_an_outbox(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Only Databricks does: for all others it would be a dead letter, which nobody has asked for."""
+    said = []
+    for prefix in ("", "outbox+"):
+        uri = f"{prefix}{mlflow_server.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            api = mlflow.MlflowClient()
+            number = api.create_experiment(experiment_name + prefix)
+            run, trace = api.create_run(number).info.run_id, traced(mlflow, number)
+            api.link_traces_to_run([trace], run)
+            with pytest.raises(NotImplementedError) as raised:
+                api.unlink_traces_from_run([trace], run)
+            said.append(str(raised.value).partition(" for ")[0])
+            deliver(uri)
+    assert said[0] == said[1]
+
+
+def test_a_trace_of_another_process_is_tagged_also_while_it_is_on_its_way(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The server does not know it yet, and is asked again when what waits has arrived."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path, worker="none") as mlflow:
+        trace = traced(mlflow, mlflow.create_experiment(experiment_name))
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_trace_tag(trace, "a", "b")
+        deliver(uri)
+        assert "b" == mlflow.get_trace(trace).info.tags["a"]

@@ -9,6 +9,7 @@ from typing import Any, Final
 from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.store.tracking.abstract_store import AbstractStore
 from mlflow.tracing.constant import TraceTagKey
 from mlflow.utils.mlflow_tags import MLFLOW_ARTIFACT_LOCATION
 from mlflow.utils.validation import _validate_trace_tag
@@ -32,6 +33,8 @@ class Traces(Models):
         self._rooms = TraceRooms(self.outbox)
         self._recent_lock = threading.Lock()
         self._traced = False
+        #: Traces of others that the server was found to have.
+        self._met: dict[str, None] = {}
 
     @property
     def _has_spans(self) -> bool:
@@ -96,13 +99,40 @@ class Traces(Models):
         """Set a tag of a trace.
 
         Raises:
-            MlflowException: the key is none that MLflow takes.
+            MlflowException: the key is none that MLflow takes, or there is no such trace.
         """
         key, value = _validate_trace_tag(key, value)
+        self._check_trace(trace_id)
         self._room_of_trace(trace_id).request("set_trace_tag", trace_id=trace_id, key=key, value=value)
         held = self._recent.get(trace_id)
         if held is not None:
             held.tags[key] = value
+
+    def _check_trace(self, trace_id: str) -> None:
+        """Refuse to write to a trace that is nowhere; the server is asked once for one that this process did not make.
+
+        Raises:
+            MlflowException: it has none of this id, and none can be on its way from another process.
+        """
+        if trace_id in self._recent or trace_id in self._met or self._rooms.experiment(trace_id):
+            return
+        for is_last in (False, True):
+            try:
+                self.server.ask(lambda store: store.get_trace_info(trace_id), quick=True)
+            except Away:
+                return
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    return
+                if is_last:
+                    raise
+                if not self.outbox.flush(self.outbox.settings.create_timeout):
+                    return
+            else:
+                break
+        self._met[trace_id] = None
+        for earlier in list(self._met)[:-_REMEMBERED]:
+            self._met.pop(earlier, None)
 
     def delete_trace_tag(self, trace_id: str, key: str) -> None:
         """Delete a tag of a trace.
@@ -147,13 +177,25 @@ class Traces(Models):
         self._spans.clear()
         return deleted
 
+    def _check_offered(self, name: str, *args: Any) -> None:
+        """Refuse a call that MLflow's store behind has not, as it does: nobody would look for it in a dead letter.
+
+        Raises:
+            NotImplementedError: it has not.
+        """
+        theirs = self.ask(lambda store: store)
+        if theirs is not None and getattr(type(theirs), name) is getattr(AbstractStore, name):
+            getattr(theirs, name)(*args)
+
     def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
         """Link traces to a run."""
+        self._check_offered("link_traces_to_run", trace_ids, run_id)
         run = self.writable(run_id)
         run.request("link_traces_to_run", trace_ids=list(trace_ids), run_id=run.run_id)
 
     def unlink_traces_from_run(self, trace_ids: list[str], run_id: str) -> None:
-        """Take links of traces to a run away."""
+        """Take links of traces to a run away, which only Databricks does."""
+        self._check_offered("unlink_traces_from_run", trace_ids, run_id)
         run = self.writable(run_id)
         run.request("unlink_traces_from_run", trace_ids=list(trace_ids), run_id=run.run_id)
 
