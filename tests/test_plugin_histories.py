@@ -96,3 +96,24 @@ def test_a_point_that_arrives_between_two_reads_is_shown_once(
             proxy.clear()
             deliver(uri)
             mlflow.end_run()
+
+
+def test_a_history_is_gone_on_with_from_the_disk_when_the_server_goes_away_between_two_pages(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Each point once: the first page was the server's."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            run = mlflow.start_run()
+            for step in range(5):
+                mlflow.log_metric("m", step / 3, step=step)
+            deliver(uri)
+            first = store(uri).get_metric_history(run.info.run_id, "m", max_results=2)
+            proxy.down()
+            rest = store(uri).get_metric_history(run.info.run_id, "m", max_results=2, page_token=first.token)
+            assert list(range(5)) == [point.step for point in [*first, *rest]]
+            proxy.up()
+            mlflow.end_run()
+            deliver(uri)

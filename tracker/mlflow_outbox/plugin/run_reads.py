@@ -161,12 +161,14 @@ class RunReads(Experiments):
                 quick=False,
             )
         except (Away, NotYet) as away:
-            if (local or self.local_run(local_id)) is None:
+            known = local or self.local_run(local_id)
+            # The pages before this one were the server's, which has more than the disk of a run that began elsewhere.
+            if known is None or (page_token is not None and not known.view.start_time_ms):
                 raise self.server.needed(
                     f"the metric {metric_key} of run {run_id}", Away(str(away), sent=False)
                 ) from None
-            on_disk = self._points_on_disk(local_id, metric_key)
-            return PagedList(reads.merged_points((), on_disk, as_logged=self._as_logged), None)
+            on_disk = reads.merged_points((), self._points_on_disk(local_id, metric_key), as_logged=self._as_logged)
+            return PagedList(on_disk[SearchUtils.parse_start_offset_from_page_token(page_token) :], None)
         token = getattr(found, "token", None)
         if token is not None or not pending:
             return PagedList(list(found), token)
