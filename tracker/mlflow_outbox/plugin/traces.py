@@ -184,7 +184,7 @@ class Traces(Models):
             NotImplementedError: it has not.
         """
         theirs = self.ask(lambda store: store)
-        if theirs is not None and getattr(type(theirs), name) is getattr(AbstractStore, name):
+        if theirs is not None and getattr(type(theirs), name) is getattr(AbstractStore, name, None):
             getattr(theirs, name)(*args)
 
     def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
