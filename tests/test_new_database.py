@@ -31,7 +31,7 @@ open_store(sys.argv[1], artifact_root=None, timeout=10, username=None, password=
 
 
 @pytest.mark.compatibility
-@pytest.mark.parametrize("steps", [1, 40, 160, 320])
+@pytest.mark.parametrize("steps", [1, 40, 160])
 def test_what_is_killed_while_it_makes_a_database_leaves_none_that_is_half_made(
     steps: int, experiment_name: str, tmp_path: Path
 ) -> None:
