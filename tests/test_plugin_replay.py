@@ -15,7 +15,7 @@ from mlflow_outbox.destination import resolve
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.packing import write_bundle
 from mlflow_outbox_worker.sources import find_runs
-from plugin_world import deliver, differences, picture, store, tracking
+from plugin_world import NOWHERE, deliver, differences, picture, store, the_runs, tracking
 from replays import command, the_outbox
 from servers import MlflowServer, eventually
 
@@ -173,3 +173,20 @@ def forget_engines() -> None:
 
     for engine in SqlAlchemyStore._engine_map.values():
         engine.dispose()
+
+
+def test_a_name_that_was_given_again_leads_each_run_to_its_own_experiment(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Offline, the first one was renamed. A replay found both by their name: it never ended, and one got all runs."""
+    with tracking(NOWHERE, tmp_path / "outbox", create_timeout=0) as mlflow:
+        api = mlflow.MlflowClient()
+        first = api.create_experiment(experiment_name, tags={"a": "b"})
+        api.create_run(first, run_name="first")
+        api.rename_experiment(first, f"{experiment_name} renamed")
+        api.create_run(api.create_experiment(experiment_name), run_name="second")
+    assert 0 == command("replay", tmp_path / "outbox", "--to", sqlite_uri, "--timeout", 30)
+    for name, run, tags in ((f"{experiment_name} renamed", "first", {"a": "b"}), (experiment_name, "second", {})):
+        with client(sqlite_uri) as api:
+            assert tags == {k: v for k, v in api.get_experiment_by_name(name).tags.items() if "mlflow" not in k}
+        assert [run] == [found.info.run_name for found in the_runs(sqlite_uri, name)]

@@ -297,11 +297,19 @@ class Courier:
         )
         raise Parked(Outcome("parked", reason), missing)
 
+    def _is_made_here(self, experiment_id: str) -> bool:
+        """Return whether an experiment is made from what is delivered: its name may be another's by then."""
+        if not provisional.is_provisional(experiment_id) or self._source.experiment(""):
+            return False
+        return any(folder.is_dir() for folder in self._source.everywhere(provisional.room_of(experiment_id)))
+
     def _find_or_create(self, record: RunRecord, started: RunStarted | None, header: SegmentHeader | None) -> None:
         name = record.experiment
         # An id of another server's experiment says nothing here; its name does.
         by_name = self._source.elsewhere or self._source.again or (header is not None and name != header.experiment)
-        given = "" if started is None or by_name else started.experiment_id
+        given = "" if started is None else started.experiment_id
+        if by_name and not self._is_made_here(given):
+            given = ""
         if given:
             record.experiment_id = ask("create_experiment", lambda: self._calls.ids.resolved(given))
         else:

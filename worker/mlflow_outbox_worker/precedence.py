@@ -114,7 +114,7 @@ class Precedence:
         folders = self._source.folders(room)
         if not folders:  # it is not among what is replayed
             return False
-        record = self._ledger.record(room)
+        record = self._record(room)
         pending = RunReader(*folders).each(Request, record.cursors if record is not None else {})
         return any(event.operation == "restore_experiment" and not event.known for _, event in pending)
 
@@ -132,7 +132,7 @@ class Precedence:
         if not folders:  # as above
             return False
         reader = RunReader(*folders)
-        record = self._ledger.record(run_id)
+        record = self._record(run_id)
         if record is None or not record.remote_id:  # the time at which it started may be of the program's choice
             _, header = reader.started()
             return header is not None and header.created_ms <= time_ms
@@ -149,6 +149,14 @@ class Precedence:
             if not window.more:
                 return False
             cursors = window.cursors
+
+    def _record(self, run_id: str) -> RunRecord | None:
+        """Return what is known of a run, or of a room, which a replay calls by its outbox as well."""
+        record = self._ledger.record(run_id)
+        if record is None and provisional.is_room(run_id):
+            name = next((name for name in self._source.run_ids() if _name(name) == run_id), run_id)
+            record = self._ledger.record(name)
+        return record
 
     def _runs_of(self, room: str, experiments: set[str]) -> list[str]:
         _, header = RunReader(*self._source.folders(room)).started()
