@@ -132,11 +132,9 @@ class ServerStore(_OneAttempt, RestStore):  # type: ignore[misc]  # mlflow is no
             )
         )
         if b'"value":null' in body:  # what msgspec makes of NaN and infinities
-            # NaN is equal to nothing, so that older servers (3.9) take two equal points for two.
-            some = {(key, repr(value), time_ms, step): value for key, value, time_ms, step in points}
             self.log_batch(
                 run_id,
-                metrics=[Metric(key, value, time_ms, step) for (key, _, time_ms, step), value in some.items()],
+                metrics=[Metric(point.key, point.value, point.time_ms, point.step) for point in points],
                 params=[Param(key, value) for key, value in params.items()],
                 tags=[RunTag(key, value) for key, value in tags.items()],
             )
