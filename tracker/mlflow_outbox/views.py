@@ -6,7 +6,7 @@ job) means the later wall-clock time; within one writer it means the order of it
 
 The worker reads and writes a view whole with each window, so nothing in it may grow with what passes through and is
 not asked for afterwards: of traces, which an experiment's room sees without an end, it keeps only the files of the
-latest.
+latest, and of points that name a model or a dataset the latest too (``linked``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Final
 
 import msgspec
 
+from mlflow_outbox.linked import OPERATION as LINKED_OPERATION
+from mlflow_outbox.linked import points_in
 from mlflow_outbox.spool.events import (
     GOING_ON,
     NAME_TAG,
@@ -44,6 +46,8 @@ _KEPT: Final = frozenset(
 #: Owners of delivered files that are no model, which are traces: the outbox answers for so many of them, the latest,
 #: while the server is away.
 TRACES: Final = 256
+#: Requests of points of models and datasets, of which it answers for the latest.
+LINKED: Final = 1000
 
 
 class Register(msgspec.Struct, array_like=True):
@@ -95,6 +99,7 @@ class RunView(msgspec.Struct):
     Attributes:
         lifecycle: "active" or "deleted".
         files: of models and traces, by owner and path.
+        linked: of requests that were forgotten, the latest point of each metric.
         requests: in order; what they mean is known to who reads them.
     """
 
@@ -111,6 +116,7 @@ class RunView(msgspec.Struct):
     files: dict[str, dict[str, File]] = {}
     requests: list[Kept] = []
     experiment_id: str = ""
+    linked: dict[str, Latest] = {}
 
     def __post_init__(self) -> None:
         """Leave out what an earlier version kept; the next window's view is small again."""
@@ -118,19 +124,26 @@ class RunView(msgspec.Struct):
             self.requests = [kept for kept in self.requests if kept.operation in _KEPT]
 
     def trim(self) -> None:
-        """Forget delivered files that the outbox does not answer for: those of all traces but the latest."""
+        """Forget what was delivered and the outbox does not answer for: traces and linked points but the latest."""
         traces = [owner for owner in self.files if owner.startswith("uri:")]
         for owner in traces[:-TRACES]:
             del self.files[owner]
+        many = [kept for kept in self.requests if kept.operation == LINKED_OPERATION][:-LINKED]
+        for kept in many:
+            for point in points_in(kept.arguments):
+                _count(self.linked, point.key, point.value, point.time_ms, point.step)
+        if many:
+            gone = set(map(id, many))
+            self.requests = [kept for kept in self.requests if id(kept) not in gone]
 
     def fold(self, event: Event, writer: str) -> None:
         """Take one event of a writer into account; events of one writer must come in their order."""
         kind = type(event)  # of the many points it is compared, which is faster than to ask isinstance
         if kind is Metric:
-            self._point(event.key, event.value, event.time_ms, event.step)  # type: ignore[union-attr]  # by its kind
+            _count(self.metrics, event.key, event.value, event.time_ms, event.step)  # type: ignore[union-attr]  # by its kind
         elif kind is Metrics:
             for key, value in event.values.items():  # type: ignore[union-attr]  # by its kind
-                self._point(key, value, event.time_ms, event.step)  # type: ignore[union-attr, arg-type]  # by its kind
+                _count(self.metrics, key, value, event.time_ms, event.step)  # type: ignore[union-attr, arg-type]  # by its kind
         elif isinstance(event, Params):
             for key, text in event.values.items():
                 self.params.setdefault(key, text)
@@ -170,17 +183,6 @@ class RunView(msgspec.Struct):
         self.tags[key] = Register(value, time_ms, writer)
         return True
 
-    def _point(self, key: str, value: float, time_ms: int, step: int) -> None:
-        held = self.metrics.get(key)
-        if held is None:
-            self.metrics[key] = Latest(value, step, time_ms, 1)
-            return
-        held.points += 1
-        if (step, time_ms) > (held.step, held.time_ms) or (
-            step == held.step and time_ms == held.time_ms and _order(value) >= _order(held.value)
-        ):
-            held.value, held.step, held.time_ms = value, step, time_ms
-
     def _started(self, event: RunStarted, writer: str) -> None:
         if not event.resumed:
             self.start_time_ms = event.start_time_ms
@@ -192,6 +194,18 @@ class RunView(msgspec.Struct):
             self.end_time_ms = None
         for key, text in event.tags.items():
             self.set_tag(key, text, event.time_ms, writer)
+
+
+def _count(metrics: dict[str, Latest], key: str, value: float, time_ms: int, step: int) -> None:
+    held = metrics.get(key)
+    if held is None:
+        metrics[key] = Latest(value, step, time_ms, 1)
+        return
+    held.points += 1
+    if (step, time_ms) > (held.step, held.time_ms) or (
+        step == held.step and time_ms == held.time_ms and _order(value) >= _order(held.value)
+    ):
+        held.value, held.step, held.time_ms = value, step, time_ms
 
 
 def wins(held: Register | File, time_ms: int, writer: str) -> bool:

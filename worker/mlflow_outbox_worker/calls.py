@@ -12,12 +12,13 @@ request is sent once more, alone, and what is refused then is refused for good.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
 
+from mlflow_outbox import linked
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request, arguments_of
 from mlflow_outbox_worker.ledger import Ledger
@@ -91,6 +92,27 @@ class Calls:
         parts = _parts(request.operation, self.ids.rewritten(self._placed(request, of).decode(), of=of))
         made = [self._call(request, part, refuse) for part in parts]
         return any(made) or not made
+
+    def make_together(self, requests: Sequence[Request], *, of: str) -> bool:
+        """Make requests of points as one; return False when a database refuses one of them for what it has.
+
+        Args:
+            requests: a group of ``linked``.
+            of: the run that they were logged to.
+
+        Raises:
+            SinkError: nothing of them is there.
+            Waits: something that they name is not there yet.
+            LedgerUnavailable: the ledger could not be used.
+        """
+        body = self.ids.rewritten(self._placed(linked.joined(requests), of).decode(), of=of)
+        try:
+            self._sink.call(linked.OPERATION, body)
+        except SinkError as error:
+            if not _is_about_points_of_models(linked.OPERATION, error):
+                raise
+            return False
+        return True
 
     def _await_runs(self, request: Request, of: str) -> None:
         """Let the runs come first that were logged in an experiment before it was deleted: MLflow takes none later.

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.linked import is_linked
 from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
@@ -26,6 +27,8 @@ from mlflow_outbox_worker.records import RunRecord
 _EVENTS: Final = 2000
 #: Files and requests of MLflow's own in a window.
 _REQUESTS: Final = 20
+#: Requests of points that count as one: they are sent together (``linked``), unless one of them is refused.
+_TOGETHER: Final = 100
 #: Requests after which MLflow refuses what was logged before; that of an experiment may have to wait for runs.
 _DELETIONS: Final = frozenset({"delete_run", "delete_logged_model", "delete_experiment"})
 
@@ -80,7 +83,11 @@ class Intake:
 def _end(events: Sequence[tuple[str, Event]]) -> int:
     """Return how many events are enough for one window; 0 for all."""
     requests: set[object] = set()
+    series = 0  # of requests of points that follow each other
     for number, (_, event) in enumerate(events):
+        series = series + 1 if is_linked(event) else 0
+        if series > 1 and series % _TOGETHER != 1:
+            continue
         if number and isinstance(event, Request) and event.operation in _DELETIONS:
             return number
         if isinstance(event, Artifact):  # of several contents of a file only the last is sent

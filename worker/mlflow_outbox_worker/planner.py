@@ -12,7 +12,7 @@
   the case that they were taken away since; but for those that only a creation can set: MLflow would refuse or cut them.
 * The status goes last, so that a run is not shown as finished before it is complete.
 * A request of MLflow's own (a deleted tag, a logged model) is a barrier: it goes after all that precedes it, before
-  all that follows.
+  all that follows. Those of points that name a model or a dataset travel together where they follow each other.
 
 Pure: no I/O, no clock.
 """
@@ -20,10 +20,12 @@ Pure: no I/O, no clock.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
+from mlflow_outbox import linked
 from mlflow_outbox.spool.events import (
     INT64_MAX,
     INT64_MIN,
@@ -102,13 +104,19 @@ class Call(NamedTuple):
     request: Request
 
 
+class Linked(NamedTuple):
+    """Requests of points that name a model or a dataset, which are made as one."""
+
+    requests: tuple[Request, ...]
+
+
 class UploadFor(NamedTuple):
     """A file of something that is no run."""
 
     file: FileFor
 
 
-Step = Batch | Upload | SetStatus | Call | UploadFor
+Step = Batch | Upload | SetStatus | Call | Linked | UploadFor
 
 
 class Plan(NamedTuple):
@@ -161,7 +169,18 @@ def plan(
                 steps.append(UploadFor(event))
             scratch.fold(event, writer)
         begin = index + 1
-    return Plan(steps, ended)
+    return Plan([*_together(steps, batch_points)], ended)
+
+
+def _together(steps: Iterable[Step], batch_points: int) -> Iterator[Step]:
+    """Yield steps with the requests of points that follow each other as one."""
+    key = lambda step: isinstance(step, Call) and linked.is_linked(step.request)  # noqa: E731 - of the next line alone
+    for are_linked, some in itertools.groupby(steps, key):
+        if not are_linked:
+            yield from some
+            continue
+        for group in linked.groups([step.request for step in some if isinstance(step, Call)], batch_points):
+            yield Linked(group) if len(group) > 1 else Call(group[0])
 
 
 def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last one of each kind leaves

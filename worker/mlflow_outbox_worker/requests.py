@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import unquote
 
 import msgspec
 
+from mlflow_outbox import linked
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.spool import placement
@@ -28,7 +29,7 @@ from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.obstacles import Obstacles
 from mlflow_outbox_worker.obstacles import Upload as File
 from mlflow_outbox_worker.outcome import Outcome, classify
-from mlflow_outbox_worker.planner import Batch, Call, SetStatus, Step, Upload, UploadFor, fits
+from mlflow_outbox_worker.planner import Batch, Call, Linked, SetStatus, Step, Upload, UploadFor, fits
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.refused import Refused
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -113,6 +114,8 @@ class Requests:
             self._upload(record, step, refused)
         elif isinstance(step, Call):
             self._call(record, step.request, refused)
+        elif isinstance(step, Linked):
+            self._together(record, step.requests, refused)
         elif isinstance(step, UploadFor):
             self._upload_for(record, step.file, refused)
         else:
@@ -201,6 +204,22 @@ class Requests:
             refuse(request, error)
         if len(refused.letters) > before:
             refused.add_request(request)
+
+    def _together(self, record: RunRecord, requests: Sequence[Request], refused: Refused) -> None:
+        if len(requests) == 1:
+            self._call(record, requests[0], refused)
+            return
+        try:
+            if self._calls.make_together(requests, of=record.run_id):
+                return
+        except _UNREADABLE:  # each alone says which
+            pass
+        except SinkError as error:
+            if self._answered(error, linked.OPERATION).kind == "already_applied":
+                return
+        middle = len(requests) // 2
+        for half in (requests[:middle], requests[middle:]):
+            self._together(record, half, refused)
 
     def _whole(self, record: RunRecord, request: Request) -> Request:
         """Return a request with all its arguments.

@@ -110,6 +110,8 @@ def local_run_of(
     local: LocalRun, run_id: str, artifact_uri: str, *, theirs: Run | None = None, bounded: bool = False
 ) -> Run:
     """Return what the outbox has of a run; see ``run_of``."""
+    for key, held in local.view.linked.items():
+        local.view.fold(MetricEvent(key, held.value, held.time_ms, held.step), "")
     for request in local.view.requests:
         if request.operation == "log_batch":
             fold_batch(local.view, request.arguments)
