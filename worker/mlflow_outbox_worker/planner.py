@@ -174,8 +174,11 @@ def plan(
 
 def _together(steps: Iterable[Step], batch_points: int) -> Iterator[Step]:
     """Yield steps with the requests of points that follow each other as one."""
-    key = lambda step: isinstance(step, Call) and linked.is_linked(step.request)  # noqa: E731 - of the next line alone
-    for are_linked, some in itertools.groupby(steps, key):
+
+    def goes_with_others(step: Step) -> bool:
+        return isinstance(step, Call) and linked.is_linked(step.request)
+
+    for are_linked, some in itertools.groupby(steps, goes_with_others):
         if not are_linked:
             yield from some
             continue

@@ -32,6 +32,7 @@ from mlflow.entities import (
     RunTag,
 )
 
+from mlflow_outbox.linked import points_in
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import NAME_TAG, Event, Request, RunStarted
@@ -120,8 +121,8 @@ def local_run_of(
 
 def fold_batch(view: RunView, arguments: bytes) -> None:
     """Take metrics into account that were logged with a link to a model or dataset."""
-    for metric in codec.loads(arguments).get("metrics") or ():
-        view.fold(MetricEvent(metric.key, metric.value, metric.timestamp, metric.step), "")
+    for point in points_in(arguments):
+        view.fold(point, "")
 
 
 def links(requests: Iterable[Kept], theirs: Run | None) -> tuple[RunInputs, RunOutputs]:
