@@ -218,6 +218,21 @@ MUTANTS: Final = [
         "tests/test_plugin_deleted.py::test_what_was_logged_after_an_experiment_was_restored_waits_for_that",
     ),
     Mutant(
+        "say that a program's segments were synced, and leave them",
+        "worker/mlflow_outbox_worker/substitute.py",
+        "                self._datasync(fd)\n",
+        "",
+        "tests/faults/test_power.py::"
+        "test_what_a_stopped_program_has_logged_is_made_durable_by_the_process_that_delivers",
+    ),
+    Mutant(
+        "rest while a new segment waits for its first sync",
+        "tracker/mlflow_outbox/spool/caretaker.py",
+        "            self._start()\n        self.hurry()\n",
+        "            self._start()\n",
+        "tests/test_caretaker.py::test_what_another_process_cannot_do_brings_the_next_round_at_once",
+    ),
+    Mutant(
         "pass by a segment that cannot be opened now",
         "tracker/mlflow_outbox/spool/listing.py",
         "            if _may_hold_events(path):\n                self.unread[name] = error\n",

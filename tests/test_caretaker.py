@@ -15,6 +15,7 @@ import pytest
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool.caretaker import Caretaker, Pace
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.testing import FailingDisk
 from servers import eventually
 from spools import FORKS, Kit, make_journal, metric
@@ -161,3 +162,138 @@ def test_a_handler_of_the_program_that_ends_it_does_not_end_the_background_alone
     monkeypatch.undo()
     eventually(lambda: not writer._sequence.live.unsynced, message="it is synced after all")
     caretaker.stop()
+
+
+class Asked:
+    """What a caretaker asked to have synced."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def is_relieved(self, segments: tuple[str, ...]) -> bool:
+        """Believe whoever it is."""
+        self.asked.append(segments)
+        return True
+
+
+@pytest.fixture
+def relieved(monkeypatch: pytest.MonkeyPatch, kit: Kit) -> Iterator[tuple[Caretaker, Asked]]:
+    """A caretaker whose rounds come once an hour while it is relieved."""
+    monkeypatch.setattr("mlflow_outbox.spool.caretaker.SHORTEST", 0.0)
+    monkeypatch.setattr("mlflow_outbox.spool.caretaker.RELIEVED", 3600 * 50)
+    rounds = Asked()
+    caretaker = Caretaker(0.02, kit.counters, is_relieved=rounds.is_relieved)
+    yield caretaker, rounds
+    caretaker.stop()
+
+
+def resting(caretaker: Caretaker, rounds: Asked) -> None:
+    """Wait until the next round is an hour away."""
+
+    def is_resting() -> bool:
+        segments = [journal.steady_segment for journal in list(caretaker._watched.values())]
+        return caretaker._rests and all(segments) and rounds.asked[-1:] == [tuple(segments)]
+
+    eventually(is_resting)
+
+
+def test_what_another_process_cannot_do_brings_the_next_round_at_once(
+    kit: Kit, relieved: tuple[Caretaker, Asked]
+) -> None:
+    """A new segment, its name, a rotation, a disk that fails, the end of a run: each is seen to as if by itself."""
+    caretaker, rounds = relieved
+
+    def journal(letter: str) -> Journal:
+        return make_journal(kit.outbox, kit.disk, run=letter * 32, registry=caretaker, segment_bytes=4096)
+
+    first, second = journal("b"), journal("c")
+    first.append(metric(0))
+    resting(caretaker, rounds)
+    assert first.append(metric(1)), "what goes on is left to the other process"
+    assert (caretaker._rests, 1) == (True, len(first._sequence.live.unsynced))
+    second.append(metric(0))
+    resting(caretaker, rounds)
+    assert ([], []) == (first._sequence.live.unsynced, second._sequence.live.unsynced)
+    assert 2 == len(rounds.asked[-1])
+    segment = first._sequence.ordinal
+    while first._sequence.ordinal == segment:
+        first.append(metric(2))
+    eventually(lambda: not first._sequence.retired and not first._sequence.unsynced_names)
+    resting(caretaker, rounds)
+    kit.disk.fail("write", error=errno.ENOSPC, times=1)
+    first.append(metric(3))
+    eventually(lambda: not first.in_memory, message="what waited in memory is written")
+    resting(caretaker, rounds)
+    first.close()
+    eventually(lambda: first.is_idle)
+    resting(caretaker, rounds)
+    second.leave()
+    eventually(lambda: second.is_idle)
+
+
+def test_much_that_is_not_synced_brings_the_next_round_at_once(kit: Kit, relieved: tuple[Caretaker, Asked]) -> None:
+    """What is kept in memory for a sync that fails stays within its bound."""
+    caretaker, rounds = relieved
+    writer = make_journal(kit.outbox, kit.disk, registry=caretaker, memory_bytes=40_000)
+    writer.append(metric(0))
+    resting(caretaker, rounds)
+    written = writer._sequence.live.offset
+    while caretaker._rests:
+        assert writer.append(metric(1))
+    assert 10_000 <= writer._sequence.live.offset - written <= 20_000
+    eventually(lambda: not writer._sequence.live.unsynced)
+
+
+def test_a_disk_that_fails_is_not_left_to_another_process(kit: Kit, relieved: tuple[Caretaker, Asked]) -> None:
+    """The program's own descriptor tells, and its own rounds go on until the events are in another segment."""
+    caretaker, rounds = relieved
+    writer = make_journal(kit.outbox, kit.disk, counters=kit.counters, registry=caretaker)
+    writer.append(metric(0))
+    resting(caretaker, rounds)
+    bad = writer._sequence.live
+    kit.disk.fail("datasync", error=errno.EIO, times=1)
+    writer.append(metric(1))
+    caretaker.hurry()
+    resting(caretaker, rounds)
+    assert bad is not writer._sequence.live
+    assert (1, 1, []) == (
+        kit.counters["sync_errors"], kit.counters["rewritten_after_sync_error"], writer._sequence.live.unsynced
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sync", ["os", "always"])
+def test_only_what_is_synced_in_the_background_is_left_to_another_process(
+    sync: str, kit: Kit, relieved: tuple[Caretaker, Asked]
+) -> None:
+    """Nothing is to be synced there, or it was at the call."""
+    caretaker, rounds = relieved
+    writer = make_journal(kit.outbox, kit.disk, registry=caretaker, sync=sync)
+    done = threading.Event()
+    caretaker._each_round = done.set
+    for number in range(3):
+        done.clear()
+        writer.append(metric(number))
+        assert done.wait(15)
+    assert [] == rounds.asked
+
+
+def test_rounds_that_are_short_are_not_left_to_another_process(kit: Kit) -> None:
+    """Below a tenth of a second the question and the answer would be most of the work."""
+    rounds, done = Asked(), threading.Event()
+    caretaker = Caretaker(0.02, kit.counters, each_round=done.set, is_relieved=rounds.is_relieved)
+    writer = make_journal(kit.outbox, kit.disk, registry=caretaker)
+    for number in range(5):
+        done.clear()
+        writer.append(metric(number))
+        assert done.wait(15)
+    caretaker.stop()
+    assert [] == rounds.asked
+
+
+def test_a_round_that_is_hurried_comes_an_interval_later_at_most() -> None:
+    """As it would have without another process; one that is due sooner stays where it was."""
+    pace = Pace(0.5, 100.0)
+    assert 2.0 == pace.pause(100.0, 4)
+    assert 0.5 == pace.hurry(100.3)
+    assert 0.25 == pace.hurry(100.55)
+    assert 0.5 == pace.pause(100.8)

@@ -233,7 +233,7 @@ def test_a_sync_that_takes_long_costs_a_bounded_number_of_descriptors(
 
 def ended(outbox: OutboxDirectory, disk: FailingDisk, counters: Counters, number: int) -> list[Journal]:
     """End as many runs, with an event each, of which none is synced; return their journals."""
-    background = types.SimpleNamespace(watch=lambda _: None)  # which does not come to it
+    background = types.SimpleNamespace(watch=lambda _: None, hurry=lambda: None)  # which does not come to it
     journals = [
         make_journal(outbox, disk, run=f"{n:032x}", counters=counters, registry=background) for n in range(number)
     ]

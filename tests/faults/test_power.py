@@ -24,9 +24,13 @@ from faults.children import Nest
 from faults.mounts import PowerCut, own_namespace
 from faults.oracle import held, kind_of
 from faults.table import Row
+from mlflow_outbox.spool.caretaker import RELIEVED
+from mlflow_outbox_worker.lease import Lease
+from servers import eventually
 
-#: Seconds between two background syncs.
+#: Seconds between two background syncs; and where the process that delivers does them too.
 INTERVAL = 0.05
+STEADY = 0.1
 
 
 def lose_power(fd: int, folder: str, uri: str, sync: str, worker: str, pause: float) -> None:
@@ -147,6 +151,66 @@ def test_a_power_cut_takes_no_more_than_the_ladder_says(
         )
 
 
+def lose_power_stopped(fd: int, folder: str, uri: str, calls: int) -> None:
+    """Log until the process that delivers syncs too, log on, and be stopped; then cut the power, and drain the rest.
+
+    Somebody else has the right to deliver, so that nothing has arrived before. The victim stops itself at once after
+    its last call: whatever is durable of that, the other process has made so.
+    """
+
+    def work() -> dict[str, Any]:
+        own_namespace()
+        disk = PowerCut(Path(folder))
+        outbox = str(disk.path / "outbox")
+        read, write = os.pipe()
+        victim = os.fork()
+        if victim == 0:
+            given = workload.settings(sync_interval=STEADY, free_bytes=0)
+            tracker = workload.MLflowTracker("power", uri, outbox_dir=outbox, worker="process", settings=given)
+            other = Lease(Path(str(tracker.outbox_path), "worker.lock"), "test")
+            assert other.acquire()
+            run = tracker.start_run("stopped")
+            numbers = (number for number in range(90_000) if kind_of(number) == "metric")
+            caretaker = tracker._outbox._caretaker  # type: ignore[union-attr]  # it was made
+            asked, found = caretaker._intervals, [0]
+
+            def told() -> int:
+                found[0] = asked()
+                return found[0]
+
+            caretaker._intervals = told  # type: ignore[method-assign]  # to hear of it
+            acked = []
+            while found[0] != RELIEVED:
+                number = next(numbers)
+                acked += [number] if workload.log_event(run, number) else []
+                threading.Event().wait(0.001)
+            acked += [number for number in itertools.islice(numbers, calls) if workload.log_event(run, number)]
+            worker = tracker._outbox._worker.pid  # type: ignore[union-attr]  # it was started
+            os.writev(write, [json.dumps([worker, acked]).encode() + b"\n"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os.close(write)
+        with os.fdopen(read) as lines:
+            worker, acked = json.loads(lines.readline())
+        os.waitpid(victim, os.WUNTRACED)
+        threading.Event().wait(3 * STEADY)  # what is promised is a time
+        disk.cut()
+        for one in (victim, worker):
+            os.kill(one, signal.SIGKILL)
+        os.waitpid(victim, 0)
+        eventually(lambda: not Path(f"/proc/{worker}/fd").exists() or not os.listdir(f"/proc/{worker}/fd"))
+        disk.off()
+        disk.on()
+        drained = os.fork()
+        if drained == 0:
+            workload.drain(fd, uri, outbox, "power", 90_000, {"free_bytes": 0})
+            os._exit(0)
+        os.waitpid(drained, 0)
+        disk.off()
+        return {"acked": acked}
+
+    workload.reported(fd, work)
+
+
 #: The calls between which a power cut can find the disk in another state.
 BOUNDARIES = ("fdatasync", "fsync", "fallocate", "rename", "unlink", "unlinkat")
 #: What a session logs: one of them is an artifact.
@@ -209,6 +273,25 @@ def lose_power_at(fd: int, folder: str, uri: str, what: str, call: str, when: in
         }
 
     workload.reported(fd, work)
+
+
+@pytest.mark.needs("loop")
+@pytest.mark.fault("F16", "power cut while a program is stopped, and the process that delivers syncs for it")
+def test_what_a_stopped_program_has_logged_is_made_durable_by_the_process_that_delivers(
+    empty_database: Callable[[Path], Path], nest: Nest, row: Row, rng: random.Random, tmp_path: Path
+) -> None:
+    """All of it, two intervals later: the program's own background cannot have done it."""
+    for number in range(row.pick(1, 25, 250)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        uri = f"sqlite:///{empty_database(folder / 'mlflow.db')}"
+        child = nest.start(lose_power_stopped, str(folder), uri, rng.randint(1, 300))
+        report = child.report()
+        after = next(line for line in child.lines() if '"left"' in line)
+        assert '"pending": 0, "parked": 0, "dead": 0' in after, after
+        fresh = set(range(90_000, 90_010))
+        held(uri, "power").check(set(report["acked"]) | fresh)
+        row.done()
 
 
 @pytest.mark.needs("loop", "strace")

@@ -23,6 +23,14 @@ class Worker(Protocol):
         """Let it know that there is something new."""
         ...
 
+    def syncs(self, segments: tuple[str, ...]) -> bool:
+        """Return whether another process syncs these segments for this one; have it do so from now on.
+
+        Args:
+            segments: ``<run>/<file name>`` of each, all that this process writes to in the outbox.
+        """
+        ...
+
     def stop(self, timeout: float) -> None:
         """End it, waiting at most timeout seconds; what it had not delivered stays on disk."""
         ...

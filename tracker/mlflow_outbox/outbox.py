@@ -92,7 +92,11 @@ class Outbox:
         self.guard = DiskGuard(directory, settings, self.counters)
         self._tally = Tally(directory.path, self.counters)
         self._caretaker = Caretaker(
-            settings.sync_interval, self.counters, each_round=self._look, let_go=self._note_written
+            settings.sync_interval,
+            self.counters,
+            each_round=self._look,
+            let_go=self._note_written,
+            is_relieved=self._is_relieved,
         )
         self.arrived = 0
         self._parent, self._pid = 0, os.getpid()
@@ -170,6 +174,11 @@ class Outbox:
             self._wake()
         elif worker is None and self.worker_kind != "none" and self._caretaker.is_watching:
             self._wake()
+
+    def _is_relieved(self, segments: tuple[str, ...]) -> bool:
+        """Return whether the process that delivers syncs these segments in this one's place."""
+        worker = self._worker
+        return worker is not None and worker.syncs(segments)
 
     def _note_written(self, journal: Journal) -> None:
         """Remember how much a journal has written that may be gone at the exit, where nobody delivers meanwhile."""

@@ -122,6 +122,10 @@ class Delivery:
         with self._schedule.changed:
             self._schedule.changed.notify_all()
 
+    def syncs(self, segments: tuple[str, ...]) -> bool:  # noqa: ARG002 - nobody does in a process of its own
+        """Return whether another process syncs segments for this one: there is none."""
+        return False
+
     def is_stopped(self) -> bool:
         """Return whether the loop is to end."""
         return self._stop.is_set()

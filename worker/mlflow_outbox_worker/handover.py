@@ -82,6 +82,10 @@ class Handover:
         """Look for something new now."""
         self._loop.wake()
 
+    def syncs(self, segments: tuple[str, ...]) -> bool:
+        """Return whether another process syncs these segments for this one; have it do so from now on."""
+        return self._loop.syncs(segments)
+
     def stop(self) -> None:
         """Leave ``run`` soon."""
         with self._changing:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import stat
 import subprocess
 import threading
@@ -28,7 +29,9 @@ from mlflow_outbox.destination import Destination
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import interpreter
+from mlflow_outbox_worker.deputy import Deputy, passed_on
 from mlflow_outbox_worker.priority import stand_back
+from mlflow_outbox_worker.substitute import Substitute
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -49,11 +52,13 @@ class ProcessWorker:
     Args:
         process: the process.
         pipe: its standard input.
+        deputy: syncs for this process, by that one.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], pipe: IO[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], pipe: IO[bytes], deputy: Deputy | None) -> None:
         self._process = process
         self._pipe = pipe
+        self._deputy = deputy
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
@@ -71,10 +76,16 @@ class ProcessWorker:
     def wake(self) -> None:
         """Do nothing: the process hears the doorbell by itself."""
 
+    def syncs(self, segments: tuple[str, ...]) -> bool:
+        """Return whether the process syncs these segments; have it do so from now on."""
+        return self._deputy is not None and self._deputy.syncs(segments)
+
     def stop(self, timeout: float) -> None:  # noqa: ARG002 - the process decides by itself when it is done
         """Tell the process that this one is done; it goes on until everything is delivered or its time is up."""
         with contextlib.suppress(OSError):
             self._pipe.close()
+        if self._deputy is not None:
+            self._deputy.close()
 
 
 def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | ThreadWorker:
@@ -92,22 +103,25 @@ def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | Thr
         from mlflow_outbox_worker import thread  # here alone, for what the program does not need it does not import
 
         return thread.start(outbox)
-    process = _Outliving(
-        [*interpreter.command("mlflow_outbox_worker"), str(outbox.directory.path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=interpreter.standard_error(),
-        env=interpreter.environment(),
-        start_new_session=True,
-    )
+    with passed_on(outbox.settings) as deputy:
+        process = _Outliving(
+            [*interpreter.command("mlflow_outbox_worker"), str(outbox.directory.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=interpreter.standard_error(),
+            env=interpreter.environment(),
+            pass_fds=deputy.numbers if deputy else (),
+            start_new_session=True,
+        )
+        note = note_of(outbox, linger, deputy)
     pipe = process.stdin
     assert pipe is not None  # noqa: S101 - for the type checker: PIPE was asked for
-    pipe.write(note_of(outbox, linger))
+    pipe.write(note)
     pipe.flush()
-    return ProcessWorker(process, pipe)
+    return ProcessWorker(process, pipe, deputy)
 
 
-def note_of(outbox: Outbox, linger: float | None = None) -> bytes:
+def note_of(outbox: Outbox, linger: float | None = None, deputy: Deputy | None = None) -> bytes:
     """Return what a process that delivers an outbox has to know of it, in one line, credentials included."""
     settings = {
         field.name: str(value) if isinstance(value, Path) else value
@@ -116,7 +130,10 @@ def note_of(outbox: Outbox, linger: float | None = None) -> bytes:
     }
     if linger is not None:
         settings["linger"] = linger
-    return json.dumps({"settings": settings, "uri": outbox.destination.secret_uri}).encode() + b"\n"
+    note: dict[str, object] = {"settings": settings, "uri": outbox.destination.secret_uri}
+    if deputy is not None:
+        (note["substitute"],) = deputy.numbers
+    return json.dumps(note).encode() + b"\n"
 
 
 class Noted(NamedTuple):
@@ -125,6 +142,14 @@ class Noted(NamedTuple):
     directory: OutboxDirectory
     destination: Destination
     settings: Settings
+    substitute: int | None = None
+
+    def substitute_for_the_program(self, counters: Counters) -> None:
+        """Sync for the program from now on, if it has given this process a way to ask for that."""
+        if self.substitute is not None:
+            os.set_inheritable(self.substitute, False)  # noqa: FBT003 - its only argument
+            connection = socket.socket(fileno=self.substitute)
+            Substitute(connection, self.directory.runs, self.settings.sync_interval, counters).start()
 
 
 def noted(path: Path, line: bytes) -> Noted:
@@ -144,7 +169,7 @@ def noted(path: Path, line: bytes) -> Noted:
             given[name] = Path(given[name])
     directory = OutboxDirectory.open(path)
     destination = dataclasses.replace(directory.destination, secret_uri=note.get("uri") or "")
-    return Noted(directory, destination, Settings(**given))
+    return Noted(directory, destination, Settings(**given), note.get("substitute"))
 
 
 def serve(path: Path, source: IO[bytes]) -> int:
@@ -163,8 +188,10 @@ def serve(path: Path, source: IO[bytes]) -> int:
     from mlflow_outbox_worker.surroundings import open_sink
 
     stand_back()
-    directory, destination, settings = noted(path, source.readline())
-    delivery = Delivery(directory, destination, settings, Counters(), kind="process", open_sink=open_sink)
+    counters, found = Counters(), noted(path, source.readline())
+    directory, destination, settings, _ = found
+    found.substitute_for_the_program(counters)
+    delivery = Delivery(directory, destination, settings, counters, kind="process", open_sink=open_sink)
     worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
     worker.start()
     while source.read(4096):

@@ -86,6 +86,10 @@ class ThreadWorker:
         if self.delivery is not None:
             self.delivery.wake()
 
+    def syncs(self, segments: tuple[str, ...]) -> bool:
+        """Return whether another process syncs these segments for this one; have it do so from now on."""
+        return self.delivery is not None and self.delivery.syncs(segments)
+
     def stop(self, timeout: float) -> None:
         """End the loop, waiting at most timeout seconds; a request that hangs is left to itself."""
         self._stopping = True

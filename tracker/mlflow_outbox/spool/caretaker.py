@@ -1,8 +1,9 @@
 """The background thread that makes journals durable: one per process, started by the first event, gone when idle.
 
 Every ``sync_interval`` seconds it syncs what was appended since, writes out what waits in memory for a disk that
-failed, and closes full segments. It holds on to a journal until there is nothing left to do for it, so an experiment
-may drop its run objects at once.
+failed, and closes full segments. While another process syncs the segments meanwhile, it does so more rarely, unless
+something else comes up (``mlflow_outbox_worker.deputy``). It holds on to a journal until there is nothing left to do
+for it, so an experiment may drop its run objects at once.
 
 A fork leaves the thread behind in the parent; the child starts its own with its first event. At the exit of the
 interpreter no thread can be started any more: then the journals are synced by ``close``.
@@ -22,12 +23,17 @@ from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.living import Living
+from mlflow_outbox.spool.alarm import Alarm
 
 if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal
 
 #: Rounds without anything to watch after which the thread ends.
 _IDLE_ROUNDS: Final = 20
+#: Intervals from one round to the next while another process syncs in between.
+RELIEVED: Final = 4
+#: Seconds; what is to be synced more often than that is not left to another process.
+SHORTEST: Final = 0.1
 
 
 class Pace:
@@ -44,13 +50,19 @@ class Pace:
         self._interval = interval
         self._due = now
 
-    def pause(self, now: float) -> float:
+    def pause(self, now: float, intervals: int = 1) -> float:
         """Return the seconds until the next round; to be called once for each round.
 
         Args:
             now: seconds of the same clock.
+            intervals: from this round to the next one.
         """
-        self._due = max(self._due + self._interval, now + self._interval / 2)
+        self._due = max(self._due + self._interval * intervals, now + self._interval / 2)
+        return self._due - now
+
+    def hurry(self, now: float) -> float:
+        """Return the seconds until the next round, which is to come no later than an interval from now."""
+        self._due = min(self._due, now + self._interval)
         return self._due - now
 
 
@@ -62,6 +74,7 @@ class Caretaker:
         counters: where trouble is counted.
         each_round: called at the beginning of each round, for whatever else is looked at in the background.
         let_go: told of each journal that is closed and clean, after which it may be gone.
+        is_relieved: given the live segments, returns whether another process syncs them all at this pace.
     """
 
     def __init__(
@@ -71,10 +84,12 @@ class Caretaker:
         *,
         each_round: Callable[[], None] = lambda: None,
         let_go: Callable[[Journal], None] = lambda _: None,
+        is_relieved: Callable[[tuple[str, ...]], bool] = lambda _: False,
     ) -> None:
         self._interval = interval
         self._each_round = each_round
         self._let_go = let_go
+        self._is_relieved = is_relieved
         self._counters = counters
         self._renew()
         _caretakers.add(self)
@@ -83,14 +98,23 @@ class Caretaker:
         self._lock = threading.RLock()
         self._watched: dict[int, Journal] = {}
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._alarm = Alarm()
+        #: The next round is late on purpose, and nobody has asked for it to come sooner.
+        self._rests = False
 
     def watch(self, journal: Journal) -> bool:
         """Look after a journal until it is closed and clean; return False while no thread can be started for that."""
         self._watched[id(journal)] = journal  # one dict store: atomic, so a nested call needs no lock
         if self._thread is None:
             self._start()
+        self.hurry()
         return self._thread is not None
+
+    def hurry(self) -> None:
+        """Have the next round come no later than an interval from now; may be called in the middle of anything."""
+        if self._rests:
+            self._rests = False
+            self._alarm.ring()
 
     def _start(self) -> None:
         if sys.is_finalizing():  # a thread started now would be waited for forever
@@ -98,7 +122,7 @@ class Caretaker:
         with self._lock:
             if self._thread is not None:
                 return
-            thread = threading.Thread(target=self._rounds, args=(self._stop,), name="mlflow-outbox-sync", daemon=True)
+            thread = threading.Thread(target=self._rounds, args=(self._alarm,), name="mlflow-outbox-sync", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # at interpreter exit, or no threads left: a later call tries again, or close() syncs
@@ -106,30 +130,49 @@ class Caretaker:
                 return
             self._thread = thread
 
-    def _rounds(self, stop: threading.Event) -> None:
-        idle = 0
+    def _rounds(self, alarm: Alarm) -> None:
+        idle, intervals = 0, 1
         pace = Pace(self._interval, stopwatch.seconds())
         try:
             while True:
-                pause = pace.pause(stopwatch.seconds())
-                courtesy.sleeps(pause)
-                if stop.wait(pause):
+                self._sleep(alarm, pace, intervals)
+                if alarm.is_over:
                     return
                 courtesy.works()
+                intervals = 1
                 try:
                     self.round()
+                    intervals = self._intervals()
                 except BaseException:  # noqa: BLE001 - a log handler that ends programs ends only this thread; counted
                     self._counters.add("caretaker_errors")
                 idle = 0 if self._watched else idle + 1
-                if idle >= _IDLE_ROUNDS and self._retires(stop):
+                if idle >= _IDLE_ROUNDS and self._retires(alarm):
                     return
         finally:
             courtesy.leaves()
 
-    def _retires(self, stop: threading.Event) -> bool:
+    def _sleep(self, alarm: Alarm, pace: Pace, intervals: int) -> None:
+        pause = pace.pause(stopwatch.seconds(), intervals)
+        courtesy.sleeps(pause)
+        while alarm.sleep(pause) and not alarm.is_over:
+            pause = pace.hurry(stopwatch.seconds())
+            courtesy.sleeps(pause)
+
+    def _intervals(self) -> int:
+        """Return the number of intervals until the next round."""
+        if self._interval < SHORTEST:
+            return 1
+        self._rests = True  # first this, then a look: what gives this thread more to do looks in the opposite order
+        segments = [journal.steady_segment for journal in list(self._watched.values())]
+        if segments and all(segments) and self._is_relieved(tuple(segments)):
+            return RELIEVED
+        self._rests = False
+        return 1
+
+    def _retires(self, alarm: Alarm) -> bool:
         """End this thread unless there is something to watch again."""
         with self._lock:
-            if self._stop is not stop:
+            if self._alarm is not alarm:
                 return True
             self._thread = None  # first this, then another look: who watches looks in the opposite order
             if not self._watched:
@@ -172,8 +215,8 @@ class Caretaker:
         """
         self._lock = usable(self._lock)
         with self._lock:
-            self._stop.set()
-            self._stop, self._thread = threading.Event(), None
+            self._alarm.end()
+            self._alarm, self._thread, self._rests = Alarm(), None, False
         self._sync()
         if self._watched and not for_good:  # somebody else's, who goes on logging to this outbox
             self._start()

@@ -71,6 +71,10 @@ class Registry(Protocol):
         """Look after a journal from now on; return False where nobody is there to do so."""
         ...
 
+    def hurry(self) -> None:
+        """Look at what is looked after soon; may be called in the middle of anything."""
+        ...
+
 
 class Journal:
     """Appends one process's events of one run to its own segment files.
@@ -150,6 +154,14 @@ class Journal:
         """Whether nothing is left to sync, write or close."""
         return self._sequence.is_clean and self._round.is_clean and (self._nested is None or self._nested.is_idle)
 
+    @property
+    def steady_segment(self) -> str:
+        """The live segment, as ``<run>/<file name>``, if only what it gets is left to be synced; else nothing."""
+        nested = self._nested is not None and not self._nested.is_idle
+        if self._settings.sync != "interval" or self._closed or self._busy or self._holds or nested:
+            return ""
+        return self._round.steady_segment
+
     # -- appending
 
     def append(self, event: Event) -> bool:
@@ -221,7 +233,7 @@ class Journal:
         self._closed = False
         kept = self._sequence.write(payload)
         self._announce()
-        if self._sequence.ring:
+        if self._sequence.ring or self._round.is_behind:
             self._watch()
         return kept
 
@@ -354,6 +366,8 @@ class Journal:
             if self._busy:
                 return
             self._alone(self._close)
+        if self._registry is not None:
+            self._registry.hurry()
         if self._nested is not None:
             self._nested.close()
         self._let_go()
@@ -361,6 +375,8 @@ class Journal:
     def leave(self) -> None:
         """Have the background do what ``close`` does; for a finalizer, which must neither take a lock nor wait."""
         self._closed = True
+        if self._registry is not None:
+            self._registry.hurry()
         if self._nested is not None:
             self._nested.leave()
 

@@ -70,6 +70,7 @@ class EventSequence:
         suspect: an exception arrived in the middle; nothing but the file says what was written.
         unannounced: a segment was begun that the background or the worker was not told of.
         unsynced_names: a segment was begun whose name a power cut may take.
+        step: bytes after which a logging call looks whether syncing keeps up.
     """
 
     def __init__(self, means: Means) -> None:
@@ -78,6 +79,7 @@ class EventSequence:
         self._always = self._settings.sync == "always"
         #: What is being written cannot make room for what comes: it takes no large part of a small outbox.
         self._segment_bytes = min(self._settings.segment_bytes, max(4096, self._settings.outbox_bytes // 16))
+        self.step = max(self._settings.memory_bytes // 4, 4096)
         self.live = self._place(0)
         self.ring = MemoryRing(self._settings.memory_bytes)
         self.retired: list[Segment] = []
@@ -214,7 +216,7 @@ class EventSequence:
             live.unsynced = []
         live.limit = self._segment_bytes
         if self._settings.sync != "os":
-            live.limit = min(live.limit, live.offset + max(self._settings.memory_bytes, 4096))
+            live.limit = min(live.limit, live.offset + self.step)
 
     # -- segments
 

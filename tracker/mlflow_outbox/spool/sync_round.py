@@ -67,6 +67,21 @@ class SyncRound:
         """Whether no copied file waits for the next round."""
         return not self._copies
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much was written since the last round that the next one should not be late."""
+        live = self._sequence.live
+        return live.offset - live.synced >= self._sequence.step
+
+    @property
+    def steady_segment(self) -> str:
+        """The live segment, as ``<run>/<file name>``, if all but what it gets from now on is durable; else nothing."""
+        sequence, live = self._sequence, self._sequence.live
+        pending = sequence.retired or sequence.ring or sequence.unsynced_names or sequence.unannounced
+        if pending or sequence.suspect or self._copies or live.fd < 0 or live.tainted or not live.synced:
+            return ""
+        return f"{live.path.parent.name}/{live.path.name}"
+
     def add_copy(self, store: SnapshotStore, sha256: str) -> None:
         """Leave a copied file to the next round; to be called alone with the events, before the one that names it."""
         self._copies.append((store, sha256))

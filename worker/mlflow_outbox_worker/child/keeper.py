@@ -13,6 +13,7 @@ from mlflow_outbox.counters import printable, say
 from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.child.process import Child, NoChild
+from mlflow_outbox_worker.deputy import Deputy, passed_on
 from mlflow_outbox_worker.host_lease import described, worker_of
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.process import note_of
@@ -33,6 +34,10 @@ class Loop(Protocol):
 
     def wake(self) -> None:
         """Look for something new now."""
+        ...
+
+    def syncs(self, segments: tuple[str, ...]) -> bool:
+        """Return whether another process syncs these segments for this one; have it do so from now on."""
         ...
 
     def stop(self) -> None:
@@ -59,6 +64,7 @@ class ChildDelivery:
         self._changing = threading.Lock()
         self._connection: socket.socket | None = None
         self._here: Loop | None = None
+        self._deputy: Deputy | None = None
         self._started = 0
 
     def __repr__(self) -> str:
@@ -68,6 +74,11 @@ class ChildDelivery:
         """Do nothing: the child hears the doorbell by itself."""
         if self._here is not None:
             self._here.wake()
+
+    def syncs(self, segments: tuple[str, ...]) -> bool:
+        """Return whether the child syncs these segments; have it do so from now on."""
+        deputy = self._deputy
+        return deputy is not None and deputy.syncs(segments)
 
     def stop(self) -> None:
         """Let the child end after the request under way."""
@@ -138,14 +149,17 @@ class ChildDelivery:
 
     def _deliver_by_child(self) -> None:
         path, lock = self._outbox.directory.path, self._lease.fileno()
-        with contextlib.closing(Child(self._program, path, lock)) as child:
+        with passed_on(self._outbox.settings) as deputy:
+            child = Child(self._program, path, lock, deputy.numbers if deputy else ())
+            note = note_of(self._outbox, deputy=deputy)
+        with contextlib.closing(deputy or contextlib.ExitStack()), contextlib.closing(child):
             self._started += 1
             self._lease.forget()  # the child has it
             with self._changing:
                 if self._stopped.is_set():
                     return
-                child.send(note_of(self._outbox))
-                self._connection = child.connection
+                child.send(note)
+                self._connection, self._deputy = child.connection, deputy
             try:
                 for message in child.messages(self._stopped):
                     for reason, more in message.get("counts", {}).items():
@@ -155,6 +169,6 @@ class ChildDelivery:
                         say(text, level)
             finally:
                 with self._changing:
-                    self._connection = None
+                    self._connection = self._deputy = None
         if not self._stopped.is_set():
             self._counters.add("children_lost")

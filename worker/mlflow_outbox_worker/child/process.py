@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import threading
@@ -14,10 +13,8 @@ from typing import Any, Final
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.courtesy import courtesy
-from mlflow_outbox.living import Living
 from mlflow_outbox.settings import environment_for_child
-from mlflow_outbox.spool.private import above_streams
-from mlflow_outbox_worker import interpreter
+from mlflow_outbox_worker import interpreter, sockets
 
 #: What a child says first.
 READY: Final = {"ready": "mlflow-outbox"}
@@ -43,20 +40,20 @@ class Child:
         program: what to start.
         directory: the outbox.
         lock: the descriptor of the outbox's locked lock file.
+        more: descriptors that it is given besides.
 
     Raises:
         NoChild: it cannot be started, or is something else than this module.
     """
 
-    def __init__(self, program: list[str], directory: Path, lock: int) -> None:
+    def __init__(self, program: list[str], directory: Path, lock: int, more: tuple[int, ...] = ()) -> None:
         if not program[0] or not interpreter.is_there():
             msg = "this program has no Python interpreter that could deliver in a process of its own"
             raise NoChild(msg)
         self._environment = environment_for_child()
-        self.connection, theirs = map(_above_streams, socket.socketpair())
+        self.connection, theirs = map(sockets.above_streams, socket.socketpair())
         theirs.settimeout(None)  # the program may have set another default, of which the child knows nothing
-        _connections.add(self.connection)
-        _connections.add(theirs)
+        sockets.close_in_children(self.connection, theirs)
         entries = interpreter.entries()
         try:
             with theirs:
@@ -66,7 +63,7 @@ class Child:
                     stdout=subprocess.DEVNULL,
                     stderr=interpreter.standard_error(),
                     env=interpreter.environment(),
-                    pass_fds=(lock,),
+                    pass_fds=(lock, *more),
                     start_new_session=True,  # ctrl-C is for the program
                 )
         except Exception as error:  # noqa: BLE001 - an audit hook of the program forbids it in its own way; said below
@@ -149,21 +146,3 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def _above_streams(one: socket.socket) -> socket.socket:
-    """Return a socket in place of one that may have the number of a standard stream."""
-    return socket.socket(fileno=above_streams(one.detach()))
-
-
-#: Both ends of the sockets of this process. A forked child that kept one would keep the process at the other end alive,
-#: or its death from being noticed.
-_connections: Living[socket.socket] = Living()
-
-
-def _after_fork_in_child() -> None:
-    for connection in _connections.members():
-        connection.close()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

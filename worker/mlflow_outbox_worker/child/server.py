@@ -113,12 +113,14 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
     from mlflow_outbox_worker.surroundings import open_sink
 
     try:
-        directory, destination, settings = noted(path, note)
+        found = noted(path, note)
     except OutboxUnusable as error:
         reporter.counters.add("worker_errors")
         reporter.tell_counts()
         logger.warning("mlflow-outbox: delivery: %s", printable(str(error), 300))
         return
+    found.substitute_for_the_program(reporter.counters)
+    directory, destination, settings, _ = found
     source = OutboxSource(directory, lock=lock)
     delivery = Delivery(source, destination, settings, reporter.counters, kind="thread", open_sink=open_sink)
     worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)

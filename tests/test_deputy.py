@@ -1,0 +1,241 @@
+"""The process that delivers syncs a program's live segments: what it says, and what it is believed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_outbox import Settings
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool.caretaker import RELIEVED
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing import FailingDisk
+from mlflow_outbox_worker.deputy import MOST_SEGMENTS, Deputy, passed_on
+from mlflow_outbox_worker.substitute import Substitute
+from servers import unused_port
+from spools import RUN, make_journal, metric
+
+INTERVAL = 0.5
+
+
+class Pair:
+    """A deputy and its other end, in one process, with a clock that is set by hand."""
+
+    def __init__(self, outbox: OutboxDirectory) -> None:
+        self.now = 100.0
+        self.disk = FailingDisk()
+        self.counters = Counters()
+        self.deputy = Deputy(INTERVAL, clock=lambda: self.now)
+        self.substitute = Substitute(
+            self.deputy.theirs, outbox.runs, INTERVAL, self.counters, self.disk.datasync, clock=lambda: self.now
+        )
+
+    def round(self) -> None:
+        """Let the other end hear what it is told, and do a round."""
+        self.substitute._hear(0.0)
+        self.substitute.round()
+
+
+@pytest.fixture
+def pair(outbox: OutboxDirectory) -> Iterator[Pair]:
+    """A deputy for an outbox."""
+    pair = Pair(outbox)
+    yield pair
+    pair.deputy.close()
+
+
+@pytest.fixture
+def segment(outbox: OutboxDirectory) -> Callable[[str], str]:
+    """Returns the name of a segment of a run, which is made with one event at the first call and grows at each."""
+    journals: dict[str, Any] = {}
+
+    def grown(run: str = RUN) -> str:
+        journal = journals.setdefault(run, make_journal(outbox, run=run))
+        assert journal.append(metric(0))
+        path = journal._sequence.live.path
+        return f"{path.parent.name}/{path.name}"
+
+    return grown
+
+
+def test_it_is_believed_for_the_segments_that_were_asked_for_and_for_two_intervals(
+    pair: Pair, segment: Callable[..., str]
+) -> None:
+    """Not before it has said so, not for others, and not for long."""
+    name, other = segment(), segment("b" * 32)
+    assert not pair.deputy.syncs((name,))
+    pair.round()
+    assert pair.deputy.syncs((name,))
+    assert not pair.deputy.syncs((name, other))
+    assert not pair.deputy.syncs((name,)), "the answer to an older question"
+    pair.round()
+    pair.now += 2 * INTERVAL
+    assert pair.deputy.syncs((name,))
+    pair.now += 0.001
+    assert not pair.deputy.syncs((name,))
+    pair.round()
+    assert pair.deputy.syncs((name,))
+
+
+def test_it_syncs_what_has_grown_and_nothing_else(pair: Pair, segment: Callable[..., str]) -> None:
+    """An idle program costs a look at the size."""
+    names = segment(), segment("b" * 32)
+    pair.deputy.syncs(names)
+    for expected in (2, 2):
+        pair.round()
+        assert expected == pair.disk.count("datasync")
+    segment()
+    pair.round()
+    assert (3, True) == (pair.disk.count("datasync"), pair.deputy.syncs(names))
+
+
+def test_a_segment_that_could_not_be_synced_is_never_said_to_be(pair: Pair, segment: Callable[..., str]) -> None:
+    """The kernel reports an error once: a second sync of the same descriptor would go well and mean nothing."""
+    name, other = segment(), segment("b" * 32)
+    pair.deputy.syncs((name, other))
+    pair.disk.fail("datasync", error=errno.EIO, times=1)
+    for _ in range(3):
+        pair.round()
+        assert not pair.deputy.syncs((name, other))
+        segment()
+    assert (2, 1) == (pair.disk.count("datasync"), pair.counters["syncs_for_the_program_failed"])
+    pair.deputy.syncs((other,))
+    pair.round()
+    assert pair.deputy.syncs((other,)), "the program has left the bad one"
+
+
+@pytest.mark.parametrize("name", ["../../{secret}", "{run}/../../{secret}", "{run}/link.log", "{run}/none.log", "none"])
+def test_only_segments_of_runs_are_opened(name: str, pair: Pair, segment: Callable[..., str], tmp_path: Path) -> None:
+    """What it is told is a name beneath the runs; a link is not followed."""
+    run = segment().partition("/")[0]
+    (tmp_path / "secret").write_text("not ours")
+    os.symlink(tmp_path / "secret", pair.substitute._runs / run / "link.log")
+    pair.deputy.syncs((name.format(run=run, secret="secret"),))
+    pair.round()
+    assert {} == pair.substitute._open
+    assert 0 == pair.disk.count("datasync")
+
+
+def test_a_segment_that_was_removed_is_not_said_to_be_synced(pair: Pair, segment: Callable[..., str]) -> None:
+    """The program notices that its file has no name at its own round, which must not be late for that."""
+    name = segment()
+    pair.deputy.syncs((name,))
+    pair.round()
+    os.unlink(pair.substitute._runs / name)
+    assert pair.deputy.syncs((name,))
+    pair.now += 2.1 * INTERVAL
+    pair.round()
+    assert not pair.deputy.syncs((name,))
+
+
+def test_descriptors_are_given_back_with_the_segments(pair: Pair, segment: Callable[..., str]) -> None:
+    """One for each that is asked for now."""
+    before = len(os.listdir("/proc/self/fd"))
+    names = tuple(segment(f"{number:032x}") for number in range(10))
+    held = len(os.listdir("/proc/self/fd")) - before
+    for asked in (names, names[:3], names[5:]):
+        pair.deputy.syncs(asked)
+        pair.round()
+        assert held + len(asked) == len(os.listdir("/proc/self/fd")) - before
+
+
+def test_more_segments_than_it_may_hold_are_left_to_the_program(pair: Pair) -> None:
+    """It is not even asked."""
+    pair.deputy.syncs(tuple(f"{number:032x}/a.log" for number in range(MOST_SEGMENTS + 1)))
+    pair.round()
+    assert [] == pair.substitute._wanted
+
+
+def test_one_that_does_not_listen_holds_up_nobody(pair: Pair, segment: Callable[..., str]) -> None:
+    """Neither the program, whose questions nobody takes, nor the other end, whose answers nobody takes."""
+    name = segment()
+    for number in range(3000):
+        assert not pair.deputy.syncs((name, str(number)))
+    for _ in range(3000):
+        pair.round()
+    assert not pair.deputy.syncs((name,)), "they are told now"
+    pair.round()
+    assert pair.deputy.syncs((name,))
+
+
+def test_nothing_is_left_of_one_whose_process_could_not_be_started() -> None:
+    """Nor is there one where nothing is synced in the background."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="no process"), passed_on(Settings()) as deputy:
+        assert deputy is not None
+        raise OSError(errno.EAGAIN, "no process")
+    for level in ("os", "always"):
+        with passed_on(Settings(sync=level)) as deputy:
+            assert deputy is None
+    assert before == len(os.listdir("/proc/self/fd"))
+
+
+PROGRAM = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.spool.caretaker import Caretaker
+intervals = Caretaker._intervals
+
+def told(caretaker):
+    found = intervals(caretaker)
+    print(found, flush=True)
+    return found
+
+Caretaker._intervals = told
+given = Settings(sync_interval=0.1, exit_timeout=0.0, linger=0.0)
+tracker = MLflowTracker("deputy", sys.argv[1], outbox_dir=sys.argv[2], worker=sys.argv[3], settings=given)
+run = tracker.start_run("steady")
+for step in range(60_000):
+    run.log_metric("loss", 0.5, step=step)
+    time.sleep(0.001)
+"""
+
+
+def worker_of(program: int) -> int:
+    """Returns the process that delivers for a program."""
+    tasks = Path(f"/proc/{program}/task").iterdir()
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    found = [int(child) for child in children if b"mlflow_outbox_worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert 1 == len(found), children
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_a_worker_that_is_stopped_is_made_up_for_and_believed_again_later(kind: str, tmp_path: Path) -> None:
+    """The program's own rounds come as often as without one for as long as that, and more rarely before and after."""
+    uri = f"http://127.0.0.1:{unused_port()}"
+    command = [sys.executable, "-c", PROGRAM, uri, str(tmp_path / "outbox"), kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        rounds = map(int, iter(program.stdout.readline, ""))
+        try:
+            assert RELIEVED in rounds, "it ended before"
+            worker = worker_of(program.pid)
+            os.kill(worker, signal.SIGSTOP)
+            assert 1 in rounds
+            assert [1] * 5 == [next(rounds) for _ in range(5)]
+            os.kill(worker, signal.SIGCONT)
+            assert RELIEVED in rounds
+        finally:
+            program.kill()
+
+
+def test_a_forked_child_of_a_program_has_no_deputy(pair: Pair, segment: Callable[..., str]) -> None:
+    """What its parent is told is not for it."""
+    name = segment()
+    pair.deputy.syncs((name,))
+    pid = os.fork()
+    if not pid:
+        os._exit(int(pair.deputy._own.fileno() >= 0 or pair.deputy.theirs.fileno() >= 0 or pair.deputy.syncs((name,))))
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    pair.round()
+    assert pair.deputy.syncs((name,))
