@@ -277,17 +277,16 @@ def test_only_what_is_synced_in_the_background_is_left_to_another_process(
     assert [] == rounds.asked
 
 
-def test_rounds_that_are_short_are_not_left_to_another_process(kit: Kit) -> None:
-    """Below a tenth of a second the question and the answer would be most of the work."""
-    rounds, done = Asked(), threading.Event()
-    caretaker = Caretaker(0.02, kit.counters, each_round=done.set, is_relieved=rounds.is_relieved)
+@pytest.mark.parametrize("interval", [0.09, 1.1])
+def test_rounds_that_are_short_or_long_are_not_left_to_another_process(interval: float, kit: Kit) -> None:
+    """There it is not worth it, or a worker that died would be noticed late."""
+    asked = Asked()
+    caretaker = Caretaker(interval, kit.counters, is_relieved=asked.is_relieved)
     writer = make_journal(kit.outbox, kit.disk, registry=caretaker)
-    for number in range(5):
-        done.clear()
-        writer.append(metric(number))
-        assert done.wait(15)
+    writer.append(metric(0))
+    caretaker.round()
+    assert (1, []) == (caretaker._intervals(), asked.asked)
     caretaker.stop()
-    assert [] == rounds.asked
 
 
 def test_a_round_that_is_hurried_comes_an_interval_later_at_most() -> None:

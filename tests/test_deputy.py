@@ -110,6 +110,15 @@ def test_a_segment_that_could_not_be_synced_is_never_said_to_be(pair: Pair, segm
     pair.deputy.syncs((other,))
     pair.round()
     assert pair.deputy.syncs((other,)), "the program has left the bad one"
+    pair.disk.fail("datasync", error=errno.EIO, times=1)
+    segment("b" * 32)
+    pair.round()
+    pair.deputy.syncs((other, name))
+    pair.round()
+    pair.deputy.syncs((other,))
+    pair.round()
+    pair.now += 2.1 * INTERVAL
+    assert not pair.deputy.syncs((other,)), "nor if it alone is asked for again"
 
 
 @pytest.mark.parametrize("name", ["../../{secret}", "{run}/../../{secret}", "{run}/link.log", "{run}/none.log", "none"])
@@ -124,8 +133,10 @@ def test_only_segments_of_runs_are_opened(name: str, pair: Pair, segment: Callab
     assert 0 == pair.disk.count("datasync")
 
 
-def test_a_segment_that_was_removed_is_not_said_to_be_synced(pair: Pair, segment: Callable[..., str]) -> None:
-    """The program notices that its file has no name at its own round, which must not be late for that."""
+def test_a_segment_that_was_removed_is_neither_said_to_be_synced_nor_held(
+    pair: Pair, segment: Callable[..., str]
+) -> None:
+    """The program sees to it at its own round, which must not be late for that; what is held takes room on the disk."""
     name = segment()
     pair.deputy.syncs((name,))
     pair.round()
@@ -134,6 +145,8 @@ def test_a_segment_that_was_removed_is_not_said_to_be_synced(pair: Pair, segment
     pair.now += 2.1 * INTERVAL
     pair.round()
     assert not pair.deputy.syncs((name,))
+    assert ({}, []) == (pair.substitute._open, pair.substitute._wanted)
+    assert 0 == pair.counters["syncs_for_the_program_failed"]
 
 
 def test_descriptors_are_given_back_with_the_segments(pair: Pair, segment: Callable[..., str]) -> None:

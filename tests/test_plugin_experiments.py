@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,30 @@ def test_an_experiment_that_is_found_by_its_name_shows_what_was_just_written(
         api.rename_experiment(number, f"{experiment_name}-new")
         assert api.get_experiment_by_name(experiment_name) is None
         assert number == api.get_experiment_by_name(f"{experiment_name}-new").experiment_id
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_arrives_while_an_experiment_is_read_is_not_left_out(
+    by_name: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was neither in the server's answer, which was older, nor any more in what waits."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        api = mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        api.set_experiment_tag(number, "k", "old")
+        deliver(uri)
+        plugin = store(uri)
+        looked = plugin.local_run
+
+        def delivered_first(run_id: str) -> Any:
+            deliver(uri)
+            return looked(run_id)
+
+        api.set_experiment_tag(number, "k", "new")
+        monkeypatch.setattr(plugin, "local_run", delivered_first)
+        found = api.get_experiment_by_name(experiment_name) if by_name else api.get_experiment(number)
+        assert {"k": "new"} == dict(found.tags)
 
 
 def test_the_history_of_a_metric_is_in_one_order_before_and_after_its_delivery(

@@ -41,7 +41,8 @@ class Settings:
 
     #: What a returned logging call has survived: see the durability ladder in the README.
     sync: SyncLevel = "interval"
-    #: Seconds between two background syncs at ``sync="interval"``: the most a power cut can take.
+    #: Seconds between two background syncs at ``sync="interval"``: what a power cut can take, see the durability ladder
+    #: in the README.
     sync_interval: float = 0.5
 
     #: Bytes after which a writer starts a new segment, so that delivered ones can be reclaimed while the run goes on;

@@ -31,7 +31,6 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.deputy import Deputy, passed_on
 from mlflow_outbox_worker.priority import stand_back
-from mlflow_outbox_worker.substitute import Substitute
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -146,6 +145,8 @@ class Noted(NamedTuple):
 
     def substitute_for_the_program(self, counters: Counters) -> None:
         """Sync for the program from now on, if it has given this process a way to ask for that."""
+        from mlflow_outbox_worker.substitute import Substitute  # what the program does not need it does not import
+
         if self.substitute is not None:
             os.set_inheritable(self.substitute, False)  # noqa: FBT003 - its only argument
             connection = socket.socket(fileno=self.substitute)

@@ -55,7 +55,8 @@ class Substitute:
         self._number = 0
         #: By segment: its descriptor, and its size when it was synced last.
         self._open: dict[str, tuple[int, int]] = {}
-        self._failed: set[str] = set()
+        #: Segments of which nothing can be said any more: a sync of them failed, or they have lost their names.
+        self._given_up: set[str] = set()
         self._wanted: list[str] = []
 
     def __repr__(self) -> str:
@@ -78,24 +79,38 @@ class Substitute:
         """Sync what has grown, and say that it was done if all was."""
         begun = self._clock()
         synced = [self._is_synced(name) for name in self._wanted]  # each of them, whatever became of another
-        if synced and all(synced):
+        if self._given_up.issuperset(self._wanted):
+            self._wanted = []  # until the program wants something else
+        elif all(synced):
             with contextlib.suppress(OSError):  # no room: the program has not listened for long
                 self._connection.send(f"{self._number} {begun}".encode())
 
     def _is_synced(self, name: str) -> bool:
-        if name in self._failed:
+        if name in self._given_up:
             return False
         try:
             fd, before = self._open.get(name) or (self._opened(name), -1)
             found = os.fstat(fd)
-            if found.st_size != before:
+            if found.st_nlink and found.st_size != before:
                 self._datasync(fd)
                 self._open[name] = (fd, found.st_size)
+        except FileNotFoundError:
+            return self._give_up(name)  # it was delivered, and the program has left it
         except OSError:
-            self._failed.add(name)
             self._counters.add("syncs_for_the_program_failed")
-            return False
-        return found.st_nlink > 0
+            return self._give_up(name)
+        return found.st_nlink > 0 or self._give_up(name)
+
+    def _give_up(self, name: str) -> bool:
+        """Let go of a segment: what has lost its name takes room on the disk for as long as it is open."""
+        self._given_up.add(name)
+        self._close(name)
+        return False
+
+    def _close(self, name: str) -> None:
+        held = self._open.pop(name, None)
+        if held is not None:
+            os.close(held[0])
 
     def _opened(self, name: str) -> int:
         run, _, file = name.partition("/")
@@ -118,7 +133,7 @@ class Substitute:
             while True:
                 said = json.loads(self._connection.recv(_DATAGRAM))
                 self._number, self._wanted = said["number"], said["segments"]
+                self._given_up.intersection_update(self._wanted)
                 self._connection.settimeout(0.0)
-        self._failed.intersection_update(self._wanted)
         for name in self._open.keys() - set(self._wanted):
-            os.close(self._open.pop(name)[0])
+            self._close(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
@@ -20,6 +20,9 @@ from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.reading import LocalRun
 
 
 class Experiments(Homes):
@@ -81,13 +84,14 @@ class Experiments(Homes):
             MlflowException: there is none of this id.
         """
         given = str(experiment_id)
+        local = self._room(given)  # before the server is asked, see ``reads``
         theirs = None
         try:
             remote = self.ids.remote(given)
             theirs = self.ask(lambda store: store.get_experiment(remote))
         except NotYet:
             pass
-        found = self._with_pending(given, theirs)
+        found = self._with_pending(local, given, theirs)
         if found is not None:
             self.know_experiment(given, found.name)
             return found
@@ -98,9 +102,11 @@ class Experiments(Homes):
             )
         raise no_such("Experiment", given)
 
-    def _with_pending(self, given: str, theirs: Experiment | None) -> Experiment | None:
+    def _room(self, given: str) -> LocalRun | None:
+        return self.local_run(provisional.room_of(given))
+
+    def _with_pending(self, local: LocalRun | None, given: str, theirs: Experiment | None) -> Experiment | None:
         """Return an experiment, the server's answer if there is one, with what is pending folded in."""
-        local = self.local_run(provisional.room_of(given))
         requests: Any = local.view.requests if local is not None else []
         if local is not None and theirs is not None:  # it has what was delivered, and what others did later
             requests = [event for _, event in local.pending if isinstance(event, Request)]
@@ -108,13 +114,16 @@ class Experiments(Homes):
 
     def get_experiment_by_name(self, experiment_name: str) -> Experiment | None:
         """Return the experiment of a name, or None."""
+        called = [number for number, name in list(self._experiment_names.items()) if name == experiment_name]
+        rooms = {number: self._room(number) for number in called}  # before the server is asked, see ``reads``
         theirs = self.ask(lambda store: store.get_experiment_by_name(experiment_name))
         if theirs is not None:
             shown = self.shown_experiment(theirs.experiment_id)
             if shown != theirs.experiment_id:
                 return self.get_experiment(shown)
             self.know_experiment(theirs.experiment_id, theirs.name)
-            found = self._with_pending(theirs.experiment_id, theirs)
+            local = rooms[shown] if shown in rooms else self._room(shown)
+            found = self._with_pending(local, shown, theirs)
             if found is not None and found.name == experiment_name:  # it may be on its way to another
                 return found
         return self._named_here(experiment_name)
@@ -277,7 +286,7 @@ class Experiments(Homes):
 
     def _has_to_come_after(self, given: str, *, runs: bool) -> bool:
         """Return whether other changes of an experiment wait, or (runs) a run of it is not filed as delivered."""
-        room = self.local_run(provisional.room_of(given))
+        room = self._room(given)
         pending = room.pending if room is not None else ()
         if any(isinstance(event, Request) and not event.known for _, event in pending):
             return True

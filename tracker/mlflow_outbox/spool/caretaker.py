@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 _IDLE_ROUNDS: Final = 20
 #: Intervals from one round to the next while another process syncs in between.
 RELIEVED: Final = 4
-#: Seconds; what is to be synced more often than that is not left to another process.
+#: Seconds between the intervals for which that is worth it: more often, asking and answering is most of the work; more
+#: rarely, whatever else a round looks at would wait for long.
 SHORTEST: Final = 0.1
+LONGEST: Final = 1.0
 
 
 class Pace:
@@ -160,7 +162,7 @@ class Caretaker:
 
     def _intervals(self) -> int:
         """Return the number of intervals until the next round."""
-        if self._interval < SHORTEST:
+        if not SHORTEST <= self._interval <= LONGEST:
             return 1
         self._rests = True  # first this, then a look: what gives this thread more to do looks in the opposite order
         segments = [journal.steady_segment for journal in list(self._watched.values())]

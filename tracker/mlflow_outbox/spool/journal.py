@@ -35,7 +35,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
@@ -53,6 +53,9 @@ from mlflow_outbox.spool.sequence import EventSequence, Means
 from mlflow_outbox.spool.snapshot import Hold, SnapshotStore
 from mlflow_outbox.spool.sync_round import SyncRound
 
+if TYPE_CHECKING:
+    from mlflow_outbox.spool.registry import Registry
+
 T = TypeVar("T")
 
 _short = frame._SHORT.pack  # noqa: SLF001 - the logging call inlines frame.pack: a call less is a tenth of its time
@@ -62,18 +65,6 @@ _ESCAPE: Final = 0xFFFF
 _OVERHEAD: Final = frame.SHORT_OVERHEAD
 #: Seconds after which a logging call tells once more of a segment for which no thread could be started.
 _TELL_AGAIN: Final = 0.5
-
-
-class Registry(Protocol):
-    """Whoever looks after open journals in the background: syncs them and empties their memory."""
-
-    def watch(self, journal: Journal) -> bool:
-        """Look after a journal from now on; return False where nobody is there to do so."""
-        ...
-
-    def hurry(self) -> None:
-        """Look at what is looked after soon; may be called in the middle of anything."""
-        ...
 
 
 class Journal:
