@@ -35,7 +35,13 @@ class Pair:
         self.counters = Counters()
         self.deputy = Deputy(INTERVAL, clock=lambda: self.now)
         self.substitute = Substitute(
-            self.deputy.theirs, outbox.runs, INTERVAL, self.counters, self.disk.datasync, clock=lambda: self.now
+            self.deputy.theirs,
+            self.deputy.page,
+            outbox.runs,
+            INTERVAL,
+            self.counters,
+            self.disk.datasync,
+            clock=lambda: self.now,
         )
 
     def round(self) -> None:
@@ -168,11 +174,12 @@ def test_more_segments_than_it_may_hold_are_left_to_the_program(pair: Pair) -> N
 
 
 def test_one_that_does_not_listen_holds_up_nobody(pair: Pair, segment: Callable[..., str]) -> None:
-    """Neither the program, whose questions nobody takes, nor the other end, whose answers nobody takes."""
+    """What there was no room for is asked again."""
     name = segment()
     for number in range(3000):
         assert not pair.deputy.syncs((name, str(number)))
-    for _ in range(3000):
+    assert not pair.deputy.syncs((name,))
+    for _ in range(2):
         pair.round()
     assert not pair.deputy.syncs((name,)), "they are told now"
     pair.round()
@@ -240,6 +247,15 @@ def test_a_worker_that_is_stopped_is_made_up_for_and_believed_again_later(kind: 
             assert RELIEVED in rounds
         finally:
             program.kill()
+
+
+def test_without_memory_to_share_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on other systems than Linux: the program does all rounds itself."""
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.delattr(os, "memfd_create")
+    with passed_on(Settings()) as deputy:
+        assert deputy is None
+    assert before == len(os.listdir("/proc/self/fd"))
 
 
 def test_a_forked_child_of_a_program_has_no_deputy(pair: Pair, segment: Callable[..., str]) -> None:

@@ -19,7 +19,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,7 @@ from mlflow_outbox.destination import Destination
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import interpreter
-from mlflow_outbox_worker.deputy import Deputy, passed_on
+from mlflow_outbox_worker.deputy import Deputy, Page, passed_on
 from mlflow_outbox_worker.priority import stand_back
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def note_of(outbox: Outbox, linger: float | None = None, deputy: Deputy | None =
         settings["linger"] = linger
     note: dict[str, object] = {"settings": settings, "uri": outbox.destination.secret_uri}
     if deputy is not None:
-        (note["substitute"],) = deputy.numbers
+        note["substitute"] = deputy.numbers
     return json.dumps(note).encode() + b"\n"
 
 
@@ -141,16 +141,21 @@ class Noted(NamedTuple):
     directory: OutboxDirectory
     destination: Destination
     settings: Settings
-    substitute: int | None = None
+    substitute: Sequence[int] = ()
 
     def substitute_for_the_program(self, counters: Counters) -> None:
         """Sync for the program from now on, if it has given this process a way to ask for that."""
         from mlflow_outbox_worker.substitute import Substitute  # what the program does not need it does not import
 
-        if self.substitute is not None:
-            os.set_inheritable(self.substitute, False)  # noqa: FBT003 - its only argument
-            connection = socket.socket(fileno=self.substitute)
-            Substitute(connection, self.directory.runs, self.settings.sync_interval, counters).start()
+        if not self.substitute:
+            return
+        for fd in self.substitute:
+            os.set_inheritable(fd, False)  # noqa: FBT003 - its only argument
+        connection, page = self.substitute
+        answers = Page(page)
+        answers.close()
+        interval = self.settings.sync_interval
+        Substitute(socket.socket(fileno=connection), answers, self.directory.runs, interval, counters).start()
 
 
 def noted(path: Path, line: bytes) -> Noted:
@@ -170,7 +175,7 @@ def noted(path: Path, line: bytes) -> Noted:
             given[name] = Path(given[name])
     directory = OutboxDirectory.open(path)
     destination = dataclasses.replace(directory.destination, secret_uri=note.get("uri") or "")
-    return Noted(directory, destination, Settings(**given), note.get("substitute"))
+    return Noted(directory, destination, Settings(**given), note.get("substitute", ()))
 
 
 def serve(path: Path, source: IO[bytes]) -> int:

@@ -21,6 +21,7 @@ from typing import Final
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool.disk import SystemDisk
+from mlflow_outbox_worker.deputy import Page
 
 _DATAGRAM: Final = 65536
 
@@ -29,7 +30,8 @@ class Substitute:
     """The other end of a ``Deputy``.
 
     Args:
-        connection: the way to the program.
+        connection: what the program asks over.
+        page: where it is answered.
         runs: the directory of the outbox's runs.
         interval: seconds between two rounds.
         counters: where a sync that failed is counted, as ``syncs_for_the_program_failed``.
@@ -40,6 +42,7 @@ class Substitute:
     def __init__(
         self,
         connection: socket.socket,
+        page: Page,
         runs: Path,
         interval: float,
         counters: Counters,
@@ -47,6 +50,7 @@ class Substitute:
         clock: Callable[[], float] = stopwatch.seconds,
     ) -> None:
         self._connection = connection
+        self._page = page
         self._runs = runs
         self._interval = interval
         self._counters = counters
@@ -82,8 +86,7 @@ class Substitute:
         if self._given_up.issuperset(self._wanted):
             self._wanted = []  # until the program wants something else
         elif all(synced):
-            with contextlib.suppress(OSError):  # no room: the program has not listened for long
-                self._connection.send(f"{self._number} {begun}".encode())
+            self._page.write(self._number, begun)
 
     def _is_synced(self, name: str) -> bool:
         if name in self._given_up:
