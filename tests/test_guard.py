@@ -113,6 +113,19 @@ def test_an_outbox_that_takes_long_to_measure_is_measured_rarely(
         assert expected == disk.look(looker, seconds=29)
 
 
+def test_a_small_outbox_is_measured_before_the_first_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it waits for nobody, and the first events need not pass a cap that is reached; a large one is not."""
+    disk = Disk(monkeypatch, seconds=0.0)
+    outbox = make_outbox(tmp_path)
+    looker, other = many(disk, outbox, 2, outbox_bytes=10_000)
+    disk.used = 10_000
+    looker.begin()
+    assert "outbox_bytes" in str(looker.reason())
+    monkeypatch.setattr(extent, "_MANY", 0)
+    other.begin()
+    assert (1, None) == (len(disk.walks), other.reason())
+
+
 def test_an_outbox_that_may_be_near_its_cap_is_measured_more_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

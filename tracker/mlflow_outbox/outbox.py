@@ -1,7 +1,8 @@
 """One process's end of an outbox: its journals, its counters, and the worker it starts for delivery.
 
 There is one ``Outbox`` object per outbox directory, worker kind and settings in a process, however many trackers use
-it. It costs a directory check to make; threads, processes and imports come with the first event.
+it. It costs a directory check to make, and a look at its size where it is small; threads, processes and imports come
+with the first event.
 
 At the exit of the interpreter every outbox gets the chance to deliver what is left, for ``exit_timeout`` seconds in
 all, and says in one line what stays on disk and how to send it. A forked child does not wait while its parent is there:
@@ -90,6 +91,7 @@ class Outbox:
         self.worker_kind = worker
         self.counters = Counters()
         self.guard = DiskGuard(directory, settings, self.counters)
+        self.guard.begin()
         self._tally = Tally(directory.path, self.counters)
         self._caretaker = Caretaker(
             settings.sync_interval,

@@ -32,6 +32,7 @@ import mmap
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -143,9 +144,10 @@ class Deputy:
         number, at = self.page.read()
         return number == self._number and self._clock() - at <= _COUNTS_FOR * self._interval
 
-    def __del__(self) -> None:
-        """Give the sockets back with the worker that is forgotten, without a warning."""
-        self.close()
+    def __del__(self, _is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Give the sockets back with a worker that has died; the default is there to the very last."""
+        if not _is_ending():
+            self.close()
 
     @property
     def numbers(self) -> tuple[int, int]:

@@ -5,8 +5,8 @@ the experiment has imported MLflow: then only once there is much to deliver (``h
 imported before, when the tracker or the plugin's store is made (``prepare``): a thread that imports while the program
 calls ``mlflow.autolog()`` can make both wait for ever, because MLflow and CPython each hold a lock that the other one
 wants (``mlflow_sink.rebound``). A program that imports MLflow only after that has its thread import them, not the call
-that starts it: that call is somebody's first ``log_metric``, and they take a tenth of a second. A fork waits until they
-are there (``forking``).
+that starts it: that call is somebody's first ``log_metric``, and they take a tenth of a second. What starts the child
+takes some milliseconds, and is imported by that call. A fork waits until they are there (``forking``).
 """
 
 from __future__ import annotations
@@ -148,6 +148,9 @@ def start(outbox: Outbox) -> ThreadWorker:
             return Handover(here(Load(outbox.counters).is_high), elsewhere, outbox.counters)
         return elsewhere()
 
+    if not is_mlflow_imported():
+        with importing():  # in this thread, which would wait for another one's imports longer than for its own
+            importlib.import_module("mlflow_outbox_worker.child")
     worker = ThreadWorker(make, outbox.counters)
     worker.start()
     return worker

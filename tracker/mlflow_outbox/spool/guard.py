@@ -87,6 +87,14 @@ class DiskGuard:
         self._copied += size  # two threads may count for one here, until the next measurement
         return None
 
+    def begin(self) -> None:
+        """Look before the first event, where that is done at once: beside a program that logs each file costs a call.
+
+        What takes longer, or may wait for a server of files, is left to the first look in the background.
+        """
+        if not self._directory.network and not _is_large(self._directory):
+            self.look()
+
     def look(self) -> None:
         """Measure, and decide anew."""
         try:
