@@ -109,7 +109,8 @@ class Caretaker:
         self._watched[id(journal)] = journal  # one dict store: atomic, so a nested call needs no lock
         if self._thread is None:
             self._start()
-        self.hurry()
+        if self._rests:
+            self.hurry()
         return self._thread is not None
 
     def hurry(self) -> None:
