@@ -228,7 +228,7 @@ MUTANTS: Final = [
     Mutant(
         "rest while a new segment waits for its first sync",
         "tracker/mlflow_outbox/spool/caretaker.py",
-        "            self._start()\n        if self._rests:\n            self.hurry()\n",
+        "            self._start()\n        self.hurry()\n",
         "            self._start()\n",
         "tests/test_caretaker.py::test_what_another_process_cannot_do_brings_the_next_round_at_once",
     ),

@@ -109,8 +109,7 @@ class Caretaker:
         self._watched[id(journal)] = journal  # one dict store: atomic, so a nested call needs no lock
         if self._thread is None:
             self._start()
-        if self._rests:
-            self.hurry()
+        self.hurry()
         return self._thread is not None
 
     def hurry(self) -> None:

@@ -1,8 +1,8 @@
 """The disk budget: when new events are refused so that neither the outbox nor the disk overflows.
 
-Looked at in the background, never by a logging call; a call only reads the last verdict. What is undelivered is never
-deleted to make room: at the cap the newest events are refused and counted, and logging goes on by itself as soon as
-delivery has made room (``mlflow_outbox_worker.room``).
+Looked at in the background, and when a small outbox is opened; a logging call only reads the last verdict. What is
+undelivered is never deleted to make room: at the cap the newest events are refused and counted, and logging goes on by
+itself as soon as delivery has made room (``mlflow_outbox_worker.room``).
 
 Free space is one question. The size of the outbox is one for each of its files (``extent``). A walk that is not done at
 once is made by another process, while a thread waits for it: neither the round of syncing that asked for it nor the

@@ -150,8 +150,8 @@ class ChildDelivery:
     def _deliver_by_child(self) -> None:
         path, lock = self._outbox.directory.path, self._lease.fileno()
         with passed_on(self._outbox.settings) as deputy:
-            child = Child(self._program, path, lock, deputy.numbers if deputy else ())
             note = note_of(self._outbox, deputy=deputy)
+            child = Child(self._program, path, lock, deputy.numbers if deputy else ())
         with contextlib.closing(deputy or contextlib.ExitStack()), contextlib.closing(child):
             self._started += 1
             self._lease.forget()  # the child has it
