@@ -164,6 +164,54 @@ def test_a_server_that_hangs_costs_one_deadline(
             assert time.monotonic() - begin < 25.0, "a deadline for each call would be 50 s"
 
 
+def test_a_server_that_is_slow_is_waited_for_by_what_only_it_can_answer(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A busy server is no outage: a run is made without it, and a model is registered there all the same."""
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        theirs = api.create_run(number, run_name="theirs").info.run_id
+        api.log_text(theirs, "x", "x.txt")
+        model = api.create_logged_model(number, name="m").model_id
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        proxy.on("", delay(0.8), times=None)
+        with tracking(uri, tmp_path, create_timeout=0.3) as mlflow:
+            for call, expected in (
+                (lambda api: api.create_registered_model(experiment_name).name, experiment_name),
+                (lambda api: api.get_run(theirs).info.run_name, "theirs"),
+                (lambda api: api.get_logged_model(model).name, "m"),
+                (lambda api: [file.path for file in api.list_artifacts(theirs)], ["x.txt"]),
+                (lambda api: theirs in [one.info.run_id for one in api.search_runs([number])], True),
+                (lambda api: experiment_name in [one.name for one in api.search_experiments()], True),
+            ):
+                assert provisional.is_provisional(mlflow.MlflowClient().create_run(number).info.run_id)
+                assert store(uri).server.is_away()
+                assert expected == call(mlflow.MlflowClient())
+            proxy.clear()
+            deliver(uri)
+
+
+def test_a_server_that_hangs_is_waited_for_once_by_what_only_it_can_answer(tmp_path: Path) -> None:
+    """After that the pause is everybody's, and what comes of its end is a short question's again."""
+    from mlflow.exceptions import MlflowException
+
+    with FaultProxy(NOWHERE.removeprefix("outbox+")) as proxy:
+        proxy.on("", accept_hang(), times=None)
+        waits = {"create_timeout": 0.25, "read_timeout": 1.0, "exit_timeout": 0, "worker": "none"}
+        with tracking(f"outbox+{proxy.url}", tmp_path, **waits) as mlflow:
+            api = mlflow.MlflowClient()
+            api.create_run("0")
+            server = store(f"outbox+{proxy.url}").server
+            server._pause = 30.0  # as after some more failures
+            asked = len(proxy.requests)
+            for _ in range(3):
+                for call in (lambda: api.create_registered_model("m"), lambda: api.get_run(uuid.uuid4().hex)):
+                    with pytest.raises(MlflowException, match="needs the tracking server"):
+                        call()
+            assert asked + 1 == len(proxy.requests)
+
+
 def test_a_search_in_an_experiment_that_began_offline_waits_once_and_not_each_time(
     experiment_name: str, tmp_path: Path
 ) -> None:

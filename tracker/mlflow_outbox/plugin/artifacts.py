@@ -235,7 +235,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         if path in pending and self._copied(pending[path], local_path):
             return
         try:
-            self._download(path, local_path)
+            self._download(path, local_path, quick=path in local)
         except Away as away:
             if path in local and self._copied(local[path], local_path):
                 return
@@ -244,8 +244,8 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
                 raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST) from None
             raise self._store.server.needed(f"the artifact {path!r}", away) from None
 
-    def _download(self, path: str, local_path: str) -> None:
-        repository = self._repository()
+    def _download(self, path: str, local_path: str, *, quick: bool) -> None:
+        repository = self._repository(quick=quick)
         try:
             repository._download_file(path, local_path)
         except (MlflowException, OSError) as error:
@@ -281,7 +281,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         return self._store.files(home, "" if self._kind == "run" else self._owner_name())
 
     def _remote_list(self, folder: str) -> list[FileInfo]:
-        repository = self._repository()
+        repository = self._repository(quick=self._store.began_here(self._kind, self._id))
         try:
             return list(repository.list_artifacts(folder or None))
         except MlflowException as error:
@@ -293,13 +293,17 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             forward(error)
             raise Away(str(error), sent=False) from None
 
-    def _repository(self) -> Any:
-        """Return MLflow's own repository for these files, after the server has answered one short question.
+    def _repository(self, *, quick: bool = False) -> Any:
+        """Return MLflow's own repository for these files, after the server has answered one question.
+
+        Args:
+            quick: wait for that no longer than ``create_timeout``, because the disk can answer.
 
         Raises:
             Away: it did not, or does not know the owner yet.
         """
-        uri = self._store.remote_location(self._kind, self._id, root_of(self.artifact_uri, self._below))
+        root = root_of(self.artifact_uri, self._below)
+        uri = self._store.remote_location(self._kind, self._id, root, quick=quick)
         return get_artifact_repository(
             uri, tracking_uri=self._store.outbox.destination.secret_uri or self._store.server.uri
         )

@@ -178,6 +178,25 @@ class Base:
         remote = self.ids.remote(subject)
         return self.server.ask(lambda store: question(store, remote), quick=quick)
 
+    def ask_alone(self, what: str, subject: str, question: Callable[[Any, str], T]) -> T:
+        """Return the server's answer about what the disk does not have: a slow server is waited for.
+
+        Args:
+            what: begins the sentence that says who needs the server.
+            subject: as for ``ask_about``.
+            question: as for ``ask_about``.
+
+        Raises:
+            MlflowException: the server cannot be asked now, or said no.
+        """
+        try:
+            return self.ask_about(subject, question, quick=False)
+        except NotYet as missing:
+            away = Away(f"{missing} has not been delivered yet", sent=False)
+        except Away as error:
+            away = error
+        raise self.server.needed(what, away) from None
+
     # -- runs
 
     def canonical(self, run_id: str) -> str:

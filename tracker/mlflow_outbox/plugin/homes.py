@@ -113,25 +113,32 @@ class Homes(Base):
         known = local.view.files.get(owner, {}) if owner else local.view.artifacts
         return known, {path: known[path] for path in _logged(local.pending, owner) if path in known}
 
-    def remote_location(self, kind: str, subject: str, uri: str) -> str:
-        """Return MLflow's artifact URI, after one short question to the server.
+    def remote_location(self, kind: str, subject: str, uri: str, *, quick: bool = False) -> str:
+        """Return MLflow's artifact URI, after one question to the server.
+
+        Args:
+            kind: "run", "model" or "experiment".
+            subject: the id here of what the files are of.
+            uri: as the program knows it.
+            quick: as for ``Server.ask``.
 
         Raises:
             Away: the server is, or does not know the owner yet.
         """
         try:
             if kind == "run":
-                return str(self.ask_about(subject, lambda store, remote: store.get_run(remote)).info.artifact_uri)
+                held = self.ask_about(subject, lambda store, remote: store.get_run(remote), quick=quick)
+                return str(held.info.artifact_uri)
             if kind == "model":
-                found = self.ask_about(subject, lambda store, remote: store.get_logged_model(remote))
+                found = self.ask_about(subject, lambda store, remote: store.get_logged_model(remote), quick=quick)
                 return str(found.artifact_location)
             if get_uri_scheme(uri) != provisional.ARTIFACT_SCHEME:  # it says itself where it is
-                self.server.ask(lambda store: store.search_experiments(max_results=1), quick=True)
+                self.server.ask(lambda store: store.search_experiments(max_results=1), quick=quick)
                 return uri
             remote = self.ids.remote(subject)
         except NotYet:
             raise Away(f"{subject} has not been delivered yet", sent=False) from None
-        root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=True).artifact_location)
+        root = str(self.server.ask(lambda store: store.get_experiment(remote), quick=quick).artifact_location)
         return provisional.URI_PATTERN.sub(lambda _: root.rstrip("/"), uri)
 
     def located(self, value: Any) -> Any:

@@ -114,13 +114,17 @@ class Models(AsynchronousRuns):
         self.ids.called(model_id)
         theirs: LoggedModel | None = None
         options = {"allow_deleted": True} if allow_deleted else {}
+
+        def ask(store: Any, remote: str) -> LoggedModel:
+            return store.get_logged_model(remote, **options)
+
         try:
-            theirs = self.ask_about(model_id, lambda store, remote: store.get_logged_model(remote, **options))
+            theirs = self.ask_about(model_id, ask)
         except NotYet:
             pass
-        except Away as away:
+        except Away:
             if provisional.is_room(home.run_id) and self.local_run(home.run_id) is None:
-                raise self.server.needed(f"the model {model_id}", away) from None
+                theirs = self.ask_alone(f"the model {model_id}", model_id, ask)
         if theirs is not None:
             theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)
             self.named(theirs)._model_id = model_id

@@ -42,8 +42,8 @@ class OutboxRegistry:
             try:
                 given = [tracking.ids.outgoing(tracking.located(arg)) for arg in args]
                 named = {key: tracking.ids.outgoing(tracking.located(value)) for key, value in kwargs.items()}
-                # One short question, because MLflow's own store tries for minutes.
-                tracking.server.ask(lambda store: store.search_experiments(max_results=1), quick=True)
+                # One question that ends, because MLflow's own store tries for minutes.
+                tracking.server.ask(lambda store: store.search_experiments(max_results=1))
             except Away as error:  # the question before was sent at most, and not the call
                 away = Away(str(error), sent=False, answer=error.answer)
                 raise tracking.server.needed(f"the model registry ({name})", away, call=name) from None

@@ -70,17 +70,17 @@ class RunReads(Experiments):
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST" or local is None or not local.pending:
                 raise
-        if theirs is not None:
-            self.answers.keep(local_id, theirs)
-            uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)
-            pending = local.pending if local is not None else ()
-            return self._placed(reads.folded(theirs, pending, run_id, uri, bounded=self._bounded))
-        found = self._offline(local_id, run_id)
-        if found is not None:
-            return found
-        if away is not None:
-            raise self.server.needed(f"the run {run_id}", away)
-        raise no_such("Run", run_id)
+        if theirs is None:
+            found = self._offline(local_id, run_id)
+            if found is not None:
+                return found
+            if away is None:
+                raise no_such("Run", run_id)
+            theirs = self.ask_alone(f"the run {run_id}", local_id, lambda store, remote: store.get_run(remote))
+        self.answers.keep(local_id, theirs)
+        uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)
+        pending = local.pending if local is not None else ()
+        return self._placed(reads.folded(theirs, pending, run_id, uri, bounded=self._bounded))
 
     def _can_answer(self, local_id: str) -> bool:
         """Return whether the server has a run and was not away when it was asked last, this time if need be."""

@@ -3,7 +3,9 @@
 The store is the one that the worker delivers to: one attempt for each request, an end to each wait. After a failure
 it is not asked again for a pause that doubles up to half a minute, so a training loop does not pay the deadline at
 every call of an outage. A delivery that succeeds ends the pause: who is told that everything has arrived may ask. If
-the question fails then all the same, the pauses are kept until one is answered.
+the question fails then all the same, the pauses are kept until one is answered. Silence is not absence: a server that
+is too slow for a short question (may a run be made?) is asked by those calls that nobody else can answer, for as long
+as they may wait; only when it is silent for that long too is it left alone by all.
 
 What the server says no to is raised as MLflow's own exception: 403 too, which is about who asks for what, while 401,
 429 and what a gateway says are about everything. An error inside of MLflow (500, with its JSON) is about the one
@@ -16,6 +18,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import inspect
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -87,6 +90,8 @@ class Server:
         self._lock = threading.Lock()
         self._opened: dict[float, Any] = {}
         self._asleep_until = 0.0
+        #: Seconds for which the server has been silent since it answered last; infinite when it failed otherwise.
+        self._silence = 0.0
         self._pause = _PAUSE_FIRST
         #: Events that had arrived when the server failed last; None when their arrival says nothing about questions.
         self._arrived: tuple[int, int] | None = (0, 0)
@@ -101,9 +106,14 @@ class Server:
         """The tracking URI behind the outbox, without credentials."""
         return self._outbox.destination.uri
 
-    def is_away(self) -> bool:
-        """Return whether the server failed so recently that it is not asked, and nothing was delivered since."""
-        if stopwatch.seconds() >= self._asleep_until:
+    def is_away(self, patience: float = 0.0) -> bool:
+        """Return whether the server failed so recently that it is not asked, and nothing was delivered since.
+
+        Args:
+            patience: seconds for which the question would wait. That a slow server had no answer to a short one says
+                nothing of a long one: it is asked, and only its own failure ends the asking.
+        """
+        if stopwatch.seconds() >= self._asleep_until or patience > self._silence:
             return False
         if self._arrived is None or self._arrived == self._arrivals():
             return True
@@ -142,8 +152,9 @@ class Server:
         self.asked()
         settings = self._outbox.settings
         timeout = settings.create_timeout if quick else settings.read_timeout
-        if timeout <= 0 or self.is_away():
+        if timeout <= 0 or self.is_away(timeout):
             raise Away(self._why or "the server is not asked", sent=False)
+        begin = stopwatch.seconds()
         try:
             if self._outbox.destination.scheme == "databricks":
                 answer = self._asked_aside(question, timeout)
@@ -151,12 +162,12 @@ class Server:
                 answer = self._asked(question, timeout)
         except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             forward(error)
-            raise self._meaning(error) from None
+            raise self._meaning(error, timeout, stopwatch.seconds() - begin) from None
         except Exception as error:
             if type(error).__name__ != "SinkError":
                 raise
-            raise self._meaning(error) from None
-        self._pause, self._asleep_until, self._arrived = _PAUSE_FIRST, 0.0, (0, 0)
+            raise self._meaning(error, timeout, stopwatch.seconds() - begin) from None
+        self._pause, self._asleep_until, self._arrived, self._silence = _PAUSE_FIRST, 0.0, (0, 0), 0.0
         return answer
 
     def _asked(self, question: Callable[[Any], T], timeout: float) -> T:
@@ -192,7 +203,7 @@ class Server:
                 raise
             raise SilentHost from None
 
-    def _meaning(self, error: Exception) -> Any:
+    def _meaning(self, error: Exception, timeout: float, waited: float) -> Any:
         found = delivery.translate(error)
         status = found.status or 500
         said = isinstance(error, MlflowException) and found.kind == "answer"
@@ -213,6 +224,10 @@ class Server:
         self._why = str(found)
         if self._arrived is not None:
             self._arrived = self._arrivals()
+        if waited < timeout:
+            self._silence = math.inf
+        elif self._silence < timeout or self._silence == math.inf:
+            self._silence = timeout
         self._asleep_until = stopwatch.seconds() + self._pause
         self._pause = min(_PAUSE_MOST, self._pause * 2)
         return Away(str(found), sent=found.sent)
