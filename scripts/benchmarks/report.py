@@ -102,6 +102,7 @@ def _calls(console: Console, found: dict[str, Any]) -> None:
         columns = {"p50, us": "p50", "p99": "p99", "p99.9": "p99.9", "largest": "max"}
         if shape == "one metric":
             columns |= {"a bare write beside it, p50": "write", "times as long": "times"}
+            columns |= {"p99.9 in that loop": "p99.9 later", "of the writes": "write p99.9"}
         _plain(console, f"A logging call: {shape}", rows, columns)
 
 
