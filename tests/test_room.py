@@ -17,7 +17,7 @@ from ledgers import record
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LedgerUnavailable
-from mlflow_outbox.settings import Settings
+from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
@@ -147,6 +147,27 @@ def test_at_the_cap_logging_goes_on_once_what_is_there_is_delivered(
         assert tracker.close(60)
     assert tracker.counters["refused_full"] > 0
     assert ["FINISHED"] * 2 == [run.info.status for run in runs(mlflow_server.url, experiment_name)]
+
+
+@pytest.mark.parametrize("is_delivered", [False, True])
+def test_an_outbox_that_is_full_when_a_program_begins_takes_events_once_there_is_room(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path, is_delivered: bool
+) -> None:
+    """Whatever fills it: nothing that the program logs begins a segment, of which whoever delivers would be told."""
+    box = tmp_path / "box"
+    settings = dataclasses.replace(QUICK, sync_interval=0.05)
+    worker: WorkerKind = "thread" if is_delivered else "none"
+    before = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=box, worker=worker, settings=settings)
+    with before.start_run("before") as run:
+        assert run.log_text("x" * 3_000_000, "large.txt")
+    assert is_delivered == bool(before.close(60))
+    full = dataclasses.replace(settings, outbox_bytes=2_500_000)
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=box, settings=full)
+    run = tracker.start_run("after")
+    assert not run.log_metric("loss", 0.5)
+    eventually(lambda: run.log_metric("later", 0.5), 25)
+    run.end()
+    assert tracker.close(60)
 
 
 class TestRoom:

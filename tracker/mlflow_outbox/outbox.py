@@ -136,7 +136,7 @@ class Outbox:
         self._begun()
 
     def _begun(self) -> None:
-        """Note that a segment was begun, for the exit, when its journal may be gone; and let it be delivered."""
+        """Note for the exit, when its journal may be gone, that something was logged; and let it be delivered."""
         self._has_written = True
         self._wake()
 

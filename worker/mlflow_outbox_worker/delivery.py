@@ -211,6 +211,7 @@ class Delivery:
         self._schedule.clear()
         self._lookout.begin()
         self._upkeep.begin()
+        self._room.begin(self._ledger)
         next_check = self._clock() + _STAND_BY
         while not self._stop.is_set():
             now = self._clock()

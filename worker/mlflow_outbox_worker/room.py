@@ -23,7 +23,7 @@ from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.guard import used_bytes
+from mlflow_outbox.spool.guard import is_large, used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.removal import leftovers, remove_run
 from mlflow_outbox_worker.retention import filed_parts, gave_way, reclaimable
@@ -77,6 +77,21 @@ class Room:
         with contextlib.closing(Ledger.open(path, read_only=True)) as seen:
             self.look(seen)
         return Ledger.open(path, report=report)
+
+    def begin(self, ledger: Ledger) -> None:
+        """Look before anything is delivered where that is done at once, and else soon.
+
+        Where new events are refused, and all that is there was delivered, nothing else would ask for that.
+
+        Args:
+            ledger: says what is delivered.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be read now.
+        """
+        self._is_owed = True
+        if self._directory is not None and not is_large(self._directory):
+            self.look(ledger)
 
     def look(self, ledger: Ledger, *, measure: bool = False) -> None:
         """Delete what is delivered as far as there is need of room.

@@ -92,7 +92,7 @@ class DiskGuard:
 
         What takes longer, or may wait for a server of files, is left to the first look in the background.
         """
-        if not self._directory.network and not _is_large(self._directory):
+        if not self._directory.network and not is_large(self._directory):
             self.look()
 
     def look(self) -> None:
@@ -131,7 +131,7 @@ class DiskGuard:
     def _measure(self, free: int) -> None:
         directory, begin, at, used = self._directory, self._clock(), self._wall(), 0
         rest = extent.sizes(directory.path)
-        if not _is_large(directory):
+        if not is_large(directory):
             for size in rest:
                 used += size
                 if self._clock() - begin >= _QUICK:
@@ -184,9 +184,10 @@ class DiskGuard:
 
 def used_bytes(directory: OutboxDirectory) -> int:
     """Return the bytes of all files of an outbox, its reserve aside; a large one is measured by another process."""
-    found = extent.measured_apart(directory.path) if _is_large(directory) else None
+    found = extent.measured_apart(directory.path) if is_large(directory) else None
     return sum(extent.sizes(directory.path)) if found is None else found
 
 
-def _is_large(directory: OutboxDirectory) -> bool:
+def is_large(directory: OutboxDirectory) -> bool:
+    """Return whether an outbox has so many runs that another process measures it."""
     return extent.is_large(directory.runs) or extent.is_large(directory.delivered)

@@ -63,7 +63,7 @@ _crc_pack = frame._CRC.pack  # noqa: SLF001 - as above
 _crc32 = zlib.crc32
 _ESCAPE: Final = 0xFFFF
 _OVERHEAD: Final = frame.SHORT_OVERHEAD
-#: Seconds after which a logging call tells once more of a segment for which no thread could be started.
+#: Seconds after which a logging call tells once more of a segment for which no thread could be started, or of no room.
 _TELL_AGAIN: Final = 0.5
 
 
@@ -76,7 +76,7 @@ class Journal:
         settings: sync level, segment size, memory.
         counters: where losses are counted.
         registry: what looks after the journal in the background; None leaves that to the caller.
-        wake: called when a segment was opened, to let the worker know.
+        wake: called when a segment was opened, or an event refused for want of room, to let the worker know.
         disk: the system calls.
         clock_ms: wall-clock milliseconds since the epoch, for the segment header.
         refuse: why new events are refused, or None; given the size in bytes of a file that is to be copied, if any.
@@ -115,7 +115,7 @@ class Journal:
         self._busy = False
         self._nested: Journal | None = None
         self._closed = False
-        self._tell_at = 0.0
+        self._tell_at = self._rouse_at = 0.0
         self._holds: list[Hold] = []
         self._sequence = EventSequence(self._means)
         self._round = SyncRound(self._sequence, self.directory.run(self.run.run_id), self.directory.runs)
@@ -242,6 +242,10 @@ class Journal:
         self._counters.add("refused_full")
         self._counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
         self._watch()  # so that somebody looks whether there is room again
+        now = stopwatch.seconds()
+        if now >= self._rouse_at:
+            self._rouse_at = now + _TELL_AGAIN
+            self._rouse()  # and that somebody makes some: who begins with an outbox that is full begins no segment
         return True
 
     def _keep(self, payload: bytes, error: OSError) -> bool:
@@ -272,18 +276,23 @@ class Journal:
             self.directory.ring(self.run.run_id)
         except OSError as error:  # a worker that is not told finds the segment at its next full look
             forward(error)
-        if self._wake is not None:
-            try:
-                self._wake()
-            except Exception as error:  # noqa: BLE001 - whatever keeps a worker from starting must not cost an event
-                forward(error)
-                self._counters.add("worker_not_started")
-                self._counters.warn_once(
-                    "worker", f"mlflow-outbox: no worker could be started ({error!r}); events stay on disk"
-                )
+        self._rouse()
         self._sequence.unannounced = not is_watched
         self._tell_at = 0.0 if is_watched else stopwatch.seconds() + _TELL_AGAIN
         self._sequence.refresh_limit()
+
+    def _rouse(self) -> None:
+        """See to it that somebody delivers."""
+        if self._wake is None:
+            return
+        try:
+            self._wake()
+        except Exception as error:  # noqa: BLE001 - whatever keeps a worker from starting must not cost an event
+            forward(error)
+            self._counters.add("worker_not_started")
+            self._counters.warn_once(
+                "worker", f"mlflow-outbox: no worker could be started ({error!r}); events stay on disk"
+            )
 
     # -- syncing
 
