@@ -277,6 +277,17 @@ def test_only_what_is_synced_in_the_background_is_left_to_another_process(
     assert [] == rounds.asked
 
 
+def test_where_nobody_else_syncs_a_copied_file_begins_no_segment(kit: Kit) -> None:
+    """Offline, an outbox would hold a segment for each file that is logged now and then."""
+    caretaker = Caretaker(0.5, kit.counters)
+    caretaker._watched[0] = kit.journal
+    for number in range(3):
+        assert kit.run.log_text("content", f"{number}.txt")
+        kit.journal.sync()
+        assert 1 == caretaker._intervals()
+    assert 1 == kit.journal._sequence.ordinal
+
+
 @pytest.mark.parametrize("interval", [0.09, 1.1])
 def test_rounds_that_are_short_or_long_are_not_left_to_another_process(interval: float, kit: Kit) -> None:
     """There it is not worth it, or a worker that died would be noticed late."""

@@ -15,13 +15,15 @@ import pytest
 
 from mlflow_outbox import Settings
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool.caretaker import RELIEVED
+from mlflow_outbox.spool.caretaker import RELIEVED, Caretaker
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Artifact
+from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.testing import FailingDisk
 from mlflow_outbox_worker.deputy import MOST_SEGMENTS, Deputy, passed_on
 from mlflow_outbox_worker.substitute import Substitute
 from servers import unused_port
-from spools import RUN, make_journal, metric
+from spools import RUN, make_journal, metric, read
 
 INTERVAL = 0.5
 
@@ -153,6 +155,31 @@ def test_a_segment_that_was_removed_is_neither_said_to_be_synced_nor_held(
     assert not pair.deputy.syncs((name,))
     assert ({}, []) == (pair.substitute._open, pair.substitute._wanted)
     assert 0 == pair.counters["syncs_for_the_program_failed"]
+
+
+def test_an_event_is_not_synced_before_the_copied_file_that_it_names(pair: Pair, outbox: OutboxDirectory) -> None:
+    """F16: what takes its turn whenever it does must not meet it; a power cut would leave an event without its file."""
+    caretaker = Caretaker(INTERVAL, pair.counters, is_relieved=pair.deputy.syncs)
+    journal, store = make_journal(outbox), SnapshotStore(outbox.run(RUN))
+    caretaker._watched[0] = journal
+    assert journal.append(metric(0))
+    for expected in (1, RELIEVED):
+        journal.sync()
+        assert expected == caretaker._intervals()
+        pair.round()
+    kept = store.add_bytes(b"late", limit=100)
+    journal.sync_later(store, kept.sha256)
+    assert journal.append(Artifact("late.txt", kept.sha256, kept.size, 1))
+    assert journal.append(metric(1))
+    before = pair.disk.count("datasync")
+    pair.round()
+    assert 1 == pair.disk.count("datasync") - before
+    assert 3 == len(read(outbox).events)
+    (synced,) = pair.substitute._open
+    for path in outbox.run(RUN).glob("*.log"):
+        if path.name not in synced:
+            path.unlink()
+    assert [metric(0)] == read(outbox).events
 
 
 def test_descriptors_are_given_back_with_the_segments(pair: Pair, segment: Callable[..., str]) -> None:

@@ -76,7 +76,8 @@ class Caretaker:
         counters: where trouble is counted.
         each_round: called at the beginning of each round, for whatever else is looked at in the background.
         let_go: told of each journal that is closed and clean, after which it may be gone.
-        is_relieved: given the live segments, returns whether another process syncs them all at this pace.
+        is_relieved: given the live segments, returns whether another process syncs them all at this pace; None where
+            there will be no such process.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Caretaker:
         *,
         each_round: Callable[[], None] = lambda: None,
         let_go: Callable[[Journal], None] = lambda _: None,
-        is_relieved: Callable[[tuple[str, ...]], bool] = lambda _: False,
+        is_relieved: Callable[[tuple[str, ...]], bool] | None = None,
     ) -> None:
         self._interval = interval
         self._each_round = each_round
@@ -162,10 +163,10 @@ class Caretaker:
 
     def _intervals(self) -> int:
         """Return the number of intervals until the next round."""
-        if not SHORTEST <= self._interval <= LONGEST:
+        if self._is_relieved is None or not SHORTEST <= self._interval <= LONGEST:
             return 1
         self._rests = True  # first this, then a look: what gives this thread more to do looks in the opposite order
-        segments = [journal.steady_segment for journal in list(self._watched.values())]
+        segments = [journal.lend() for journal in list(self._watched.values())]
         if segments and all(segments) and self._is_relieved(tuple(segments)):
             return RELIEVED
         self._rests = False

@@ -153,6 +153,10 @@ class Journal:
             return ""
         return self._round.steady_segment
 
+    def lend(self) -> str:
+        """Return the steady segment, for another process to sync from now on, or nothing; see ``steady_segment``."""
+        return self._round.lend() if self.steady_segment else ""
+
     # -- appending
 
     def append(self, event: Event) -> bool:

@@ -5,9 +5,9 @@ seconds; and last, alone again, it notes what has become of it. Names come last:
 
 A durable event must not name a copied file that is not durable. So copies come first in a round; and since a sync
 takes along what was written while it waited, an event whose copy came too late for a round goes to another segment
-than the one that the round syncs. A copy that the program has no descriptor left for is tried again with each round;
-that all other events are durable is worth more meanwhile. So are copies and names to which a round did not come because
-something was raised in the middle of it.
+than the one that the round syncs, and than one that is lent to another process, which may sync it at any time. A copy
+that the program has no descriptor left for is tried again with each round; that all other events are durable is worth
+more meanwhile. So are copies and names to which a round did not come because something was raised in the middle of it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class SyncRound:
         self._lock = threading.RLock()  # a signal handler may ask for a round in the middle of one
         self._running = False
         self._syncing: Segment | None = None
+        #: The one that another process may sync at any time.
+        self._lent: Segment | None = None
         self._copies: list[tuple[SnapshotStore, str]] = []
 
     @property
@@ -82,10 +84,18 @@ class SyncRound:
             return ""
         return f"{live.path.parent.name}/{live.path.name}"
 
+    def lend(self) -> str:
+        """Return the steady segment, for another process to sync from now on, or nothing; see ``steady_segment``."""
+        name, live = self.steady_segment, self._sequence.live
+        if not name:
+            return ""
+        self._lent = live  # first this, then another look: who adds a copy looks in the opposite order
+        return name if name == self.steady_segment else ""
+
     def add_copy(self, store: SnapshotStore, sha256: str) -> None:
         """Leave a copied file to the next round; to be called alone with the events, before the one that names it."""
         self._copies.append((store, sha256))
-        if self._syncing is self._sequence.live:
+        if self._sequence.live in (self._syncing, self._lent):
             self._sequence.end(rotated=True)
 
     def run(self, alone: Alone, prepare: Callable[[], None]) -> None:
