@@ -285,6 +285,30 @@ def test_without_memory_to_share_there_is_none(monkeypatch: pytest.MonkeyPatch) 
     assert before == len(os.listdir("/proc/self/fd"))
 
 
+_DAEMON = """
+import os, sys
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox_worker.deputy import Deputy
+
+if sys.argv[1] == "thread":
+    deputy = Deputy(0.5)
+else:
+    given = Settings(exit_timeout=0.0, linger=0.0)
+    tracker = MLflowTracker("daemon", sys.argv[2], outbox_dir=sys.argv[3], worker="process", settings=given)
+    assert tracker.start_run("daemon").log_metric("loss", 0.5)
+os._exit(sum(os.path.lexists(f"/proc/self/fd/{stream}") for stream in range(3)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_nothing_of_it_takes_the_place_of_a_standard_stream_that_is_closed(kind: str, tmp_path: Path) -> None:
+    """A mapping has a descriptor of its own: what a daemon's libraries print would be kept in memory for ever."""
+    command = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", _DAEMON, kind]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    uri = f"http://127.0.0.1:{unused_port()}"
+    assert 0 == subprocess.run([*command, uri, str(tmp_path)], timeout=60, check=False, env=found).returncode
+
+
 def test_a_forked_child_of_a_program_has_no_deputy(pair: Pair, segment: Callable[..., str]) -> None:
     """What its parent is told is not for it."""
     name = segment()

@@ -62,7 +62,8 @@ class Page:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         try:
-            self._memory = mmap.mmap(fd, ANSWER.size)
+            with private.streams_taken():  # it keeps a descriptor of its own
+                self._memory = mmap.mmap(fd, ANSWER.size)
         except BaseException:  # raised again: nobody would know of the descriptor
             os.close(fd)
             raise

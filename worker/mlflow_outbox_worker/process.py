@@ -27,6 +27,7 @@ from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import private
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.deputy import Deputy, Page, passed_on
@@ -102,12 +103,13 @@ def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | Thr
         from mlflow_outbox_worker import thread  # here alone, for what the program does not need it does not import
 
         return thread.start(outbox)
-    with passed_on(outbox.settings) as deputy:
+    error = interpreter.standard_error()
+    with passed_on(outbox.settings) as deputy, private.streams_taken():  # the pipe is opened by itself
         process = _Outliving(
             [*interpreter.command("mlflow_outbox_worker"), str(outbox.directory.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=interpreter.standard_error(),
+            stderr=error,
             env=interpreter.environment(),
             pass_fds=deputy.numbers if deputy else (),
             start_new_session=True,

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,20 @@ def above_streams(fd: int) -> int:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def streams_taken() -> Iterator[None]:
+    """Have nothing that is opened in the block get the number of a standard stream; for what opens by itself.
+
+    Raises:
+        OSError: there is no descriptor left.
+    """
+    with contextlib.ExitStack() as taken:
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < _FIRST:
+            taken.callback(os.close, fd)
+        os.close(fd)
+        yield
 
 
 def sync_directory(path: Path) -> None:
