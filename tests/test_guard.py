@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -124,6 +125,31 @@ def test_a_small_outbox_is_measured_before_the_first_event(tmp_path: Path, monke
     monkeypatch.setattr(extent, "_MANY", 0)
     other.begin()
     assert (1, None) == (len(disk.walks), other.reason())
+
+
+def test_what_takes_long_to_measure_is_left_to_the_first_look_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run with many files whoever makes a tracker would wait for each, and would have started a thread."""
+    outbox, asked, now = make_outbox(tmp_path), list[Any](), [1000.0]
+    folder = outbox.make_run(RUN)
+    for number in range(100):
+        (folder / str(number)).write_bytes(b"x")
+    stat = os.stat
+
+    def slow(path: Any, **named: Any) -> os.stat_result:
+        asked.append(path)
+        now[0] += 0.01
+        return stat(path, **named)
+
+    looker = DiskGuard(outbox, Settings(outbox_bytes=100), Counters(), lambda: now[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", slow)
+        looker.begin()
+    assert (None, None) == (looker.reason(), looker._thread)
+    assert len(asked) < 15
+    looker.look()
+    assert "outbox_bytes" in str(looker.reason())
 
 
 def test_an_outbox_that_may_be_near_its_cap_is_measured_more_often(

@@ -26,17 +26,16 @@ _ANSWER: Final = 64
 
 
 def sizes(path: str | os.PathLike[str]) -> Iterator[int]:
-    """Yield the bytes of the files of an outbox, its reserve aside, directory by directory."""
+    """Yield the bytes of each file of an outbox, its reserve aside."""
     for folder, _, files in os.walk(path):
-        total = 0
         for name in files:
             if name == RESERVE:
                 continue
             try:
-                total += os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
+                size = os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
             except OSError:
                 continue
-        yield total
+            yield size
 
 
 def is_large(path: Path) -> bool:

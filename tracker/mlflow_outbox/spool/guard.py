@@ -93,17 +93,21 @@ class DiskGuard:
         What takes longer, or may wait for a server of files, is left to the first look in the background.
         """
         if not self._directory.network and not is_large(self._directory):
-            self.look()
+            self.look(patiently=False)
 
-    def look(self) -> None:
-        """Measure, and decide anew."""
+    def look(self, *, patiently: bool = True) -> None:
+        """Measure, and decide anew.
+
+        Args:
+            patiently: have another process measure what takes long; else that is not known for now.
+        """
         try:
             found = os.statvfs(self._directory.path)
         except OSError:
             free = None  # the write itself will say what is wrong
         else:
             free = found.f_bavail * found.f_frsize if found.f_blocks else None
-        self._reason = self._free_space(free) or self._budget(free)
+        self._reason = self._free_space(free) or self._budget(free, patiently=patiently)
 
     def _free_space(self, free: int | None) -> str | None:
         if free is None or free >= self._settings.free_bytes:
@@ -111,7 +115,7 @@ class DiskGuard:
         kept = self._settings.free_bytes
         return f"{free:,} bytes are free on the disk of {self._directory.path}, the setting free_bytes keeps {kept:,}"
 
-    def _budget(self, free: int | None) -> str | None:
+    def _budget(self, free: int | None, *, patiently: bool) -> str | None:
         is_measuring = self._thread is not None and self._thread.is_alive()  # in a forked child it is not
         pause = self._pause(free, self._took)
         if not is_measuring and self._clock() - self._measured_at >= pause * (1 + self._leave):
@@ -119,7 +123,7 @@ class DiskGuard:
             if told is not None and 0 <= self._wall() - told.at < self._pause(free, told.took):
                 self._adopt(told)
             else:
-                self._measure(free or 0)
+                self._measure(free or 0, patiently=patiently)
         if self._used < self._settings.outbox_bytes:
             return None
         return self._over(self._used)
@@ -128,7 +132,7 @@ class DiskGuard:
         allowed = self._settings.outbox_bytes
         return f"{self._directory.path} holds {used:,} bytes, the setting outbox_bytes allows {allowed:,}"
 
-    def _measure(self, free: int) -> None:
+    def _measure(self, free: int, *, patiently: bool) -> None:
         directory, begin, at, used = self._directory, self._clock(), self._wall(), 0
         rest = extent.sizes(directory.path)
         if not is_large(directory):
@@ -139,6 +143,8 @@ class DiskGuard:
             else:
                 self._note(used, free, begin)
                 return
+        if not patiently:
+            return
 
         def go_on() -> None:
             found = extent.measured_apart(directory.path)
