@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool import filesystem
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.filesystem import Mount, is_network, is_network_type, mount_of
+from mlflow_outbox_worker.deputy import passed_on
 
 TABLE = r"""
 22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw
@@ -119,3 +122,16 @@ def test_ledger_and_lock_of_an_outbox_on_a_network_file_system_are_elsewhere(
     assert directory.network
     for path in (directory.ledger, directory.lock):
         assert path.is_relative_to(tmp_path / "state" / "mlflow-outbox")
+
+
+def test_on_a_network_file_system_no_other_process_syncs_for_the_program(shared: Path, experiment_name: str) -> None:
+    """Its descriptor may know only what was written by that very one (sshfs, s3fs), and its sync then says nothing."""
+    given = dataclasses.replace(QUICK, linger=0.0)
+    tracker = MLflowTracker(experiment_name, "http://127.0.0.1:9", outbox_dir=shared, worker="process", settings=given)
+    run = tracker.start_run("on the share")
+    outbox: Any = tracker._outbox
+    assert (None, None) == (outbox._worker._deputy, outbox._caretaker._is_relieved)
+    with passed_on(given, network=True) as deputy:
+        assert deputy is None
+    run.end()
+    tracker.close(0)

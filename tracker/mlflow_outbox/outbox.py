@@ -98,7 +98,7 @@ class Outbox:
             self.counters,
             each_round=self._look,
             let_go=self._note_written,
-            is_relieved=None if worker == "none" else self._is_relieved,
+            is_relieved=None if worker == "none" or directory.network else self._is_relieved,
         )
         self.arrived = 0
         self._parent, self._pid = 0, os.getpid()

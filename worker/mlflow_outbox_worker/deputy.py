@@ -2,7 +2,9 @@
 
 A round of syncing takes the interpreter from the program's threads, at its beginning and after each system call; beside
 calls 0.2 ms apart it is most of what one call in a thousand waits for. A process of our own that is there anyway has an
-interpreter of its own, and ``fdatasync`` makes a file durable whichever process asks for it.
+interpreter of its own, and on a disk of this machine ``fdatasync`` makes a file durable whichever process asks for it.
+(On a file system of the network it may know only what was written by that very descriptor, as sshfs and s3fs do: there
+is no deputy there.)
 
 What holds:
 
@@ -166,14 +168,15 @@ class Deputy:
 
 
 @contextlib.contextmanager
-def passed_on(settings: Settings) -> Iterator[Deputy | None]:
+def passed_on(settings: Settings, *, network: bool = False) -> Iterator[Deputy | None]:
     """Make a deputy of the process that the block starts; None where there is nothing for one to do.
 
     Args:
         settings: the sync level, and the interval.
+        network: the outbox is on a file system of the network.
     """
     deputy = None
-    if settings.sync == "interval":
+    if settings.sync == "interval" and not network:
         with contextlib.suppress(OSError):  # no descriptors left: the program's own rounds do without
             deputy = Deputy(settings.sync_interval)
     if deputy is None:

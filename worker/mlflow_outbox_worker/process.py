@@ -103,10 +103,10 @@ def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | Thr
         from mlflow_outbox_worker import thread  # here alone, for what the program does not need it does not import
 
         return thread.start(outbox)
-    error = interpreter.standard_error()
-    with passed_on(outbox.settings) as deputy, private.streams_taken():  # the pipe is opened by itself
+    directory, error = outbox.directory, interpreter.standard_error()
+    with passed_on(outbox.settings, network=directory.network) as deputy, private.streams_taken():  # for the pipe
         process = _Outliving(
-            [*interpreter.command("mlflow_outbox_worker"), str(outbox.directory.path)],
+            [*interpreter.command("mlflow_outbox_worker"), str(directory.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=error,

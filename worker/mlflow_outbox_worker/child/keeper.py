@@ -148,10 +148,10 @@ class ChildDelivery:
         self._here.run()
 
     def _deliver_by_child(self) -> None:
-        path, lock = self._outbox.directory.path, self._lease.fileno()
-        with passed_on(self._outbox.settings) as deputy:
+        directory, lock = self._outbox.directory, self._lease.fileno()
+        with passed_on(self._outbox.settings, network=directory.network) as deputy:
             note = note_of(self._outbox, deputy=deputy)
-            child = Child(self._program, path, lock, deputy.numbers if deputy else ())
+            child = Child(self._program, directory.path, lock, deputy.numbers if deputy else ())
         with contextlib.closing(deputy or contextlib.ExitStack()), contextlib.closing(child):
             self._started += 1
             self._lease.forget()  # the child has it
