@@ -41,6 +41,19 @@ def test_an_outbox_at_its_cap_refuses_and_takes_again(tmp_path: Path) -> None:
     assert writer.append(metric(1))
 
 
+def test_a_refusal_is_not_believed_when_nobody_has_looked_for_long(tmp_path: Path) -> None:
+    """A program that opens an outbox that is full, and begins to log when another one has delivered it long since."""
+    outbox, now = make_outbox(tmp_path / "outbox"), [1000.0]
+    guard = DiskGuard(outbox, Settings(outbox_bytes=20_000), Counters(), lambda: now[0])
+    filler = outbox.runs / "filler"
+    filler.write_bytes(b"x" * 20_000)
+    guard.begin()
+    filler.unlink()
+    assert "outbox_bytes" in str(guard.reason())
+    now[0] += 10.0
+    assert guard.reason() is None
+
+
 def test_a_disk_with_little_room_refuses(tmp_path: Path) -> None:
     """Others need room too."""
     guard = DiskGuard(make_outbox(tmp_path / "outbox"), Settings(free_bytes=10**17), Counters())

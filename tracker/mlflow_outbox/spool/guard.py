@@ -1,8 +1,8 @@
 """The disk budget: when new events are refused so that neither the outbox nor the disk overflows.
 
-Looked at in the background, and when a small outbox is opened; a logging call only reads the last verdict. What is
-undelivered is never deleted to make room: at the cap the newest events are refused and counted, and logging goes on by
-itself as soon as delivery has made room (``mlflow_outbox_worker.room``).
+Looked at in the background, and when a small outbox is opened; a logging call only reads the last verdict, unless that
+is an old refusal. What is undelivered is never deleted to make room: at the cap the newest events are refused and
+counted, and logging goes on by itself as soon as delivery has made room (``mlflow_outbox_worker.room``).
 
 Free space is one question. The size of the outbox is one for each of its files (``extent``). A walk that is not done at
 once is made by another process, while a thread waits for it: neither the round of syncing that asked for it nor the
@@ -33,6 +33,8 @@ _URGENT: Final = 10.0
 _USUAL: Final = 100.0
 #: Seconds; what takes no longer is done here and now, and at each look while events are refused.
 _QUICK: Final = 0.05
+#: Seconds after which a refusal is not believed any more: nobody looks in a program that has logged nothing.
+_STALE: Final = 10.0
 
 
 class DiskGuard:
@@ -61,6 +63,7 @@ class DiskGuard:
         self._counters = counters
         self._clock, self._wall, self._chance = clock, wall, chance
         self._reason: str | None = None
+        self._looked_at = float("-inf")
         self._thread: threading.Thread | None = None
         self._measured_at = float("-inf")
         self._took = 0.0
@@ -79,6 +82,8 @@ class DiskGuard:
                 outbox from now on, before anything is measured. The one that fills the outbox is taken: what is
                 delivered gives way in an outbox that is full, and not for what waits outside.
         """
+        if self._reason is not None and self._clock() - self._looked_at >= _STALE:
+            self.begin()
         if self._reason is not None or not size:
             return self._reason
         used = self._used + self._copied + self._copied_before
@@ -88,7 +93,7 @@ class DiskGuard:
         return None
 
     def begin(self) -> None:
-        """Look before the first event, where that is done at once: beside a program that logs each file costs a call.
+        """Look before an event, where that is done at once: beside a program that logs each file costs a call.
 
         What takes longer, or may wait for a server of files, is left to the first look in the background.
         """
@@ -101,6 +106,7 @@ class DiskGuard:
         Args:
             patiently: have another process measure what takes long; else that is not known for now.
         """
+        self._looked_at = self._clock()
         try:
             found = os.statvfs(self._directory.path)
         except OSError:
