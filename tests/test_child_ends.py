@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from contents import numbered, points, the_run
+from mlflow_outbox.counters import Counters
+from mlflow_outbox_worker import process
 from mlflow_outbox_worker.child.process import Child
 from servers import eventually
+from spools import warnings
 
 _DAEMON = """
 import os, sys
@@ -86,3 +89,28 @@ def test_a_process_that_is_forked_while_the_child_is_started_does_not_hide_the_c
         os.close(lock)
         os.kill(forked[0], signal.SIGKILL)
         os.waitpid(forked[0], 0)
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_process_that_has_no_thread_for_delivery_waits_for_one(
+    is_gone: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Data loaders take all there are for a while; it says so in a sentence, and ends with the program."""
+    start, tried, begun = threading.Thread.start, list[int](), threading.Event()
+
+    def refuse(thread: threading.Thread) -> None:
+        tried.append(1)
+        if is_gone:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        if is_gone or len(tried) < 3:
+            msg = "can't start new thread"
+            raise RuntimeError(msg)
+        start(thread)
+
+    monkeypatch.setattr(process, "_AGAIN", 0.001)
+    monkeypatch.setattr(os, "getppid", lambda: 2)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert process.started(threading.Thread(target=begun.set), Counters()) is not is_gone
+    assert is_gone or begun.wait(10)
+    assert (1 if is_gone else 3) == len(tried)
+    assert 1 == sum("waits for a thread" in said for said in warnings(caplog))

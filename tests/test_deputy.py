@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mlflow_outbox.spool.events import Artifact
 from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.testing import FailingDisk
 from mlflow_outbox_worker.deputy import MOST_SEGMENTS, Deputy, passed_on
+from mlflow_outbox_worker.process import Noted
 from mlflow_outbox_worker.substitute import Substitute
 from servers import unused_port
 from spools import RUN, make_journal, metric, read
@@ -274,6 +276,26 @@ def test_a_worker_that_is_stopped_is_made_up_for_and_believed_again_later(kind: 
             assert RELIEVED in rounds
         finally:
             program.kill()
+
+
+@pytest.mark.parametrize("lacking", ["descriptors", "threads"])
+def test_a_process_that_cannot_sync_for_the_program_delivers_all_the_same(
+    lacking: str, pair: Pair, outbox: OutboxDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was started by a script that closes what it does not know, or there are no threads left."""
+
+    def refuse(_: threading.Thread) -> None:
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    given = pair.deputy.theirs.detach(), os.dup(pair.deputy.page.fd)
+    if lacking == "threads":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    else:
+        for fd in given:
+            os.close(fd)
+    Noted(outbox, outbox.destination, Settings(), given).substitute_for_the_program(pair.counters)
+    assert 1 == pair.counters["substitute_not_started"]
 
 
 def test_without_memory_to_share_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

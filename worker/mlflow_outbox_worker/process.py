@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
@@ -36,6 +36,9 @@ from mlflow_outbox_worker.priority import stand_back
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
     from mlflow_outbox_worker.thread import ThreadWorker
+
+#: Seconds between two tries to start a thread.
+_AGAIN: Final = 1.0
 
 
 class _Outliving(subprocess.Popen[bytes]):
@@ -146,18 +149,31 @@ class Noted(NamedTuple):
     substitute: Sequence[int] = ()
 
     def substitute_for_the_program(self, counters: Counters) -> None:
-        """Sync for the program from now on, if it has given this process a way to ask for that."""
-        from mlflow_outbox_worker.substitute import Substitute  # what the program does not need it does not import
+        """Sync for the program from now on, if it has given this process a way to ask for that.
 
+        To be called when all else has its threads: where there is none left the program does without this.
+
+        Args:
+            counters: where a sync that fails is counted, and that there can be none.
+        """
         if not self.substitute:
             return
+        try:
+            self._begin_to_substitute(counters)
+        except (OSError, RuntimeError):  # no memory, no thread; or what has started this gave no descriptors on
+            counters.add("substitute_not_started")
+
+    def _begin_to_substitute(self, counters: Counters) -> None:
+        from mlflow_outbox_worker.substitute import Substitute  # what the program does not need it does not import
+
         for fd in self.substitute:
             os.set_inheritable(fd, False)  # noqa: FBT003 - its only argument
-        connection, page = self.substitute
-        answers = Page(page)
+        with contextlib.ExitStack() as held:
+            connection = held.enter_context(socket.socket(fileno=self.substitute[0]))
+            answers = held.enter_context(contextlib.closing(Page(self.substitute[1])))
+            Substitute(connection, answers, self.directory.runs, self.settings.sync_interval, counters).start()
+            held.pop_all()
         answers.close()
-        interval = self.settings.sync_interval
-        Substitute(socket.socket(fileno=connection), answers, self.directory.runs, interval, counters).start()
 
 
 def noted(path: Path, line: bytes) -> Noted:
@@ -180,6 +196,26 @@ def noted(path: Path, line: bytes) -> Noted:
     return Noted(directory, destination, Settings(**given), note.get("substitute", ()))
 
 
+def started(thread: threading.Thread, counters: Counters) -> bool:
+    """Start a thread once there is one left; return False if whoever started this process is gone before that.
+
+    Args:
+        thread: what is to run in it.
+        counters: where it is said that there is none.
+    """
+    parent = os.getppid()
+    while True:
+        try:
+            thread.start()
+        except RuntimeError as error:
+            counters.warn_once("thread", f"mlflow-outbox: delivery waits for a thread ({error}); events stay on disk")
+        else:
+            return True
+        time.sleep(_AGAIN)
+        if os.getppid() != parent:
+            return False
+
+
 def serve(path: Path, source: IO[bytes]) -> int:
     """Be the worker process: deliver until the starter is gone and nothing is left, or the time for that is up.
 
@@ -198,10 +234,11 @@ def serve(path: Path, source: IO[bytes]) -> int:
     stand_back()
     counters, found = Counters(), noted(path, source.readline())
     directory, destination, settings, _ = found
-    found.substitute_for_the_program(counters)
     delivery = Delivery(directory, destination, settings, counters, kind="process", open_sink=open_sink)
     worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
-    worker.start()
+    if not started(worker, counters):
+        return 1
+    found.substitute_for_the_program(counters)
     while source.read(4096):
         pass
     _let_go_of_standard_error()

@@ -18,7 +18,7 @@ from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters, logger, printable
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox_worker.child.process import READY
-from mlflow_outbox_worker.process import noted
+from mlflow_outbox_worker.process import noted, started
 
 #: Seconds for a request that is under way when the program is gone.
 _FAREWELL: Final = 1.0
@@ -119,13 +119,15 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
         reporter.tell_counts()
         logger.warning("mlflow-outbox: delivery: %s", printable(str(error), 300))
         return
-    found.substitute_for_the_program(reporter.counters)
     directory, destination, settings, _ = found
     source = OutboxSource(directory, lock=lock)
     delivery = Delivery(source, destination, settings, reporter.counters, kind="thread", open_sink=open_sink)
     worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
-    worker.start()
-    threading.Thread(target=reporter.go_on, name="mlflow-outbox-counts", daemon=True).start()
+    if not started(worker, reporter.counters):
+        return
+    with contextlib.suppress(RuntimeError):  # no thread left: what is counted is told at the end
+        threading.Thread(target=reporter.go_on, name="mlflow-outbox-counts", daemon=True).start()
+    found.substitute_for_the_program(reporter.counters)
     with contextlib.suppress(OSError, ValueError):  # the program was killed
         for line in lines:
             _take_over(json.loads(line)["environment"])
