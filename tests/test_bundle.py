@@ -27,6 +27,7 @@ from mlflow_outbox_worker import packing, unpacking
 from mlflow_outbox_worker.bundle import MANIFEST, BundledRun, BundleRefused, Manifest, read_manifest, sealed
 from mlflow_outbox_worker.jobs import view_of
 from mlflow_outbox_worker.packing import write_bundle
+from mlflow_outbox_worker.requeue import bring_back
 from mlflow_outbox_worker.sources import find_runs
 from mlflow_outbox_worker.unpacking import Imported, import_bundle
 from replays import command, contents_of, log_offline, run_with_kills, the_outbox
@@ -225,6 +226,29 @@ def test_a_run_that_is_written_goes_in_as_far_as_it_is_and_the_rest_later(tmp_pa
     assert (80, "FINISHED") == (held.metrics["loss"].points, held.status.value)
     assert {"unchanged"} == set(import_bundle(tmp_path / "first.tar", directory).values()), "an older one takes nothing"
     assert 80 == view_of((directory.run(run.run_id),)).metrics["loss"].points
+
+
+def test_what_a_later_bundle_brought_is_not_undone_by_what_is_filed(tmp_path: Path, experiment_name: str) -> None:
+    """One rank ends the run, which is filed, while another writes on: ``replay --again`` brings back the older copy."""
+    first, second = (
+        MLflowTracker(experiment_name, NOWHERE, outbox_dir=tmp_path / "from", worker="none", settings=QUICK)
+        for _ in range(2)
+    )
+    run = first.start_run("two ranks")
+    rank = second.start_run(run_id=run.run_id)
+    assert rank.log_metric("rank", 0.0, step=0)
+    run.end()
+    exported(tmp_path / "from", tmp_path / "first.tar")
+    directory = outbox(tmp_path / "to")
+    import_bundle(tmp_path / "first.tar", directory)
+    directory.run(run.run_id).rename(directory.delivered / run.run_id)
+    for step in range(1, 50):
+        assert rank.log_metric("rank", step / 2, step=step)
+    exported(tmp_path / "from", tmp_path / "second.tar")
+    assert {"completed"} == set(import_bundle(tmp_path / "second.tar", directory).values())
+    bring_back(directory, run.run_id)
+    assert 50 == view_of((directory.run(run.run_id),)).metrics["rank"].points
+    assert not (directory.delivered / run.run_id).exists()
 
 
 def test_segments_that_contradict_each_other_are_refused(bundle: Path, tmp_path: Path) -> None:

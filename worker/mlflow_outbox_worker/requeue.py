@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Final
 
 from mlflow_outbox.errors import LeaseHeld
@@ -103,8 +104,23 @@ def bring_back(directory: OutboxDirectory, run_id: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(source / part):
                 if part or name.endswith(".log"):
-                    os.rename(source / part / name, target / part / name)
+                    _bring_back(source / part / name, target / part / name)
     for folder in (source / "files", source):
         with contextlib.suppress(OSError):
             os.rmdir(folder)
     directory.ring(run_id)
+
+
+def _bring_back(filed: Path, waiting: Path) -> None:
+    """Move a file, unless it is there, and as long or longer: a later bundle may have brought more of it."""
+    if _size(waiting) < _size(filed):
+        os.rename(filed, waiting)
+    else:
+        os.unlink(filed)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return -1
