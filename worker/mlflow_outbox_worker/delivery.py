@@ -42,6 +42,7 @@ from mlflow_outbox_worker.lookout import Lookout
 from mlflow_outbox_worker.opener import Opener, OpenSink
 from mlflow_outbox_worker.outcome import remedy
 from mlflow_outbox_worker.precedence import Waits
+from mlflow_outbox_worker.recollection import Recollection
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.room import Room
@@ -92,6 +93,9 @@ class Delivery:
         self._lease = self._source.lease(kind)
         self._room = Room(self._source.filing, settings, counters)
         self._upkeep = Upkeep(self._source.filing, settings, counters, self._room, now_ms=now_ms, clock=clock)
+        self._recollection = Recollection(
+            self._source.filing, destination, settings, counters, now_ms=now_ms, clock=clock
+        )
         self._stop = threading.Event()
         self._wakeup = threading.Event()
         self._schedule = Schedule(settings, clock)
@@ -212,6 +216,7 @@ class Delivery:
         self._lookout.begin()
         self._upkeep.begin()
         self._room.begin(self._ledger)
+        self._recollection.begin(self._ledger)
         next_check = self._clock() + _STAND_BY
         while not self._stop.is_set():
             now = self._clock()
@@ -230,6 +235,7 @@ class Delivery:
                 next_check = now + _STAND_BY
             self._upkeep.reclaim(self._ledger)
             if not self._dispatch():
+                self._recollect(self._ledger)
                 self._pause(self._settings.poll_interval)
 
     def _let_go(self) -> None:
@@ -271,6 +277,13 @@ class Delivery:
                 self._schedule.changed.wait(self._settings.poll_interval)
             return True
         return False
+
+    def _recollect(self, ledger: Ledger) -> None:
+        """See to a filed run that the ledger does not know, while there is nothing to send."""
+        if not self._recollection.is_due() or not self._gate.is_open() or self._schedule.busy():
+            return
+        if (self._courier is not None or self._open()) and self._recollection.step(cast("Sink", self._sink), ledger):
+            self._room.filed()
 
     def _open(self) -> bool:
         assert self._ledger is not None  # noqa: S101 - for the type checker: _hold opened it
