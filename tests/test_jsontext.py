@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from mlflow_outbox import jsontext
 from mlflow_outbox.autopilot import of_profile
-from mlflow_outbox.jsontext import json_text
+from mlflow_outbox.jsontext import Reader, json_text
 from sessions import (
     NOON,
     Angry,
@@ -211,6 +211,23 @@ def test_cycles_depth_and_size_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert "<nested too deep>" in text
     assert (1, "<left out>") == (document["n_rows"], document["more"])
     assert ["ring", "deep", "shared"] == [what.rpartition(".")[2] for what, _ in content.refused]
+
+
+@pytest.mark.parametrize(
+    "large",
+    [np.zeros((10, 51)), pd.DataFrame(np.zeros((51, 10))), pd.Series(np.zeros(501)), pd.RangeIndex(501), range(10**12)],
+    ids=lambda large: type(large).__name__,
+)
+def test_the_data_set_itself_is_left_out_of_what_describes_it(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile that keeps it would take the experiment's memory and seconds; whoever logs it as a document gets it."""
+    monkeypatch.setattr(jsontext, "MAX_VALUES", 500)
+    content = of_profile({"data": large, "more": {"a": np.zeros(20)}})
+    assert {"data": "<left out>", "more": {"a": [0.0] * 20}} == strict(content.texts["data_profile.json"])
+    assert [f"a {type(large).__name__} of more than 500 values was left out"] == [why for _, why in content.refused]
+    if not isinstance(large, range):
+        text = Reader().json_text({"data": large}, "document", whole=True)
+        assert text is not None
+        assert "<left out>" not in text
 
 
 @given(nests)

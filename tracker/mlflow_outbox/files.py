@@ -83,7 +83,7 @@ class RunFiles:
             EventRefused: it cannot be written so, or there is no room for it.
         """
         reader = Reader()
-        text = reader.json_text(content, _path_text(artifact_file))
+        text = reader.json_text(content, _path_text(artifact_file), whole=True)
         if text is None:
             msg = f"the object for {printable(artifact_file)!r} cannot be written as JSON: {reader.refused[-1][1]}"
             raise InvalidEventType("bad_value", msg)

@@ -76,7 +76,7 @@ class Reader:
         self.refused: list[tuple[str, str]] = []
         self._unlisted = 0
         self._values = 0
-        self._full = False
+        self._full = self._whole = False
         self._open_ids: set[int] = set()
 
     def refuse(self, what: str, reason: str) -> None:
@@ -133,14 +133,16 @@ class Reader:
         answer = self.attempt(what, _printed, value)
         return None if answer is None else str(answer)
 
-    def json_text(self, thing: Any, what: str) -> str | None:
+    def json_text(self, thing: Any, what: str, *, whole: bool = False) -> str | None:
         """Return an object as strict JSON, or None when nothing of it can be written.
 
         Args:
             thing: a mapping, a model, or any object with fields.
             what: how refusals name the document.
+            whole: arrays and tables are what is to be written, however large they are; in what else has some, such as
+                a profile that keeps its data set, a large one is left out.
         """
-        self._values, self._full, self._open_ids = 0, False, set()
+        self._values, self._full, self._whole, self._open_ids = 0, False, whole, set()
         is_array = hasattr(type(thing), "dtype") or hasattr(type(thing), "dtypes")  # what pandas writes has ten digits
         document = self._serialised(thing, what, _SERIALISERS[: -1 if is_array else None])
         if document is _UNREADABLE:
@@ -189,6 +191,9 @@ class Reader:
         if depth > MAX_DEPTH:
             self.refuse(what, f"the value is nested deeper than {MAX_DEPTH} levels")
             return "<nested too deep>"
+        if not self._whole and self.attempt(what, _elements, value, default=0) > MAX_VALUES:
+            self.refuse(what, f"a {kind.__name__} of more than {MAX_VALUES} values was left out")
+            return "<left out>"
         self._open_ids.add(id(value))
         try:
             opened = self.attempt(what, self._opened, value, what)
@@ -329,6 +334,18 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return str(value) if value.is_finite() else None  # a float would lose digits
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _elements(value: Any) -> int:
+    """Return how many values an array, a table or a range holds, each of which would become an object; 0 for others."""
+    if isinstance(value, range):
+        return len(value)
+    if not hasattr(type(value), "dtype") and not hasattr(type(value), "dtypes"):
+        return 0
+    size = getattr(value, "size", None)
+    if not isinstance(size, int) and callable(getattr(value, "numel", None)):
+        size = value.numel()
+    return size if isinstance(size, int) else 0
 
 
 def _by_offer(value: Any) -> Any:
