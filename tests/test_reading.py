@@ -14,9 +14,10 @@ import pytest
 
 from contents import QUICK, the_run
 from mlflow_outbox import MLflowTracker, TrackingUnavailable
+from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import reading
-from servers import MlflowServer
+from servers import MlflowServer, eventually
 
 
 def summary(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, float], dict[str, str], str]]:
@@ -115,6 +116,28 @@ def test_down_after_delivery_the_local_view_still_knows_everything(
     assert EXPECTED == summary(runs)
     assert ids == [run["run_id"] for run in runs]
     tracker.close(0.1)
+
+
+def test_up_no_run_is_read_that_is_filed_as_delivered(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a week are kept, and the server has them: an answer must not take longer with each run of a session."""
+    with MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path, settings=QUICK) as tracker:
+        log_three(tracker)
+        assert tracker.flush(60)
+        assert tracker.outbox_path is not None
+        directory = OutboxDirectory.open(tracker.outbox_path)
+        eventually(lambda: 3 == len(directory.delivered_ids()), 60)
+        read: list[str] = []
+        original = reading.Reading._local_run
+
+        def noted(self: reading.Reading, run_id: str, *more: Any) -> Any:
+            read.append(run_id)
+            return original(self, run_id, *more)
+
+        monkeypatch.setattr(reading.Reading, "_local_run", noted)
+        assert EXPECTED == summary(tracker.get_all_runs())
+        assert [] == read
 
 
 def test_up_again_what_has_not_arrived_is_folded_in(

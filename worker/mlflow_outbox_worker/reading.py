@@ -106,13 +106,13 @@ class Reading:
 
     def runs(self, experiment: str) -> list[dict[str, Any]]:
         """Return all runs of an experiment, newest first; see ``MLflowTracker.get_all_runs``."""
-        local = self.local_runs(experiment)
+        local = self.local_runs(experiment, filed=False)  # first, so that what is filed meanwhile is in one of both
         try:
             sink = self._sink()
             experiment_id = sink.find_experiment(experiment)
             remote = sink.search_runs(experiment_id) if experiment_id is not None else []
         except SinkError:
-            entries = [run.as_dict() for run in local]
+            entries = [run.as_dict() for run in self.local_runs(experiment)]
         else:
             entries = _merged(remote, local)
         entries.sort(key=lambda entry: entry["start_time"], reverse=True)
