@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import math
 import types
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,13 +59,32 @@ def test_without_a_usable_execution_time_a_run_starts_when_it_ends(execution_tim
     assert (NOON_MS, NOON_MS) == (content.start_time_ms, content.end_time_ms)
 
 
-def test_durations_may_be_timedeltas() -> None:
-    """An execution time and an elapsed time given as timedelta are seconds."""
-    content = of_experiment({**RESULT, "execution_time": dt.timedelta(seconds=2.5)})
+@pytest.mark.parametrize(
+    "length",
+    [
+        dt.timedelta(seconds=2.5),
+        pd.Timedelta("2.5s"),
+        np.timedelta64(2500, "ms"),
+        np.timedelta64(2_500_000_000, "ns"),
+        np.datetime64("2024-01-01T00:00:02.5") - np.datetime64("2024-01-01"),
+    ],
+    ids=repr,
+)
+def test_durations_may_be_timedeltas(length: Any) -> None:
+    """An execution time and an elapsed time given as timedelta are seconds, in whichever unit NumPy counts them."""
+    content = of_experiment({**RESULT, "execution_time": length})
     assert 2.5 == content.metrics["execution_time"]
     assert NOON_MS - 2500 == content.start_time_ms
-    state = types.SimpleNamespace(get_elapsed_time=lambda: dt.timedelta(minutes=1))
-    assert 60.0 == of_summary(state).metrics["total_time_seconds"]
+    state = types.SimpleNamespace(get_elapsed_time=lambda: length)
+    assert 2.5 == of_summary(state).metrics["total_time_seconds"]
+
+
+def test_a_duration_without_a_length_in_seconds_is_listed() -> None:
+    """It costs the metric, and the run starts when it ends."""
+    content = of_experiment({**RESULT, "execution_time": np.timedelta64(1, "M")})
+    assert ["execution_time"] == [what for what, _ in content.refused]
+    assert "execution_time" not in content.metrics
+    assert NOON_MS == content.start_time_ms == content.end_time_ms
 
 
 def test_the_states_own_clock_comes_first_and_its_failure_is_listed() -> None:

@@ -120,7 +120,7 @@ def of_experiment(result: Any) -> RunContent:
     reader = Reader()
     iteration = _text_field(reader, result, "iteration")
     success, error = _outcome(reader, result)
-    execution_time = _seconds(reader.field(result, "execution_time"))
+    execution_time = reader.attempt("execution_time", times.seconds, reader.field(result, "execution_time"))
     start_ms, end_ms = _span(reader, result, execution_time)
     name = _text_field(reader, result, "experiment_name")
     content = RunContent(
@@ -257,16 +257,12 @@ def _truth(value: Any) -> bool:
     return value.strip().lower() not in _FALSE_WORDS if isinstance(value, str) else bool(value)
 
 
-def _seconds(value: Any) -> Any:
-    return value.total_seconds() if isinstance(value, dt.timedelta) else value
-
-
 def _elapsed(reader: Reader, state: Any) -> Any:
     """Return seconds from the state's own clock, else from its start to its end."""
     method = reader.field(state, "get_elapsed_time")
     elapsed = reader.attempt("get_elapsed_time", method) if callable(method) else None
     if elapsed is not None:
-        return _seconds(elapsed)
+        return reader.attempt("get_elapsed_time", times.seconds, elapsed)
     start, end = _time_field(reader, state, "start_time"), _time_field(reader, state, "end_time")
     return None if start is None or end is None else (end - start) / 1000
 

@@ -1,10 +1,10 @@
-"""Points in time as programs hold them: datetimes, those of pandas and NumPy, and ISO 8601 text."""
+"""Times as programs hold them: datetimes, those of pandas and NumPy, ISO 8601 text; and how long something took."""
 
 from __future__ import annotations
 
 import datetime as dt
 import re
-from typing import Final
+from typing import Any, Final
 
 from mlflow_outbox.interrupts import forward
 
@@ -25,6 +25,17 @@ def numpy_kind(value: object) -> str:
 def is_numpy_time(value: object) -> bool:
     """Return whether a value is a point in time of NumPy's."""
     return numpy_kind(value) == "M"
+
+
+def seconds(value: Any) -> Any:
+    """Return a length of time, of NumPy's too and in whichever unit, as seconds; what is none as it is.
+
+    Raises:
+        TypeError: it is one of NumPy's that has no length in seconds, as a month has none.
+    """
+    if isinstance(value, dt.timedelta):
+        return value.total_seconds()
+    return float(value / type(value)(1, "s")) if numpy_kind(value) == "m" else value
 
 
 def wall_clock(value: dt.datetime) -> dt.datetime:
