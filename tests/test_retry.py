@@ -6,6 +6,8 @@ import random
 import threading
 import time
 from email.utils import formatdate
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tenacity
@@ -219,3 +221,26 @@ def test_a_pause_too_short_to_tell_is_told_as_none(caplog: pytest.LogCaptureFixt
     error = refused()
     gate.failed(None, error, classify(error), 0)
     assert caplog.messages[-1].endswith("Next try now")
+
+
+def test_a_server_that_fails_now_and_then_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """It is said once in ten minutes; an outage that goes on is said then, one after a while at its beginning."""
+    clock, error = Clock(), refused()
+    gate = Gate("http://127.0.0.1:9", Settings(), Counters(clock), clock=clock, now_ms=lambda: 0)
+    ledger: Any = SimpleNamespace(meta=lambda _: None, set_meta=lambda *_: None)
+    for _ in range(3600):
+        gate.failed(ledger, error, classify(error), 0)
+        clock.now += 0.5
+        gate.succeeded(ledger)
+        clock.now += 0.5
+    assert 6 == len(caplog.messages)
+    caplog.clear()
+    gate.failed(ledger, error, classify(error), 0)
+    gate.succeeded(ledger)
+    for _ in range(120):
+        gate.failed(ledger, error, classify(error), 0)
+        clock.now += 60
+    assert 2 == len(caplog.messages), "one that begins within ten minutes of the last word is not kept back for good"
+    gate.succeeded(ledger)
+    gate.failed(ledger, error, classify(error), 0)
+    assert 3 == len(caplog.messages)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.forklock import ForkLock
 from mlflow_outbox.interrupts import forward
 
@@ -25,15 +26,25 @@ _saying: Final = ForkLock(patience=1.0)
 
 #: Distinct warnings remembered per tracker; beyond it a warning may come twice, but memory stays bounded.
 _REMEMBERED = 1000
+#: Seconds after which a warning is said again whose trouble was over in between: a server that fails now and then would
+#: fill a program's log.
+_AGAIN: Final = 600.0
 
 
 class Counters:
-    """Counts by reason, and says each distinct warning once."""
+    """Counts by reason, and says each distinct warning once.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds of a clock that never goes back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = stopwatch.seconds) -> None:
         self._lock = threading.RLock()  # a signal handler may count while its own thread does
+        self._clock = clock
         self._counts: Counter[str] = Counter()
-        self._said: set[Hashable] = set()
+        #: What was warned about, and when; and that of which the trouble was over since.
+        self._said: dict[Hashable, float] = {}
+        self._over: set[Hashable] = set()
 
     def __repr__(self) -> str:
         return f"Counters({self.snapshot()!r})"
@@ -54,19 +65,23 @@ class Counters:
 
     def warn_once(self, about: Hashable, message: str) -> None:
         """Log a warning unless one about the same thing was logged before."""
+        now = self._clock()
         with self._lock:
-            if about in self._said:
+            if about in self._said and (about not in self._over or now < self._said[about] + _AGAIN):
                 return
             if len(self._said) >= _REMEMBERED:
                 self._said.clear()
-            self._said.add(about)
+                self._over.clear()
+            self._said[about] = now
+            self._over.discard(about)
         if not say(message):
             self.add("warnings_not_written")
 
     def forget(self, about: Hashable) -> None:
-        """Let the next warning about a thing be logged again, because the trouble was over in between."""
+        """Let warnings about a thing be logged again, if not within minutes: the trouble was over in between."""
         with self._lock:
-            self._said.discard(about)
+            if about in self._said:
+                self._over.add(about)
 
     def renew_lock(self) -> None:
         """Make the counters usable in a forked child, where another thread's lock would be held for ever."""
