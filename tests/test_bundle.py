@@ -453,6 +453,21 @@ def test_a_file_that_is_there_is_not_overwritten(bundle: Path, tmp_path: Path) -
     assert 0 == command("export", "--all", "-o", bundle, "-d", tmp_path / "from", "--force")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "directory"])
+def test_only_a_file_is_replaced_by_a_bundle(
+    kind: str, tmp_path: Path, experiment_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not ``/dev/null`` or ``/dev/stdout``, which every other program has open too; that is said before all is read."""
+    log_offline(experiment_name, NOWHERE, tmp_path / "from")
+    target = tmp_path / "target"
+    os.mkfifo(target) if kind == "pipe" else target.mkdir()
+    before = target.lstat()
+    assert 2 == command("export", "--all", "-o", target, "--force", "-d", tmp_path / "from")
+    assert f"{target} is no file that could be replaced" in capsys.readouterr().err
+    assert before.st_ino == target.lstat().st_ino
+    assert ["from", "state", "target"] == sorted({*os.listdir(tmp_path), "state"})
+
+
 def test_what_cannot_be_read_is_left_out_and_said(
     tmp_path: Path, experiment_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

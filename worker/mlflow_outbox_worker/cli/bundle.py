@@ -87,6 +87,9 @@ def export(
     if os.path.lexists(output) and not force:
         msg = f"there is a file {printable(output, 300)} already; --force replaces it"
         raise CommandFailed(msg)
+    if output.exists() and not output.is_file():  # renaming would put a file in the place of a device or a pipe
+        msg = f"{printable(output, 300)} is no file that could be replaced; give the name of one"
+        raise CommandFailed(msg, ExitCode.USAGE)
     settings = outboxes.settings_for(outbox_dir)
     choice = _everything(settings) if everything else _chosen(runs or [], settings)
     chosen = choice.runs
@@ -187,6 +190,9 @@ def import_(
     terminal.behave(quiet=quiet, verbose=verbose)
     if not bundle.exists():
         msg = f"there is nothing at {printable(bundle, 300)}; give a file made by export"
+        raise CommandFailed(msg, ExitCode.USAGE)
+    if bundle.is_dir():
+        msg = f"{printable(bundle, 300)} is a directory; give a file made by export, or send what is in it: replay"
         raise CommandFailed(msg, ExitCode.USAGE)
     manifest = read_manifest(bundle)
     root = outboxes.root_of(outboxes.settings_for(outbox_dir))
