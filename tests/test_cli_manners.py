@@ -417,6 +417,31 @@ def test_an_empty_place_is_bad_usage(
     assert before == contents_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status", "-d", ""],
+        ["import", "runs.tar", "--outbox-dir", " "],
+        ["import", ""],
+        ["replay", ""],
+        ["replay", ".", "--experiment", ""],
+        ["export", "--all", "-o", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_or_name_is_bad_usage(
+    words: list[str], here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it mean the current directory, or the experiments that the runs were logged for."""
+    offline(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert 0 == here("export", "--all", "-d", ".", "-o", "runs.tar").code
+    before = contents_of(tmp_path)
+    done = here(*words)
+    assert (2, True) == (done.code, "its value is empty" in done.err), done
+    assert before == contents_of(tmp_path)
+
+
 def test_the_logging_of_the_process_is_put_back(here: Here, tmp_path: Path) -> None:
     """A program that calls main() itself keeps its own logging."""
     import logging

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import NoneType
@@ -27,6 +28,7 @@ from mlflow_outbox_worker.cli.exits import ExitCode
 
 #: Columns that help fills at most: what fits the smallest terminal in use, wider lines are hard to read.
 WIDTH: Final = 80
+_EMPTY: Final = "its value is empty; leave it out, or give it one."
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
 
 
@@ -246,8 +248,17 @@ class _Filled(click.types.StringParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         text = super().convert(value, param, ctx)
         if not text.strip():
-            self.fail("its value is empty; leave the option out, or give it one.", param, ctx)
+            self.fail(_EMPTY, param, ctx)
         return text
+
+
+class _Place(click.Path):
+    """A path that is not empty: an empty one, as of a variable that is not set, would be the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value).strip():
+            self.fail(_EMPTY, param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _bounds(least: float | None, most: float | None) -> str:
@@ -262,5 +273,5 @@ def _type(kind: Any, least: float | None, most: float | None) -> Any:
     if kind is float:
         return _Number(least, most)
     if kind is Path:
-        return click.Path(path_type=Path)
+        return _Place(path_type=Path)
     return click.STRING

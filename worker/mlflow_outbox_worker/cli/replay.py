@@ -42,7 +42,9 @@ def replay(
     to: Annotated[
         str | None, Option("--to", metavar="URI", filled=True, about="Tracking URI; else the recorded one.")
     ] = None,
-    experiment: Annotated[str, Option("--experiment", metavar="NAME", about="Put all runs into this experiment.")] = "",
+    experiment: Annotated[
+        str | None, Option("--experiment", metavar="NAME", filled=True, about="Put all runs into this experiment.")
+    ] = None,
     only_finished: Annotated[bool, Option("--only-finished", about="Only runs whose status is FINISHED.")] = False,
     again: Annotated[
         bool, Option("--again", about="Send delivered runs once more: to a wiped or migrated server.")
@@ -99,7 +101,7 @@ def replay(
         raise CommandFailed(msg, ExitCode.USAGE)
     settings = Settings.from_environment()
     settings = dataclasses.replace(settings, parallel_runs=jobs) if jobs is not None else settings
-    wish = Wish(to, tracking_uri_from_environment(), experiment, only_finished, again, follow)
+    wish = Wish(to, tracking_uri_from_environment(), experiment or "", only_finished, again, follow)
     with _unpacked(paths, deadline) as places:
         bundles = set(places) - set(paths)
         prepared = prepare(list(places), wish, copies=bundles, deadline=deadline, ledger_dir=settings.ledger_dir)
