@@ -101,6 +101,19 @@ def test_it_leaves_the_outbox_to_another_worker(here: Here, tmp_path: Path) -> N
     lease.release()
 
 
+def test_an_outbox_that_cannot_be_locked_keeps_nobody_from_the_others(here: Here, tmp_path: Path) -> None:
+    """On a disk that is read-only, for instance: it is named, with code 1, and programs are told why too."""
+    delivered(tmp_path / "other", 1)
+    delivered(tmp_path, 1)
+    outbox_of(tmp_path / "other").rename(tmp_path / "0-first")
+    (tmp_path / "0-first" / "worker.lock").unlink(missing_ok=True)
+    (tmp_path / "0-first" / "worker.lock").mkdir()
+    done = here("gc", "-d", tmp_path, "--json")
+    assert (1, [0, 1]) == (done.code, [len(one["runs"]) for one in done.data])
+    assert "worker.lock" in done.err
+    assert "worker.lock" in done.data[0]["reason"]
+
+
 def test_killed_at_any_moment_it_is_finished_by_the_next(here: Here, tmp_path: Path) -> None:
     """SIGKILL in the middle of deleting: what is left is found and deleted by the next, nothing else is harmed."""
     delivered(tmp_path, 60, files=60)

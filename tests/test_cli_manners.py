@@ -514,6 +514,7 @@ def test_nobody_is_asked_where_nobody_can_answer(monkeypatch: pytest.MonkeyPatch
         (["flush", "--timeout", "inf"], 2, "'inf' is not a number of at least 0."),
         (["import", "nosuch"], 2, "there is nothing at nosuch; give a file made by export"),
         (["import", "box"], 2, "box is a directory; give a file made by export"),
+        (["status", "-d", "loop"], 1, "loop cannot be looked into: Too many levels of symbolic links"),
         (["export", "--all", "-d", "box", "-o", "box"], 1, "there is a file box already; --force replaces it"),
         (["worker", "--metrics-port", "99999"], 2, "'99999' is not a whole number from 0 to 65535."),
         (["replay", "nowhere"], 2, "there is nothing at nowhere; give an outbox, a run's directory or a bundle"),
@@ -528,6 +529,7 @@ def test_what_is_wrong_is_said_with_the_remedy(
 ) -> None:
     """In words of the person who typed it."""
     offline(tmp_path / "box")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     done = here(*words)
     assert (code, True) == (done.code, said in " ".join(done.err.split())), done
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, offline, start
+from commands import NOBODY, Here, offline, outbox_of, start
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
 from servers import MlflowServer, eventually
@@ -159,6 +159,17 @@ def test_an_unclear_name_is_asked_about(here: Here, tmp_path: Path) -> None:
     none = here("show", "nothing", "-d", tmp_path)
     assert 2 == none.code
     assert "mlflow-outbox runs lists" in none.err
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id_where_the_ledger_is_damaged(here: Here, tmp_path: Path) -> None:
+    """It is on disk, and needs no ledger to be read; what is not there may be known to the ledger."""
+    (run_id,) = offline(tmp_path)
+    delivery = outbox_of(tmp_path) / "delivery"
+    delivery.joinpath("cache.db").write_bytes(b"no database" * 1000)
+    shown = here("show", run_id[:6], "-d", tmp_path)
+    assert (0, True) == (shown.code, "13 of its events wait" in shown.out), shown
+    other = here("show", "f" * 32, "-d", tmp_path)
+    assert (1, True) == (other.code, "ledger" in other.err), other
 
 
 def test_a_huge_backlog_is_listed_without_being_read(

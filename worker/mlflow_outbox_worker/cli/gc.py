@@ -29,6 +29,7 @@ from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox_worker.host_lease import WorkerLease
     from mlflow_outbox_worker.records import RunRecord
 
 _SPAN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|)")
@@ -79,10 +80,10 @@ def gc(
 
         name = printable(directory.path.name)
         lease = lease_of(directory, "command")
-        if not dry_run and not lease.acquire():
-            why = f"{name}: {_holder(directory)} has this outbox; it deletes by itself what is past retention"
-            terminal.error(why)
-            results.append((ExitCode.HELD, _entry(directory, dry_run=dry_run, reason=why)))
+        code, why = (ExitCode.DONE, "") if dry_run else _taken(directory, lease)
+        if why:
+            terminal.error(f"{name}: {why}")
+            results.append((code, _entry(directory, dry_run=dry_run, reason=f"{name}: {why}")))
             continue
         stays: list[OSError] = []
         try:
@@ -127,12 +128,18 @@ def gc(
     return most_urgent([refused, *(code for code, _ in results)])
 
 
-def _holder(directory: OutboxDirectory) -> str:
-    """Return who delivers an outbox, in words."""
+def _taken(directory: OutboxDirectory, lease: WorkerLease) -> tuple[ExitCode, str]:
+    """Take the lease of an outbox; return why it cannot be had, and the code that says so, or no words."""
     from mlflow_outbox_worker.host_lease import described, worker_of
 
+    try:
+        if lease.acquire():
+            return ExitCode.DONE, ""
+    except OSError as error:  # of a read-only disk, for one: the other outboxes are seen to all the same
+        return ExitCode.ERROR, printable(error, 300)
     found = worker_of(directory)
-    return described(found) if found is not None else "another worker"
+    who = described(found) if found is not None else "another worker"
+    return ExitCode.HELD, f"{who} has this outbox; it deletes by itself what is past retention"
 
 
 def _entry(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, with_credentials
-from mlflow_outbox.errors import OutboxError, OutboxUnusable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxError, OutboxUnusable
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
 from mlflow_outbox_worker.cli import terminal
@@ -45,14 +45,28 @@ def find(settings: Settings) -> list[Path]:
     """Return the paths of the outboxes that a command is about.
 
     Raises:
-        CommandFailed: there is none.
+        CommandFailed: there is none, or the disk does not tell.
     """
     root = root_of(settings)
     paths = find_outboxes(root)
+    if not paths and (why := _why_unread(root)):
+        msg = f"{printable(root, 300)} cannot be looked into: {why}"
+        raise CommandFailed(msg)
     if not paths:
         msg = f"there is no outbox in {printable(root, 300)}; name its directory with --outbox-dir or MLFLOW_OUTBOX_DIR"
         raise CommandFailed(msg, ExitCode.USAGE)
     return paths
+
+
+def _why_unread(root: Path) -> str:
+    """Return why it cannot be told what is in a directory; "" when it can, or there is none."""
+    try:
+        with os.scandir(root.expanduser()):
+            return ""
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 class Usable(NamedTuple):
@@ -196,24 +210,29 @@ def find_run(directories: list[OutboxDirectory], settings: Settings, name: str) 
 
     Raises:
         CommandFailed: no run is called so, or several are.
-        LedgerUnavailable: a ledger cannot be read now.
+        LedgerUnavailable: a ledger cannot be read now, and nothing on disk is called so.
     """
     found: list[tuple[OutboxDirectory, str]] = []
-    retired = ""
+    retired, unread = "", None
     for directory in directories:
         ids = sorted({*directory.run_ids(), *directory.delivered_ids()})
         if name in ids:
             return directory, name
-        with ledger_of(directory, settings) as ledger:
-            local = ledger.local_id(name)
-            record = ledger.record(local or name)
-            known = local or (record.run_id if record is not None else "")
-            if known and (known in ids or ledger.view(known) is not None):
-                return directory, known
-            retired = record.remote_id if record is not None else retired
+        try:
+            with ledger_of(directory, settings) as ledger:
+                local = ledger.local_id(name)
+                record = ledger.record(local or name)
+                known = local or (record.run_id if record is not None else "")
+                if known and (known in ids or ledger.view(known) is not None):
+                    return directory, known
+                retired = record.remote_id if record is not None else retired
+        except LedgerUnavailable as error:  # what is on disk may be what is meant all the same
+            unread = error
         found += [(directory, run_id) for run_id in ids if run_id.startswith(name)]
     if len(found) == 1:
         return found[0]
+    if unread is not None and not found:
+        raise unread
     shown = printable(repr(name))
     if found:
         msg = f"{len(found)} runs begin with {shown}; give more of the id: mlflow-outbox runs lists them"
