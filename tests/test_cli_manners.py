@@ -534,6 +534,17 @@ def test_what_is_wrong_is_said_with_the_remedy(
     assert (code, True) == (done.code, said in " ".join(done.err.split())), done
 
 
+def test_a_command_that_is_copied_from_a_message_finds_its_path(here: Here, tmp_path: Path) -> None:
+    """Also one with spaces in it."""
+    offline(tmp_path / "my runs")
+    path = outbox_of(tmp_path / "my runs")
+    path.chmod(0o755)
+    done = here("flush", "-d", tmp_path / "my runs")
+    assert 1 == done.code
+    subprocess.run(shlex.split(done.err.strip().partition("run: ")[2]), check=True)
+    assert 0o700 == path.stat().st_mode & 0o777
+
+
 @pytest.mark.root
 def test_an_outbox_of_somebody_else_can_be_replayed(here: Here, tmp_path: Path) -> None:
     """It is refused by what would have to write to it, with the command that only reads."""

@@ -35,6 +35,7 @@ from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import delete_models, delete_twins
 from mlflow_outbox_worker.verification import Altered, altered_artifacts, differences, settled_artifacts, summary
+from mlflow_outbox_worker.wording import quoted
 
 
 def finish(
@@ -114,7 +115,7 @@ def _said(altered: list[Altered], record: RunRecord, path: Path, counters: Count
     counters.warn_once(
         ("altered", record.run_id, text),
         f"mlflow-outbox: MLflow had stored all artifacts of run {record.run_id}, but now {text}. That is left as it "
-        f"is; mlflow-outbox replay --again {path} sends everything once more",
+        f"is; mlflow-outbox replay --again {quoted(path)} sends everything once more",
     )
     return text
 

@@ -29,6 +29,7 @@ from typing import Literal
 from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sink import OPERATIONS, SinkError
+from mlflow_outbox_worker.wording import quoted
 
 OutcomeKind = Literal["retry", "parked", "already_applied", "dead_letter", "split"]
 
@@ -107,7 +108,7 @@ def remedy(error: SinkError, record: RunRecord, outbox: Path) -> str:
         return ""
     return (
         "; if the server has lost it, end the programs that log there, and send it anew from its beginning: "
-        f"mlflow-outbox replay --again {printable(outbox, 1000)}"
+        f"mlflow-outbox replay --again {quoted(outbox)}"
     )
 
 

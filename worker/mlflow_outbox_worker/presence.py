@@ -14,7 +14,7 @@ from mlflow_outbox.errors import DestinationError
 from mlflow_outbox_worker.checkup import Finding
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import SinkError
-from mlflow_outbox_worker.wording import count
+from mlflow_outbox_worker.wording import count, quoted
 
 #: Seconds for the one request to the destination.
 _ASK: Final = 10.0
@@ -65,7 +65,7 @@ def _of_absent(path: Path, delivered: int, outbox: Path) -> Finding:
     shown = printable(path, 300)
     if delivered:
         runs = f"{count(delivered, 'run')} {'was' if delivered == 1 else 'were'}"
-        again = f"mlflow-outbox replay {printable(outbox, 300)} --again"
+        again = f"mlflow-outbox replay {quoted(outbox)} --again"
         text = f"{shown} is gone, though {runs} delivered to it; put it back, or fill a new one: {again}"
         return Finding("bad", "destination", text)
     parent = path.parent

@@ -1,8 +1,12 @@
-"""Numbers, sizes, spans and times as people read them."""
+"""Numbers, sizes, spans and times as people read them, and paths as they type them."""
 
 from __future__ import annotations
 
+import shlex
 import time
+from pathlib import Path
+
+from mlflow_outbox.counters import printable
 
 
 def count(number: int, noun: str = "") -> str:
@@ -34,6 +38,11 @@ def span(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / per:.0f} {unit}"
     return f"{seconds / 86_400:.0f} d"
+
+
+def quoted(path: Path | str) -> str:
+    """Return a path as a shell takes it, in a command that a person may copy."""
+    return printable(shlex.quote(str(path)), 1000)
 
 
 def moment(time_ms: int) -> str:

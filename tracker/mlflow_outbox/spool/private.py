@@ -93,7 +93,7 @@ def check_parent(root: Path) -> None:
     """
     found = os.stat(root)
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-        msg = f"{root} can be written by everybody, who could swap the outbox in it; run: chmod o-w {root}"
+        msg = f"{root} can be written by everybody, who could swap the outbox in it; run: chmod o-w {_quoted(root)}"
         raise OutboxUnusable(msg)
 
 
@@ -118,9 +118,17 @@ def check_private(path: Path) -> os.stat_result:
         )
         raise OutboxUnusable(msg)
     if found.st_mode & 0o077:
-        msg = f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, so others can enter it; run: chmod 700 {path}"
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        msg = f"{path} has mode {mode}, so others can enter it; run: chmod 700 {_quoted(path)}"
         raise OutboxUnusable(msg)
     return found
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a shell takes it."""
+    import shlex  # only needed for the remedy
+
+    return shlex.quote(str(path))
 
 
 def read_regular(path: Path) -> bytes:

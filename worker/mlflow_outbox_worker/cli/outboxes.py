@@ -13,6 +13,7 @@ from mlflow_outbox.destination import Destination, with_credentials
 from mlflow_outbox.errors import LedgerUnavailable, OutboxError, OutboxUnusable
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
+from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import terminal
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
 
@@ -132,8 +133,7 @@ def _opened(path: Path) -> OutboxDirectory:
     except OutboxUnusable as error:
         if path.stat().st_uid == os.geteuid():
             raise
-        shown = printable(path, 300)
-        msg = f"{error}, or send its runs, which only reads them: mlflow-outbox replay {shown}"
+        msg = f"{error}, or send its runs, which only reads them: mlflow-outbox replay {wording.quoted(path)}"
         raise OutboxUnusable(msg) from None
     directory.look_anew()
     return directory
@@ -167,8 +167,8 @@ def read_only(path: Path) -> str:
     """Return why an outbox cannot be delivered from where it is, and what to do; "" when it can be written to."""
     if os.access(path, os.W_OK):
         return ""
-    shown = printable(path, 300)
-    return f"{shown} cannot be written to; mlflow-outbox replay {shown} sends its runs and only reads them"
+    reads = f"mlflow-outbox replay {wording.quoted(path)} sends its runs and only reads them"
+    return f"{printable(path, 300)} cannot be written to; {reads}"
 
 
 def destination_of(directory: OutboxDirectory) -> Destination:

@@ -18,7 +18,7 @@ from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent
 from mlflow_outbox_worker.cli.options import AsJson, OutboxDir, Quiet, Verbose
-from mlflow_outbox_worker.wording import count
+from mlflow_outbox_worker.wording import count, quoted
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
@@ -76,8 +76,8 @@ def verify(
     if as_json:
         terminal.raw(json.dumps([one._asdict() for one in found], indent=2))
     elif not found or any(one.state != "unknown" for one in found):
-        there = printable(resolve(to).uri, 300) if to is not None else ""
-        _show(found, f"replay {printable(outboxes.root_of(settings), 300)} --to {there}" if there else "flush")
+        there = quoted(resolve(to).uri) if to is not None else ""
+        _show(found, f"replay {quoted(outboxes.root_of(settings))} --to {there}" if there else "flush")
     if any(one.state in {"different", "absent"} or one.differences for one in found if not one.pending):
         codes.append(ExitCode.ERROR)
     if any(one.pending for one in found):
