@@ -63,8 +63,7 @@ def test_a_profile_says_where_the_workspace_is(
             assert provisional.is_provisional(run.info.run_id)
             proxy.clear()
             # The SDK gives up a minute after the question was put, whenever that was.
-            eventually(lambda: held.server._aside.acquire(blocking=False), 100, "the question that hung is over")
-            held.server._aside.release()
+            eventually(lambda: not held.server._under_way, 100, "the questions that hung are over")
             opened = held.server.opened()
             assert isinstance(opened.store, DatabricksStore)
             assert (proxy.url, _TOKEN) == (opened.store.get_host_creds().host, opened.store.get_host_creds().token)

@@ -42,6 +42,8 @@ T = TypeVar("T")
 #: Seconds for which a server that failed is not asked: at first, and at most.
 _PAUSE_FIRST: Final = 1.0
 _PAUSE_MOST: Final = 30.0
+#: Questions that are under way in threads of their own; some may never have an answer.
+_MOST_ASIDE: Final = 16
 #: Statuses that say nothing about the question: not now, or not you.
 _REFUSALS: Final = range(400, 500)
 #: What the worker's transport puts before the message of a server.
@@ -54,10 +56,10 @@ _READING: Final = re.compile(r"(?:batch_get|calculate|filter|find|get(?!_or_crea
 
 
 class SilentHost(OSError):
-    """Raised when a workspace has not answered in time."""
+    """Raised when a workspace or a database has not answered in time."""
 
     def __init__(self) -> None:
-        super().__init__("the workspace has not answered in time")
+        super().__init__("it has not answered in time")
 
 
 class Away(Exception):
@@ -97,8 +99,12 @@ class Server:
         self._arrived: tuple[int, int] | None = (0, 0)
         self._why = ""
         self._under_way = 0
-        self._embedded = outbox.destination.scheme not in {"http", "https", "databricks"}
-        self._aside = threading.Semaphore()
+        scheme = outbox.destination.scheme
+        self._embedded = scheme not in {"http", "https", "databricks"}
+        #: Its client keeps to no time of ours: the Databricks SDK, the driver of a database that has a server.
+        self._is_boundless = scheme not in {"http", "https", "sqlite", "file"}
+        self._aside = threading.Semaphore(_MOST_ASIDE)
+        self._opening = threading.Lock()
         self.asked: Callable[[], None] = lambda: None
 
     @property
@@ -156,10 +162,7 @@ class Server:
             raise Away(self._why or "the server is not asked", sent=False)
         begin = stopwatch.seconds()
         try:
-            if self._outbox.destination.scheme == "databricks":
-                answer = self._asked_aside(question, timeout)
-            else:
-                answer = self._asked(question, timeout)
+            answer = (self._asked_aside if self._is_boundless else self._asked)(question, timeout)
         except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             forward(error)
             raise self._meaning(error, timeout, stopwatch.seconds() - begin) from None
@@ -171,19 +174,23 @@ class Server:
         return answer
 
     def _asked(self, question: Callable[[Any], T], timeout: float) -> T:
-        held = delivery.using_store if self._embedded else contextlib.nullcontext
+        held = delivery.using_store if self._embedded and not self._is_boundless else contextlib.nullcontext
         with suppress_logs_in_thread(), self._counted(), held():
             opened = self.opened(timeout)
             opened.check()
-            return question(opened.store)
+            with opened.within(timeout):
+                return question(opened.store)
 
     def _asked_aside(self, question: Callable[[Any], T], timeout: float) -> T:
         """Put a question in a thread of its own, and wait for no longer than it may take.
 
-        The Databricks SDK looks for the workspace before it asks anything, and does so for five minutes whatever it
-        is told. What comes of it then is for nobody; until then nothing else is asked.
+        The Databricks SDK looks for the workspace before it asks anything, for five minutes whatever it is told, and
+        the driver of a database waits for one that is silent for as long as the connection lasts. What comes of it
+        then is for nobody; where too many are left to themselves in this way, one of them has to end before another
+        is put.
         """
-        if not self._aside.acquire(blocking=False):
+        end = stopwatch.seconds() + timeout
+        if not self._aside.acquire(timeout=timeout):
             raise SilentHost
         answer: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -195,9 +202,13 @@ class Server:
             finally:
                 self._aside.release()
 
-        threading.Thread(target=ask, name="mlflow-outbox-question", daemon=True).start()
         try:
-            return answer.result(timeout)
+            threading.Thread(target=ask, name="mlflow-outbox-question", daemon=True).start()
+        except RuntimeError:  # no threads left, or the interpreter is about to end
+            self._aside.release()
+            raise SilentHost from None
+        try:
+            return answer.result(max(0.0, end - stopwatch.seconds()))
         except concurrent.futures.TimeoutError:
             if answer.done():
                 raise
@@ -242,10 +253,15 @@ class Server:
     def opened(self, timeout: float | None = None) -> Any:
         """Return the worker's ``OpenStore``; embedded stores are opened once, whatever the timeout."""
         key = 0.0 if self._embedded else timeout or self._outbox.settings.read_timeout
-        with self._lock:
-            if key not in self._opened:
-                self._opened[key] = delivery.open_store(self._outbox.destination, key or 30.0)
-            return self._opened[key]
+        held = self._opened.get(key)
+        if held is None:
+            with self._opening:  # and not the other lock: a database may let it wait
+                held = self._opened.get(key)
+                if held is None:
+                    held = delivery.open_store(self._outbox.destination, key or 30.0)
+                    with self._lock:
+                        self._opened[key] = held
+        return held
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -270,8 +286,8 @@ class Server:
 
     def forked(self) -> None:
         """Begin anew in a forked child: connections and locks stayed with the parent's threads."""
-        self._lock = threading.Lock()
-        self._opened, self._under_way, self._aside = {}, 0, threading.Semaphore()
+        self._lock, self._opening = threading.Lock(), threading.Lock()
+        self._opened, self._under_way, self._aside = {}, 0, threading.Semaphore(_MOST_ASIDE)
 
     def needed(self, what: str, away: Away, *, call: str = "") -> MlflowException:
         """Return the error of a call that only the server can answer: its own, if it has said one.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from mlflow_outbox_worker.sink import SinkError
 #: Stores of SQLite files that are in use, by URI, artifact root and file: worker and plugin share them, because
 #: building one (or, for a new file, the tables) takes long.
 _in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], PointRows] = weakref.WeakValueDictionary()
+#: For how long a thread waits for a file that is locked; where it does not say, as long as MLflow does.
+_patience = threading.local()
 #: SQLite files that this process has opened.
 _opened: set[Path] = set()
 #: The file of each store, and which one it was when the store was opened.
@@ -71,8 +76,28 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
             _opened.add(file)
             key = (uri, root, *_identity(file))
             _in_use[key] = store
+            sqlalchemy.event.listen(store.engine, "before_cursor_execute", _bounded, retval=True)
             _files[store] = file, _identity(file)
     return uri, store, url.get_backend_name() != "sqlite"
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Have this thread wait for no longer than that for an SQLite file which somebody else has locked."""
+    before = getattr(_patience, "seconds", None)
+    _patience.seconds = seconds
+    try:
+        yield
+    finally:
+        _patience.seconds = before
+
+
+def _bounded(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    """Put a shorter time in the place of the twenty seconds that MLflow gives SQLite at the beginning of each use."""
+    seconds = getattr(_patience, "seconds", None)
+    if seconds is not None and statement.startswith("PRAGMA busy_timeout"):
+        statement = f"PRAGMA busy_timeout = {int(seconds * 1000)}"
+    return statement, parameters
 
 
 def check(store: SqlAlchemyStore) -> None:

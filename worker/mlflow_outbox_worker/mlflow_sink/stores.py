@@ -74,6 +74,14 @@ class OpenStore:
         if self.checks is not None:
             self.checks()
 
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """Have this thread wait for no longer than that for a file which somebody else has locked."""
+        if self.checks is None:
+            return contextlib.nullcontext()
+        from mlflow_outbox_worker.mlflow_sink import database  # as below
+
+        return database.within(seconds)
+
     def close(self) -> None:
         """Give back connections."""
         if self.transport is not None:
@@ -105,7 +113,8 @@ def open_store(
             return _directory(uri, artifact_root)
         from mlflow_outbox_worker.mlflow_sink import database  # imports sqlalchemy, which the others do without
 
-        with _building, using_store():
+        # What is no file has no lock of SQLite's, and may let its opening wait, which no fork should.
+        with _building, using_store() if scheme == "sqlite" else contextlib.nullcontext():
             uri, store, parallel = database.open_store(uri, artifact_root or str(Path("mlruns").absolute()))
         checks = functools.partial(database.check, store)
         return OpenStore(

@@ -1,0 +1,140 @@
+"""How long a call through the plugin waits for a server that is slow or silent, and what it says then."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import client
+from mlflow_outbox.spool import provisional
+from mlflow_outbox.testing.faults import delay
+from mlflow_outbox.testing.proxy import FaultProxy
+from plugin_world import store, tracking
+from servers import MlflowServer
+
+_WORKSPACE = "outbox+databricks://work"
+
+
+@contextmanager
+def silent_host() -> Iterator[int]:
+    """Yield the port of a host that takes connections and says nothing, as a database does that is stopped."""
+    taken: list[socket.socket] = []
+
+    def take(listener: socket.socket) -> None:
+        while True:
+            try:
+                taken.append(listener.accept()[0])
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=take, args=(listener,))
+        thread.start()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in taken:
+                connection.close()
+
+
+@contextmanager
+def workspace(server: MlflowServer, tmp_path: Path, **settings: object) -> Iterator[tuple[Any, FaultProxy, str]]:
+    """Point MLflow at an outbox of a workspace; yield mlflow, the proxy before it, and the id of somebody's run."""
+    with client(server.url) as api:
+        number = api.create_experiment(uuid.uuid4().hex, artifact_location=(tmp_path / "files").as_uri())
+        theirs = api.create_run(number, run_name="theirs").info.run_id
+    with FaultProxy(server.url) as proxy, pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "databrickscfg").write_text(f"[work]\nhost = {proxy.url}\ntoken = dapi-5ecret-t0ken\n")
+        patch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "databrickscfg"))
+        with tracking(_WORKSPACE, tmp_path / "outbox", **settings) as mlflow:
+            assert "theirs" == mlflow.get_run(theirs).info.run_name
+            yield mlflow, proxy, theirs
+            proxy.clear()
+
+
+def test_a_database_that_is_silent_is_waited_for_no_longer_than_any_server(tmp_path: Path) -> None:
+    """Its driver waits for as long as the connection lasts: for ever, when nobody closes it."""
+    pytest.importorskip("psycopg2")
+    waits = {"create_timeout": 0.5, "read_timeout": 1.0, "exit_timeout": 0, "worker": "none"}
+    with silent_host() as port, tracking(f"outbox+postgresql://u@127.0.0.1:{port}/db", tmp_path, **waits) as mlflow:
+        ended = threading.Event()
+        runs: list[Any] = []
+
+        def program() -> None:
+            api = mlflow.MlflowClient()
+            runs.append(api.create_run("0"))
+            api.log_metric(runs[0].info.run_id, "m", 1.0)
+            runs.append(api.get_run(runs[0].info.run_id))
+            ended.set()
+
+        threading.Thread(target=program, daemon=True).start()
+        assert ended.wait(20.0), "the program stands still"
+        assert provisional.is_provisional(runs[0].info.run_id)
+        assert {"m": 1.0} == runs[1].data.metrics
+
+
+def test_a_database_file_that_is_locked_is_waited_for_no_longer_than_any_server(
+    empty_database: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """MLflow gives SQLite twenty seconds for a lock that another process holds, each time."""
+    from mlflow.exceptions import MlflowException
+
+    database = empty_database(tmp_path / "mlflow.db")
+    waits = {"create_timeout": 0.3, "read_timeout": 0.8, "exit_timeout": 0, "worker": "none"}
+    with tracking(f"outbox+sqlite:///{database}", tmp_path / "outbox", **waits) as mlflow:
+        api = mlflow.MlflowClient()
+        assert 1 == len(api.search_experiments())
+        other = sqlite3.connect(database, isolation_level=None)
+        try:
+            other.execute("BEGIN EXCLUSIVE")
+            begin = time.monotonic()
+            assert provisional.is_provisional(api.create_run("0").info.run_id)
+            with pytest.raises(MlflowException, match="needs the tracking server"):
+                api.search_experiments()
+            assert time.monotonic() - begin < 10.0
+        finally:
+            other.close()
+
+
+def test_threads_put_their_questions_to_a_workspace_side_by_side(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    """One that is asked something is not away for the others, who would begin runs offline and could read nothing."""
+    with workspace(mlflow_server, tmp_path, create_timeout=20, read_timeout=20) as (mlflow, proxy, theirs):
+        proxy.on("", delay(0.2), times=None)
+        api, found, errors = mlflow.MlflowClient(), [], []
+
+        def ask() -> None:
+            try:
+                found.append(api.get_run(theirs).info.run_name)
+                found.append(provisional.is_provisional(api.create_run("0").info.run_id))
+            except Exception as error:  # noqa: BLE001 - for the test
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [] == errors
+        assert 4 * [False] + 4 * ["theirs"] == sorted(found, key=str)
+
+
+def test_a_workspace_that_is_slow_is_waited_for_by_what_only_it_can_answer(
+    mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    """As any server is, although the short question that had no answer is still under way."""
+    with workspace(mlflow_server, tmp_path, create_timeout=0.3) as (mlflow, proxy, _):
+        proxy.on("", delay(0.8), times=None)
+        assert provisional.is_provisional(mlflow.MlflowClient().create_run("0").info.run_id)
+        assert store(_WORKSPACE).server.is_away()
+        assert 1 <= len(mlflow.search_experiments(max_results=1))
