@@ -18,7 +18,7 @@ from contents import client
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.faults import delay
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import store, tracking
+from plugin_world import deliver, store, tracking
 from servers import MlflowServer
 
 _WORKSPACE = "outbox+databricks://work"
@@ -138,3 +138,45 @@ def test_a_workspace_that_is_slow_is_waited_for_by_what_only_it_can_answer(
         assert provisional.is_provisional(mlflow.MlflowClient().create_run("0").info.run_id)
         assert store(_WORKSPACE).server.is_away()
         assert 1 <= len(mlflow.search_experiments(max_results=1))
+
+
+def test_a_model_from_elsewhere_is_not_said_to_be_nowhere_while_the_server_is_away(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Whether this process has met it, or written to it, or not: only the server can show it."""
+    from mlflow.exceptions import MlflowException
+
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        run = api.create_run(number).info.run_id
+        models = [api.create_logged_model(number, name=f"m{i}", source_run_id=run).model_id for i in range(2)]
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.5) as mlflow:
+            api = mlflow.MlflowClient()
+            assert "m0" == api.get_logged_model(models[0]).name
+            proxy.down()
+            store(uri).set_logged_model_tags(models[1], [])  # MLflow's client reads the model before
+            for model in models:
+                with pytest.raises(MlflowException, match="needs the tracking server") as caught:
+                    api.get_logged_model(model)
+                assert "TEMPORARILY_UNAVAILABLE" == caught.value.error_code
+            proxy.up()
+            deliver(uri)
+
+
+def test_a_slow_server_is_waited_for_to_show_a_model_that_this_process_has_met(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Most models are those of a run."""
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        run = api.create_run(number).info.run_id
+        model = api.create_logged_model(number, name="m", source_run_id=run).model_id
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.3) as mlflow:
+            for pause in (0.0, 0.8):
+                proxy.on("", delay(pause), times=None)
+                assert "m" == mlflow.get_logged_model(model).name
+            proxy.clear()

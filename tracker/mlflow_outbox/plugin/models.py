@@ -123,7 +123,7 @@ class Models(AsynchronousRuns):
         except NotYet:
             pass
         except Away:
-            if provisional.is_room(home.run_id) and self.local_run(home.run_id) is None:
+            if not self.began_here("model", model_id):  # what is on disk is not all of it
                 theirs = self.ask_alone(f"the model {model_id}", model_id, ask)
         if theirs is not None:
             theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)
