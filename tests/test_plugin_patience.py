@@ -16,9 +16,9 @@ import pytest
 
 from contents import client
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.testing.faults import delay
+from mlflow_outbox.testing.faults import accept_hang, delay
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import deliver, store, tracking
+from plugin_world import away, deliver, store, tracking
 from servers import MlflowServer
 
 _WORKSPACE = "outbox+databricks://work"
@@ -61,6 +61,13 @@ def workspace(server: MlflowServer, tmp_path: Path, **settings: object) -> Itera
             assert "theirs" == mlflow.get_run(theirs).info.run_name
             yield mlflow, proxy, theirs
             proxy.clear()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    begin = time.monotonic()
+    call()
+    return time.monotonic() - begin
 
 
 def test_a_database_that_is_silent_is_waited_for_no_longer_than_any_server(tmp_path: Path) -> None:
@@ -180,3 +187,49 @@ def test_a_slow_server_is_waited_for_to_show_a_model_that_this_process_has_met(
                 proxy.on("", delay(pause), times=None)
                 assert "m" == mlflow.get_logged_model(model).name
             proxy.clear()
+
+
+def test_what_writes_to_somebody_elses_run_or_model_waits_for_no_more_than_a_short_question(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The removal of a tag looks whether there is one, and is taken when that cannot be known."""
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        theirs = api.create_run(number, tags={"gone": "soon", "stays": "yes"}).info.run_id
+        model = api.create_logged_model(number, name="m", source_run_id=theirs, tags={"gone": "soon"}).model_id
+    waits = {"create_timeout": 0.5, "read_timeout": 30.0, "exit_timeout": 0, "request_timeout": 1.0}
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, **waits) as mlflow:
+            proxy.on("", accept_hang(), times=None)
+            api = mlflow.MlflowClient()
+            assert seconds(lambda: api.delete_tag(theirs, "gone")) < 15.0
+            assert seconds(lambda: api.delete_logged_model_tag(model, "gone")) < 15.0
+            proxy.clear()
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        assert {"stays"} == {"gone", "stays"} & api.get_run(theirs).data.tags.keys()
+        assert "gone" not in api.get_logged_model(model).tags
+
+
+def test_a_run_from_elsewhere_is_written_to_after_an_experiment_was_deleted_offline(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It might be one of that; whether it is only the server knows, which is no reason to refuse what is logged."""
+    from mlflow.exceptions import MlflowException
+
+    with client(mlflow_server.url) as api:
+        theirs, other = (api.create_run(api.create_experiment(f"{experiment_name}-{i}")).info.run_id for i in range(2))
+    with away(mlflow_server, tmp_path, create_timeout=0.5) as (mlflow, proxy, uri):
+        api = mlflow.MlflowClient()
+        for run in (theirs, other):
+            api.log_metric(run, "m", 1.0, step=1)
+        api.delete_experiment(api.create_experiment(experiment_name))
+        api.log_metric(theirs, "m", 2.0, step=2)
+        api.delete_run(other)
+        with pytest.raises(MlflowException, match="must be in the 'active' state"):
+            api.log_metric(other, "m", 2.0, step=2)
+        proxy.up()
+        deliver(uri)
+    with client(mlflow_server.url) as api:
+        assert {"m": 2.0} == api.get_run(theirs).data.metrics

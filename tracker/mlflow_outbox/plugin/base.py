@@ -36,6 +36,8 @@ T = TypeVar("T")
 UNKNOWN: Final = "RESOURCE_DOES_NOT_EXIST"
 #: And for what somebody may not do.
 _FORBIDDEN: Final = "PERMISSION_DENIED"
+#: And for what cannot be said now.
+LATER: Final = "TEMPORARILY_UNAVAILABLE"
 
 _DEFAULT_ROOT: Final = ".mlflow-outbox"
 #: Where an experiment's name is not known because the server is away; MLflow itself has an experiment 0 of this name.
@@ -267,12 +269,20 @@ class Base:
         """
         run = self.writable(run_id)
         if run.run_id in self._deleted:
-            self._check_active(self.get_run(run_id))  # it may have been restored, here or elsewhere
-            self._deleted.discard(run.run_id)
+            try:
+                self._check_active(self.run_as_known(run_id))  # it may have been restored, here or elsewhere
+            except MlflowException as error:
+                if error.error_code != LATER:
+                    raise
+                local = self.local_run(run.run_id)
+                if local is not None and local.view.lifecycle == "deleted":
+                    raise not_active("run", run_id) from None
+            else:
+                self._deleted.discard(run.run_id)
         return run
 
     @abc.abstractmethod
-    def get_run(self, run_id: str) -> Any:
+    def run_as_known(self, run_id: str) -> Any:
         """Return a run; see ``RunReads``."""
 
     def _check_active(self, run: Any) -> None:

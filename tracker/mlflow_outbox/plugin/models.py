@@ -12,7 +12,7 @@ from mlflow.utils.validation import _validate_logged_model_name
 
 from mlflow_outbox.plugin import made_here, reads
 from mlflow_outbox.plugin.asynchronous import AsynchronousRuns
-from mlflow_outbox.plugin.base import no_such
+from mlflow_outbox.plugin.base import LATER, no_such
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
 from mlflow_outbox.plugin.wrapped import Away
@@ -107,6 +107,10 @@ class Models(AsynchronousRuns):
         Raises:
             MlflowException: there is none of this id, or only the server would know and is away.
         """
+        return self._model(model_id, allow_deleted=allow_deleted, patient=True)
+
+    def _model(self, model_id: str, *, allow_deleted: bool = False, patient: bool = False) -> LoggedModel:
+        """Return a logged model as ``get_logged_model`` does; ``patient`` is as for ``run_as_known``."""
         if self._models_have_metrics:  # points that any run logged for the model, which only the server puts together
             self._models_have_metrics = False
             self.settle()
@@ -122,8 +126,10 @@ class Models(AsynchronousRuns):
             theirs = self.ask_about(model_id, ask)
         except NotYet:
             pass
-        except Away:
+        except Away as away:
             if not self.began_here("model", model_id):  # what is on disk is not all of it
+                if not patient:
+                    raise self.server.needed(f"the model {model_id}", away) from None
                 theirs = self.ask_alone(f"the model {model_id}", model_id, ask)
         if theirs is not None:
             theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)
@@ -144,7 +150,7 @@ class Models(AsynchronousRuns):
         found = reads.model_of(
             local.view.requests if local is not None else [], model_id, None, self._location(model_id)
         )
-        return found if found is not None else self.get_logged_model(model_id)
+        return found if found is not None else self._model(model_id)
 
     def _location(self, model_id: str) -> str:
         return self.shown_uri("model", model_id, self._artifact_uris.get(model_id))
@@ -159,9 +165,15 @@ class Models(AsynchronousRuns):
         Raises:
             MlflowException: it has no such tag.
         """
-        if key not in self.get_logged_model(model_id).tags:
-            msg = f"No tag with key {key!r} found for model with ID {model_id!r}."
-            raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
+        try:
+            found = self._model(model_id)
+        except MlflowException as error:
+            if error.error_code != LATER:
+                raise
+        else:
+            if key not in found.tags:
+                msg = f"No tag with key {key!r} found for model with ID {model_id!r}."
+                raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
         self.model_home(model_id).request("delete_logged_model_tag", model_id=model_id, key=key)
 
     def log_logged_model_params(self, model_id: str, params: list[LoggedModelParameter]) -> None:

@@ -50,6 +50,18 @@ class RunReads(Experiments):
         Raises:
             MlflowException: there is none of this id, or only the server would know and is away.
         """
+        return self.run_as_known(run_id, patient=True)
+
+    def run_as_known(self, run_id: str, *, patient: bool = False) -> Run:
+        """Return a run as ``get_run`` does.
+
+        Args:
+            run_id: its id.
+            patient: ask a slow server that is all that knows it for ``read_timeout``; a call that writes does not.
+
+        Raises:
+            MlflowException: as there.
+        """
         local_id = self.canonical(run_id)
         self.ids.called(run_id)
         if not self._can_answer(local_id):
@@ -76,6 +88,8 @@ class RunReads(Experiments):
                 return found
             if away is None:
                 raise no_such("Run", run_id)
+            if not patient:
+                raise self.server.needed(f"the run {run_id}", away)
             theirs = self.ask_alone(f"the run {run_id}", local_id, lambda store, remote: store.get_run(remote))
         self.answers.keep(local_id, theirs)
         uri = self.shown_uri("run", local_id, theirs.info.artifact_uri)

@@ -25,7 +25,7 @@ from mlflow.utils.validation import (
 )
 
 from mlflow_outbox.plugin import links, reads
-from mlflow_outbox.plugin.base import not_active
+from mlflow_outbox.plugin.base import LATER, not_active
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun, now_ms, say_once
 from mlflow_outbox.plugin.run_reads import RunReads
@@ -34,8 +34,6 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics, Params, RunEnded, RunStarted, Tags
 
-#: MLflow's code for what cannot be said now.
-_LATER: Final = "TEMPORARILY_UNAVAILABLE"
 _GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
 #: Milliseconds within which a point's time is that of the call, and not one that the program has chosen.
 _JUST_NOW: Final = 1000
@@ -308,9 +306,9 @@ class Runs(RunReads):
         """
         local_id = self.writable(run_id).run_id
         try:
-            found = self.get_run(run_id)
+            found = self.run_as_known(run_id)
         except MlflowException as error:
-            if error.error_code != _LATER:
+            if error.error_code != LATER:
                 raise
         else:
             self._check_active(found)
