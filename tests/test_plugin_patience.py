@@ -16,7 +16,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.testing.faults import accept_hang, delay
+from mlflow_outbox.testing.faults import accept_hang, delay, status
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import away, deliver, store, tracking
 from servers import MlflowServer
@@ -233,3 +233,25 @@ def test_a_run_from_elsewhere_is_written_to_after_an_experiment_was_deleted_offl
         deliver(uri)
     with client(mlflow_server.url) as api:
         assert {"m": 2.0} == api.get_run(theirs).data.metrics
+
+
+@pytest.mark.parametrize("how", ["it fails at this question", "it is never asked"])
+def test_an_experiment_that_is_named_by_its_id_is_not_said_to_be_nowhere_when_the_server_has_no_answer(
+    how: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A program that begins with it goes on."""
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+    failure = status(500, {"Content-Type": "application/json"}, b'{"error_code": "INTERNAL_ERROR", "message": "no"}')
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        if "fails" in how:
+            proxy.on("experiments/get?", failure, times=None)
+        with tracking(uri, tmp_path, create_timeout=0 if "never" in how else 2) as mlflow:
+            mlflow.set_experiment(experiment_id=number)
+            with mlflow.start_run():
+                mlflow.log_metric("m", 1.0)
+            proxy.clear()
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        assert [{"m": 1.0}] == [run.data.metrics for run in api.search_runs([number])]

@@ -85,17 +85,20 @@ class Experiments(Homes):
         """
         given = str(experiment_id)
         local = self._room(given)  # before the server is asked, see ``reads``
-        theirs = None
+        theirs: Experiment | None = None
+        is_away = False
         try:
             remote = self.ids.remote(given)
-            theirs = self.ask(lambda store: store.get_experiment(remote))
+            theirs = self.server.ask(lambda store: store.get_experiment(remote), quick=True)
         except NotYet:
             pass
+        except Away:
+            is_away = True
         found = self._with_pending(local, given, theirs)
         if found is not None:
             self.know_experiment(given, found.name)
             return found
-        if not provisional.is_provisional(given) and self.server.is_away():
+        if is_away:  # of a provisional one there would be something on disk
             # It was named by its id, so it exists; its name is asked for again when the server is back.
             return Experiment(
                 given, self.experiment_name(given), self.own_uri("experiment", given), "active", creation_time=now_ms()
