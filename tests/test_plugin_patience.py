@@ -183,9 +183,9 @@ def test_a_slow_server_is_waited_for_to_show_a_model_that_this_process_has_met(
     with FaultProxy(mlflow_server.url) as proxy:
         uri = f"outbox+{proxy.url}"
         with tracking(uri, tmp_path, create_timeout=0.3) as mlflow:
-            for pause in (0.0, 0.8):
-                proxy.on("", delay(pause), times=None)
-                assert "m" == mlflow.get_logged_model(model).name
+            assert "m" == mlflow.get_logged_model(model).name
+            proxy.on("", delay(0.8), times=None)
+            assert "m" == mlflow.get_logged_model(model).name
             proxy.clear()
 
 
@@ -255,3 +255,37 @@ def test_an_experiment_that_is_named_by_its_id_is_not_said_to_be_nowhere_when_th
             deliver(uri)
     with client(mlflow_server.url) as api:
         assert [{"m": 1.0}] == [run.data.metrics for run in api.search_runs([number])]
+
+
+@pytest.mark.parametrize("name", ["search_registered_models", "search_experiments", "search_logged_models"])
+def test_a_silent_server_costs_a_call_that_needs_it_one_short_wait_and_one_long_one(
+    name: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short one is for what was logged to arrive; no short question stands between that and the long one."""
+    from mlflow.exceptions import MlflowException
+
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+    waits = {"create_timeout": 1.0, "read_timeout": 2.0, "exit_timeout": 0}
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, **waits) as mlflow:
+            api, server = mlflow.MlflowClient(), store(uri).server
+            run = api.create_run(number)
+            deliver(uri)
+            proxy.on("", accept_hang(), times=None)
+            api.log_metric(run.info.run_id, "m", 1.0)
+            asked: list[float] = []
+            theirs = server._asked
+
+            def spy(question: Any, timeout: float) -> Any:
+                asked.append(timeout)
+                return theirs(question, timeout)
+
+            monkeypatch.setattr(server, "_asked", spy)
+            ask = {"search_logged_models": [[number]]}.get(name, [])
+            for _ in range(2):
+                with pytest.raises(MlflowException, match="needs the tracking server"):
+                    getattr(api, name)(*ask)
+            assert [2.0] == asked
+            proxy.clear()

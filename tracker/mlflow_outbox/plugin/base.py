@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
-from mlflow_outbox import delivery
+from mlflow_outbox import delivery, stopwatch
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
 from mlflow_outbox.plugin.answers import Answers
@@ -109,7 +109,7 @@ class Base:
         Raises:
             MlflowException: the server is away, or said no.
         """
-        self.settle()
+        self.settle(asks_next=True)
         try:
             given = [self.ids.outgoing(arg) for arg in args]
             named = {key: self.ids.outgoing(value) for key, value in kwargs.items()}
@@ -117,8 +117,7 @@ class Base:
         except Away as away:
             raise self.server.needed(name, away, call=name) from None
         except NotYet as missing:
-            pending = Away(f"{missing} has not been delivered yet", sent=False)
-            raise self.server.needed(name, pending, call=name) from None
+            raise self.server.needed(name, self.server.lacks(missing), call=name) from None
 
     def __getattr__(self, name: str) -> Any:
         """Find what MLflow's stores have beyond their abstract base, for instance in a newer version."""
@@ -129,21 +128,24 @@ class Base:
             raise AttributeError(name)  # noqa: TRY004 - what __getattr__ raises
         return lambda *args, **kwargs: self._delegate(name, *args, **kwargs)
 
-    def settle(self) -> bool:
+    def settle(self, *, asks_next: bool = False) -> bool:
         """Let what this process logged arrive first, for a moment: the next question is about it as often as not.
+
+        Args:
+            asks_next: the caller puts a question next, which tells an outage from a slow delivery; else it is put here.
 
         Returns:
             Whether it has.
         """
+        end = stopwatch.seconds() + self.outbox.settings.create_timeout
         if self.server.is_away() or self.outbox.worker_kind == "none":
             return False
         if not self.journals.wrote():
             return True
-        # What is only on its way is asked for nowhere, so that nothing else would tell an outage from a slow delivery.
         if self.server.was_away() and not self.server.answers():
             return False
-        settled = bool(self.outbox.flush(self.outbox.settings.create_timeout))
-        if not settled:
+        settled = bool(self.outbox.flush(max(0.0, end - stopwatch.seconds())))
+        if not settled and not asks_next:
             self.server.answers()
         return settled
 

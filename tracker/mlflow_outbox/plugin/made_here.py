@@ -130,7 +130,7 @@ def search(
         MlflowException: the server is away, and it is no search for a name, nor in experiments with models that were
             made here, or it is one by metrics; or the server said no.
     """
-    store.settle()
+    store.settle(asks_next=True)
     wanted = [str(number) for number in experiment_ids]
     try:
         remote, question = store.ids.outgoing(wanted), store.ids.searched(filter_string)
@@ -141,7 +141,7 @@ def search(
     except Away as error:
         away = error
     except NotYet as missing:
-        away = Away(f"{missing} has not been delivered yet", sent=False)
+        away = store.server.lacks(missing)
     if datasets or _names_metrics(filter_string, order_by):
         raise store.server.needed("a search for models by their metrics", away) from None
     numbers = {*wanted, *(_remote(store, number) for number in wanted)}

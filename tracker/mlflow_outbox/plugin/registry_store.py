@@ -38,7 +38,7 @@ class OutboxRegistry:
             return theirs
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tracking.settle()
+            tracking.settle(asks_next=True)
             try:
                 given = [tracking.ids.outgoing(tracking.located(arg)) for arg in args]
                 named = {key: tracking.ids.outgoing(tracking.located(value)) for key, value in kwargs.items()}
@@ -48,7 +48,7 @@ class OutboxRegistry:
                 away = Away(str(error), sent=False, answer=error.answer)
                 raise tracking.server.needed(f"the model registry ({name})", away, call=name) from None
             except NotYet as missing:
-                pending = Away(f"{missing} has not been delivered yet", sent=False)
+                pending = tracking.server.lacks(missing)
                 raise tracking.server.needed(f"the model registry ({name})", pending, call=name) from None
             return theirs(*given, **named)
 

@@ -256,14 +256,9 @@ class RunReads(Experiments):
         order_by: list[str],
         page_token: str | None,
     ) -> tuple[list[Run], str | None]:
-        self.settle()  # the server filters and orders by what it has
         wanted = [str(number) for number in experiment_ids]
-        known = []
-        for number in wanted:
-            try:
-                known.append(self.ids.remote(number))
-            except NotYet:
-                continue
+        self.settle(asks_next=bool(self._known(wanted)))  # the server filters and orders by what it has
+        known = self._known(wanted)
         local = self._local_runs({*wanted, *known}, filed=False)  # the server has the others
         page: tuple[list[Run], str | None]
         fresh = [run for run in local if not run.remote_id and provisional.is_provisional(run.run_id)]
@@ -299,6 +294,14 @@ class RunReads(Experiments):
         shown += [run for run in mixed if run.info.run_id not in arrived]
         page = SearchUtils.paginate(SearchUtils.sort(shown, order_by), page_token, max_results)
         return page
+
+    def _known(self, experiments: list[str]) -> list[str]:
+        """Return MLflow's ids of those experiments that it has."""
+        found = []
+        for number in experiments:
+            with contextlib.suppress(NotYet):
+                found.append(self.ids.remote(number))
+        return found
 
     def _first(self, known: list[str], asked: str | None, view: int, count: int, order_by: list[str]) -> list[Run]:
         """Return the first runs that the server finds, in as many requests as it takes."""

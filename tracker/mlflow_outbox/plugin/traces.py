@@ -82,10 +82,10 @@ class Traces(Models):
         """Record spans; nothing is waited for."""
         return self.log_spans(location, spans)
 
-    def _settle_traces(self) -> None:
+    def _settle_traces(self, *, asks_next: bool) -> None:
         """Let what this process did to traces arrive first, for a moment: who reads them sees what he wrote."""
         if self._traced:
-            self._traced = not self.settle()
+            self._traced = not self.settle(asks_next=asks_next)
 
     def _is_on_its_way(self, error: Exception) -> bool:
         """Return whether what the server has not, or not in full, may still arrive there."""
@@ -153,7 +153,7 @@ class Traces(Models):
         held = self._recent.get(trace_id)
         if held is not None and key in held.tags:
             return False
-        self._settle_traces()
+        self._settle_traces(asks_next=False)
         if self._traced:
             return False
         try:
@@ -205,7 +205,7 @@ class Traces(Models):
         Raises:
             MlflowException: neither knows it.
         """
-        self._settle_traces()
+        self._settle_traces(asks_next=True)
         try:
             return self.server.ask(lambda store: store.get_trace_info(trace_id))
         except (Away, MlflowException) as error:
@@ -222,7 +222,7 @@ class Traces(Models):
         Raises:
             MlflowException: neither the server nor this process knows it.
         """
-        self._settle_traces()
+        self._settle_traces(asks_next=True)
         held = self._held(trace_id)
         try:
             return self.server.ask(lambda store: store.get_trace(trace_id, **options))
@@ -239,7 +239,7 @@ class Traces(Models):
         Raises:
             MlflowException: the server is away and this process does not know them all.
         """
-        self._settle_traces()
+        self._settle_traces(asks_next=True)
         held = {trace_id: trace for trace_id in trace_ids if (trace := self._held(trace_id)) is not None}
         try:
             found = {

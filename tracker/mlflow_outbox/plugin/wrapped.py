@@ -144,6 +144,12 @@ class Server:
             pass  # it said no
         return True
 
+    def lacks(self, missing: object) -> Away:
+        """Return why nothing can be asked about what has not been delivered; whether anything can is found out here."""
+        if self._outbox.worker_kind != "none":
+            self.answers()
+        return Away(f"{missing} has not been delivered yet", sent=False)
+
     def ask(self, question: Callable[[Any], T], *, quick: bool = False) -> T:
         """Put a question to the store.
 
