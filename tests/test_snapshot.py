@@ -51,6 +51,25 @@ def test_the_same_content_is_kept_once(store: SnapshotStore, tmp_path: Path) -> 
     assert 1 == len(list(store.path.iterdir()))
 
 
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_copy_that_is_there_stays_where_the_same_content_is_logged_again(tmp_path: Path, durable: bool) -> None:
+    """F16: a durable event may name it; a power cut may take the content of what took its place, and not its name."""
+    (tmp_path / "run").mkdir()
+    store = SnapshotStore(tmp_path / "run", durable=durable)
+    place = store.path / store.add_bytes(b"same", limit=9).sha256
+    before = place.stat().st_ino
+    for _ in range(2):
+        store.add_bytes(b"same", limit=9)
+        assert before == place.stat().st_ino
+    for damage in (b"", b"tame"):
+        place.write_bytes(damage)
+        store.add_bytes(b"same", limit=9)
+        assert b"same" == place.read_bytes()
+        assert before != place.stat().st_ino
+        before = place.stat().st_ino
+    assert [place] == list(store.path.iterdir())
+
+
 def test_a_link_is_followed_to_its_file(store: SnapshotStore, tmp_path: Path) -> None:
     """It is the user's own, given on purpose."""
     (tmp_path / "source").write_bytes(b"x")

@@ -13,7 +13,8 @@ A worker moves copies that are delivered out of ``files`` while the run goes on,
 filed. Whoever logs a file holds a shared lock (flock) on the directory from before the copy's draft is made until the
 event that names it is on disk (``Hold``). A worker moves something only while it has the directory to itself
 (``alone``), and only what no undelivered event on disk names by then. So it never meets a copy whose event is still to
-come, and what it has moved no later event relies on: a call always makes a copy of its own, at its place in ``files``.
+come, and what it has moved no later event relies on: a call makes a copy of its own, at its place in ``files``, unless
+it finds one there.
 
 Any of them may be killed at any point, and the kernel gives back what it held. A program killed before its event was
 written leaves a draft, or a copy that no event names: the next worker removes the one and takes the other for
@@ -71,7 +72,7 @@ class Hold:
         self._fd = fd
         self._pid = os.getpid()
         #: The copies that were not there before.
-        self._made: dict[str, tuple[int, int]] = {}
+        self._made: dict[str, tuple[int, int, int]] = {}
 
     def is_locked(self, kind: int) -> bool:
         """Lock the directory, if that can be done at once and its path still leads to it; return whether it is so."""
@@ -90,7 +91,7 @@ class Hold:
 
     def made(self, sha256: str, found: os.stat_result) -> None:
         """Take notice of a copy that was not there before."""
-        self._made[sha256] = found.st_dev, found.st_ino
+        self._made[sha256] = found.st_dev, found.st_ino, found.st_mtime_ns
 
     def handed_on(self) -> Hold:
         """Return another hold in place of this one, which has nothing to let go of any more."""
@@ -100,7 +101,7 @@ class Hold:
     def discard(self, sha256: str) -> None:
         """Remove a copy whose event was refused and end the hold; where others may rely on it, it is left to a worker.
 
-        Nobody else may be between a copy and its event, and nobody may have made the same one meanwhile.
+        Nobody else may be between a copy and its event, and nobody may have made the same one, or found it, meanwhile.
         """
         made = self._made.get(sha256)
         if made is None or self._fd < 0 or self._pid != os.getpid():
@@ -108,7 +109,7 @@ class Hold:
         with contextlib.suppress(OSError):
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found = os.stat(self._folder / sha256, follow_symlinks=False)
-            if (found.st_dev, found.st_ino) == made:
+            if (found.st_dev, found.st_ino, found.st_mtime_ns) == made:
                 os.unlink(self._folder / sha256)
 
     def let_go(self) -> None:
@@ -235,7 +236,7 @@ class SnapshotStore:
                 copy.flush()
                 if self._durable:
                     os.fsync(copy.fileno())
-            self._name(draft, digest.hexdigest(), hold)
+            self._name(draft, Snapshot(digest.hexdigest(), size), hold)
             if self._durable:
                 self._sync_names()
         except ArtifactRefused:  # which is an OSError too
@@ -246,16 +247,22 @@ class SnapshotStore:
             self._discard(draft)  # by now it has its final name, unless something went wrong
         return Snapshot(digest.hexdigest(), size)
 
-    def _name(self, draft: Path, sha256: str, hold: Hold) -> None:
-        """Give a draft its final name; only a link tells for sure that there was no such copy before."""
-        place = self.path / sha256
+    def _name(self, draft: Path, kept: Snapshot, hold: Hold) -> None:
+        """Give a draft its final name; only a link tells for sure that there was no such copy before.
+
+        One that is there, and whole, stays: a durable event may name it, and what took its place would not be durable.
+        """
+        place, made = self.path / kept.sha256, os.stat(draft, follow_symlinks=False)
         try:
             os.link(draft, place)
         except OSError as error:  # there is one, or the file system knows no links
             forward(error)
-            os.rename(draft, place)
+            if not _is_shared(place, kept):
+                os.rename(draft, place)
+            elif self._durable:
+                self.sync(kept.sha256)
         else:
-            hold.made(sha256, os.stat(place, follow_symlinks=False))
+            hold.made(kept.sha256, made)
 
     def _no_room(self, what: str, error: OSError) -> ArtifactRefused:
         msg = f"no copy of {what} could be made in {self.path}: {error.strerror or error}"
@@ -309,6 +316,28 @@ def is_draft(name: str) -> bool:
 
 def _opened(folder: Path) -> int:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _is_shared(place: Path, kept: Snapshot) -> bool:
+    """Return whether there is a copy that holds what it should, which a power cut may have taken.
+
+    If so, a later time tells whoever has made it that somebody else relies on it.
+    """
+    try:
+        fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found, digest = os.fstat(fd), hashlib.sha256()
+            if not stat.S_ISREG(found.st_mode) or found.st_size != kept.size:
+                return False
+            for chunk in iter(lambda: os.read(fd, _CHUNK), b""):
+                digest.update(chunk)
+            os.utime(fd, ns=(found.st_atime_ns, max(time.time_ns(), found.st_mtime_ns + 1)))
+            return digest.hexdigest() == kept.sha256 and os.fstat(fd).st_mtime_ns > found.st_mtime_ns
+        finally:
+            os.close(fd)
+    except OSError as error:
+        forward(error)
+        return False
 
 
 def size_of(source: str | os.PathLike[str]) -> int:
