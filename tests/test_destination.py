@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,15 @@ def test_slugs_are_names_that_differ_by_place() -> None:
     assert all(len(slug) < 80 and slug.isascii() and slug.replace("-", "").isalnum() for slug in slugs)
     assert "http" == resolve("http://host").scheme
     assert "postgresql" == resolve("postgresql+psycopg2://host/db").scheme
+
+
+def test_a_directory_whose_name_is_no_text_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As names of another encoding are, in which a program may run; the library's own error is all that it meets."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    for uri in (None, "sqlite:///a.db"):
+        with pytest.raises(DestinationError, match=r"caf.*is no UTF-8"):
+            resolve(uri)

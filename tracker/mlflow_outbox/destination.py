@@ -70,16 +70,21 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
 
     Raises:
         DestinationError: the URI has no scheme that MLflow knows, or what it names depends on the current directory,
-            which is gone.
+            which is gone, or has a name that is no UTF-8.
     """
     try:
-        return _resolved(tracking_uri, default)
+        found = _resolved(tracking_uri, default)
+        found.uri.encode()
     except FileNotFoundError as error:
         msg = (
             f"the tracking URI cannot be used, as where it keeps its files depends on the current directory, which is "
             f"gone ({error.strerror}); change to one that exists"
         )
         raise DestinationError(msg) from None
+    except UnicodeEncodeError as error:
+        msg = f"the tracking URI cannot be used, as the name {printable(error.object, 300)!r} is no UTF-8; give another"
+        raise DestinationError(msg) from None
+    return found
 
 
 def _resolved(tracking_uri: str | os.PathLike[str] | None, default: str | None) -> Destination:
