@@ -10,7 +10,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import NOWHERE, WAYS, deliver, store, the_runs, tracking, world
+from plugin_world import NOWHERE, WAYS, away, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
 
 #: What MLflow refuses: called with mlflow, and the ids of an experiment and of a run of it.
@@ -177,3 +177,37 @@ def test_a_trace_of_another_process_is_tagged_also_while_it_is_on_its_way(
         mlflow.set_trace_tag(trace, "a", "b")
         deliver(uri)
         assert "b" == mlflow.get_trace(trace).info.tags["a"]
+
+
+def test_what_a_server_refuses_of_an_experiment_is_refused_while_it_is_away(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Else the experiment would wait for a person, and each of its runs with it."""
+    from mlflow.exceptions import MlflowException
+
+    with client(mlflow_server.url) as api:
+        theirs = api.create_experiment(f"{experiment_name}-theirs")
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        api = mlflow.MlflowClient()
+        with pytest.raises(TypeError):
+            api.create_experiment(f"{experiment_name}-tag", tags={"a": None})
+        with pytest.raises(MlflowException, match="can't include fragments"):
+            api.create_experiment(f"{experiment_name}-place", artifact_location="s3://bucket/files#1")
+        number = api.create_experiment(experiment_name)
+        for experiment in (number, theirs):
+            api.delete_experiment(experiment)
+            with pytest.raises(MlflowException, match="Cannot rename a non-active experiment"):
+                api.rename_experiment(experiment, f"{experiment_name}-renamed")
+            with pytest.raises(MlflowException, match="must be in the 'active' state"):
+                api.create_logged_model(experiment, name="m")
+            api.restore_experiment(experiment)
+            api.create_logged_model(experiment, name="m")
+            api.create_run(experiment)
+        proxy.up()
+        deliver(uri)
+    with client(mlflow_server.url) as api:
+        for name in (experiment_name, f"{experiment_name}-theirs"):
+            experiment = api.get_experiment_by_name(name)
+            assert "active" == experiment.lifecycle_stage
+            assert 1 == len(api.search_runs([experiment.experiment_id]))
+            assert 1 == len(api.search_logged_models([experiment.experiment_id]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
 
 from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import INVALID_STATE, RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.validation import _validate_experiment_name, _validate_experiment_tag
 
 from mlflow_outbox.plugin import reads
@@ -40,11 +41,16 @@ class Experiments(Homes):
         """Create an experiment and return its id, a provisional one when the server is away.
 
         Raises:
-            MlflowException: the name or a tag is none that MLflow takes, or the experiment exists.
+            TypeError: the value of a tag is no text, and MLflow's client sends nothing else.
+            MlflowException: the name, the place or a tag is none that MLflow takes, or the experiment exists.
         """
         _validate_experiment_name(name)
         for tag in tags or ():
             _validate_experiment_tag(tag.key, tag.value)
+            if not self.integers.embedded:
+                tag.to_proto()
+        if artifact_location and not self.integers.embedded:
+            _check_place(artifact_location)
         after: list[str] = []
         try:
             made = self.server.ask(
@@ -100,9 +106,11 @@ class Experiments(Homes):
             return found
         if is_away:  # of a provisional one there would be something on disk
             # It was named by its id, so it exists; its name is asked for again when the server is back.
-            return Experiment(
+            shown = Experiment(
                 given, self.experiment_name(given), self.own_uri("experiment", given), "active", creation_time=now_ms()
             )
+            requests = local.view.requests if local is not None else []
+            return reads.experiment_of(requests, shown, given, self.own_uri("experiment", given)) or shown
         raise no_such("Experiment", given)
 
     def _room(self, given: str) -> LocalRun | None:
@@ -241,7 +249,7 @@ class Experiments(Homes):
         """Rename an experiment.
 
         Raises:
-            MlflowException: the name is none that MLflow takes, or is taken.
+            MlflowException: the name is none that MLflow takes, or is taken, or the experiment is deleted.
         """
         _validate_experiment_name(new_name)
         given = str(experiment_id)
@@ -281,11 +289,16 @@ class Experiments(Homes):
             other = self._named_here(new_name)
             if other is not None and self.shown_experiment(other.experiment_id) != self.shown_experiment(given):
                 raise _exists(new_name)
+            if self.journals.exists(provisional.room_of(given)) and not self._is_active(given):
+                raise MlflowException("Cannot rename a non-active experiment.", error_code=INVALID_STATE)
         elif self.journals.exists(provisional.room_of(given)):
             stage = self.get_experiment(given).lifecycle_stage
             wanted = LifecycleStage.ACTIVE if operation == "delete_experiment" else LifecycleStage.DELETED
             if stage != wanted and (operation == "delete_experiment" or provisional.is_provisional(given)):
                 raise no_such(f"{wanted.capitalize()} experiment", given)
+
+    def _is_active(self, given: str) -> bool:
+        return bool(self.get_experiment(given).lifecycle_stage == LifecycleStage.ACTIVE)
 
     def _has_to_come_after(self, given: str, *, runs: bool) -> bool:
         """Return whether other changes of an experiment wait, or (runs) a run of it is not filed as delivered."""
@@ -299,6 +312,18 @@ class Experiments(Homes):
         started = (RunReader(directory.run(run_id)).started()[0] for run_id in directory.run_ids())
         shown = self.shown_experiment(given)
         return any(run is not None and self.shown_experiment(run.experiment_id) == shown for run in started)
+
+
+def _check_place(location: str) -> None:
+    """Refuse a place for files that MLflow's server refuses: the experiment would wait, and all its runs with it.
+
+    Raises:
+        MlflowException: it is none that MLflow takes.
+    """
+    parts = urlparse(location)
+    if parts.fragment or parts.params:
+        msg = "'artifact_location' URL can't include fragments or params."
+        raise MlflowException.invalid_parameter_value(msg)
 
 
 def _exists(name: str) -> MlflowException:

@@ -41,7 +41,8 @@ class Models(AsynchronousRuns):
         """Create a logged model: by the server if it answers in time, else here, with a provisional id.
 
         Raises:
-            MlflowException: the name is none that MLflow takes, or the server said no.
+            MlflowException: the name is none that MLflow takes, the server said no, or the experiment is known to be
+                deleted.
         """
         _validate_logged_model_name(name)
         experiment_id = str(experiment_id)
@@ -61,6 +62,8 @@ class Models(AsynchronousRuns):
         self.ids.called(model_id)
         self._model_homes[model_id] = home.run_id
         self._model_params[model_id] = {param.key: param.value for param in params or ()}
+        if made is None:
+            self.refuse_deleted(experiment_id)
         home.request(
             "create_logged_model", known=made.model_id if made is not None else "", model_id=model_id, **arguments
         )
