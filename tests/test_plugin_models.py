@@ -330,3 +330,28 @@ def test_a_point_of_a_model_that_mlflow_takes_only_once_is_a_dead_letter(
         (held,) = the_runs(plain, experiment_name)
         assert {"alone": 2.0, "a": 2.0, "b": 1.0, "c": 1.0, "after": 1.0} == held.data.metrics
         assert "FINISHED" == held.info.status
+
+
+def test_a_model_is_shown_as_others_have_changed_it_since_what_was_logged_here_arrived(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """And what is pending in front. MLflow notes the versions of a model in a tag, which it reads before it sets it."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        for source in (mlflow.MlflowClient().create_run(number).info.run_id, None):
+            model = mlflow.initialize_logged_model(
+                name="m", source_run_id=source, tags={"stage": "dev", "gone": "soon", "mine": "1"}
+            ).model_id
+            mlflow.set_logged_model_tags(model, {"stage": "test", "mine": "2"})
+            mlflow.MlflowClient().finalize_logged_model(model, "FAILED")
+            deliver(uri)
+            with client(mlflow_server.url) as api:
+                api.set_logged_model_tags(model, {"stage": "prod", "mine": "0"})
+                api.delete_logged_model_tag(model, "gone")
+                api.finalize_logged_model(model, "READY")
+            seen = mlflow.get_logged_model(model)
+            assert ("prod", "READY") == (seen.tags["stage"], str(seen.status))
+            assert "gone" not in seen.tags
+            mlflow.set_logged_model_tags(model, {"mine": "3"})
+            assert ("prod", "3") == tuple(mlflow.get_logged_model(model).tags[key] for key in ("stage", "mine"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.entities import LoggedModel, LoggedModelParameter, LoggedModelTag
 from mlflow.exceptions import MlflowException
@@ -17,6 +17,10 @@ from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.events import Request
+
+if TYPE_CHECKING:
+    from mlflow_outbox_worker.reading import LocalRun
 
 #: Models whose params are remembered; those of others are looked up on the disk.
 _MODELS: Final = 512
@@ -58,12 +62,12 @@ class Models(AsynchronousRuns):
             "model_type": model_type,
         }
         made = self._made_by_server(arguments)
+        if made is None:
+            self.refuse_deleted(experiment_id)
         model_id = made.model_id if made is not None else local
         self.ids.called(model_id)
         self._model_homes[model_id] = home.run_id
         self._model_params[model_id] = {param.key: param.value for param in params or ()}
-        if made is None:
-            self.refuse_deleted(experiment_id)
         home.request(
             "create_logged_model", known=made.model_id if made is not None else "", model_id=model_id, **arguments
         )
@@ -71,7 +75,7 @@ class Models(AsynchronousRuns):
             made._artifact_location = self.shown_uri("model", model_id, made.artifact_location)
             made._tags.pop(provisional.MODEL_ID_TAG, None)
             return self.named(made)
-        return self._folded(home, model_id, None)
+        return self._folded(self.local_run(home.run_id), model_id, None)
 
     def _home_of_new(self, experiment_id: str, source_run_id: str | None) -> OpenRun:
         if source_run_id:
@@ -93,14 +97,14 @@ class Models(AsynchronousRuns):
             return None
 
     def _folded(
-        self, home: OpenRun, model_id: str, theirs: LoggedModel | None, *, allow_deleted: bool = False
+        self, local: LocalRun | None, model_id: str, theirs: LoggedModel | None, *, allow_deleted: bool = False
     ) -> LoggedModel:
-        local = self.local_run(home.run_id)
-        # Requests that were delivered are in the server's answer; folding them in again changes nothing that came
-        # after them.
-        requests = local.view.requests if local is not None else []
+        requests: Any = local.view.requests if local is not None else []
+        is_deleted = not allow_deleted and reads.is_deleted(requests, model_id)
+        if local is not None and theirs is not None:  # it has what was delivered, and what others did later
+            requests = [event for _, event in local.pending if isinstance(event, Request)]
         found = reads.model_of(requests, model_id, theirs, self.own_uri("model", model_id))
-        if found is None or (not allow_deleted and reads.is_deleted(requests, model_id)):
+        if found is None or is_deleted:
             raise no_such("Logged model", model_id)
         return found
 
@@ -119,6 +123,7 @@ class Models(AsynchronousRuns):
             self.settle()
         home = self.model_home(model_id)
         self.ids.called(model_id)
+        local = self.local_run(home.run_id)  # before the server is asked, see ``reads``
         theirs: LoggedModel | None = None
         options = {"allow_deleted": True} if allow_deleted else {}
 
@@ -137,7 +142,7 @@ class Models(AsynchronousRuns):
         if theirs is not None:
             theirs._artifact_location = self.shown_uri("model", model_id, theirs.artifact_location)
             self.named(theirs)._model_id = model_id
-        found = self._folded(home, model_id, theirs, allow_deleted=allow_deleted)
+        found = self._folded(local, model_id, theirs, allow_deleted=allow_deleted)
         found._model_uri = f"models:/{model_id}"
         return found
 
