@@ -15,6 +15,7 @@ mlflow.
 * ``rest`` ends what a store that is not used costs.
 * ``models`` and ``traces`` are the parts of the store that their names say; ``trace_rooms`` knows which traces are on
   their way, and where, and ``spans`` holds what is in them.
-* ``artifacts`` stages files; ``registry_store`` delegates the model registry, which needs the server.
+* ``artifacts`` stages files, and ``folders`` are what those of a run are in; ``registry_store`` delegates
+  the model registry, which needs the server.
 * ``codec`` writes MLflow's entities as JSON; the worker reads them back.
 """

@@ -183,7 +183,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             pending = local
         for name, file in pending.items():
             rest = posixpath.relpath(name, folder or ".")
-            if rest.startswith("../") or rest == ".":
+            if rest in {".", ".."} or rest.startswith("../"):
                 continue
             head, _, below = rest.partition("/")
             shown = posixpath.join(folder, head)
@@ -334,6 +334,11 @@ class _Claimed:
         places = getattr(_get_store(uri), "places", None) if uri.startswith(_PREFIX) else None  # none when switched off
         if places is not None and places.owner_of(artifact_uri):
             return StagedArtifacts(artifact_uri, uri, registry_uri)
+        if places is not None and get_uri_scheme(artifact_uri) not in LOCAL:  # where programs open the files
+            from mlflow_outbox.plugin import folders  # it imports this module
+
+            if places.owner_of(folders.files_in(artifact_uri)):
+                return folders.FolderOfFiles(artifact_uri, uri, registry_uri)
         return self._theirs(artifact_uri, tracking_uri, registry_uri)
 
 

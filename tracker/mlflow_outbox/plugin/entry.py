@@ -80,9 +80,9 @@ def staged_artifacts(artifact_uri: str, tracking_uri: str | None = None, registr
             f"{artifact_uri} is a place in an outbox; it can be read with the outbox+ tracking URI that it was made by"
         )
         raise MlflowException.invalid_parameter_value(msg)
-    from mlflow_outbox.plugin.artifacts import StagedArtifacts
+    from mlflow_outbox.plugin.folders import repository
 
-    return StagedArtifacts(artifact_uri, tracking_uri, registry_uri)
+    return repository(artifact_uri, tracking_uri, registry_uri)
 
 
 def proxied_artifacts(artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:

@@ -61,7 +61,7 @@ def owner_by_look(uri: str) -> tuple[str, str, str]:
     """
     if get_uri_scheme(uri) == provisional.ARTIFACT_SCHEME:
         found = provisional.URI_PATTERN.match(uri)
-        if found:
+        if found and found[0].endswith("/artifacts"):
             below = uri[found.end() :].strip("/")
             return ("uri", found[2], "") if found[1] == "experiment" else (found[1], found[2], below)
     else:
