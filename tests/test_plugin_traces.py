@@ -16,6 +16,8 @@ from mlflow_outbox.plugin.journals import MOST_INLINE
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.testing.faults import drop
+from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.letters import send_again
 from plugin_world import NOWHERE, deliver, store, tracking
@@ -253,3 +255,33 @@ def test_the_spans_of_a_trace_on_its_way_come_in_the_order_in_which_a_server_giv
         mlflow.flush_trace_async_logging()
         trace = mlflow.get_trace(mlflow.get_last_active_trace_id())
         assert ["root", "first", "inner", "second"] == [span.name for span in trace.data.spans]
+
+
+def test_a_deletion_of_traces_is_of_those_alone(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """One that is on its way can be had as before; one that is gone takes no tag, which nobody would see again."""
+    from mlflow.exceptions import MlflowException
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.5) as mlflow:
+            number = mlflow.set_experiment(experiment_name).experiment_id
+            traces = []
+            for name in ("gone", "stays"):
+                with mlflow.start_span(name):
+                    pass
+                mlflow.flush_trace_async_logging()
+                traces.append(mlflow.get_last_active_trace_id())
+                if name == "gone":
+                    deliver(uri)
+                    proxy.on(lambda method, path: method == "POST" and path.endswith("/traces"), drop(), times=None)
+            gone, stays = traces
+            api = mlflow.MlflowClient()
+            assert 1 == api.delete_traces(number, trace_ids=[gone])
+            assert ["stays"] == [span.name for span in api.get_trace(stays).data.spans]
+            proxy.clear()
+            deliver(uri)
+            with pytest.raises(MlflowException, match="not found"):
+                api.set_trace_tag(gone, "a", "b")
+            assert ["stays"] == [span.name for span in spans(mlflow, experiment_name)]

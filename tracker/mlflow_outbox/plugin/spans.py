@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox.plugin.trace_rooms import Place, arrived
@@ -107,11 +108,12 @@ class Spans:
                     self._drop(trace_id)
             self._look_at = self.size + _LOOK
 
-    def clear(self) -> None:
-        """Let go of all."""
+    def forget(self, trace_ids: Iterable[str]) -> None:
+        """Let go of traces that were deleted."""
         with self._lock:
-            self._traces.clear()
-            self.size, self._look_at = 0, _LOOK
+            for trace_id in trace_ids:
+                if trace_id in self._traces:
+                    self._drop(trace_id)
 
     def _drop(self, trace_id: str) -> None:
         held = self._traces.pop(trace_id)

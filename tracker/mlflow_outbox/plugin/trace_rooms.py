@@ -6,7 +6,7 @@ not know then. So a trace is remembered until it was delivered, however many wai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mlflow_outbox import delivery
@@ -67,6 +67,11 @@ class TraceRooms:
             for there in arrived(self._outbox, dict(self._places)):
                 self._places.pop(there, None)
             self._most = max(_REMEMBERED, 2 * len(self._places))  # so that looking costs little for each trace
+
+    def forget(self, trace_ids: Iterable[str]) -> None:
+        """Take note that traces were deleted."""
+        for trace_id in trace_ids:
+            self._places.pop(trace_id, None)
 
     def experiment(self, trace_id: str) -> str:
         """Return the experiment of a trace, or "" when it is none of this process or was delivered."""

@@ -165,16 +165,28 @@ class Traces(Models):
                 raise
             return False  # it may be on its way from another process
 
-    def delete_traces(self, *args: Any, **kwargs: Any) -> int:
+    def delete_traces(
+        self,
+        experiment_id: str,
+        max_timestamp_millis: int | None = None,
+        max_traces: int | None = None,
+        trace_ids: list[str] | None = None,
+    ) -> int:
         """Delete traces at the server, after those of this process have had a moment to arrive there.
 
         Raises:
             MlflowException: the server is away, or said no.
         """
-        deleted: int = self._delegate("delete_traces", *args, **kwargs)
+        deleted: int = self._delegate("delete_traces", experiment_id, max_timestamp_millis, max_traces, trace_ids)
         with self._recent_lock:
-            self._recent.clear()
-        self._spans.clear()
+            until = -1 if max_timestamp_millis is None else max_timestamp_millis
+            old = [trace_id for trace_id, info in self._recent.items() if info.timestamp_ms <= until]
+            gone = {*(trace_ids or ()), *old}
+            for trace_id in gone:
+                self._recent.pop(trace_id, None)
+                self._met.pop(trace_id, None)
+        self._rooms.forget(trace_ids or ())  # what comes later of the others, if they are on their way, follows them
+        self._spans.forget(gone)
         return deleted
 
     def _check_offered(self, name: str, *args: Any) -> None:
