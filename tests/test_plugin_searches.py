@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from contents import client
+from mlflow_outbox_worker.mlflow_sink import transport
 from mlflow_outbox_worker.reading import Reading
-from plugin_world import away, deliver, store
+from plugin_world import away, deliver, store, tracking
 from servers import MlflowServer, eventually
 
 
@@ -45,3 +47,18 @@ def test_a_search_reads_no_run_that_is_filed_as_delivered(
         held = mlflow.search_runs(output_format="list", order_by=["metrics.m ASC"])
         assert ["offline", "online"] == [run.info.run_name for run in held]
         assert {*read} >= {begun.info.run_id}
+
+
+def test_a_large_answer_is_read_as_without_an_outbox(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow asks for the runs of an experiment in one page. The worker asks for nothing so large, and has a limit."""
+    from mlflow.entities import Param
+
+    monkeypatch.setattr(transport, "MAX_ANSWER_BYTES", 10_000)
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        for _ in range(3):
+            api.log_batch(api.create_run(number).info.run_id, params=[Param("p", "x" * 5000)])
+    with tracking(f"outbox+{mlflow_server.url}", tmp_path, worker="none") as mlflow:
+        assert 3 == len(mlflow.search_runs([number]))

@@ -92,6 +92,7 @@ def open_store(destination: Destination, timeout: float) -> Any:
         timeout=timeout,
         username=None,
         password=None,
+        reads=True,
     )
 
 

@@ -93,9 +93,15 @@ class OpenStore:
 
 
 def open_store(
-    uri: str, *, artifact_root: str | None, timeout: float, username: str | None, password: str | None
+    uri: str,
+    *,
+    artifact_root: str | None,
+    timeout: float,
+    username: str | None,
+    password: str | None,
+    reads: bool = False,
 ) -> OpenStore:
-    """Open the store of a tracking URI; the arguments are those of ``open_sink``.
+    """Open the store of a tracking URI; the arguments are those of ``open_sink``, and of ``Transport``.
 
     Raises:
         DestinationError: the URI has no form that MLflow knows.
@@ -103,10 +109,10 @@ def open_store(
     """
     scheme = scheme_of(uri)
     if scheme in {"http", "https"}:
-        return _server(uri, timeout, username, password)
+        return _server(uri, Transport(timeout, reads=reads), username, password)
     with translated():
         if scheme == "databricks":
-            transport = Transport(timeout)
+            transport = Transport(timeout, reads=reads)
             store = DatabricksStore(functools.partial(get_databricks_host_creds, uri), transport)
             return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=True, transport=transport)
         if scheme == "file":
@@ -168,7 +174,7 @@ def scheme_of(uri: str) -> str:
     raise DestinationError(msg)
 
 
-def _server(uri: str, timeout: float, username: str | None, password: str | None) -> OpenStore:
+def _server(uri: str, transport: Transport, username: str | None, password: str | None) -> OpenStore:
     try:
         host = Host(uri, username, password)
     except ValueError:  # its text may repeat the URI, and with it a password
@@ -176,7 +182,6 @@ def _server(uri: str, timeout: float, username: str | None, password: str | None
     if host is None or not host.netloc:
         msg = "the tracking URI names no host"
         raise DestinationError(msg)
-    transport = Transport(timeout)
     store = ServerStore(host.host_creds, transport)
     return OpenStore(
         host.uri,

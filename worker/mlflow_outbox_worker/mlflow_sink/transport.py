@@ -51,6 +51,9 @@ from mlflow_outbox_worker.sink import SinkError
 
 #: Bytes of an answer after which it is no answer of MLflow; a page of 200 runs with long params stays far below.
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
+#: The same where a program reads what it likes: the runs of a large experiment, which MLflow asks for in one page, or a
+#: trace with files in it.
+MAX_READ_BYTES = 1024 * 1024 * 1024
 #: Bytes read at once; small, because one read of a compressed answer can grow a thousandfold.
 _CHUNK_BYTES = 64 * 1024
 #: Connections kept to one server; more may be open, and are closed after use.
@@ -205,10 +208,12 @@ class Transport:
 
     Args:
         timeout: seconds that one request may take in all.
+        reads: a program reads what it likes.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, *, reads: bool = False) -> None:
         self._timeout = timeout
+        self._most = MAX_READ_BYTES if reads else MAX_ANSWER_BYTES
         self._lock = threading.Lock()
         self._session: requests.Session | None = None
         self._session_pid = 0
@@ -259,7 +264,7 @@ class Transport:
                 stream=True,
                 **kwargs,
             )
-            return Answer(response.status_code, response.headers, _body(response, into), secrets)
+            return Answer(response.status_code, response.headers, _body(response, into, self._most), secrets)
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             forward(error)  # the plugin asks in the program's own thread
             failure = _failure(error, attempt, f"{method} {endpoint}", secrets)
@@ -296,7 +301,7 @@ class Transport:
 _REQUEST_ARGUMENTS = ("headers", "verify", "timeout", "cert", "auth", "params", "json", "data", "stream")
 
 
-def _body(response: requests.Response, into: IO[bytes] | None) -> bytes:
+def _body(response: requests.Response, into: IO[bytes] | None, most: int) -> bytes:
     if response.raw is None:  # http_request's own answer for what the Databricks SDK raised: there is no stream
         return response.content or b""
     parts: list[bytes] = []
@@ -307,8 +312,8 @@ def _body(response: requests.Response, into: IO[bytes] | None) -> bytes:
                 into.write(part)
                 continue
             size += len(part)
-            if size > MAX_ANSWER_BYTES:
-                msg = f"the answer is larger than {MAX_ANSWER_BYTES} bytes, which no answer of MLflow is"
+            if size > most:
+                msg = f"the answer is larger than {most} bytes, which no answer of MLflow is"
                 raise SinkError(msg, kind="not_mlflow", status=response.status_code)
             parts.append(part)
     except BaseException:  # raised again: the rest of the answer stays unread
