@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -304,6 +305,21 @@ def test_without_memory_to_share_there_is_none(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(os, "memfd_create")
     with passed_on(Settings()) as deputy:
         assert deputy is None
+    assert before == len(os.listdir("/proc/self/fd"))
+
+
+def test_memory_that_gets_no_size_is_given_back() -> None:
+    """As where no file may have one (``ulimit -f 0``): a worker that is replaced again and again would use them up."""
+    before = len(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    held = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with passed_on(Settings()) as deputy:
+            assert deputy is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, held)
     assert before == len(os.listdir("/proc/self/fd"))
 
 

@@ -81,7 +81,11 @@ class Page:
         if make is None:
             raise OSError(errno.ENOSYS, "no memory can be shared here")
         fd = private.above_streams(make("mlflow-outbox"))
-        os.ftruncate(fd, ANSWER.size)
+        try:
+            os.ftruncate(fd, ANSWER.size)
+        except OSError:  # a limit for the size of files counts for memory too
+            os.close(fd)
+            raise
         return cls(fd)
 
     def read(self) -> tuple[int, float]:
