@@ -308,14 +308,15 @@ def test_a_bundle_is_read_through_a_link(bundle: Path, tmp_path: Path, capsys: p
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    """A text, an empty file, somebody else's archive."""
+    """A text, an empty file, a pipe, somebody else's archive."""
     directory = outbox(tmp_path / "to")
     (tmp_path / "text").write_text("hello\n" * 500)
     (tmp_path / "empty").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe")
     with tarfile.open(tmp_path / "other.tar", "w") as archive:
         archive.add(tmp_path / "text", "text")
-    for name in ("text", "empty", "other.tar"):
-        with pytest.raises(BundleRefused):
+    for name in ("text", "empty", "pipe", "other.tar"):
+        with pytest.raises(BundleRefused, match=name):
             import_bundle(tmp_path / name, directory)
 
 

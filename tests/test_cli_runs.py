@@ -156,9 +156,10 @@ def test_an_unclear_name_is_asked_about(here: Here, tmp_path: Path) -> None:
     many = here("show", "", "-d", tmp_path)
     assert 2 == many.code
     assert "20 runs begin with" in many.err
-    none = here("show", "nothing", "-d", tmp_path)
-    assert 2 == none.code
-    assert "mlflow-outbox runs lists" in none.err
+    for name in ("nothing", "no id", "\udcff"):
+        none = here("show", name, "-d", tmp_path)
+        assert 2 == none.code
+        assert "mlflow-outbox runs lists" in none.err
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id_where_the_ledger_is_damaged(here: Here, tmp_path: Path) -> None:

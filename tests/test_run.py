@@ -301,7 +301,9 @@ REFUSED: list[tuple[str, type[EventRefused], Callable[[Run], Any]]] = [
     ("bad_value", InvalidEventType, lambda run: run.log_metric("k", "high")),
     ("bad_step", InvalidEventType, lambda run: run.log_metric("k", 1.0, 3.5)),
     ("bad_step", InvalidEvent, lambda run: run.log_metric("k", 1.0, 2**63)),
+    ("bad_step", InvalidEvent, lambda run: run.log_metric("k", 1.0, 10**5000)),  # Python writes no such number
     ("bad_time", InvalidEvent, lambda run: run.log_metric("k", 1.0, 1, -1)),
+    ("bad_time", InvalidEvent, lambda run: run.log_metric("k", 1.0, 1, 10**5000)),
     ("bad_mapping", InvalidEventType, lambda run: run.log_metrics([1])),  # type: ignore[arg-type]  # bad input
     ("bad_step", InvalidEventType, lambda run: run.log_metrics({"k": 1.0}, "1")),
     ("bad_value", InvalidEvent, lambda run: run.log_params({"k": "\ud800"})),

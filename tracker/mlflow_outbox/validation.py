@@ -95,7 +95,7 @@ def checked_step(key: str, step: object) -> int:
         msg = f"the metric {printable(key)!r} has the step {shown(step)}{_because(number)}; use a whole number"
         raise InvalidEventType("bad_step", msg)
     if not INT64_MIN <= number <= INT64_MAX:
-        msg = f"the metric {printable(key)!r} has the step {number}, outside MLflow's 64-bit range"
+        msg = f"the metric {printable(key)!r} has the step {shown(number)}, outside MLflow's 64-bit range"
         raise InvalidEvent("bad_step", msg)
     return number
 
@@ -108,7 +108,7 @@ def checked_time_ms(what: str, time: object) -> int:
         msg = f"the time of {printable(what)!r} is {given}; use milliseconds since the epoch, or a datetime"
         raise InvalidEventType("bad_time", msg)
     if not 0 <= number <= INT64_MAX:
-        msg = f"the time of {printable(what)!r} is {number} ms, outside what MLflow holds (0 to 2**63 - 1)"
+        msg = f"the time of {printable(what)!r} is {shown(number)} ms, outside what MLflow holds (0 to 2**63 - 1)"
         raise InvalidEvent("bad_time", msg)
     return number
 

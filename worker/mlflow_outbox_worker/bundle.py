@@ -108,9 +108,9 @@ def read_manifest(path: Path) -> Manifest:
 def archive_of(path: Path) -> Iterator[tarfile.TarFile]:
     """Open a bundle for reading it once from its beginning; whatever is wrong with its bytes becomes BundleRefused."""
     with opened(Path(os.path.realpath(path))) as file:  # a link may lead to it, and no more than that
-        magic = file.read(2)
-        file.seek(0)
         try:
+            magic = file.read(2)
+            file.seek(0)  # which a pipe cannot
             mode: Literal["r|gz", "r|"] = "r|gz" if magic == b"\x1f\x8b" else "r|"
             with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header) as archive:
                 yield archive

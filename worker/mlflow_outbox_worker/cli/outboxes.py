@@ -12,7 +12,7 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, with_credentials
 from mlflow_outbox.errors import LedgerUnavailable, OutboxError, OutboxUnusable
 from mlflow_outbox.settings import Settings, tracking_uri_from_environment
-from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
+from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes, is_run_id
 from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import terminal
 from mlflow_outbox_worker.cli.exits import CommandFailed, ExitCode
@@ -214,7 +214,7 @@ def find_run(directories: list[OutboxDirectory], settings: Settings, name: str) 
     """
     found: list[tuple[OutboxDirectory, str]] = []
     retired, unread = "", None
-    for directory in directories:
+    for directory in directories if is_run_id(name) or not name else ():  # no ledger can be asked for another text
         ids = sorted({*directory.run_ids(), *directory.delivered_ids()})
         if name in ids:
             return directory, name
