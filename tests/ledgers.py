@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -58,12 +57,6 @@ def view() -> RunView:
         tags={"t": Register("v", 1, "w")},
         metrics={f"m{i}": Latest(float(i), i, i, 1) for i in range(100)},
     )
-
-
-def open_descriptors(directory: Path) -> list[str]:
-    """The files under directory that this process has open."""
-    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
-    return [os.readlink(link) for link in links if link.exists() and os.readlink(link).startswith(str(directory))]
 
 
 def copy(source: Path, target: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ledgers import database, letter, open_descriptors, record, run, view
+from ledgers import database, letter, record, run, view
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox_worker.ledger import Ledger
+from spools import open_files
 
 
 def test_what_was_committed_is_read_back_after_reopening(directory: Path) -> None:
@@ -234,9 +235,9 @@ def test_nothing_is_open_after_closing(directory: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert open_descriptors(directory)
+    assert open_files(directory)
     ledger.close()
     ledger.close()
-    assert [] == open_descriptors(directory)
+    assert [] == open_files(directory)
     with pytest.raises(LedgerUnavailable, match="closed"):
         ledger.record("0")

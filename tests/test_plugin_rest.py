@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from mlflow_outbox.plugin.spans import Spans
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import deliver, store, tracking
 from servers import MlflowServer, eventually
+from spools import open_files
 
 #: The threads that there were when the test began.
 _earlier: set[threading.Thread] = set()
@@ -36,17 +36,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def threads(*names: str) -> list[str]:
     """Return this package's threads whose names begin with one of those given, earlier tests' aside."""
     return [one.name for one in threading.enumerate() if one.name.startswith(names) and one not in _earlier]
-
-
-def open_files(below: Path) -> list[str]:
-    """Return the files below a directory that this process has open."""
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{number}"))
-        except OSError:
-            continue
-    return [name for name in found if name.startswith(str(below))]
 
 
 def test_a_uri_that_is_not_used_has_no_thread_and_no_open_file_until_the_next_call(

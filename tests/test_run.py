@@ -23,7 +23,7 @@ from mlflow_outbox.run import Run
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import Artifact, Event, Metric, Metrics, Params, RunEnded, RunStarted, Tags
 from servers import eventually
-from spools import RUN, Everything, Kit, Mute, warnings
+from spools import RUN, Everything, Kit, Mute, open_files, warnings
 
 # -- what is kept
 
@@ -491,8 +491,7 @@ def test_a_run_leaves_its_host_as_it_was(kit: Kit) -> None:
 
 def open_segments(outbox: Path) -> int:
     """Return how many segments of an outbox this process has open."""
-    found = [os.readlink(link.path) for link in os.scandir("/proc/self/fd") if os.path.islink(link.path)]
-    return sum(path.startswith(str(outbox)) and path.endswith(".log") for path in found)
+    return sum(path.endswith(".log") for path in open_files(outbox))
 
 
 def test_a_run_that_is_dropped_gives_its_descriptor_back(tmp_path: Path) -> None:
