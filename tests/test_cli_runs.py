@@ -13,6 +13,7 @@ import pytest
 from commands import NOBODY, Here, offline, outbox_of, start
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox_worker.ledger import Ledger
 from servers import MlflowServer, eventually
 from terminals import Terminal
 
@@ -153,6 +154,7 @@ def test_hostile_keys_are_escaped(here: Here, tmp_path: Path) -> None:
 def test_an_unclear_name_is_asked_about(here: Here, tmp_path: Path) -> None:
     """Several runs that begin alike, or none: code 2, and a sentence that says what to do."""
     offline(tmp_path, runs=20)
+    Ledger.open(outbox_of(tmp_path) / "delivery", report=pytest.fail).close()  # which is asked too, in UTF-8
     many = here("show", "", "-d", tmp_path)
     assert 2 == many.code
     assert "20 runs begin with" in many.err
