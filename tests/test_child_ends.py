@@ -110,7 +110,9 @@ def test_a_process_that_has_no_thread_for_delivery_waits_for_one(
     monkeypatch.setattr(process, "_AGAIN", 0.001)
     monkeypatch.setattr(os, "getppid", lambda: 2)
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert process.started(threading.Thread(target=begun.set), Counters()) is not is_gone
+    counters = Counters()
+    assert process.started(threading.Thread(target=begun.set), counters) is not is_gone
     assert is_gone or begun.wait(10)
     assert (1 if is_gone else 3) == len(tried)
+    assert (1 if is_gone else 2) == counters["threads_not_started"]
     assert 1 == sum("waits for a thread" in said for said in warnings(caplog))

@@ -201,13 +201,14 @@ def started(thread: threading.Thread, counters: Counters) -> bool:
 
     Args:
         thread: what is to run in it.
-        counters: where it is said that there is none.
+        counters: where each try in vain is counted, and said once.
     """
     parent = os.getppid()
     while True:
         try:
             thread.start()
         except RuntimeError as error:
+            counters.add("threads_not_started")
             counters.warn_once("thread", f"mlflow-outbox: delivery waits for a thread ({error}); events stay on disk")
         else:
             return True
