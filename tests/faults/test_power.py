@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import sqlite3
@@ -26,7 +27,6 @@ from faults.oracle import held, kind_of
 from faults.table import Row
 from mlflow_outbox.spool.caretaker import RELIEVED
 from mlflow_outbox_worker.lease import Lease
-from servers import eventually
 
 #: Seconds between two background syncs; and where the process that delivers does them too.
 INTERVAL = 0.05
@@ -194,10 +194,12 @@ def lose_power_stopped(fd: int, folder: str, uri: str, calls: int) -> None:
         os.waitpid(victim, os.WUNTRACED)
         threading.Event().wait(3 * STEADY)  # what is promised is a time
         disk.cut()
+        ended = os.pidfd_open(worker)  # no child of this one; its files are let go of after its list of them is empty
         for one in (victim, worker):
             os.kill(one, signal.SIGKILL)
         os.waitpid(victim, 0)
-        eventually(lambda: not Path(f"/proc/{worker}/fd").exists() or not os.listdir(f"/proc/{worker}/fd"))
+        assert select.select([ended], [], [], 60)[0]
+        os.close(ended)
         disk.off()
         disk.on()
         drained = os.fork()
