@@ -37,10 +37,8 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.ending import is_stuck
-from mlflow_outbox.interrupts import forward
 from mlflow_outbox.living import Living
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
@@ -48,6 +46,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
 from mlflow_outbox.spool.events import Event, encode
 from mlflow_outbox.spool.identity import RunIdentity
+from mlflow_outbox.spool.notices import Notices
 from mlflow_outbox.spool.ring import MemoryRing
 from mlflow_outbox.spool.sequence import EventSequence, Means
 from mlflow_outbox.spool.snapshot import Hold, SnapshotStore
@@ -63,8 +62,6 @@ _crc_pack = frame._CRC.pack  # noqa: SLF001 - as above
 _crc32 = zlib.crc32
 _ESCAPE: Final = 0xFFFF
 _OVERHEAD: Final = frame.SHORT_OVERHEAD
-#: Seconds after which a logging call tells once more of a segment for which no thread could be started, or of no room.
-_TELL_AGAIN: Final = 0.5
 
 
 class Journal:
@@ -115,7 +112,7 @@ class Journal:
         self._busy = False
         self._nested: Journal | None = None
         self._closed = False
-        self._tell_at = self._rouse_at = 0.0
+        self._notices = Notices(self.directory, self._counters, self._registry, self._wake)
         self._holds: list[Hold] = []
         self._sequence = EventSequence(self._means)
         self._round = SyncRound(self._sequence, self.directory.run(self.run.run_id), self.directory.runs)
@@ -227,9 +224,9 @@ class Journal:
             return False
         self._closed = False
         kept = self._sequence.write(payload)
-        self._announce()
+        self._notices.begun(self, self._sequence)
         if self._sequence.ring or self._round.is_behind:
-            self._watch()
+            self._notices.watch(self)
         return kept
 
     def takes(self, size: int) -> bool:
@@ -241,21 +238,14 @@ class Journal:
         return not self._is_full(self._refuse(size))
 
     def _is_full(self, reason: str | None) -> bool:
-        if reason is None:
-            return False
-        self._counters.add("refused_full")
-        self._counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
-        self._watch()  # so that somebody looks whether there is room again
-        now = stopwatch.seconds()
-        if now >= self._rouse_at:
-            self._rouse_at = now + _TELL_AGAIN
-            self._rouse()  # and that somebody makes some: who begins with an outbox that is full begins no segment
-        return True
+        if reason is not None:
+            self._notices.full(self, reason)
+        return reason is not None
 
     def _keep(self, payload: bytes, error: OSError) -> bool:
         kept = self._sequence.keep(payload, error)
-        self._announce()
-        self._watch()
+        self._notices.begun(self, self._sequence)
+        self._notices.watch(self)
         return kept
 
     def _append_nested(self, event: Event) -> bool:
@@ -265,38 +255,6 @@ class Journal:
         if self._nested is None:
             self._nested = Journal(**self._means._asdict(), registry=self._registry, wake=self._wake)
         return self._nested
-
-    # -- who else is to know
-
-    def _watch(self) -> bool:
-        return self._registry is None or self._registry.watch(self)
-
-    def _announce(self) -> None:
-        """Tell the background and the worker of a segment that was begun; while no thread can be started, again."""
-        if not self._sequence.unannounced or stopwatch.seconds() < self._tell_at:
-            return
-        is_watched = self._watch()
-        try:
-            self.directory.ring(self.run.run_id)
-        except OSError as error:  # a worker that is not told finds the segment at its next full look
-            forward(error)
-        self._rouse()
-        self._sequence.unannounced = not is_watched
-        self._tell_at = 0.0 if is_watched else stopwatch.seconds() + _TELL_AGAIN
-        self._sequence.refresh_limit()
-
-    def _rouse(self) -> None:
-        """See to it that somebody delivers."""
-        if self._wake is None:
-            return
-        try:
-            self._wake()
-        except Exception as error:  # noqa: BLE001 - whatever keeps a worker from starting must not cost an event
-            forward(error)
-            self._counters.add("worker_not_started")
-            self._counters.warn_once(
-                "worker", f"mlflow-outbox: no worker could be started ({error!r}); events stay on disk"
-            )
 
     # -- syncing
 
@@ -327,7 +285,7 @@ class Journal:
         sequence = self._sequence
         if self._closed and sequence.live.fd >= 0 and not sequence.ring:
             sequence.end(rotated=False)
-        self._announce()
+        self._notices.begun(self, self._sequence)
 
     def sync_later(self, store: SnapshotStore, sha256: str) -> None:
         """Make a copied file survive a power cut with the next background sync; before its event is appended."""
@@ -337,7 +295,7 @@ class Journal:
                 self._nested_journal().sync_later(store, sha256)
                 return
             self._alone(lambda: self._round.add_copy(store, sha256))
-        self._watch()
+        self._notices.watch(self)
 
     def keep_held(self, hold: Hold) -> None:
         """Keep workers from a run's copies while events wait in memory, of which one may name what the hold is for."""
@@ -370,8 +328,7 @@ class Journal:
             if self._busy:
                 return
             self._alone(self._close)
-        if self._registry is not None:
-            self._registry.hurry()
+        self._notices.hurry()
         if self._nested is not None:
             self._nested.close()
         self._let_go()
@@ -379,8 +336,7 @@ class Journal:
     def leave(self) -> None:
         """Have the background do what ``close`` does; for a finalizer, which must neither take a lock nor wait."""
         self._closed = True
-        if self._registry is not None:
-            self._registry.hurry()
+        self._notices.hurry()
         if self._nested is not None:
             self._nested.leave()
 
@@ -390,7 +346,7 @@ class Journal:
         sequence.drain()
         sequence.replace()
         self._end_closed()
-        if self._registry is None:
+        if self._notices.is_unattended:
             sequence.flush_retired()
 
     def release(self) -> None:
