@@ -323,7 +323,7 @@ def session(mlflow_server: MlflowServer, proxy: FaultProxy, experiment_name: str
     """A session through the proxy; its worker is stopped at the end, whatever happens."""
     from faults.network import Session  # imports all that delivery needs
 
-    made = Session(mlflow_server, proxy.url, experiment_name, tmp_path / "outbox")
+    made = Session(mlflow_server, proxy.url, experiment_name, tmp_path / "outbox", asked=lambda: proxy.requests)
     yield made
     proxy.clear()
     proxy.up()

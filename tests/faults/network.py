@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from faults.oracle import Held, at_rest, held, held_of
 from faults.table import Row
 from faults.test_space import check_manners
 from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.testing.wire import Request
 from servers import MlflowServer, eventually
 
 #: For what hangs or drips: an attempt ends after a second.
@@ -26,13 +28,29 @@ LIVENESS = 5.0
 
 
 class Session:
-    """One tracker that logs numbered events and is judged by the server's own database."""
+    """One tracker that logs numbered events and is judged by the server's own database.
+
+    Args:
+        server: what is behind the faults.
+        uri: where it is reached.
+        experiment: its name.
+        outbox: the directory.
+        given: the options.
+        asked: returns what has reached the proxy so far, for who wonders what took so long.
+    """
 
     def __init__(
-        self, server: MlflowServer, uri: str, experiment: str, outbox: Path, given: Settings = PATIENT
+        self,
+        server: MlflowServer,
+        uri: str,
+        experiment: str,
+        outbox: Path,
+        given: Settings = PATIENT,
+        asked: Callable[[], Iterable[Request]] = tuple,
     ) -> None:
         self.server, self.experiment, self.settings = server, experiment, given
         self.tracker = MLflowTracker(experiment, uri, outbox_dir=outbox, settings=given)
+        self._asked = asked
         self.took: list[float] = []
         self.acked: set[int] = set()
         self.issued: set[int] = set()
@@ -76,6 +94,7 @@ class Session:
             numbers: the events; None means all so far.
             later: seconds that the fault itself may still take.
         """
+        began = time.monotonic()
         took = self._seconds_until_there(self.acked if numbers is None else numbers)
         row.measure(arrives_s=max(took, float(row.measured.get("arrives_s", 0))))
         bound = self.settings.retry_max + LIVENESS + later
@@ -83,7 +102,16 @@ class Session:
             before = set(self.issued)
             self.log(10)
             bound += self._seconds_until_there(self.issued - before)
-        assert took < bound, "I6: it takes too long"
+        assert took < bound, f"I6: {took:.1f} s, where {bound:.1f} are allowed; meanwhile\n{self._asked_since(began)}"
+
+    def _asked_since(self, began: float) -> str:
+        """Return a line for each request of which something happened since a time of the monotonic clock."""
+        return "\n".join(
+            f"{asked.arrived - began:7.2f} s, for {(asked.ended or time.monotonic()) - asked.arrived:.2f} s: "
+            f"{asked.method} {asked.path[:90]} {asked.action} {asked.backend_status} {asked.status}"
+            for asked in self._asked()
+            if asked.ended is None or asked.ended >= began
+        )
 
     def _seconds_until_there(self, numbers: set[int]) -> float:
         """Wait for events; those that have been there are looked at again by ``judge``, with all others."""
