@@ -188,7 +188,9 @@ def _in_database(path: Path, experiment: str, only: Collection[str] | None) -> H
             for key, value in connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", (run,)):
                 if key[0] == "p" and key[1:].isdigit():
                     found._take(int(key[1:]), value, "param")
-            points = "SELECT step, value, timestamp FROM {} WHERE run_uuid = ? AND key = 'loss'"
+            # By the run's index and not, as SQLite would, by the key's: all runs of a server have that key, and for as
+            # long as it is read by, the server waits with what it is to write.
+            points = "SELECT step, value, timestamp FROM {} WHERE run_uuid = ? AND +key = 'loss'"
             steps = [-1]
             for step, value, when in connection.execute(points.format("metrics"), (run,)):
                 found._take(step, str(value), "metric", when)

@@ -154,8 +154,9 @@ def test_a_long_outage_takes_no_more_of_the_machine_than_a_short_one(
         assert late["threads"] <= early["threads"]
         assert late["descriptors"] <= early["descriptors"] + 1  # one that is being tried with, or being synced
         assert late["peak_kib"] <= early["peak_kib"] + 16_384
-        drained = nest.start(workload.drain, proxy.url, str(outbox), experiment_name, 900_000, {}, 60 + count / 50)
-        left = drained.report(600)
+        patience = 60 + count / 50
+        drained = nest.start(workload.drain, proxy.url, str(outbox), experiment_name, 900_000, {}, patience)
+        left = drained.report(patience + 60)
     assert [0, 0, 0] == [left["left"][key] for key in ("pending", "parked", "dead")], left
     held(mlflow_server.database_uri, experiment_name).check(child.acked() | set(left["acked"]))
     row.done(4 * count)
