@@ -89,6 +89,11 @@ def test_without_a_uri_it_is_the_environments_or_the_local_directory(tmp_path: P
         f"http://user:{SECRET}@",
         f"http://user:{SECRET}@host:port",
         f"http://user:{SECRET}@host:99999",
+        f"http://user:{SECRET}[@host",
+        f"http://user:{SECRET}\N{ACCOUNT OF}@host",
+        f"postgresql://user:{SECRET}@[host/db",
+        f"postgresql://user:{SECRET}@ho\N{ACCOUNT OF}st/db",
+        "file://[host/runs",
         "http://",
         "sqlite://",
         f"weird:{SECRET}@host",
@@ -114,6 +119,13 @@ def test_a_database_in_memory_is_refused_as_one(uri: str) -> None:
         resolve(uri)
 
 
+@pytest.mark.parametrize("uri", [5, b"http://host", ["http://host"]])
+def test_what_is_neither_text_nor_path_is_refused(uri: object) -> None:
+    """By the library's own error, as any other URI that is none."""
+    with pytest.raises(DestinationError, match="give a text or a path"):
+        resolve(uri)  # type: ignore[arg-type]
+
+
 def test_the_secret_form_is_what_was_given() -> None:
     """A worker thread needs it."""
     assert f"https://user:{SECRET}@host" == resolve(f"https://user:{SECRET}@host?x=1").secret_uri
@@ -130,7 +142,7 @@ def test_credentials_of_the_environment_are_used_for_the_same_place_only(
     uri = f"postgresql://user:{SECRET}@host/db"
     assert uri == with_credentials(stored, uri).secret_uri
     assert str(tmp_path / "mlruns") == with_credentials(stored, uri).artifact_root
-    for other in (None, "", f"postgresql://user:{SECRET}@other/db", "ftp://x"):
+    for other in (None, "", f"postgresql://user:{SECRET}@other/db", "ftp://x", "http://[host"):
         assert stored.secret_uri == with_credentials(stored, other).secret_uri
 
 

@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
@@ -70,8 +71,11 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
 
     Raises:
         DestinationError: the URI has no scheme that MLflow knows, or what it names depends on the current directory,
-            which is gone, or has a name that is no UTF-8.
+            which is gone, or has a name that is no UTF-8, or it is no URI at all.
     """
+    if not isinstance(tracking_uri, (str, os.PathLike, NoneType)):
+        msg = f"the tracking URI is a {type(tracking_uri).__name__}; give a text or a path"
+        raise DestinationError(msg)
     try:
         found = _resolved(tracking_uri, default)
         found.uri.encode()
@@ -83,6 +87,11 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
         raise DestinationError(msg) from None
     except UnicodeEncodeError as error:
         msg = f"the tracking URI cannot be used, as the name {printable(error.object, 300)!r} is no UTF-8; give another"
+        raise DestinationError(msg) from None
+    except DestinationError:
+        raise
+    except ValueError:  # of ``urlsplit``, whose words may hold the password
+        msg = "the tracking URI names no host as URIs do; write special characters of a user or password as %XX"
         raise DestinationError(msg) from None
     return found
 
