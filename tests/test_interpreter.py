@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from contents import runs
+from mlflow_outbox_worker import interpreter
 
 _PROGRAM = """
     import sys
@@ -50,3 +51,17 @@ def test_a_process_that_delivers_imports_what_the_program_would(
     assert [("delivered by another process", {"m": 1.0})] == [
         (run.info.run_name, run.data.metrics) for run in runs(sqlite_uri, experiment_name)
     ]
+
+
+@pytest.mark.parametrize("way", ["delivers for a program", "is a command"])
+def test_numpy_starts_no_thread_in_a_process_of_ours(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is left, as when data loaders have used up a limit, its OpenBLAS would end the process by a SIGINT."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    code = "import os, numpy; print(len(os.listdir('/proc/self/task')))"
+    if way == "is a command":
+        code = f"import sys; sys.argv[1:] = ['--version']; from mlflow_outbox_worker.cli import main; main(); {code}"
+    environment = interpreter.environment() if way == "delivers for a program" else None
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "1" == done.stdout.splitlines()[-1]

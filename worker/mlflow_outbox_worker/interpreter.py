@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from mlflow_outbox.settings import environment_for_child
+from mlflow_outbox_worker.surroundings import NO_THREADS
 
 _KNOWS_SAFE_PATH: Final = sys.version_info >= (3, 11)
 _START: Final = "import sys; del sys.path[0]; import runpy; runpy.run_module({!r}, None, '__main__', True)"
@@ -56,7 +57,8 @@ def standard_error() -> int | None:
 
 def environment() -> dict[str, str]:
     """Return this program's environment for a process of ours, with the places where modules are found in it."""
-    return environment_for_child(PYTHONPATH=os.pathsep.join(_absolute(entries())), PYTHONSAFEPATH="1")
+    places = os.pathsep.join(_absolute(entries()))
+    return environment_for_child(PYTHONPATH=places, PYTHONSAFEPATH="1", **NO_THREADS)
 
 
 def _absolute(places: list[str]) -> Iterator[str]:

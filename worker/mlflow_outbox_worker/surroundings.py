@@ -6,6 +6,9 @@ environment variable may name a file relative to it, such as a certificate.
 
 A user without an entry in ``/etc/passwd``, as in a container, may have no ``HOME``; MLflow cannot be imported then.
 
+NumPy's OpenBLAS starts a thread for each processor as MLflow imports it, and where there is none left, as when data
+loaders have used up a limit, it ends the process by a SIGINT. Nothing is computed here, so it is told to start none.
+
 ``PYTHONWARNINGS=error`` is meant for a program's own code. Such a process inherits it, and MLflow's libraries warn.
 
 The process of an experiment is not ours to change in any of these ways.
@@ -17,12 +20,14 @@ import contextlib
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.sink import Sink
 
 _ROOT = "/"
+#: What a process of ours has in its environment before it imports MLflow.
+NO_THREADS: Final = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def settle() -> None:

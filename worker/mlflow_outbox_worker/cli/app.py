@@ -121,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clock.begin()
     else:
         surroundings.settle()
+        os.environ.update(surroundings.NO_THREADS)
     terminal.prepare()
     try:
         code = _run(arguments)
