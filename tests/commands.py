@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -153,6 +154,18 @@ def make_unreadable(segment: Path) -> None:
     """Overwrite the beginning of a segment, so that both copies of its header are gone."""
     with segment.open("r+b") as file:
         file.write(bytes(600))
+
+
+def withhold(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
+    """Let the disk give nothing of a run: an input/output error at its directory."""
+    listdir = os.listdir
+
+    def failing(path: Any = ".") -> Any:
+        if not isinstance(path, int) and Path(os.fsdecode(path)).name == run_id:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", failing)
 
 
 def outbox_of(root: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, offline, outbox_of
+from commands import NOBODY, Here, offline, outbox_of, withhold
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
@@ -154,6 +154,20 @@ def test_a_segment_shorter_than_its_cursor(here: Here, tmp_path: Path) -> None:
     done = here("doctor", "--offline", "-d", tmp_path)
     assert 1 == done.code
     assert "is shorter than what was delivered of it" in done.out
+
+
+def test_a_run_that_the_disk_does_not_give_is_named_and_the_others_are_read(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every outbox."""
+    withheld, _ = offline(tmp_path, runs=2)
+    offline(tmp_path, "http://127.0.0.1:10")
+    withhold(monkeypatch, withheld)
+    done = here("doctor", "-d", tmp_path, "--offline", "--json")
+    assert (1, 2) == (done.code, len(done.data)), done
+    sound, bad = sorted(one["text"] for held in done.data.values() for one in held if one["about"] == "journals")
+    assert "13 events in 1 segment of 1 run are intact" == sound
+    assert f"run {withheld} cannot be read: [Errno 5] Input/output error" in bad
 
 
 def test_modes_are_mended_only_when_asked(here: Here, tmp_path: Path) -> None:

@@ -13,12 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, QUICK_ENVIRONMENT, Here, make_unreadable, offline, outbox_of, run, start, waited
+from commands import (
+    NOBODY,
+    QUICK_ENVIRONMENT,
+    Here,
+    make_unreadable,
+    offline,
+    outbox_of,
+    run,
+    start,
+    waited,
+    withhold,
+)
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.faults import accept_hang, delay, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.cli.exits import ExitCode
+from mlflow_outbox_worker.cli.flush import Flush
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.lease import Lease
 from mlflow_outbox_worker.ledger import Ledger
@@ -97,6 +110,32 @@ def test_a_segment_that_cannot_be_read_is_said(
     assert [(1, 1)] == [(one["unreadable_segments"], one["exit_code"]) for one in told.data]
     assert 1 == here("flush", "-d", tmp_path, "--timeout", 60, "--run", first).code
     assert 0 == here("flush", "-d", tmp_path, "--timeout", 60, "--run", second).code
+
+
+def test_a_run_that_the_disk_does_not_give_is_one_event_beside_those_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What arrives of them is seen and said: a flush without a time-out gives up after a minute without that."""
+    withheld, _ = offline(tmp_path, runs=2)
+    one = Flush(OutboxDirectory.open(outbox_of(tmp_path)), Settings())
+    with monkeypatch.context() as patch:
+        withhold(patch, withheld)
+        one.look()
+        assert (14, 14, False) == (one.left, one.total, one.is_done())
+        one.conclude()
+        one.say()
+        assert ExitCode.ERROR == one.code()
+    out, err = capsys.readouterr()
+    assert ("14 left, on disk" in out, "1 segment cannot be read" in err, "cannot be told" in err) == (
+        True,
+        True,
+        False,
+    )
+    one.look()
+    assert (26, 26) == (one.left, one.total), "the disk gives it again"
+    alone = Flush(OutboxDirectory.open(outbox_of(tmp_path)), Settings(), withheld)
+    alone.look()
+    assert 13 == alone.left
 
 
 def test_a_server_that_is_down_leaves_events(here: Here, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, offline, outbox_of, start
+from commands import NOBODY, Here, offline, outbox_of, start, withhold
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox_worker.ledger import Ledger
@@ -173,6 +173,23 @@ def test_a_run_is_found_by_the_beginning_of_its_id_where_the_ledger_is_damaged(h
     assert (0, True) == (shown.code, "13 of its events wait" in shown.out), shown
     other = here("show", "f" * 32, "-d", tmp_path)
     assert (1, True) == (other.code, "ledger" in other.err), other
+
+
+def test_a_run_that_the_disk_does_not_give_keeps_nobody_from_the_others(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named, and the exit code says so; so is a ledger without which nobody knows what was delivered."""
+    withheld, other = offline(tmp_path, runs=2)
+    with monkeypatch.context() as patch:
+        withhold(patch, withheld)
+        done = here("runs", "-d", tmp_path, "--json")
+        assert (1, [other]) == (done.code, [entry["run_id"] for entry in done.data])
+        assert f"the run {withheld} cannot be read" in done.err
+    ledger = outbox_of(tmp_path) / "delivery"
+    Ledger.open(ledger).close()
+    (ledger / "cache.db").write_bytes(bytes(range(256)) * 40)
+    done = here("runs", "-d", tmp_path, "--json")
+    assert (1, 2, True) == (done.code, len(done.data), "is damaged" in done.err), done
 
 
 def test_a_huge_backlog_is_listed_without_being_read(

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,17 @@ from typing import Any
 
 import pytest
 
+from commands import offline, outbox_of, withhold
 from contents import QUICK, numbered, points, the_run
-from mlflow_outbox import FlushResult, MLflowTracker, delivery
+from mlflow_outbox import FlushResult, MLflowTracker, Settings, delivery
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool import disk, journal, reader
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
+from mlflow_outbox_worker import flush
 from mlflow_outbox_worker.flush import Watch
+from mlflow_outbox_worker.lease import Holder
 from servers import eventually
 
 
@@ -234,6 +239,25 @@ def test_a_disk_that_does_not_let_journals_be_read_raises_nothing_into_a_program
             tracker.flush(1)
         patch.undo()
         assert tracker.flush(60)
+
+
+def test_a_run_that_the_disk_does_not_give_is_pending_and_holds_up_no_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a time returns when nothing else is left; what can be read of the others is counted."""
+    withheld, other = offline(tmp_path, runs=2)
+    directory, counters = OutboxDirectory.open(outbox_of(tmp_path)), Counters()
+    watch = Watch(directory, Settings(), counters)
+    monkeypatch.setattr(flush, "_BLIND", 0.1)
+    monkeypatch.setattr(flush, "worker_of", lambda _: Holder("host", 1, "thread"))
+    monkeypatch.setattr(disk, "_OWN_FRAMES", disk._OWN_FRAMES | {"commands"})  # as if the disk had answered
+    with monkeypatch.context() as patch:
+        withhold(patch, withheld)
+        found, ends = watch.measure()
+        assert (14, True) == (found.pending, counters["backlog_unread"] > 0)
+        shutil.rmtree(directory.run(other))
+        assert FlushResult(pending=1) == watch.until_delivered(None)
+    assert 13 == watch.measure(ends)[0].pending, "the disk gives it again"
 
 
 @pytest.fixture

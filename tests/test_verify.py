@@ -293,6 +293,25 @@ def test_what_cannot_be_read_on_disk_is_not_called_held(
     assert 0 == verified(delivered)[0]
 
 
+def test_one_outbox_whose_ledger_is_damaged_keeps_nobody_from_the_others(
+    delivered: str,
+    experiment_name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """It is named, and its runs are unknown; its dead letters are, and those of others are listed."""
+    other = log_offline(experiment_name, NOWHERE, tmp_path / "outbox")
+    (bad,) = [
+        path.parent for path in (tmp_path / "outbox").glob("*/outbox.json") if (path.parent / "runs" / other).is_dir()
+    ]
+    Ledger.open(bad / "delivery").close()
+    (bad / "delivery" / "cache.db").write_bytes(bytes(range(256)) * 40)
+    code, said = verified()
+    assert (1, {delivered: "same", other: "unknown"}) == (code, {str(one["run_id"]): one["state"] for one in said})
+    assert (1, True) == (command("dead", "list", "-d", tmp_path / "outbox"), "is damaged" in capsys.readouterr().err)
+
+
 def test_what_others_added_to_the_run_is_no_difference(
     delivered: str, sqlite_uri: str, experiment_name: str, verified: Callable[..., tuple[int, list[dict[str, object]]]]
 ) -> None:

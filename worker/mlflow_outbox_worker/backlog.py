@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,32 +26,43 @@ class Left(NamedTuple):
     parked: int
 
 
-def targets(directory: OutboxDirectory, records: Mapping[str, RunRecord]) -> Targets:
-    """Return where every run on disk ends at present.
+def targets(
+    directory: OutboxDirectory,
+    records: Mapping[str, RunRecord],
+    unread: dict[str, OSError],
+    *,
+    before: Targets | None = None,
+    only: Iterable[str] | None = None,
+) -> Targets:
+    """Return where runs on disk end: at present, or as it was found before, as far as they are still there.
 
     Args:
         directory: the outbox.
         records: what the ledger holds, by run id.
+        unread: gets the runs that the disk does not let be read now, which are left out, and why.
+        before: what was returned some time ago; what ``unread`` holds by then is looked at again.
+        only: these runs; None means all.
+
+    Raises:
+        OSError: the disk does not tell which runs or segments there are.
     """
-    result: Targets = {}
-    for run_id in directory.run_ids():
+    result: Targets = {} if before is None else _remaining(directory, before, records)
+    looked_at = [*unread] if before is not None else directory.run_ids() if only is None else only
+    unread.clear()
+    for run_id in looked_at:
         record = records.get(run_id)
-        result[run_id] = RunReader(directory.run(run_id)).next_numbers(record.cursors if record is not None else None)
+        cursors = record.cursors if record is not None else None
+        try:
+            result[run_id] = RunReader(directory.run(run_id)).next_numbers(cursors)
+        except OSError as error:
+            unread[run_id] = error
     return result
 
 
-def remaining(directory: OutboxDirectory, ends: Targets, records: Mapping[str, RunRecord]) -> Targets:
-    """Return ends without those of writers of which neither the ledger nor the disk knows any more.
+def _remaining(directory: OutboxDirectory, ends: Targets, records: Mapping[str, RunRecord]) -> Targets:
+    """Return ends without those of writers of which neither the ledger, read before, nor the disk knows any more.
 
     They were delivered, read back, reclaimed and retired since the ends were read.
-
-    Args:
-        directory: the outbox.
-        ends: from ``targets``, some time ago.
-        records: what the ledger holds by now, read before this is called.
-
-    Raises:
-        OSError: the disk does not tell.
     """
     result: Targets = {}
     for run_id, run_ends in ends.items():
@@ -68,8 +78,10 @@ def unreadable(directory: OutboxDirectory, run_ids: Iterable[str]) -> int:
     number = 0
     for run_id in run_ids:
         reader = RunReader(directory.run(run_id))
-        with contextlib.suppress(OSError):  # the run's directory itself, which whoever asks meets in any case
+        try:
             reader.segments()
+        except OSError:  # the run's directory itself: at least one
+            number += 1
         number += len(reader.bad_headers())
     return number
 

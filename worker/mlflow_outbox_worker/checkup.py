@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
+from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -257,7 +258,11 @@ def _journals(directory: OutboxDirectory, records: dict[str, RunRecord]) -> Iter
         reader = RunReader(directory.run(run_id), directory.delivered / run_id)
         record = records.get(run_id)
         found = _Journal(reader, record.cursors if record is not None else {})
-        found.read()
+        try:
+            found.read()
+        except OSError as error:  # the others are read all the same
+            sound = False
+            yield Finding("bad", "journals", f"run {run_id} cannot be read: {printable(error, 300)}")
         events += found.events
         segments += found.segments
         for finding in found.findings(run_id):

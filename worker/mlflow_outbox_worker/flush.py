@@ -10,7 +10,9 @@ time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox import stopwatch
@@ -18,10 +20,11 @@ from mlflow_outbox.counters import Counters, described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.outbox import FlushResult
 from mlflow_outbox.spool.disk import is_foreign
-from mlflow_outbox_worker.backlog import Targets, counted, left, remaining, targets, total
+from mlflow_outbox_worker.backlog import Targets, counted, left, targets, total
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import destination_note, last_tried_ms
+from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.retired import Totals
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ _HURRY: Final = 1.0
 _NO_WORKER: Final = 5.0
 #: Seconds after which what waited for a person before still does, although no worker has been answered since.
 _STILL_PARKED: Final = 30.0
+#: Seconds for which a flush without a time waits for what the disk does not let be read, when all else is delivered.
+_BLIND: Final = 5.0
 
 
 def flush(outbox: Outbox, timeout: float | None, *, settled: bool) -> FlushResult:
@@ -64,12 +69,14 @@ class Watch:
         self._last = FlushResult()
         self._settling = False  # a run may have a twin, for which the worker looks soon
         self._tried_ms = 0  # when what is parked was tried, the run that was tried longest ago
+        self._unread: dict[str, OSError] = {}  # runs that the disk does not let be read; each counts as one event
+        self._is_blind = False  # nothing is known to be pending but what cannot be read
 
     def until_delivered(self, timeout: float | None, *, hurry: bool = True, settled: bool = False) -> FlushResult:
         """Wait until everything that is on disk now has been delivered, or time is up.
 
         Args:
-            timeout: seconds; None waits without limit, as long as there is a worker.
+            timeout: seconds; None waits without limit, as long as there is a worker, and runs can be read.
             hurry: cut the worker's back-offs short.
             settled: wait for runs to settle too (``twins``): the worker is to end afterwards.
         """
@@ -77,7 +84,7 @@ class Watch:
         started = stopwatch.seconds()
         deadline = None if timeout is None else started + timeout
         ends: Targets | None = None
-        look, next_hurry, seen_worker = _LOOK, started, started
+        look, next_hurry, seen_worker, seen = _LOOK, started, started, started
         while True:
             now, begun = stopwatch.seconds(), stopwatch.processor_seconds()
             result, ends = self.measure(ends)
@@ -89,6 +96,10 @@ class Watch:
                 return result
             if deadline is not None and now >= deadline:
                 return result
+            if not self._is_blind:
+                seen = now
+            elif deadline is None and now - seen > _BLIND:
+                return result  # what the disk does not give nobody can deliver
             if worker_of(self._directory) is not None:
                 seen_worker = now
             elif now - seen_worker > _NO_WORKER:
@@ -112,12 +123,8 @@ class Watch:
         try:
             return self._measured(ends)
         except OSError as error:
-            if is_foreign(error):
-                raise
-            self._counters.add("backlog_unread")
-            self._counters.warn_once(
-                "backlog_unread", f"mlflow-outbox: how much is delivered cannot be told now: {described(error)}"
-            )
+            self._note_unread(error)
+            self._is_blind = True
         return (self._last if self._last.pending or self._last.parked else FlushResult(pending=1)), ends
 
     def _measured(self, ends: Targets | None) -> tuple[FlushResult, Targets]:
@@ -135,9 +142,11 @@ class Watch:
             with contextlib.suppress(LedgerUnavailable):
                 ledger.close()
         self._settling = any(record.settles_ms for record in records.values())
-        known = targets(self._directory, records) if ends is None else remaining(self._directory, ends, records)
+        known = self._ends(ends, records)
         parked = note.state == "parked"
-        self._last = total(known, records.values(), retired, letters, parked=parked)
+        found = total(known, records.values(), retired, letters, parked=parked)
+        self._last = dataclasses.replace(found, pending=found.pending + len(self._unread))
+        self._is_blind = bool(self._unread) and not found.pending
         if self._last.parked:
             self._tried_ms = min(
                 last_tried_ms(note, records.get(run))
@@ -146,12 +155,28 @@ class Watch:
             )
         return self._last, known
 
+    def _ends(self, before: Targets | None, records: Mapping[str, RunRecord]) -> Targets:
+        found = targets(self._directory, records, self._unread, before=before)
+        for error in self._unread.values():
+            self._note_unread(error)
+        return found
+
+    def _note_unread(self, error: OSError) -> None:
+        """Count and say what the disk does not give; what a signal handler raises is meant for the program."""
+        if is_foreign(error):
+            raise error
+        self._counters.add("backlog_unread")
+        self._counters.warn_once(
+            "backlog_unread", f"mlflow-outbox: how much is delivered cannot be told now: {described(error)}"
+        )
+
     def _unknown(self, ends: Targets | None) -> tuple[FlushResult, Targets]:
         """Answer when the ledger cannot be read: as if nothing had been delivered since the last look.
 
         It is locked, or its directory is not safe to use: then the worker says so, which needs it too.
         """
-        known = targets(self._directory, {}) if ends is None else ends
+        known = self._ends(None, {}) if ends is None else ends
         if self._last.pending or self._last.parked:
             return self._last, known
-        return total(known, (), Totals(), {}, parked=False), known
+        found = total(known, (), Totals(), {}, parked=False)
+        return dataclasses.replace(found, pending=found.pending + len(self._unread)), known

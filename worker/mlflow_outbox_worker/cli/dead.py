@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import lines, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Group, Option, command
@@ -68,15 +69,20 @@ def listed(
     settings = outboxes.settings_for(outbox_dir)
     found: list[tuple[OutboxDirectory, DeadLetter]] = []
     usable = outboxes.open_usable(settings)
-    code = usable.name_refused()
+    code, unread = usable.name_refused(), False
     for directory in usable.directories:
-        with outboxes.ledger_of(directory, settings) as ledger:
-            found += [(directory, letter) for letter in ledger.dead_letters()]
+        try:
+            with outboxes.ledger_of(directory, settings) as ledger:
+                found += [(directory, letter) for letter in ledger.dead_letters()]
+        except (LedgerUnavailable, OutboxUnusable) as error:  # the others' are listed all the same
+            terminal.error(str(error))
+            code, unread = ExitCode.ERROR, True
     if as_json:
         terminal.raw(lines.dumps([_as_data(directory, letter) for directory, letter in found], indent=2))
         return code
     if not found:
-        terminal.say("there are no dead letters")
+        if not unread:
+            terminal.say("there are no dead letters")
         return code
     columns = [
         Column("id", right=True),

@@ -195,6 +195,7 @@ class Flush:
         self._settings = settings
         self._run_id = run_id
         self._ends: Targets | None = None
+        self._unread: dict[str, OSError] = {}  # runs that the disk does not let be read; each counts as one event
         self._seen = _Look()
         self._began_ms = time.time_ns() // 1_000_000
         self._tried = False  # an attempt was made since this began, by whichever worker
@@ -269,7 +270,7 @@ class Flush:
 
     def look(self) -> None:
         """Find out how far it is."""
-        from mlflow_outbox_worker.backlog import left, remaining, targets
+        from mlflow_outbox_worker.backlog import left, targets
         from mlflow_outbox_worker.notes import destination_note, last_tried_ms
 
         try:
@@ -284,12 +285,9 @@ class Flush:
             if self._ends is not None:
                 return
             records, note, letters = {}, None, {}
+        only = None if self._run_id is None else [self._run_id]
         try:
-            if self._ends is None:
-                ends = targets(self._directory, records)
-                self._ends = ends if self._run_id is None else {self._run_id: ends.get(self._run_id, {})}
-            else:
-                self._ends = remaining(self._directory, self._ends, records)
+            self._ends = targets(self._directory, records, self._unread, before=self._ends, only=only)
         except OSError as error:
             self._trouble = printable(str(error), 300)
             return
@@ -303,7 +301,7 @@ class Flush:
         if note is not None and note.tried_ms >= self._began_ms:
             self._tried = True
         sure = note is not None and all(last_tried_ms(note, records.get(run)) >= self._began_ms for run in parked)
-        pending = sum(part.pending for part in parts.values())
+        pending = sum(part.pending for part in parts.values()) + len(self._unread)
         self._seen = _Look(
             pending=pending,
             parked=sum(part.parked for part in parts.values()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import click
@@ -60,25 +60,40 @@ def runs(
     """
     terminal.behave(quiet=quiet, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
-    budget = _READ
     entries: list[dict[str, Any]] = []
     usable = outboxes.open_usable(settings)
     code = usable.name_refused()
-    for directory in usable.directories:
-        with outboxes.ledger_of(directory, settings) as ledger:
-            for run_id in dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]):
-                look = Look(directory, ledger, run_id)
-                read = look.pending <= budget
-                if read:
-                    budget -= look.pending
-                    look.fold()
-                entries.append(look.summary(read=read))
+    for trouble in dict.fromkeys(_troubles(usable.directories, settings, entries)):
+        terminal.error(trouble)
+        code = ExitCode.ERROR
     entries.sort(key=lambda entry: entry["start_time_ms"] or 0, reverse=True)
     if as_json:
         terminal.raw(lines.dumps(entries, indent=2))
     elif not quiet:
         _list(entries)
     return code
+
+
+def _troubles(directories: list[OutboxDirectory], settings: Settings, entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Add an entry for every run that can be read; yield what of the others, or of the ledgers, cannot."""
+    budget = _READ
+    for directory in directories:
+        try:
+            with outboxes.ledger_of(directory, settings) as ledger:
+                for run_id in dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]):
+                    try:
+                        look = Look(directory, ledger, run_id)
+                        read = look.pending <= budget
+                        if read:
+                            budget -= look.pending
+                            look.fold()
+                        entries.append(look.summary(read=read))
+                    except OSError as error:
+                        yield f"the run {run_id} cannot be read: {printable(error, 300)}"
+                    else:
+                        yield from filter(None, [look.trouble])
+        except (LedgerUnavailable, OSError) as error:
+            yield str(error)
 
 
 def _list(entries: list[dict[str, Any]]) -> None:

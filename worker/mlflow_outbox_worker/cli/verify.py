@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import click
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.destination import Destination, resolve, with_credentials
+from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import tracking_uri_from_environment
 from mlflow_outbox.spool import provisional
 from mlflow_outbox_worker.cli import outboxes, terminal
@@ -127,14 +128,32 @@ def _of_outbox(
             ledgers = [opened.enter_context(contextlib.closing(Ledger.open(place, read_only=True))) for place in places]
             for number, (run_id, folders) in enumerate(runs.items()):
                 show(f"{number} of {count(len(runs), 'run')} compared")
-                for record, letters in _deliveries(ledgers, run_id):
-                    found.append(compare(sink, run_id, folders, record, letters, deep=deep))
+                try:
+                    for record, letters in _deliveries(ledgers, run_id):
+                        found.append(compare(sink, run_id, folders, record, letters, deep=deep))
+                except OutboxUnusable:
+                    raise
+                except OSError as error:  # the others are compared all the same
+                    terminal.error(f"the run {run_id} was not compared: {printable(error, 300)}")
+                    found.append(Comparison(run_id, "unknown"))
+                    code = ExitCode.ERROR
+    except (LedgerUnavailable, OutboxUnusable) as error:
+        terminal.error(str(error))
+        found += _unknown(runs, found)
+        code = ExitCode.ERROR
     except SinkError as error:
         terminal.error(f"{printable(destination.uri)} cannot be asked now: {error}")
-        known = {one.run_id for one in found}
-        found += [Comparison(run_id, "unknown") for run_id in runs if run_id not in known]
+        found += _unknown(runs, found)
         code = most_urgent([code, ExitCode.PARKED if classify(error, "open").kind == "parked" else ExitCode.LEFT])
     return code
+
+
+def _unknown(runs: Collection[str], found: list[Comparison]) -> list[Comparison]:
+    """Return what is to be said of the runs that were not compared."""
+    from mlflow_outbox_worker.comparison import Comparison
+
+    known = {one.run_id for one in found}
+    return [Comparison(run_id, "unknown") for run_id in runs if run_id not in known]
 
 
 def _not_compared(
