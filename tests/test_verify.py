@@ -223,6 +223,27 @@ def test_what_was_replayed_into_another_experiment_is_read_back_too(
     assert 2 == len({one["remote_id"] for one in said_of})
 
 
+def test_what_another_machine_replayed_into_an_experiment_is_read_back_from_there(
+    mlflow_server: MlflowServer,
+    experiment_name: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With --experiment, like the replay; what is not there yet is sent by that replay."""
+    log_offline(experiment_name, mlflow_server.url, tmp_path / "outbox")
+    there = ["--experiment", f"{experiment_name} imported"]
+    assert 3 == command("verify", "--outbox-dir", tmp_path / "outbox", *there)
+    assert f"replay {tmp_path / 'outbox'} --experiment '{experiment_name} imported'" in capsys.readouterr().out
+    assert 0 == command("replay", tmp_path / "outbox", *there)
+    assert 0 == verified(*there, "--deep")[0]
+    (tmp_path / "state").rename(tmp_path / "lost")
+    for to in ([], ["--to", mlflow_server.url]):
+        code, [said] = verified(*there, *to)
+        assert (0, "same") == (code, said["state"])
+        assert (3, "absent") == (verified(*to)[0], verified(*to)[1][0]["state"]), "in its own experiment it is not"
+
+
 def test_a_server_that_is_away_is_no_difference(
     experiment_name: str,
     tmp_path: Path,

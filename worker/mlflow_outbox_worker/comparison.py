@@ -49,6 +49,7 @@ def compare(
     letters: Collection[DeadLetter],
     *,
     deep: bool = False,
+    experiment: str = "",
 ) -> Comparison:
     """Compare one run on disk with what a store holds of it.
 
@@ -59,13 +60,14 @@ def compare(
         record: what a ledger knows of its delivery to this store; None when nothing does.
         letters: its dead letters.
         deep: compare every point, and the content of every artifact, which is downloaded.
+        experiment: the one that it was replayed into; "" is its own.
 
     Raises:
         SinkError: the store could not be asked.
         OSError: the run cannot be read.
     """
     reader = RunReader(*folders)
-    remote_id = record.remote_id if record is not None and record.remote_id else _find(sink, run_id, reader)
+    remote_id = record.remote_id if record is not None and record.remote_id else _find(sink, run_id, reader, experiment)
     if not remote_id:
         return Comparison(run_id, "absent", pending=sum(reader.next_numbers().values()))
     pending = 0 if record is None else sum(left(reader.next_numbers(record.cursors), record, parked=False))
@@ -83,8 +85,8 @@ def compare(
     return Comparison(run_id, "pending" if pending else state, remote_id, pending, len(letters), tuple(found))
 
 
-def _find(sink: Sink, run_id: str, reader: RunReader) -> str:
+def _find(sink: Sink, run_id: str, reader: RunReader, experiment: str) -> str:
     _, header = reader.started()
-    experiment_id = sink.find_experiment(header.experiment) if header is not None else None
+    experiment_id = sink.find_experiment(experiment or header.experiment) if header is not None else None
     found = sink.find_runs(experiment_id, run_id) if experiment_id is not None else []
     return found[0] if found else ""

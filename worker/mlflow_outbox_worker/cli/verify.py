@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import click
 
@@ -47,6 +47,10 @@ def verify(
     to: Annotated[
         str | None, Option("--to", metavar="URI", filled=True, about="A tracking URI that the runs were replayed to.")
     ] = None,
+    experiment: Annotated[
+        str | None,
+        Option("--experiment", metavar="NAME", filled=True, about="The experiment that the runs were replayed into."),
+    ] = None,
     as_json: AsJson = False,
     outbox_dir: OutboxDir = None,
     quiet: Quiet = False,
@@ -62,23 +66,24 @@ def verify(
       mlflow-outbox verify                        # all that is still on disk
       mlflow-outbox verify --deep 3f9c            # to the last point and byte
       mlflow-outbox verify --to http://new:5000   # after a replay to there
+      mlflow-outbox verify --experiment imported  # after a replay into it
     """
     terminal.behave(quiet=quiet or as_json, verbose=verbose)
     settings = outboxes.settings_for(outbox_dir)
     usable = outboxes.open_usable(settings)
     refused = usable.name_refused()
     chosen = [outboxes.find_run(usable.directories, settings, name) for name in runs or []]
+    place = _Place(to, experiment or "")
     found: list[Comparison] = []
     codes = [refused] if not runs else []
     for directory in usable.directories:
-        wanted = {run_id for place, run_id in chosen if place.path == directory.path} if runs else None
+        wanted = {run_id for where, run_id in chosen if where.path == directory.path} if runs else None
         if wanted is None or wanted:
-            codes.append(_of_outbox(directory, settings, wanted, to, found, deep=deep))
+            codes.append(_of_outbox(directory, settings, wanted, place, found, deep=deep))
     if as_json:
         terminal.raw(json.dumps([one._asdict() for one in found], indent=2))
     elif not found or any(one.state != "unknown" for one in found):
-        there = quoted(resolve(to).uri) if to is not None else ""
-        _show(found, f"replay {quoted(outboxes.root_of(settings))} --to {there}" if there else "flush")
+        _show(found, place.remedy(outboxes.root_of(settings)))
     if any(one.state in {"different", "absent"} or one.differences for one in found if not one.pending):
         codes.append(ExitCode.ERROR)
     if any(one.pending for one in found):
@@ -86,11 +91,41 @@ def verify(
     return most_urgent(codes)
 
 
+class _Place(NamedTuple):
+    """Where the runs are looked for: at their destination or another one, in their own experiments ("") or in one."""
+
+    to: str | None
+    experiment: str
+
+    def remedy(self, root: Path) -> str:
+        """Return the command that sends what is not there."""
+        if self.to is None and not self.experiment:
+            return "flush"
+        to = f" --to {quoted(resolve(self.to).uri)}" if self.to is not None else ""
+        return f"replay {quoted(root)}{to}" + (f" --experiment {quoted(self.experiment)}" if self.experiment else "")
+
+    def ledgers(self, own: Path, recorded: Destination, there: Destination) -> list[Path]:
+        """Return the ledgers that may know of it: the outbox's own, and those of this machine's replays to there.
+
+        Args:
+            own: the outbox's.
+            recorded: where the outbox delivers to.
+            there: where the runs are looked for.
+        """
+        from mlflow_outbox_worker.sources import replay_directory
+
+        if self.experiment:
+            return [replay_directory(there, self.experiment) / "delivery"]
+        replays = replay_directory(there)
+        others = [replays, *sorted(replays.parent.glob(f"{replays.name}-*"))] if self.to is not None else []
+        return [own] * (there.uri == recorded.uri) + [place / "delivery" for place in others]
+
+
 def _of_outbox(
     directory: OutboxDirectory,
     settings: Settings,
     wanted: set[str] | None,
-    to: str | None,
+    place: _Place,
     found: list[Comparison],
     *,
     deep: bool,
@@ -104,9 +139,9 @@ def _of_outbox(
     from mlflow_outbox_worker.sources import find_runs
 
     recorded = directory.destination
-    destination = resolve(to) if to is not None else with_credentials(recorded, tracking_uri_from_environment())
-    places = [outboxes.ledger_path(directory, settings)] if destination.uri == recorded.uri else []
-    places += _replay_ledgers(destination) if to is not None else []
+    fallback = tracking_uri_from_environment()
+    destination = resolve(place.to) if place.to is not None else with_credentials(recorded, fallback)
+    places = place.ledgers(outboxes.ledger_path(directory, settings), recorded, destination)
     on_disk = find_runs(directory.path)
     code = _not_compared(directory, on_disk, wanted, found)
     runs = {
@@ -125,12 +160,14 @@ def _of_outbox(
             terminal.progress() as show,
             contextlib.ExitStack() as opened,
         ):
-            ledgers = [opened.enter_context(contextlib.closing(Ledger.open(place, read_only=True))) for place in places]
+            ledgers = [opened.enter_context(contextlib.closing(Ledger.open(path, read_only=True))) for path in places]
             for number, (run_id, folders) in enumerate(runs.items()):
                 show(f"{number} of {count(len(runs), 'run')} compared")
                 try:
                     for record, letters in _deliveries(ledgers, run_id):
-                        found.append(compare(sink, run_id, folders, record, letters, deep=deep))
+                        found.append(
+                            compare(*(sink, run_id, folders, record, letters), deep=deep, experiment=place.experiment)
+                        )
                 except OutboxUnusable:
                     raise
                 except OSError as error:  # the others are compared all the same
@@ -174,14 +211,6 @@ def _not_compared(
     for problem in problems:
         terminal.error(problem)
     return ExitCode.ERROR if problems else ExitCode.DONE
-
-
-def _replay_ledgers(destination: Destination) -> list[Path]:
-    """Return the ledgers of this machine's replays to a destination: into the runs' own experiments, or into one."""
-    from mlflow_outbox_worker.sources import replay_directory
-
-    own = replay_directory(destination)
-    return [place / "delivery" for place in (own, *sorted(own.parent.glob(f"{own.name}-*")))]
 
 
 def _deliveries(ledgers: list[Ledger], run_id: str) -> Iterator[tuple[RunRecord | None, list[DeadLetter]]]:
