@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import plugin_scenarios
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.sink import Sink
 from plugin_world import deliver, differences, picture, store, tracking
@@ -92,6 +94,20 @@ def test_batches_of_one_run_that_go_side_by_side_do_not_meet_in_the_database(
     for key in held.data.metrics:
         assert 1000 == len(points(postgresql.uri, held.info.run_id, key))
     assert numbered(1000) == points(postgresql.uri, held.info.run_id, "loss")
+
+
+def test_an_experiment_whose_name_is_too_long_for_a_column_is_named_with_the_remedy(
+    postgresql: PostgreSQL, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow takes 500 characters, the database 256: its words alone do not say of what."""
+    tracker = MLflowTracker(f"{experiment_name} {'long ' * 60}", postgresql.uri, outbox_dir=tmp_path, settings=QUICK)
+    tracker.start_run().end()
+    assert 2 == tracker.close(60).parked
+    assert tracker.outbox_path is not None
+    with contextlib.closing(Ledger.open(tracker.outbox_path / "delivery", read_only=True)) as ledger:
+        (record,) = ledger.records()
+    assert f"the experiment '{experiment_name} long" in record.reason
+    assert "mlflow-outbox replay DIR --experiment NAME" in record.reason
 
 
 def test_a_name_that_is_too_long_for_a_column_costs_the_run_no_more_than_its_end(

@@ -9,6 +9,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -16,6 +17,7 @@ from mlflow.entities import ExperimentTag, Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
+from mlflow_outbox.counters import printable
 from mlflow_outbox.spool.events import STATUSES
 from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink import calls
@@ -85,7 +87,14 @@ class Recorder:
             try:
                 return _present(self._store.create_experiment(name, artifact_location=None, tags=[]), "experiment")
             except MlflowException as error:
-                if translate(error).code != "RESOURCE_ALREADY_EXISTS":
+                said = translate(error)
+                if said.status == HTTPStatus.BAD_REQUEST and said.code != "RESOURCE_ALREADY_EXISTS":
+                    msg = (  # a database's columns are shorter than the names that MLflow takes, for one
+                        f"the experiment {printable(name, 60)!r} ({len(name)} characters) cannot be made: {said}; "
+                        "another one takes the run: mlflow-outbox replay DIR --experiment NAME"
+                    )
+                    raise SinkError(msg, kind="answer", status=said.status, code=said.code) from None
+                if said.code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = self._store.get_experiment_by_name(name)  # somebody else was faster
         if found is None or found.lifecycle_stage != "active":
