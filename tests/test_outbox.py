@@ -282,6 +282,26 @@ def test_what_the_disk_has_not_taken_is_pending(sqlite_uri: str, tmp_path: Path,
     assert numbered(10) == points(sqlite_uri, the_run(sqlite_uri, "memory").info.run_id, "loss")
 
 
+def test_a_failing_disk_can_be_put_under_a_tracker(sqlite_uri: str, tmp_path: Path) -> None:
+    """As a program's own tests have it: what waits is kept, the process that delivers syncs nothing in its place."""
+    disk = FailingDisk()
+    with MLflowTracker("own test", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
+        disk.under(tracker)
+        run = tracker.start_run()
+        run.log_metric("loss", 0.0, step=0)
+        assert tracker.flush(60)
+        eventually(lambda: disk.count("datasync") > 0)
+        disk.fail("write", error=errno.ENOSPC, times=None)
+        assert all(run.log_metric("loss", step / 2, step=step) for step in range(1, 10))
+        assert 9 == tracker.flush(0.1).pending
+        disk.clear()
+        assert tracker.flush(60)
+    assert numbered(10) == points(sqlite_uri, the_run(sqlite_uri, "own test").info.run_id, "loss")
+    off = MLflowTracker("own test", sqlite_uri, settings=Settings(disabled=True))
+    with pytest.raises(ValueError, match="the tracker is disabled"):
+        disk.under(off)
+
+
 def test_a_flush_waits_for_a_disk_that_recovers(sqlite_uri: str, tmp_path: Path, failing: FailingDisk) -> None:
     """And then for what came to the disk only now."""
     settings = dataclasses.replace(QUICK, sync_interval=60.0)

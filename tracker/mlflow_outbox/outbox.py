@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from mlflow_outbox.destination import Destination
     from mlflow_outbox.spool.directory import OutboxDirectory
+    from mlflow_outbox.spool.disk import SystemDisk
 
 #: Seconds for which a flush without a time waits for a disk that fails, and between two looks at it.
 _PATIENCE: Final = 5.0
@@ -80,6 +81,7 @@ class Outbox:
 
     Attributes:
         arrived: events that had arrived in MLflow when a flush ended last.
+        disk: the system calls of the journals that are made from now on; None is the machine's.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Outbox:
             is_relieved=None if worker == "none" or directory.network else self._is_relieved,
         )
         self.arrived = 0
+        self.disk: SystemDisk | None = None
         self._parent, self._pid = 0, os.getpid()
         self._begin()
         _outboxes.add(self)
@@ -126,6 +129,7 @@ class Outbox:
             self.counters,
             registry=self._caretaker,
             wake=self._begun,
+            disk=self.disk,
             refuse=self.guard.reason,
         )
         self._journals.add(journal)
@@ -179,7 +183,7 @@ class Outbox:
 
     def _is_relieved(self, segments: tuple[str, ...]) -> bool:
         """Return whether the process that delivers syncs these segments in this one's place."""
-        worker = self._worker
+        worker = self._worker if self.disk is None else None  # another process syncs on the machine's
         return worker is not None and worker.syncs(segments)
 
     def _note_written(self, journal: Journal) -> None:

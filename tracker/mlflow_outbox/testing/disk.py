@@ -3,6 +3,7 @@
 Everything that no script forbids goes to the real disk, so a reader finds what a crash would have left.
 
     disk = FailingDisk()
+    disk.under(tracker)                                   # the runs that it starts from now on are written there
     disk.fail("write", at=3)                              # the third write from now: EIO, once
     disk.fail("write", error=errno.ENOSPC, times=None)    # a full disk, until clear()
     disk.fail("write", short=5)                           # the next write takes five bytes of what it is given
@@ -20,9 +21,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 from mlflow_outbox.spool.disk import SystemDisk
+
+if TYPE_CHECKING:
+    from mlflow_outbox.tracker import MLflowTracker
 
 Operation = Literal["create", "reopen", "write", "datasync", "truncate", "close", "sync_directory"]
 #: Seconds after which a held call goes on by itself, so that a test that fails does not hang.
@@ -58,6 +62,23 @@ class FailingDisk(SystemDisk):
         self._durable: dict[tuple[int, int], int] = {}
         self._faults: list[_Fault] = []
         self._lock = threading.RLock()  # a signal handler may log while its own thread is in here
+
+    def under(self, tracker: MLflowTracker) -> None:
+        """Have a tracker write to this disk: the runs that it, or another one of its outbox, starts from now on.
+
+        Copies of files are made on the machine's disk all the same.
+
+        Args:
+            tracker: one that is not disabled.
+
+        Raises:
+            ValueError: the tracker is disabled, so that it writes nothing.
+        """
+        outbox = tracker._outbox  # noqa: SLF001 - what a program has no business with, but its tests
+        if outbox is None:
+            msg = "the tracker is disabled and writes nothing; see the warning at its creation"
+            raise ValueError(msg)
+        outbox.disk = self
 
     def count(self, operation: Operation) -> int:
         """Return how often an operation was called so far."""
