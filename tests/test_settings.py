@@ -94,8 +94,8 @@ def test_a_choice_that_is_none_is_refused_by_name(given: dict[str, Any]) -> None
     ],
 )
 def test_a_variable_that_cannot_be_read_is_refused(variable: str, text: str) -> None:
-    """At the start, not in the middle of a night."""
-    with pytest.raises(InvalidSettings):
+    """At the start, not in the middle of a night, and by the name under which it was set."""
+    with pytest.raises(InvalidSettings, match=variable):
         Settings.from_environment({variable: text})
 
 
@@ -109,6 +109,20 @@ def test_a_path_may_be_text() -> None:
     """It is a Path afterwards, for who reads it."""
     assert Path("/tmp/x") == Settings(root="/tmp/x").root  # type: ignore[arg-type]  # bad input
     assert Path("/tmp/x") == Settings(ledger_dir=Path("/tmp/x")).ledger_dir
+
+
+def test_a_directory_for_ledgers_stays_where_it_is_when_the_program_leaves_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush would wait for the ledger of another directory; one whose own is gone is told so."""
+    monkeypatch.chdir(tmp_path)
+    assert tmp_path / "ledgers" == Settings.from_environment({"MLFLOW_OUTBOX_LEDGER_DIR": "ledgers"}).ledger_dir
+    assert Path.home() / "ledgers" == Settings(ledger_dir=Path("~/ledgers")).ledger_dir
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(InvalidSettings, match="ledger_dir='ledgers' depends on what is not there"):
+        Settings(ledger_dir=Path("ledgers"))
 
 
 def test_settings_are_frozen_and_hashable() -> None:

@@ -136,6 +136,8 @@ class Settings:
                 msg = f"the setting {name}={value!r} must be a path"
                 raise InvalidSettings(msg)
             object.__setattr__(self, name, Path(value))
+        if self.ledger_dir is not None:
+            object.__setattr__(self, "ledger_dir", _absolute("ledger_dir", self.ledger_dir))
         for name, kind in (("sync", SyncLevel), ("verify", VerifyLevel), ("worker", WorkerKind)):
             value = getattr(self, name)
             if value not in get_args(kind):
@@ -162,6 +164,11 @@ class Settings:
             text = environ.get(variable)
             if text is not None and text.strip() != "" and field.name not in given:
                 values[field.name] = _parse(variable, text.strip(), types[field.name])
+                try:
+                    cls(**{field.name: values[field.name]})
+                except InvalidSettings as error:
+                    msg = f"the environment variable {variable} is wrong: {error}"
+                    raise InvalidSettings(msg) from None
         return cls(**values, **given)
 
 
@@ -201,6 +208,15 @@ _LEAST: dict[str, float] = {
 def variable_name(option: str) -> str:
     """Return the environment variable that sets an option."""
     return _VARIABLES.get(option, f"MLFLOW_OUTBOX_{option.upper()}")
+
+
+def _absolute(name: str, path: Path) -> Path:
+    """Return a path that stays the same when the program changes its current directory."""
+    try:
+        return Path(os.path.abspath(path.expanduser()))
+    except (OSError, RuntimeError) as error:  # the current directory is gone, or the user has no home
+        msg = f"the setting {name}={str(path)!r} depends on what is not there ({error}); give a whole path"
+        raise InvalidSettings(msg) from None
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:
