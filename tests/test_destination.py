@@ -94,6 +94,8 @@ def test_without_a_uri_it_is_the_environments_or_the_local_directory(tmp_path: P
         f"postgresql://user:{SECRET}@[host/db",
         f"postgresql://user:{SECRET}@ho\N{ACCOUNT OF}st/db",
         "file://[host/runs",
+        f"postgresql://user:a@{SECRET}/{SECRET}@host/db",
+        f"mysql://user:a@host/{SECRET}#@host/db",
         "http://",
         "sqlite://",
         f"weird:{SECRET}@host",
@@ -130,6 +132,18 @@ def test_the_secret_form_is_what_was_given() -> None:
     """A worker thread needs it."""
     assert f"https://user:{SECRET}@host" == resolve(f"https://user:{SECRET}@host?x=1").secret_uri
     assert f"postgresql://u:{SECRET}@host/db" == resolve(f"postgresql://u:{SECRET}@host/db").secret_uri
+
+
+@pytest.mark.parametrize("password", ["a@b", "a@b:c", "@", "a@@b", "a#@b", "a?b@c", "%41@b"])
+def test_a_password_with_an_at_sign_is_no_part_of_the_host(password: str) -> None:
+    """SQLAlchemy would ask for a host of such a name, and the answer be logged, shown and kept."""
+    from sqlalchemy.engine import make_url
+
+    found = resolve(f"postgresql://u:{password}@host:5432/db?sslmode=on")
+    assert "postgresql://host:5432/db?sslmode=on" == found.uri
+    asked = make_url(found.secret_uri)
+    assert ("u", password.replace("%41", "A")) == (asked.username, asked.password)
+    assert ("host", 5432, "db") == (asked.host, asked.port, asked.database)
 
 
 def test_credentials_of_the_environment_are_used_for_the_same_place_only(

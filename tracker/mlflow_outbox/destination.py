@@ -186,7 +186,15 @@ def _sqlite(text: str) -> Destination:
 
 
 def _database(text: str) -> Destination:
+    user = _USER.search(text)
+    begin, rest = (text[: user.end() - 1], text[user.end() :]) if user is not None else ("", "")
     parts = urlsplit(_USER.sub("//", text, count=1))  # a "#" or "/" in a password would end the host here
+    if "@" in parts.path + parts.fragment:
+        msg = f"the {parts.scheme} tracking URI names no host; write special characters of a password as %XX"
+        raise DestinationError(msg)
+    more, at, _ = parts.netloc.rpartition("@")
+    if at:  # of the password too: left as it is, it would be taken for a part of the host, and be told with it
+        text = f"{begin}%40{more.replace('@', '%40')}{rest[len(more) :]}"
     query = urlencode([pair for pair in parse_qsl(parts.query) if not _SECRET.search(pair[0])])
     bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
     return Destination(bare, str(Path.cwd() / "mlruns"), text)
