@@ -22,6 +22,7 @@ from commands import make_unreadable
 from contents import QUICK, artifact_text, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.destination import resolve
+from mlflow_outbox.spool import filesystem
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import packing, unpacking
 from mlflow_outbox_worker.bundle import MANIFEST, BundledRun, BundleRefused, Manifest, read_manifest, sealed
@@ -168,10 +169,13 @@ def test_an_import_twice_changes_nothing(bundle: Path, tmp_path: Path) -> None:
     assert [] == [path.name for path in directory.path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("kind", ["ext4", "nfs4"])
 def test_two_imports_at_once_put_each_run_there_once(
-    tmp_path: Path, experiment_name: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, experiment_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one comes when the first has looked at what the outbox has, and begins to add to it."""
+    monkeypatch.setattr(filesystem, "read_mountinfo", lambda: f"1 1 0:1 / {tmp_path} rw - {kind} filer:/ rw")
+    monkeypatch.setattr(filesystem, "_known", {})
     for name in ("one", "two"):
         log_offline(experiment_name, NOWHERE, tmp_path / "from", name=name)
     exported(tmp_path / "from", tmp_path / "runs.tar")

@@ -69,6 +69,11 @@ def import_bundle(
         OutOfTime: the deadline came first; nothing of it was used.
         OSError: it cannot be read, or there is no room for it.
     """
+    with _turn(directory):
+        return _imported(path, directory, deadline, passing=passing)
+
+
+def _imported(path: Path, directory: OutboxDirectory, deadline: float | None, *, passing: bool) -> dict[str, Imported]:
     with _alone(directory):
         remove_drafts(directory.path / _STAGING, "directory")
         staging = draft_of(directory.path / _STAGING)
@@ -89,6 +94,25 @@ def import_bundle(
     finally:
         os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _turn(directory: OutboxDirectory) -> Iterator[None]:
+    """Have imports of this machine into an outbox on a network file system take turns, by a lock that is elsewhere.
+
+    There nothing says which of the directories to unpack into is a leftover, nor keeps one from what another adds.
+    """
+    if not directory.network:
+        yield
+        return
+    lock = directory.lock.with_name("import.lock")
+    os.makedirs(lock.parent, 0o700, exist_ok=True)
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
