@@ -426,13 +426,17 @@ def test_an_empty_place_is_bad_usage(
         ["replay", ""],
         ["replay", ".", "--experiment", ""],
         ["export", "--all", "-o", ""],
+        ["export", "", "-o", "new.tar"],
+        ["verify", ""],
+        ["flush", "--run", ""],
+        ["worker", "--until-idle", "--metrics-port", "0", "--metrics-address", ""],
     ],
     ids=" ".join,
 )
 def test_an_empty_path_or_name_is_bad_usage(
     words: list[str], here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does it mean the current directory, or the experiments that the runs were logged for."""
+    """Nor does it mean the current directory, the runs' own experiments, any run, or all addresses."""
     offline(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert 0 == here("export", "--all", "-d", ".", "-o", "runs.tar").code

@@ -51,7 +51,8 @@ def register(app: click.Group) -> None:
 
 def export(
     runs: Annotated[
-        list[str] | None, Argument(metavar="RUN...", about="Ids, beginnings of ids, or directories of runs.")
+        list[str] | None,
+        Argument(metavar="RUN...", about="Ids, beginnings of ids, or directories of runs.", filled=True),
     ] = None,
     output: Annotated[
         Path, Option("--output", "-o", metavar="BUNDLE", about="The file; NAME.tar, or NAME.tar.gz for gzip.")

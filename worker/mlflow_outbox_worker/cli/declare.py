@@ -38,11 +38,15 @@ Words = Callable[[dict[str, Any]], Iterable[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """What a positional parameter is called in help, what it is about, and what says how a shell may complete it."""
+    """What a positional parameter is called in help, what it is about, and what says how a shell may complete it.
+
+    An empty value of one that is ``filled``, as of a variable that is not set, is bad usage.
+    """
 
     metavar: str
     about: str
     words: Words | None = None
+    filled: bool = False
 
 
 class Option:
@@ -181,7 +185,7 @@ def _parameter(parameter: inspect.Parameter, kind: Any, about: Option | Argument
     if isinstance(about, Argument):
         return click.Argument(
             [parameter.name],
-            type=_type(kind, None, None),
+            type=_Filled() if about.filled else _type(kind, None, None),
             nargs=-1 if several else 1,
             required=required,
             metavar=about.metavar,

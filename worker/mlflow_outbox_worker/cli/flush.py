@@ -63,7 +63,8 @@ def flush(
         ),
     ] = None,
     run: Annotated[
-        str | None, Option("--run", metavar="ID", about="Wait for this run only.", words=outboxes.run_words)
+        str | None,
+        Option("--run", metavar="ID", filled=True, about="Wait for this run only.", words=outboxes.run_words),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -41,7 +41,8 @@ def register(app: click.Group) -> None:
 
 def verify(
     runs: Annotated[
-        list[str] | None, Argument(metavar="[RUN...]", about="Ids of runs; else all on disk.", words=outboxes.run_words)
+        list[str] | None,
+        Argument(metavar="[RUN...]", about="Ids of runs; else all on disk.", words=outboxes.run_words, filled=True),
     ] = None,
     deep: Annotated[bool, Option("--deep", about="Every point, and the content of every artifact.")] = False,
     to: Annotated[

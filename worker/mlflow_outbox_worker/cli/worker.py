@@ -57,7 +57,9 @@ def worker(
     metrics_port: Annotated[
         int | None, Option(least=0, most=65535, metavar="N", about="Serve OpenMetrics at this port.")
     ] = None,
-    metrics_address: Annotated[str, Option(metavar="ADDRESS", about="The address that the port is at.")] = "127.0.0.1",
+    metrics_address: Annotated[
+        str, Option(metavar="ADDRESS", filled=True, about="The address that the port is at.")
+    ] = "127.0.0.1",
     metrics_file: Annotated[
         Path | None, Option(metavar="PATH", about="Write metrics there, for a node exporter's textfile collector.")
     ] = None,
