@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from commands import NOBODY, offline, withhold
 from contents import QUICK, the_run
 from mlflow_outbox import MLflowTracker, TrackingUnavailable
+from mlflow_outbox.spool import disk
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import reading
@@ -62,6 +64,23 @@ def test_a_run_is_called_what_it_was_called_last(
         (entry,) = tracker.get_all_runs()
         assert (name, name) == (entry["run_name"], the_run(uri, experiment_name).info.run_name)
         assert "mlflow_outbox.run_id" not in entry["tags"]
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["up", "down"])
+def test_a_run_that_the_disk_does_not_give_keeps_nobody_from_the_others(
+    away: bool, sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another experiment, perhaps: nothing is raised into a program that asks for its best run."""
+    uri = NOBODY if away else sqlite_uri
+    withheld, *_ = offline(tmp_path, uri, experiment="another")
+    tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    log_three(tracker)
+    monkeypatch.setattr(disk, "_OWN_FRAMES", disk._OWN_FRAMES | {"commands"})  # as if the disk had answered
+    withhold(monkeypatch, withheld)
+    assert EXPECTED == summary(tracker.get_all_runs())
+    best = tracker.get_best_run("f1", ascending=False)
+    assert best is not None
+    assert ("run2", 1 < tracker.counters["runs_not_read"]) == (best["run_name"], True)
 
 
 @pytest.mark.compatibility

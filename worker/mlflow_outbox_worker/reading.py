@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from mlflow_outbox.counters import described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.disk import is_foreign
 from mlflow_outbox.spool.events import NAME_TAG, Event, RunStarted
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
@@ -67,6 +69,7 @@ class Reading:
 
     def __init__(self, outbox: Outbox) -> None:
         self._directory = outbox.directory
+        self._counters = outbox.counters
         self._destination = outbox.destination
         self._ledger_path = outbox.directory.ledger_in(outbox.settings.ledger_dir)
         self._timeout = min(_DEADLINE, outbox.settings.request_timeout)
@@ -119,7 +122,7 @@ class Reading:
         return entries
 
     def local_runs(self, experiment: str | None = None, *, filed: bool = True) -> list[LocalRun]:
-        """Return the runs that the outbox still has on disk.
+        """Return the runs that the outbox still has on disk; one that the disk does not give is left out, and said.
 
         Args:
             experiment: only those of this experiment; None means all.
@@ -128,7 +131,7 @@ class Reading:
         with self._ledger() as ledger:
             on_disk = dict.fromkeys([*self._directory.run_ids(), *(self._directory.delivered_ids() if filed else ())])
             ids = [run_id for run_id in on_disk if not provisional.is_room(run_id)]
-            found = (self._local_run(run_id, ledger) for run_id in ids)
+            found = (self._readable_run(run_id, ledger) for run_id in ids)
             return [run for run in found if run is not None and experiment in {None, run.experiment}]
         return []
 
@@ -180,6 +183,20 @@ class Reading:
             record = ledger.record(run_id) if ledger is not None else None
             return record.remote_id if record is not None else ""
         return ""
+
+    def _readable_run(self, run_id: str, ledger: Ledger | None) -> LocalRun | None:
+        """Return one of several runs, or None, which is counted and said, where the disk does not give it."""
+        try:
+            return self._local_run(run_id, ledger)
+        except OutboxUnusable:
+            raise
+        except OSError as error:
+            if is_foreign(error):
+                raise
+            self._counters.add("runs_not_read")
+            what = f"what of run {run_id} has not arrived is not shown, as the disk does not give it"
+            self._counters.warn_once(("unread", run_id), f"mlflow-outbox: {what}: {described(error)}")
+        return None
 
     def _local_run(self, run_id: str, ledger: Ledger | None, since: LocalRun | None = None) -> LocalRun | None:
         record, view = None, None
