@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import fcntl
 import gzip
 import io
@@ -491,6 +493,29 @@ def test_what_cannot_be_read_is_left_out_and_said(
     assert 1 == command("export", damaged, "-o", tmp_path / "other.tar", "-d", root)
     assert 1 == command("export", folder, "-o", tmp_path / "other.tar", "-d", root)
     assert not (tmp_path / "other.tar").exists()
+
+
+def test_a_run_of_which_the_disk_does_not_give_a_segment_is_left_out_of_a_bundle(
+    tmp_path: Path, experiment_name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole, and named; the others are in it, which a failing disk may not give for long."""
+    settings = dataclasses.replace(QUICK, segment_bytes=1024)
+    torn = log_offline(experiment_name, NOWHERE, tmp_path / "from", name="torn", settings=settings)
+    whole = log_offline(experiment_name, NOWHERE, tmp_path / "from", name="whole")
+    *_, last = sorted((the_outbox(tmp_path / "from") / "runs" / torn).glob("*.log"))
+    opened = os.open
+
+    def failing(path: Any, *arguments: Any, **named: Any) -> int:
+        if os.fspath(path) == str(last):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(last))
+        return opened(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        words = ("export", "--all", "-d", tmp_path / "from", "-o", tmp_path / "runs.tar")
+        assert 1 == command(*words)
+    assert f"run {torn} was left out: it cannot be read" in capsys.readouterr().err
+    assert {whole: "new"} == import_bundle(tmp_path / "runs.tar", outbox(tmp_path / "to"))
 
 
 def test_what_others_keep_beside_a_bundle_is_left_alone(tmp_path: Path, experiment_name: str) -> None:

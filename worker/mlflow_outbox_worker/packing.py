@@ -14,7 +14,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Final, Literal
 
@@ -56,6 +56,7 @@ def write_bundle(
     now_ms: int,
     outbox: str = "",
     replace: bool = False,
+    unread: Callable[[str, OSError], object] | None = None,
 ) -> Manifest:
     """Write runs into a bundle.
 
@@ -66,6 +67,8 @@ def write_bundle(
         now_ms: wall-clock milliseconds since the epoch, kept in the manifest.
         outbox: id of the outbox that the runs are of, kept in the manifest.
         replace: replace a file that is there already.
+        unread: told of each run that the disk does not give, which is left out as a whole: a part of it would look like
+            all that there is. None raises.
 
     Returns:
         what the bundle holds. A run of which no segment is on disk any more is not in it; with no run there is none.
@@ -79,7 +82,14 @@ def write_bundle(
         raise FileExistsError(errno.EEXIST, "there is such a file already", str(target))
     remove_drafts(target, "file")
     places: dict[str, Path] = {}
-    bundled = [_bundled(run_id, folders, places) for run_id, folders in sorted(runs.items())]
+    bundled: list[BundledRun] = []
+    for run_id, folders in sorted(runs.items()):
+        try:
+            bundled.append(_bundled(run_id, folders, places))
+        except OSError as error:
+            if unread is None:
+                raise
+            unread(run_id, error)
     held = [run for run in bundled if any(member.name.endswith(".log") for member in run.members)]
     manifest = Manifest(FORMAT, now_ms, destination.uri, held, destination.artifact_root, outbox)
     if not held:

@@ -102,10 +102,18 @@ def export(
     refuse_fragments(lost_beginnings(chosen, choice.ledgers), incomplete=incomplete, done="written")
     now_ms = time.time_ns() // 1_000_000
     outbox = _id_of(choice.outboxes)
-    manifest = write_bundle(output, chosen, choice.destination, now_ms=now_ms, outbox=outbox, replace=force)
+    unread: dict[str, OSError] = {}
+    manifest = write_bundle(
+        *(output, chosen, choice.destination),
+        now_ms=now_ms,
+        outbox=outbox,
+        replace=force,
+        unread=unread.__setitem__,
+    )
     gone = chosen.keys() - {run.run_id for run in manifest.runs}
     for run_id in sorted(gone):
-        terminal.error(f"run {run_id} was left out: it is not on disk any more")
+        why = f"it cannot be read: {unread[run_id]}" if run_id in unread else "it is not on disk any more"
+        terminal.error(f"run {run_id} was left out: {why}")
     if not manifest.runs:
         msg = "there is no run to export"
         raise CommandFailed(msg)
