@@ -302,6 +302,8 @@ def test_an_outbox_that_is_not_safe_keeps_nobody_from_the_others(
     assert (1, True) == (done.code, f"left alone: {bad}" in done.err), done
     assert "" != done.out
     assert 0 == here("flush", "-d", tmp_path, "--timeout", 60, "--run", run_id).code, "which is not in that one"
+    assert 0 == here("show", run_id, "-d", tmp_path).code
+    assert 0 == here("export", run_id, "-d", tmp_path, "-o", tmp_path / "run.tar").code
     assert 0 == here("status", "-d", tmp_path, "--json").data["pending"]
     sound.chmod(0o755)
     done = here(*words.split(), "-d", tmp_path)

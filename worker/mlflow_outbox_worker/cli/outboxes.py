@@ -102,13 +102,15 @@ def open_usable(settings: Settings) -> Usable:
 
 
 def open_all(settings: Settings) -> list[OutboxDirectory]:
-    """Open every outbox that a command is about, to find the one that has what a person means.
+    """Open every outbox that a command is about, to find the one that has what a person means; name those left out.
 
     Raises:
         CommandFailed: there is none.
-        OutboxUnusable: one is not safe to use.
+        OutboxUnusable: not one of them is safe to use.
     """
-    return [_opened(path) for path in find(settings)]
+    usable = open_usable(settings)
+    usable.name_refused()
+    return usable.directories
 
 
 def open_one(settings: Settings) -> OutboxDirectory:
