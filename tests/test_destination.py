@@ -99,6 +99,7 @@ def test_without_a_uri_it_is_the_environments_or_the_local_directory(tmp_path: P
         "http://",
         "sqlite://",
         f"weird:{SECRET}@host",
+        "~nobody-of-this-name/runs",
     ],
 )
 def test_a_uri_that_names_no_place_is_refused_without_showing_its_secret(uri: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,24 @@ def test_ledger_and_lock_of_an_outbox_on_a_network_file_system_are_elsewhere(
     assert directory.network
     for path in (directory.ledger, directory.lock):
         assert path.is_relative_to(tmp_path / "state" / "mlflow-outbox")
+
+
+def test_who_has_no_home_logs_on_a_network_file_system_too(
+    shared: Path, experiment_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user nobody knows: where the ledger would be is asked as the tracker is made."""
+
+    def unknown(user: int) -> pwd.struct_passwd:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    tracker = MLflowTracker(experiment_name, "http://127.0.0.1:9", outbox_dir=shared, worker="none", settings=QUICK)
+    assert tracker.outbox_path is not None
+    assert OutboxDirectory.open(tracker.outbox_path).ledger.is_relative_to("/.local/state/mlflow-outbox")
+    assert tracker.start_run("homeless").log_metric("loss", 0.5)
+    tracker.close(0)
 
 
 def test_on_a_network_file_system_no_other_process_syncs_for_the_program(shared: Path, experiment_name: str) -> None:

@@ -90,6 +90,9 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
         raise DestinationError(msg) from None
     except DestinationError:
         raise
+    except RuntimeError as error:  # of a "~" that is nobody's
+        msg = f"the tracking URI begins in a home that is not known ({error}); give a whole path"
+        raise DestinationError(msg) from None
     except ValueError:  # of ``urlsplit``, whose words may hold the password
         msg = "the tracking URI names no host as URIs do; write special characters of a user or password as %XX"
         raise DestinationError(msg) from None

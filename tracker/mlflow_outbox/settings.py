@@ -239,12 +239,18 @@ def _parse(variable: str, text: str, kind: Any) -> Any:
 def state_directory() -> Path:
     """Return where this machine keeps what must not lie on a network file system or beside read-only data.
 
-    That is ``$XDG_STATE_HOME/mlflow-outbox``, or ``~/.local/state/mlflow-outbox``.
+    That is ``$XDG_STATE_HOME/mlflow-outbox``, or ``~/.local/state/mlflow-outbox``. Who has no home, as the user of a
+    container without ``HOME`` and an entry in ``/etc/passwd``, has the root directory, as in processes of ours.
     """
     given = os.environ.get("XDG_STATE_HOME", "")
     # The specification of these directories says to ignore a relative path.
-    base = Path(given) if os.path.isabs(given) else Path("~/.local/state").expanduser()
-    return base / "mlflow-outbox"
+    if os.path.isabs(given):
+        return Path(given) / "mlflow-outbox"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/")
+    return home / ".local" / "state" / "mlflow-outbox"
 
 
 def tracking_uri_from_environment() -> str | None:
