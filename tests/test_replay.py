@@ -67,6 +67,24 @@ def test_an_offline_run_arrives_as_it_was_on_the_writing_machine(
     assert "report of offline" == artifact_text(uri, run.info.run_id, "reports/report.txt")
 
 
+def test_all_that_is_made_in_the_state_directory_is_the_user_s_alone(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """F90: with any umask, as on a cluster where one group has all users; also the directories on the way there."""
+    log_offline(experiment_name, sqlite_uri, tmp_path / "outbox")
+    (tmp_path / "outbox").rename(tmp_path / "copy")
+    umask = os.umask(0)
+    try:
+        assert 0 == command("replay", tmp_path / "copy", "--experiment", "another", "--timeout", 60)
+        assert 0 == command("export", "--all", "-d", tmp_path / "copy", "-o", tmp_path / "runs.tar")
+        assert 0 == command("replay", tmp_path / "runs.tar", "--experiment", "a third", "--timeout", 60)
+    finally:
+        os.umask(umask)
+    made = [tmp_path / "runs.tar", *(tmp_path / "state").rglob("*")]
+    assert len(made) > 8
+    assert {} == {path: mode for path in made if (mode := path.lstat().st_mode & 0o077)}
+
+
 def test_a_run_that_was_never_ended_stays_running(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 from mlflow_outbox.errors import OutboxUnusable
+from mlflow_outbox.spool.private import make_all_private
 
 #: Name of the database; diskcache's.
 NAME: Final = "cache.db"
@@ -110,9 +111,8 @@ def make_directory(directory: Path) -> None:
         OSError: it cannot be made.
     """
     if not os.path.lexists(directory):
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(directory, 0o700)
-            _sync(directory.parent)
+        make_all_private(directory)
+        _sync(directory.parent)
 
 
 def make(directory: Path) -> None:

@@ -35,7 +35,7 @@ import msgspec
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.private import create_private
+from mlflow_outbox.spool.private import create_private, make_all_private
 from mlflow_outbox.spool.writer import boot_id
 from mlflow_outbox_worker.lease import Holder, Lease, holder
 
@@ -142,7 +142,7 @@ class HostLease:
         """
         if self.is_held():
             return True
-        os.makedirs(self._lock_path.parent, 0o700, exist_ok=True)
+        make_all_private(self._lock_path.parent)
         if not self._local.acquire():
             return False
         try:

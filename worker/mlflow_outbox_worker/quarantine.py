@@ -9,7 +9,7 @@ from typing import Final
 
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool.listing import Broken
-from mlflow_outbox.spool.private import create_private
+from mlflow_outbox.spool.private import create_private, make_all_private
 
 #: Bytes of one file; damage is a block of a disk, not a gigabyte.
 _MOST_BYTES: Final = 16 * 1024 * 1024
@@ -36,7 +36,7 @@ class Quarantine:
             f"({broken.reason}); they are kept in {self._folder}",
         )
         try:
-            os.makedirs(self._folder, 0o700, exist_ok=True)
+            make_all_private(self._folder)
             with open(broken.path, "rb") as source, os.fdopen(create_private(self._folder / name), "wb") as copy:
                 source.seek(broken.start)
                 copy.write(source.read(min(broken.end - broken.start, _MOST_BYTES)))

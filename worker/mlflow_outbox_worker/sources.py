@@ -28,6 +28,7 @@ from mlflow_outbox.spool.directory import (
     read_identity,
     run_directories,
 )
+from mlflow_outbox.spool.private import make_all_private
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.host_lease import WorkerLease, lease_of
 from mlflow_outbox_worker.lease import Lease
@@ -203,7 +204,7 @@ class RunsSource:
 
     def lease(self, kind: str) -> WorkerLease:
         """Return the lease of this machine's replays to the destination."""
-        os.makedirs(self._lock.parent, 0o700, exist_ok=True)
+        make_all_private(self._lock.parent)
         return Lease(self._lock, kind)
 
     def ledger_in(self, place: Path | None) -> Path:  # noqa: ARG002 - it is this machine's own, wherever others are

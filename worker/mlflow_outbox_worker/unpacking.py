@@ -26,7 +26,7 @@ from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutOfTime
 from mlflow_outbox.settings import state_directory
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.private import create_private, sync_directory
+from mlflow_outbox.spool.private import create_private, make_all_private, sync_directory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox_worker.bundle import (
@@ -106,7 +106,7 @@ def _turn(directory: OutboxDirectory) -> Iterator[None]:
         yield
         return
     lock = directory.lock.with_name("import.lock")
-    os.makedirs(lock.parent, 0o700, exist_ok=True)
+    make_all_private(lock.parent)
     fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -245,7 +245,7 @@ def unpacked(path: Path, deadline: float | None = None) -> Iterator[Path]:
     """
     manifest = read_manifest(path)
     parent = state_directory() / "bundles"
-    os.makedirs(parent, 0o700, exist_ok=True)
+    make_all_private(parent)
     remove_drafts(parent / "bundle", "directory")
     place = draft_of(parent / "bundle")
     os.mkdir(place, 0o700)

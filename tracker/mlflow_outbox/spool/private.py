@@ -84,6 +84,26 @@ def make_private(path: Path) -> None:
         make_private(path)
 
 
+def make_all_private(path: Path) -> None:
+    """Make a directory, and whichever above it is not there, each one that only the user can enter.
+
+    ``os.makedirs`` leaves those above to the umask, with which a group may be allowed to put others in their places.
+
+    Raises:
+        OSError: one cannot be made.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        if path.parent == path:  # a current directory that is gone
+            raise
+        make_all_private(path.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+
 def check_parent(root: Path) -> None:
     """Check that not everybody can replace what lies in a directory.
 
