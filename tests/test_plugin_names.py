@@ -113,6 +113,17 @@ def test_what_the_server_refuses_is_refused_at_the_call_and_holds_back_nothing_e
             assert ["a.txt", "z.txt"] == listed(mlflow, run.info.run_id)
 
 
+def test_an_outbox_in_a_directory_that_is_logged_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the program's own is in its current directory: its journals, and copies of files, are no artifacts."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path / "here")
+    with tracking(NOWHERE, tmp_path / "here" / ".mlflow-outbox", exit_timeout=0) as mlflow, mlflow.start_run() as run:
+        for _ in range(2):
+            mlflow.log_artifacts(".")
+        assert ["a.txt"] == listed(mlflow, run.info.run_id)
+
+
 @pytest.mark.parametrize("prefix", ["", "outbox+"])
 def test_a_file_that_cannot_be_read_is_told_as_the_system_tells_it(
     prefix: str, mlflow_server: MlflowServer, tmp_path: Path

@@ -52,6 +52,18 @@ def test_a_tree_is_kept_with_its_folders(kit: Kit, caplog: pytest.LogCaptureFixt
     assert b"2" == kit.content("b/c")
 
 
+def test_an_outbox_in_a_directory_that_is_logged_is_left_out(kit: Kit) -> None:
+    """The program's own in its current directory, say: its journals, and copies of files, are no artifacts."""
+    home = kit.outbox.path.parent
+    (home / "a.txt").write_bytes(b"a")
+    assert kit.run.log_artifacts(home)
+    found = [event.path for event in kit.events if isinstance(event, Artifact)]
+    assert "a.txt" in found
+    assert [] == [path for path in found if path.startswith(f"{kit.outbox.path.name}/")]
+    assert kit.run.log_artifacts(kit.outbox.path, "named"), "who names it means it"
+    assert "named/outbox.json" in [event.path for event in kit.events if isinstance(event, Artifact)]
+
+
 def test_a_strict_tree_raises_at_the_first_refusal_and_counts_it_once(strict: Kit, tmp_path: Path) -> None:
     """As one call does."""
     (tmp_path / "tree").mkdir()

@@ -21,6 +21,7 @@ from mlflow_outbox.interrupts import forward
 from mlflow_outbox.jsontext import Reader
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.artifact_path import checked_artifact_path
+from mlflow_outbox.spool.directory import is_outbox
 from mlflow_outbox.spool.enclosure import append_enclosing
 from mlflow_outbox.spool.events import Artifact
 from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore, size_of
@@ -130,7 +131,8 @@ def files_below(
     """Yield every file of a directory and those below it, with its folder among the artifacts, in a stable order.
 
     Args:
-        directory: the directory; links to directories in it are not followed.
+        directory: the directory; links to directories in it are not followed, and outboxes in it are left out: the
+            program's own may be in its current directory.
         artifact_path: folder for its content; None is their root.
         unreadable: called with the reason and the path of each directory that cannot be read.
 
@@ -149,7 +151,7 @@ def files_below(
         unreadable(ArtifactRefused("bad_file", msg), shown_path(error.filename))
 
     for folder, folders, files in os.walk(root, onerror=report):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_outbox(os.path.join(folder, name)))
         below = os.path.relpath(folder, root)
         place = target if below == "." else posixpath.join(target, Path(below).as_posix())
         for name in sorted(files):

@@ -265,7 +265,7 @@ class Run(handles.Handle):
         """Copy all files of a directory and those below it; a file that is refused does not hold back the others.
 
         Args:
-            directory: the directory; links to directories in it are not followed.
+            directory: the directory; links to directories in it are not followed, and outboxes in it are left out.
             artifact_path: folder for its content among the run's artifacts; None is their root.
 
         Raises:

@@ -38,6 +38,7 @@ from mlflow_outbox.plugin.places import LOCAL, owner_by_look, root_of
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import placement, provisional
 from mlflow_outbox.spool.artifact_path import checked_artifact_path
+from mlflow_outbox.spool.directory import is_outbox
 from mlflow_outbox.spool.events import Artifact, Event, FileFor
 from mlflow_outbox.spool.snapshot import Snapshot, size_of
 
@@ -94,7 +95,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
         verify_artifact_path(artifact_path)
         refused: list[Exception] = []
         for folder, folders, names in os.walk(local_dir):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not is_outbox(os.path.join(folder, name)))
             below = Path(os.path.relpath(folder, local_dir)).as_posix()
             target = posixpath.normpath(posixpath.join(artifact_path or "", below))
             if self._place is not None:

@@ -317,6 +317,11 @@ def is_run_id(text: str) -> bool:
     return isinstance(text, str) and _RUN_ID.fullmatch(text) is not None
 
 
+def is_outbox(path: str) -> bool:
+    """Return whether a directory looks like an outbox, as a directory that is logged may hold: nothing to send."""
+    return os.path.lexists(os.path.join(path, _IDENTITY)) and os.path.isdir(os.path.join(path, "runs"))
+
+
 def _absolute(path: Path) -> Path:
     try:
         found = Path(os.path.abspath(path.expanduser()))
