@@ -55,6 +55,25 @@ def test_a_refused_connection_was_certainly_not_carried_out() -> None:
     assert ("connection", False, "retry") == (error.kind, error.sent, classify(error, "log_batch").kind)
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://me:{}#x@127.0.0.1:9", "http://me:{}[@127.0.0.1:9", "http://"],
+)
+def test_a_proxy_whose_address_is_none_is_named_as_one_without_its_secret(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F93: what libraries say of an address has a part of its password in it; a server's own is said as ever."""
+    monkeypatch.setenv("HTTP_PROXY", proxy.format(SECRET))
+    monkeypatch.setenv("NO_PROXY", "")
+    with closing(open_sink("http://tracking.example:5000")) as sink:
+        error = fails(lambda: log_one(sink))
+    assert (False, True) == (SECRET in str(error), "the address of a proxy" in str(error)), error
+    assert "parked" == classify(error, "log_batch").kind
+    monkeypatch.delenv("HTTP_PROXY")
+    with closing(open_sink("http://tracking..example:5000")) as sink:
+        assert "label empty or too long" in str(fails(lambda: log_one(sink)))
+
+
 def test_what_a_server_sends_is_acknowledged_at_once(wire: Callable[..., Wire]) -> None:
     """MLflow's sends the body of an answer when its head was acknowledged, which else takes 40 ms a request.
 

@@ -30,8 +30,9 @@ import netrc  # noqa: F401 - requests imports it at the first request, which is 
 import os
 import socket
 import threading
+import traceback
 from collections.abc import Mapping
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 from urllib.parse import quote
 
 import requests
@@ -267,7 +268,8 @@ class Transport:
             return Answer(response.status_code, response.headers, _body(response, into, self._most), secrets)
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             forward(error)  # the plugin asks in the program's own thread
-            failure = _failure(error, attempt, f"{method} {endpoint}", secrets)
+            host = str(getattr(host_creds, "host", ""))
+            failure = _failure(error, attempt, f"{method} {endpoint}", secrets, host)
         finally:
             _current.attempt = None
         raise failure
@@ -331,11 +333,12 @@ def _secrets_of(host_creds: Any) -> tuple[str, ...]:
     return tuple(sorted(forms, key=len, reverse=True))
 
 
-def _failure(error: BaseException, attempt: _Attempt, what: str, secrets: tuple[str, ...]) -> SinkError:
+def _failure(error: BaseException, attempt: _Attempt, what: str, secrets: tuple[str, ...], host: str) -> SinkError:
     """Return the SinkError of a request without an answer; http_request hides the cause in its chain."""
     chain = list(_chain(error))
     sent = attempt.sent
-    text = f"{what}: {clean(_innermost(chain), secrets)}"
+    innermost = _innermost(chain)
+    text = f"{what}: {_NO_PROXY if _is_about_a_proxy(innermost, host) else clean(innermost, secrets)}"
     for cause in chain:
         if isinstance(cause, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)) and not _cut_off(chain):
             return SinkError(text, kind="connection", code="TLS", sent=sent)
@@ -357,6 +360,19 @@ def _failure(error: BaseException, attempt: _Attempt, what: str, secrets: tuple[
     return SinkError(text, kind="not_mlflow", sent=False)
 
 
+def _is_about_a_proxy(error: BaseException, host: str) -> bool:
+    """Return whether an address is none that is not the server's, which was checked: what is said shows a password."""
+    if isinstance(error, urllib3.exceptions.LocationParseError):
+        return str(error.location) not in host
+    frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    of_urlsplit = type(error) is ValueError and frames[-1:] == ["urllib.parse"]
+    return of_urlsplit or isinstance(error, requests.exceptions.InvalidProxyURL)
+
+
+_NO_PROXY: Final = (
+    "the address of a proxy (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) is none; write special characters of its user and "
+    "password as %XX"
+)
 _TIMEOUTS = (TimeoutError, requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)
 _MALFORMED = (
     requests.exceptions.InvalidURL,
