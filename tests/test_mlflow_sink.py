@@ -294,6 +294,19 @@ def test_the_clients_of_all_stores_work(mlflow_server: MlflowServer, sqlite_uri:
     assert logging.getLogger("mlflow").level <= logging.INFO
 
 
+@pytest.mark.parametrize("place", ["https://bucket.example", "url: "])
+def test_the_right_to_write_to_a_storage_is_not_told_with_its_address(place: str) -> None:
+    """F93: what a storage refuses is said with the address that a server has signed for the upload."""
+    from requests import HTTPError
+
+    from mlflow_outbox_worker.mlflow_sink.boundary import translate
+
+    said = f"403 Client Error: Forbidden for {place}/a/b.bin?X-Amz-Signature={SECRET}&sig={SECRET} (a quarter past?)"
+    error = translate(HTTPError(said))
+    assert f"{place}/a/b.bin?*** (a quarter past?)" in str(error)
+    assert SECRET not in str(error)
+
+
 def test_a_client_for_a_server_that_is_away_fails_soon() -> None:
     """MLflow's own first call would take minutes to say so."""
     begun = time.monotonic()

@@ -26,6 +26,8 @@ MESSAGE_CHARS = 400
 __all__ = ["Refused", "clean", "quiet", "translate", "translated"]
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+#: An address and its query, which of a place in a storage is the right to write there: a signature, a token.
+_QUERY = re.compile(r"((?:://|\burl: )[^\s?'\"]*\?)[^\s'\"]+")
 #: Which of urllib3's objects said something; the address is said beside it anyway.
 _SPEAKER = re.compile(r"\b_?HTTPS?(?:Connection|Pool|ConnectionPool)\(host='[^']*', port=\d+\): ")
 _SPACE = re.compile(r"\s+")
@@ -40,7 +42,7 @@ class Refused(MlflowException):  # type: ignore[misc]  # mlflow is not followed 
 
 
 def clean(text: object, secrets: Iterable[str] = ()) -> str:
-    """Return a foreign message on one line, cut to size, without the credentials of URLs in it.
+    """Return a foreign message on one line, cut to size, without the credentials and queries of URLs in it.
 
     Args:
         text: the message, or an exception.
@@ -49,7 +51,7 @@ def clean(text: object, secrets: Iterable[str] = ()) -> str:
     words = str(text)
     for secret in secrets:
         words = words.replace(secret, "***")
-    line = _SPEAKER.sub("", _USERINFO.sub("", _SPACE.sub(" ", words).strip()))
+    line = _SPEAKER.sub("", _QUERY.sub(r"\1***", _USERINFO.sub("", _SPACE.sub(" ", words).strip())))
     return line if len(line) <= MESSAGE_CHARS else f"{line[:MESSAGE_CHARS]}..."
 
 
