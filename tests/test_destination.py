@@ -42,6 +42,7 @@ SECRET = "canary"
         (f"postgresql://user:{SECRET}?{SECRET}@host/db", "postgresql://host/db"),
         (f"postgresql://user:a@{SECRET}@host/db", "postgresql://host/db"),
         (f"postgresql+psycopg2://host/db?password={SECRET}&sslmode=on", "postgresql+psycopg2://host/db?sslmode=on"),
+        (f"postgresql://host/db?user={SECRET}&sslmode=on", "postgresql://host/db?sslmode=on"),
         (f"mysql+pymysql://{SECRET}@host/db", "mysql+pymysql://host/db"),
         ("file:///abs/runs", "file:///abs/runs"),
         ("file:/abs/runs", "file:///abs/runs"),

@@ -25,7 +25,7 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import DestinationError
 
 _SQL: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
-_SECRET: Final = re.compile(r"pass|secret|token|key|cred", re.IGNORECASE)
+_SECRET: Final = re.compile(r"pass|secret|token|key|cred|^user(name)?$", re.IGNORECASE)
 _PREFIX: Final = "outbox+"
 _PORTS: Final = {"http": 80, "https": 443}
 #: User and password as SQLAlchemy reads them: the password ends at the first "@", whatever is in it.
