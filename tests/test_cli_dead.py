@@ -71,6 +71,21 @@ def test_list_and_show_say_what_and_why(here: Here, tmp_path: Path) -> None:
     assert here("dead", "show", "000000000002", "-d", tmp_path).out == shown.out
 
 
+def test_a_letter_is_found_beside_an_outbox_whose_ledger_is_damaged(here: Here, tmp_path: Path) -> None:
+    """It is one of those that are listed; where it is not, the damage is what is said."""
+    with_letters(tmp_path, Params({"lr": "0.1"}, 5))
+    offline(tmp_path, "http://127.0.0.1:10")
+    (bad,) = [path for path in tmp_path.iterdir() if "127-0-0-1-10-" in path.name]
+    Ledger.open(bad / "delivery").close()
+    (bad / "delivery" / "cache.db").write_bytes(bytes(range(256)) * 40)
+    listed = here("dead", "list", "-d", tmp_path)
+    assert (1, True) == (listed.code, "param lr = 0.1" in listed.out)
+    shown = here("dead", "show", "1", "-d", tmp_path)
+    assert (0, True) == (shown.code, "it was refused" in shown.out)
+    none = here("dead", "show", "2", "-d", tmp_path)
+    assert (1, True) == (none.code, "is damaged" in none.err)
+
+
 def test_a_dropped_letter_is_printed_and_gone(here: Here, tmp_path: Path) -> None:
     """Only with --yes where nobody can be asked; what is dropped was printed first."""
     with_letters(tmp_path, Params({"lr": "0.1"}, 5))

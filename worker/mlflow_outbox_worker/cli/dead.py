@@ -321,11 +321,17 @@ def _letters(ledger: Ledger, letter_ids: list[str]) -> list[DeadLetter]:
 def _holding(settings: Settings, letter_ids: list[str]) -> Iterator[OutboxDirectory]:
     """Yield the one outbox that holds all the letters; numbers are an outbox's own, so several could be meant."""
     directories = outboxes.open_all(settings)
-    holding = []
+    holding: list[OutboxDirectory] = []
+    unread: LedgerUnavailable | OutboxUnusable | None = None
     for directory in directories:
-        with outboxes.ledger_of(directory, settings) as ledger:
-            if len(_letters(ledger, letter_ids)) == len(_stored_ids(letter_ids)):
-                holding.append(directory)
+        try:
+            with outboxes.ledger_of(directory, settings) as ledger:
+                if len(_letters(ledger, letter_ids)) == len(_stored_ids(letter_ids)):
+                    holding.append(directory)
+        except (LedgerUnavailable, OutboxUnusable) as error:  # `dead list` shows the others' alone, too
+            unread = error
+    if unread is not None and not holding:
+        raise unread
     if len(holding) == 1:
         yield holding[0]
         return
