@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,6 +170,25 @@ def test_a_run_that_the_disk_does_not_give_is_named_and_the_others_are_read(
     sound, bad = sorted(one["text"] for held in done.data.values() for one in held if one["about"] == "journals")
     assert "13 events in 1 segment of 1 run are intact" == sound
     assert f"run {withheld} cannot be read: [Errno 5] Input/output error" in bad
+
+
+def test_a_segment_that_the_disk_does_not_give_is_not_called_damaged(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person might take it away for that; it is read once the disk gives it again."""
+    offline(tmp_path)
+    (segment,) = outbox_of(tmp_path).glob("runs/*/*.log")
+    opened = os.open
+
+    def failing(path: Any, *arguments: Any, **named: Any) -> int:
+        if os.fspath(path) == str(segment):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(segment))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", failing)
+    done = here("doctor", "-d", tmp_path, "--offline")
+    said = f"{segment}: the disk does not give it ([Errno 13] Permission denied"
+    assert (1, True, False) == (done.code, said in done.out, "damaged" in done.out), done
 
 
 def test_modes_are_mended_only_when_asked(here: Here, tmp_path: Path) -> None:

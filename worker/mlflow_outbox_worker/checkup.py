@@ -362,6 +362,7 @@ def _in_words(broken: Broken) -> str:
         "torn": f"{where} are the beginning of an event whose writer died; everything before it is intact",
         "corrupt": f"{where} are damaged; delivery sets them aside and goes on behind them",
         "header": f"its beginning is damaged ({broken.reason}), so it is not read; keep it for a person to look at",
+        "unread": f"the disk does not give it ({broken.reason}); its run waits for it: see to the disk, or its rights",
         "newer": f"a newer version wrote it ({broken.reason})",
         "unknown": f"{where} are {broken.reason}; upgrade mlflow-outbox",
     }.get(broken.kind, broken.reason)

@@ -45,7 +45,8 @@ class Broken(NamedTuple):
     """Something unreadable in a run's directory.
 
     Attributes:
-        kind: "corrupt" or "torn" bytes, an "unknown" event kind, a "header" that cannot be read, a "newer" format.
+        kind: "corrupt" or "torn" bytes, an "unknown" event kind, a "header" that cannot be read, a "newer" format, or a
+            file that is "unread", as the disk does not give it now.
         start, end: byte range in the file.
     """
 
@@ -124,8 +125,9 @@ class Listing:
                 self._read_header(now)
             return
         except OSError as error:
-            self.bad[name] = Broken(path, "header", 0, 0, str(error))
-            if _may_hold_events(path):
+            waits = _may_hold_events(path)
+            self.bad[name] = Broken(path, "unread" if waits else "header", 0, 0, str(error))
+            if waits:
                 self.unread[name] = error
             return
         self.bad.pop(name, None)
