@@ -213,3 +213,13 @@ class Mute(Exception):
         raise RuntimeError
 
     __repr__ = __str__
+
+
+class AllShared(dict[int, bool]):
+    """What is known of file systems where all are the network's: a test's directory is on one of them only."""
+
+    def __contains__(self, device: object) -> bool:
+        return True
+
+    def __getitem__(self, device: int) -> bool:
+        return True

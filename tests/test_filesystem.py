@@ -16,6 +16,7 @@ from mlflow_outbox.spool import filesystem
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.filesystem import Mount, is_network, is_network_type, mount_of
 from mlflow_outbox_worker.deputy import passed_on
+from spools import AllShared
 
 TABLE = r"""
 22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw
@@ -76,18 +77,8 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "share"
     place.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(filesystem, "_known", _Everything())
+    monkeypatch.setattr(filesystem, "_known", AllShared())
     return place
-
-
-class _Everything(dict[int, bool]):
-    """Every file system is the network's: the directory of the test is on one of them only."""
-
-    def __contains__(self, device: object) -> bool:
-        return True
-
-    def __getitem__(self, device: int) -> bool:
-        return True
 
 
 def test_a_path_that_is_not_there_yet_is_where_its_parent_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

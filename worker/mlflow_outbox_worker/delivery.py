@@ -31,6 +31,7 @@ from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.writer import has_left
 from mlflow_outbox_worker.asked import AskedSink
 from mlflow_outbox_worker.courier import Courier, Turn
 from mlflow_outbox_worker.finish import finish
@@ -362,10 +363,12 @@ class Delivery:
 
     def _turned(self, run_id: str, turn: Turn) -> None:
         tails: dict[Path, int] = {}
-        if turn.progress == "live" or (self._source.remote and turn.progress == "idle" and not turn.record.ended):
+        if turn.progress == "live" or (self._source.remote and turn.progress == "idle"):
             for writer, held in turn.reader.segments().items():
                 cursor = turn.record.cursors.get(writer)
                 for segment in held[-1:]:
+                    if turn.progress == "idle" and turn.record.ended and has_left(segment.path, segment.header):
+                        continue
                     offset = cursor.offset if cursor is not None and cursor.ordinal == segment.header.ordinal else 0
                     tails[segment.path] = offset
         self._schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")

@@ -30,10 +30,10 @@ from typing import Final
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional, reserve, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.disk import is_there
+from mlflow_outbox.spool.disk import is_being_written, is_there
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
-from mlflow_outbox.spool.writer import writer_state
+from mlflow_outbox.spool.writer import has_left
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.removal import remove_run, sweep
@@ -145,7 +145,9 @@ def _file_run(
     reader = RunReader(source)
     for writer, held in reader.segments().items():
         cursor = cursors.get(writer)
-        if cursor is None or any(writer_state(segment.path, segment.header).kind == "writing" for segment in held):
+        if cursor is None or any(is_being_written(segment.path) for segment in held):
+            return False
+        if not has_left(held[-1].path, held[-1].header):
             return False
         last, *later = unread(held, cursor)
         if later or last.header.ordinal != cursor.ordinal:

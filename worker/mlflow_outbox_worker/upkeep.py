@@ -7,6 +7,8 @@ other runs are seen to all the same.
   are filed as it goes, also while there is more to send, at a rate at which the checkpoint that comes before costs
   nothing; and the copies of its files that are delivered, once there is nothing more to send. So all that is
   delivered of it, but the segment that is being written, is there to make room.
+* A run of which nobody can tell whether its programs live, such as one that was killed in a container, is looked at
+  again each hour: after a day of silence they count as ended (``writer``), and nothing else would ask.
 * Where the ledger cannot be brought into its main file just now (somebody reads it), something new has come in
   meanwhile, or a file cannot be moved, the next try comes after a pause, doubled each time up to minutes.
 * Runs go when the retention time has passed since they were read back, segments and copies of runs that go on when it
@@ -16,13 +18,15 @@ other runs are seen to all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.writer import has_left
 from mlflow_outbox_worker.courier import Turn
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.retention import (
@@ -40,6 +44,8 @@ from mlflow_outbox_worker.snapshots import copies_to_file
 _RECLAIM: Final = 300.0
 #: Seconds between two filings of segments of one run: a checkpoint takes milliseconds.
 _FILE: Final = 5.0
+#: Seconds between two looks at a run at rest whose programs may have ended without a word.
+_LOOK: Final = 3600.0
 #: Seconds after a filing that failed, at first and at most.
 _AGAIN: Final = 1.0
 _AGAIN_MOST: Final = 300.0
@@ -133,10 +139,12 @@ class Upkeep:
         if directory is None or not record.remote_id:
             return 0.0
         done = record.state == "done" and any(folder.is_dir() for folder in turn.reader.paths)
+        done = done and (not directory.network or all(_have_left(turn.reader)))
         passed = [] if done else passed_segments(turn.reader, record.cursors)
         copies = [] if done or turn.progress == "more" else copies_to_file(directory, ledger, record, turn.reader)
+        rests = turn.progress == "idle" and directory.run(record.run_id).is_dir()
         if not done and not passed and not copies:
-            return 0.0
+            return _LOOK if rests else 0.0
         now = self._clock()
         due, pause = self._filings.get(record.run_id, (now, 0.0))
         if now < due:
@@ -163,4 +171,12 @@ class Upkeep:
             self._filings.pop(record.run_id, None)
             return 0.0
         self._filings[record.run_id] = now + _FILE, 0.0
-        return _FILE if copies else 0.0  # they stay where they are while one is being logged
+        if copies:
+            return _FILE  # they stay where they are while one is being logged
+        return _LOOK if rests else 0.0
+
+
+def _have_left(reader: RunReader) -> Iterator[bool]:
+    """Yield of each writer of a run whether it has left its last segment."""
+    for held in reader.segments().values():
+        yield has_left(held[-1].path, held[-1].header)

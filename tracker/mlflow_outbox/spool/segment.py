@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from mlflow_outbox.spool import descriptors, frame
-from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
+from mlflow_outbox.spool.disk import SystemDisk, is_foreign, is_there, short_write
 from mlflow_outbox.spool.events import SegmentClosed, decode, encode
 
 
@@ -30,6 +30,7 @@ class Segment:
         disk: the system calls.
         seq: number of the next event.
         remember: whether payloads are kept until they are synced, to write them again when that fails.
+        shared: other machines see the file too; a worker of one of them may take a silent writer for gone, and file it.
 
     Attributes:
         fd: the file's descriptor; -1 before it was begun and after it was closed.
@@ -45,14 +46,15 @@ class Segment:
     """
 
     __slots__ = (
-        "_disk", "_path", "_remember", "fd", "first_seq", "laid_by", "limit", "offset", "seed", "seq", "synced",
-        "tainted", "unsynced",
+        "_disk", "_path", "_remember", "_shared", "fd", "first_seq", "laid_by", "limit", "offset", "seed", "seq",
+        "synced", "tainted", "unsynced",
     )  # fmt: skip
 
-    def __init__(self, disk: SystemDisk, seq: int, *, remember: bool) -> None:
+    def __init__(self, disk: SystemDisk, seq: int, *, remember: bool, shared: bool = False) -> None:
         self._disk = disk
         self._path = Path()
         self._remember = remember
+        self._shared = shared
         self.fd = -1
         self.seed = 0
         self.seq = self.first_seq = seq
@@ -72,13 +74,21 @@ class Segment:
 
     @property
     def is_removed(self) -> bool:
-        """Whether the file has lost its name."""
+        """Whether the file has lost its name, or was filed meanwhile; not where its whole outbox was moved."""
         try:
-            return self.fd >= 0 and os.fstat(self.fd).st_nlink == 0
+            return self.fd >= 0 and (os.fstat(self.fd).st_nlink == 0 or (self._shared and self._is_filed()))
         except OSError as error:
             if is_foreign(error):
                 raise
             return True
+
+    def _is_filed(self) -> bool:
+        try:
+            return not is_there(self._path) and is_there(self._path.parent.parent)
+        except OSError as error:  # the file server is away
+            if is_foreign(error):
+                raise
+            return False
 
     @property
     def first_unsynced(self) -> int:

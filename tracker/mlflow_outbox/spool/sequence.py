@@ -221,7 +221,7 @@ class EventSequence:
     # -- segments
 
     def _place(self, seq: int) -> Segment:
-        return Segment(self._disk, seq, remember=self._settings.sync != "os")
+        return Segment(self._disk, seq, remember=self._settings.sync != "os", shared=self._directory.network)
 
     def _begin(self, segment: Segment) -> None:
         run = self._run

@@ -33,8 +33,11 @@ _REMEMBERED: Final = 10_000
 _MOMENT: Final = 1.0
 #: Times the settling time after which the clock of a file server is believed.
 _SURELY: Final = 10
-#: The last event of a writer that does not go on in another segment, and the bytes of its frame.
+#: Seconds without a change after which a writer has left of which neither a lock nor a process tells.
+_LONG: Final = 24 * 3600.0
+#: The last event of a writer that does not go on in another segment, of one that does, and the bytes of their frames.
 _CLOSED: Final = encode(SegmentClosed(rotated=False))
+_ROTATED: Final = encode(SegmentClosed(rotated=True))
 _CLOSING: Final = SHORT_OVERHEAD + len(_CLOSED)
 
 
@@ -94,30 +97,54 @@ def may_go_on(path: Path, header: SegmentHeader, settle: float) -> bool:
 
 
 def has_ended(path: Path, header: SegmentHeader) -> bool:
-    """Return whether the program that wrote a segment has ended; one of which that cannot be told has not.
+    """Return whether the program that wrote a segment has ended; one of which that cannot be told, after a day.
+
+    The name of a host is that of a container too, in which processes have numbers of their own.
 
     Args:
         path: the segment.
         header: its header.
     """
-    if is_network(path.parent) or header.host != os.uname().nodename or is_being_written(path):
+    if is_being_written(path):
         return False
+    if is_network(path.parent) or header.host != os.uname().nodename:
+        return _idle(path, None) > _LONG
     return header.boot_id != boot_id() or not _is_alive(header.pid)
+
+
+def has_left(path: Path, header: SegmentHeader) -> bool:
+    """Return whether nothing will be appended to a segment any more, so that it may be moved.
+
+    On a network file system a writer that is silent may live, and would go on in the file wherever it lies.
+
+    Args:
+        path: the last segment of its writer.
+        header: its header.
+    """
+    state = writer_state(path, header)
+    if state.kind != "silent" or not is_network(path.parent):
+        return state.kind != "writing"
+    return state.idle > _LONG or _closing(path, header) is not None
 
 
 def is_closed(path: Path, header: SegmentHeader) -> bool:
     """Return whether a segment ends with the frame by which its writer says that the run's journal is closed."""
+    return _closing(path, header) == _CLOSED
+
+
+def _closing(path: Path, header: SegmentHeader) -> bytes | None:
+    """Return the last event of a segment if it is one that closes it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return False
+        return None
     try:
         size = os.fstat(fd).st_size
         tail = os.pread(fd, _CLOSING, max(0, size - _CLOSING))
     finally:
         os.close(fd)
     found = unpack(tail, 0, header.seed) if len(tail) == _CLOSING else None
-    return found is not None and found.payload == _CLOSED
+    return found.payload if found is not None and found.payload in {_CLOSED, _ROTATED} else None
 
 
 def boot_id() -> str:

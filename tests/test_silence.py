@@ -1,0 +1,127 @@
+"""Writers that say nothing any more: when they count as gone, and what of one that lives after all."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from commands import outbox_of
+from contents import QUICK, numbered, points, the_run
+from mlflow_outbox import MLflowTracker
+from mlflow_outbox.run import Run
+from mlflow_outbox.spool import filesystem
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import RunStarted
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.writer import boot_id
+from mlflow_outbox_worker import upkeep
+from servers import eventually
+from spools import RUN, AllShared, header, make_outbox, metric, packed, write_segment
+from workers import delivering
+
+#: Seconds of silence: after the first a writer on another machine is read to its end, after the second it has left.
+QUIET, LONG = 700, 90_000
+
+
+def silence(folder: Path, seconds: float) -> None:
+    """Let nothing have been written to a run for so long."""
+    for path in folder.glob("*.log"):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+class Ranks(NamedTuple):
+    """A run to which two programs log, and that the first has ended."""
+
+    directory: OutboxDirectory
+    trackers: tuple[MLflowTracker, MLflowTracker]
+    run_id: str
+    other: Run
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is until it is filed."""
+        return self.directory.run(self.run_id)
+
+
+@pytest.fixture
+def ranks(experiment_name: str, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """They share a file system of the network; the second has logged one point and is silent."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(filesystem, "_known", AllShared())
+    first, second = (
+        MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "outbox", worker="none", settings=QUICK)
+        for _ in range(2)
+    )
+    run = first.start_run("of two")
+    other = second.start_run(run_id=run.run_id)
+    other.log_metric("loss", 0.0, step=0)
+    begun = time.time_ns() // 1_000_000
+    eventually(lambda: time.time_ns() // 1_000_000 > begun, 10)  # the end is the last word, then
+    run.end()
+    for tracker in (first, second):
+        tracker.flush(0)
+    yield Ranks(OutboxDirectory.open(outbox_of(tmp_path / "outbox")), (first, second), run.run_id, other)
+    for tracker in (first, second):
+        tracker.close(0)
+
+
+def test_what_a_silent_writer_logs_after_the_end_of_its_run_arrives(
+    ranks: Ranks, sqlite_uri: str, experiment_name: str
+) -> None:
+    """Where no lock tells that it lives its segment stays in its place, for it would go on in it wherever it lies."""
+    silence(ranks.folder, QUIET)
+    with delivering(ranks.directory, sqlite_uri, QUICK) as counters:
+        eventually(lambda: counters["runs_verified"], 60)
+        assert ranks.other.log_metric("loss", 0.5, step=1)
+        eventually(lambda: counters["delivered"] == 5, 60, lambda: f"{counters}")
+    assert numbered(2) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
+
+
+def test_a_writer_whose_segment_was_filed_after_all_goes_on_in_another(
+    ranks: Ranks, sqlite_uri: str, experiment_name: str
+) -> None:
+    """After a day it counts as gone; one that lives sees that its file is not there any more."""
+    silence(ranks.folder, LONG)
+    with delivering(ranks.directory, sqlite_uri, QUICK) as counters:
+        eventually(lambda: ranks.directory.run_ids() == [], 60)
+        eventually(lambda: "segments_removed" in ranks.trackers[1].counters, 60)
+        assert ranks.other.log_metric("loss", 0.5, step=1)
+        eventually(lambda: counters["delivered"] == 5, 60, lambda: f"{counters}")
+        ranks.other.end()
+        eventually(lambda: ranks.directory.run_ids() == [], 60)
+    assert numbered(2) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
+
+
+def test_a_closed_segment_is_filed_at_once_wherever_it_lies(ranks: Ranks, sqlite_uri: str) -> None:
+    """Its writer has said that nothing follows."""
+    ranks.other.end()
+    with delivering(ranks.directory, sqlite_uri, QUICK):
+        eventually(lambda: ranks.directory.run_ids() == [], 60)
+
+
+@pytest.mark.parametrize("place", ["of this machine", "of the network"])
+def test_a_run_that_was_killed_in_a_container_is_filed_after_a_day(
+    place: str, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host has a name of its own, and its number is another process's here; nothing new makes anybody look."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(upkeep, "_LOOK", 0.1)
+    if place == "of the network":
+        monkeypatch.setattr(filesystem, "_known", AllShared())
+    directory = make_outbox(tmp_path / "outbox")
+    head = header(host="pod-7f9c", boot_id=boot_id(), pid=os.getpid())
+    write_segment(directory.run(RUN), head, packed([RunStarted(1, "killed"), metric(0)], head))
+    silence(directory.run(RUN), QUIET)
+    with delivering(directory, sqlite_uri, QUICK) as counters:
+        eventually(lambda: counters["delivered"] == 2, 60)
+        assert not counters["runs_verified"]
+        silence(directory.run(RUN), LONG)
+        eventually(lambda: directory.run_ids() == [], 60)
+    assert 1 == counters["runs_verified"]
+    assert [RUN] == directory.delivered_ids()
+    assert 2 == sum(RunReader(directory.delivered / RUN).next_numbers().values())
