@@ -28,8 +28,10 @@ from commands import (
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.testing.faults import accept_hang, delay, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker import backlog
 from mlflow_outbox_worker.cli.exits import ExitCode
 from mlflow_outbox_worker.cli.flush import Flush
 from mlflow_outbox_worker.host_lease import worker_of
@@ -168,6 +170,40 @@ def test_a_hung_server_holds_up_no_flush(seconds: float, silent: str, tmp_path: 
     assert 3 == done.code, done
     assert "0 events delivered, 13 left, on disk" in done.out
     assert spent < seconds + 1.0
+
+
+def test_a_flush_that_is_over_reads_no_run_a_second_time(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With thousands of runs that takes seconds beside its own worker; which of them are damaged is known by then."""
+    ids, made = offline(tmp_path, runs=3), list[Path]()
+
+    class Counted(RunReader):
+        def __init__(self, path: Path) -> None:
+            made.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(backlog, "RunReader", Counted)
+    assert 3 == here("flush", "-d", tmp_path, "--timeout", 0).code
+    assert sorted(ids) == sorted(path.name for path in made)
+
+
+def test_a_look_that_would_come_too_late_is_not_begun(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one takes is known from the one before: in an outbox with thousands of runs it is as long as a time-out."""
+    looks: list[float] = []
+    original = Flush.look
+
+    def slowly(self: Flush) -> None:
+        looks.append(time.monotonic())
+        original(self)
+        time.sleep(2.0)
+
+    monkeypatch.setattr(Flush, "look", slowly)
+    offline(tmp_path)
+    assert 3 == here("flush", "-d", tmp_path, "--timeout", 3).code
+    assert 1 == len(looks)
 
 
 @pytest.mark.parametrize(("words", "code"), [(["flush", "-d"], 6), (["replay"], 6)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ def targets(
     *,
     before: Targets | None = None,
     only: Iterable[str] | None = None,
+    suspect: Callable[[str], object] = lambda _: None,
 ) -> Targets:
     """Return where runs on disk end: at present, or as it was found before, as far as they are still there.
 
@@ -42,6 +43,7 @@ def targets(
         unread: gets the runs that the disk does not let be read now, which are left out, and why.
         before: what was returned some time ago; what ``unread`` holds by then is looked at again.
         only: these runs; None means all.
+        suspect: told of each of which something could not be read, which ``unreadable`` looks at again.
 
     Raises:
         OSError: the disk does not tell which runs or segments there are.
@@ -50,12 +52,13 @@ def targets(
     looked_at = [*unread] if before is not None else directory.run_ids() if only is None else only
     unread.clear()
     for run_id in looked_at:
-        record = records.get(run_id)
-        cursors = record.cursors if record is not None else None
+        record, reader = records.get(run_id), RunReader(directory.run(run_id))
         try:
-            result[run_id] = RunReader(directory.run(run_id)).next_numbers(cursors)
+            result[run_id] = reader.next_numbers(record.cursors if record is not None else None)
         except OSError as error:
             unread[run_id] = error
+        if run_id in unread or reader.bad_headers():
+            suspect(run_id)
     return result
 
 

@@ -44,6 +44,8 @@ _GLANCE: Final = 0.03
 _HURRY: Final = 1.0
 #: Seconds that the end waits for requests under way.
 _PARTING: Final = 0.5
+#: Seconds by which the last look may come too late; in an outbox with thousands of runs one takes as long.
+_LATE: Final = 0.2
 
 
 def register(app: click.Group) -> None:
@@ -107,12 +109,16 @@ def flush(
 def _until_done(flushes: list[Flush], started: float, timeout: float | None, ending: Ending) -> None:
     look, changed, next_hurry = _LOOK, stopwatch.seconds(), 0.0
     with terminal.progress() as show:
+        begin = stopwatch.seconds()
         for one in flushes:
             one.look()
+        took = stopwatch.seconds() - begin
+        for one in flushes:
             one.start()
         while not all(one.is_done() or one.read_only for one in flushes):
             now = stopwatch.seconds()
-            if timeout is not None and now - started >= timeout:
+            if timeout is not None and now - started + max(0.0, took - _LATE) >= timeout:
+                ending.wait(max(0.0, started + timeout - now))
                 return
             if timeout is None and now - changed > _PATIENCE:
                 return
@@ -124,6 +130,7 @@ def _until_done(flushes: list[Flush], started: float, timeout: float | None, end
             begun = stopwatch.processor_seconds()
             for one in flushes:
                 one.look()
+            took = stopwatch.seconds() - now
             if before != [one.left for one in flushes]:
                 changed = stopwatch.seconds()
             show(_progress(flushes))
@@ -205,6 +212,8 @@ class Flush:
         self._trouble = ""
         self._refused_before: int | None = None
         self._unreadable = 0
+        #: The runs with segments that the first look could not read; None before it.
+        self._suspects: set[str] | None = None
         #: Nothing can be noted there, so nothing can be delivered from there.
         self.read_only = outboxes.read_only(directory.path) != ""
         self.total = 0
@@ -236,19 +245,24 @@ class Flush:
         """Let the delivery end after the requests under way, and see what stood in its way."""
         from mlflow_outbox_worker.backlog import unreadable
 
-        runs = self._directory.run_ids() if self._run_id is None else [self._run_id]
+        if self._worker is not None:
+            self._held_by = self._other_worker(self._worker)
+            self._worker.ask_to_stop()
+        runs = self._suspects
+        if runs is None:
+            runs = set(self._directory.run_ids() if self._run_id is None else [self._run_id])
         self._unreadable = unreadable(self._directory, runs)
-        if self._worker is None:
-            return
-        nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
-        if nothing and not self._worker.delivery.holds_lease():
-            from mlflow_outbox_worker.host_lease import described, is_elsewhere
 
-            found = self._worker.delivery.other_worker()
-            if found is not None:
-                silence = "; how far it is can only be seen there" if is_elsewhere(found) else " and has not answered"
-                self._held_by = f"{described(found)} has this outbox{silence}"
-        self._worker.ask_to_stop()
+    def _other_worker(self, own: CommandWorker) -> str:
+        """Return who delivers, where nothing has come of it; "" for nobody else."""
+        from mlflow_outbox_worker.host_lease import described, is_elsewhere
+
+        nothing = self._seen.pending > 0 and self.left >= self.total and not self._tried
+        found = own.delivery.other_worker() if nothing and not own.delivery.holds_lease() else None
+        if found is None:
+            return ""
+        silence = "; how far it is can only be seen there" if is_elsewhere(found) else " and has not answered"
+        return f"{described(found)} has this outbox{silence}"
 
     def stop(self, timeout: float) -> None:
         """End the delivery; a request that hangs is left to itself.
@@ -288,7 +302,11 @@ class Flush:
             records, note, letters = {}, None, {}
         only = None if self._run_id is None else [self._run_id]
         try:
-            self._ends = targets(self._directory, records, self._unread, before=self._ends, only=only)
+            suspects = self._suspects or set()
+            self._ends = targets(
+                *(self._directory, records, self._unread), before=self._ends, only=only, suspect=suspects.add
+            )
+            self._suspects = suspects
         except OSError as error:
             self._trouble = printable(str(error), 300)
             return
