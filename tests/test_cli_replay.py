@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import Here, command, environment, offline, run, waited
+from commands import NOBODY, Here, command, environment, offline, run, waited
 from contents import QUICK, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool import frame
@@ -101,6 +101,41 @@ def test_a_run_that_was_deleted_where_it_is_sent_to_is_named_with_what_mlflow_sa
         assert "TypeError" not in done.err
         api.restore_run(sent.info.run_id)
     assert 0 == here(*words).code
+
+
+def refused_in_part(experiment: str, uri: str, root: Path) -> str:
+    """Log a run of which MLflow refuses one param; return its id."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=QUICK)
+    with tracker.start_run("refused in part") as one:
+        for depth in (3, 4):
+            one.log_param("depth", depth)
+    tracker.close(0)
+    return one.run_id
+
+
+def test_what_mlflow_refuses_of_a_replay_elsewhere_is_named_each_time(
+    here: Here, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """It is in no outbox, so that no other command shows it."""
+    run_id = refused_in_part(experiment_name, NOBODY, tmp_path / "box")
+    for _ in range(2):
+        done = here("replay", tmp_path / "box", "--to", sqlite_uri)
+        assert 5 == done.code, done
+        assert f"run {run_id}: param depth = 4 was refused: Changing param values is not allowed" in done.err
+        assert "dead list" not in done.err
+    [told] = here("replay", tmp_path / "box", "--to", sqlite_uri, "--json").data
+    assert [(run_id, {"depth": "4"})] == [(one["run_id"], one["event"]["values"]) for one in told["refused"]]
+
+
+def test_what_mlflow_refuses_of_an_outbox_of_one_s_own_is_named_with_what_can_be_done(
+    here: Here, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """There they are dead letters like others."""
+    refused_in_part(experiment_name, sqlite_uri, tmp_path / "box")
+    done = here("replay", tmp_path / "box")
+    assert (5, True) == (done.code, "mlflow-outbox dead list -d " in done.err), done
+    [letter] = here("dead", "list", "-d", tmp_path / "box", "--json").data
+    assert {"depth": "4"} == letter["event"]["values"]
 
 
 class TestJson:

@@ -25,7 +25,7 @@ from mlflow_outbox_worker.backlog import left
 from mlflow_outbox_worker.copies import copying
 from mlflow_outbox_worker.fragments import lost_beginnings
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.sources import Found, OutboxSource, RunsSource, Source, find_runs, merged
 
 Runs = dict[str, tuple[Path, ...]]
@@ -262,6 +262,21 @@ def known_records(job: Job, settings: Settings) -> dict[str, RunRecord]:
     with contextlib.closing(Ledger.open(path, read_only=True)) as ledger:
         found = {run_id: ledger.record(run_id) for run_id in job.runs}
     return {run_id: record for run_id, record in found.items() if record is not None}
+
+
+def refused_of(job: Job, settings: Settings) -> list[DeadLetter]:
+    """Return what MLflow refused for good of a job's runs.
+
+    Args:
+        job: the job.
+        settings: where the ledger of an own outbox is.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be read now.
+    """
+    path = job.source.ledger_in(settings.ledger_dir)
+    with contextlib.closing(Ledger.open(path, read_only=True)) as ledger:
+        return [letter for letter in ledger.dead_letters() if letter.run_id in job.runs]
 
 
 def pending_events(job: Job, records: Mapping[str, RunRecord]) -> dict[str, int]:

@@ -23,6 +23,8 @@ from mlflow_outbox_worker.cli.status import short
 from mlflow_outbox_worker.cli.terminal import Cell, Column, Styled
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlflow_outbox.settings import Settings
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox.spool.events import Event
@@ -78,7 +80,7 @@ def listed(
             terminal.error(str(error))
             code, unread = ExitCode.ERROR, True
     if as_json:
-        terminal.raw(lines.dumps([_as_data(directory, letter) for directory, letter in found], indent=2))
+        terminal.raw(lines.dumps([as_data(directory.path, letter) for directory, letter in found], indent=2))
         return code
     if not found:
         if not unread:
@@ -95,7 +97,7 @@ def listed(
         [
             letter.number,
             short(letter.run_id),
-            _in_words(letter),
+            in_words(letter),
             wording.moment(letter.time_ms),
             Styled(letter.reason, "magenta"),
         ]
@@ -123,7 +125,7 @@ def show(
     settings = outboxes.settings_for(outbox_dir)
     directory, letter = _one(settings, letter_id)
     if as_json:
-        terminal.raw(lines.dumps(_as_data(directory, letter), indent=2))
+        terminal.raw(lines.dumps(as_data(directory.path, letter), indent=2))
         return ExitCode.DONE
     pairs: list[tuple[str, Cell]] = [
         ("dead letter", Styled(letter.number, "bold")),
@@ -258,7 +260,7 @@ def drop(
             letters = _letters(ledger, letter_ids)
         try:
             for letter in letters:
-                terminal.record(lines.dumps(_as_data(directory, letter)))
+                terminal.record(lines.dumps(as_data(directory.path, letter)))
         except OSError as error:
             msg = f"nothing was dropped: what would be cannot be printed: {error.strerror or error}"
             raise CommandFailed(msg) from error
@@ -272,11 +274,17 @@ def drop(
     return ExitCode.DONE
 
 
-def _as_data(directory: OutboxDirectory, letter: DeadLetter) -> dict[str, Any]:
+def as_data(path: Path, letter: DeadLetter) -> dict[str, Any]:
+    """Return a dead letter as JSON can hold it.
+
+    Args:
+        path: where its run comes from.
+        letter: the letter.
+    """
     event = _event(letter)
     return {
         "id": letter.number,
-        "outbox": str(directory.path),
+        "outbox": str(path),
         "run_id": letter.run_id,
         "mlflow_run_id": letter.remote_id or None,
         "reason": letter.reason,
@@ -296,7 +304,8 @@ def _event(letter: DeadLetter) -> Event | None:
     return None
 
 
-def _in_words(letter: DeadLetter) -> str:
+def in_words(letter: DeadLetter) -> str:
+    """Return the event of a dead letter as a line for people."""
     event = _event(letter)
     return "unknown" if event is None else lines.in_words(event)
 

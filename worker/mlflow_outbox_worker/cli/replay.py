@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import click
 
@@ -22,11 +22,14 @@ from mlflow_outbox_worker.cli.fragments import refuse_fragments
 from mlflow_outbox_worker.cli.options import AsJson, Incomplete, Quiet, Verbose
 from mlflow_outbox_worker.cli.signals import Ending
 from mlflow_outbox_worker.cli.terminal import Column
-from mlflow_outbox_worker.wording import count
+from mlflow_outbox_worker.wording import count, quoted
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.jobs import Job, Prepared, Wish
     from mlflow_outbox_worker.replay import JobResult, Progress
+
+#: Refused events that are named one by one.
+_NAMED: Final = 20
 
 
 def register(app: click.Group) -> None:
@@ -213,6 +216,8 @@ def _send_all(
 def _send(
     job: Job, settings: Settings, wish: Wish, timeout: float | None, ending: Ending, sent: list[dict[str, Any]]
 ) -> ExitCode:
+    from mlflow_outbox_worker.cli import dead
+    from mlflow_outbox_worker.jobs import refused_of
     from mlflow_outbox_worker.replay import Replay
 
     terminal.note(f"{count(len(job.runs), 'run')} to {job.destination.uri}")
@@ -220,12 +225,23 @@ def _send(
         with _shown(endless=wish.follow) as show:
             delivering.note_use(job.source.path)
             result = Replay(job, settings, wish, stopped=ending).run(show, timeout=timeout)
+        letters = refused_of(job, settings) if any(run.dead for run in result.runs) else []
     except OutboxError as error:
         terminal.error(str(error))
         return ExitCode.HELD if isinstance(error, LeaseHeld) else ExitCode.ERROR
-    runs = [run._asdict() for run in result.runs]
-    sent.append({"destination": job.destination.uri, "cut_short": result.cut_short or None, "runs": runs})
-    return _summary(job, result)
+    told: dict[str, Any] = {"destination": job.destination.uri, "cut_short": result.cut_short or None}
+    refused = [dead.as_data(job.source.path, letter) for letter in letters]
+    if job.own is None:  # then they are in no outbox, and other commands know no number of theirs
+        refused = [{name: value for name, value in one.items() if name not in {"id", "outbox"}} for one in refused]
+    sent.append({**told, "runs": [run._asdict() for run in result.runs], "refused": refused})
+    code = _summary(job, result)
+    for letter in letters[:_NAMED]:
+        terminal.error(f"run {letter.run_id}: {dead.in_words(letter)} was refused: {printable(letter.reason, 300)}")
+    if len(letters) > _NAMED:
+        terminal.error(f"and {count(len(letters) - _NAMED, 'event')} more; the same command with --json has them all")
+    if letters and job.own is not None:
+        terminal.note(f"send them again, edit or drop them: mlflow-outbox dead list -d {quoted(job.own.path)}")
+    return code
 
 
 def _summary(job: Job, result: JobResult) -> ExitCode:
