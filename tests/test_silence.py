@@ -21,7 +21,7 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.writer import boot_id
 from mlflow_outbox_worker import upkeep
 from servers import eventually
-from spools import RUN, AllShared, header, make_outbox, metric, packed, write_segment
+from spools import RUN, AllShared, Everything, closing, header, make_outbox, metric, packed, write_segment
 from workers import delivering
 
 #: Seconds of silence: after the first a writer on another machine is read to its end, after the second it has left.
@@ -102,6 +102,38 @@ def test_a_closed_segment_is_filed_at_once_wherever_it_lies(ranks: Ranks, sqlite
     ranks.other.end()
     with delivering(ranks.directory, sqlite_uri, QUICK):
         eventually(lambda: ranks.directory.run_ids() == [], 60)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_arrives_over_a_network_in_another_order_is_waited_for(
+    closed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later piece of what another machine writes can be there before an earlier one, which is zeros until then."""
+    monkeypatch.setattr(filesystem, "_known", AllShared())
+    head = header(host="elsewhere", boot_id="another")
+    frames = packed(map(metric, range(9)), head)
+    end = [closing(9, head)] if closed else []
+    late = write_segment(tmp_path, head, [*frames[:3], *(bytes(len(one)) for one in frames[3:6]), *frames[6:], *end])
+    early = Everything(tmp_path)
+    assert ([0, 1, 2], [], True) == (early.steps, early.broken, early.live)
+    assert late == write_segment(tmp_path, head, [*frames, *end])
+    rest = Everything(tmp_path, early.cursors)
+    assert (list(range(3, 9)), [], 0) == (rest.steps, rest.broken, rest.missing)
+
+
+@pytest.mark.parametrize(("place", "idle", "settle"), [("local", 0, 60.0), ("shared", 0, 0.0), ("shared", QUIET, 60.0)])
+def test_damage_is_read_around_where_nothing_comes_late_or_long_enough_was_waited(
+    place: str, idle: int, settle: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies behind it is delivered then."""
+    if place == "shared":
+        monkeypatch.setattr(filesystem, "_known", AllShared())
+    head = header(host="elsewhere", boot_id="another")
+    frames = packed(map(metric, range(9)), head)
+    write_segment(tmp_path, head, [*frames[:3], bytes(len(frames[3])), *frames[4:]])
+    silence(tmp_path, idle)
+    found = Everything(tmp_path, settle=settle)
+    assert ([0, 1, 2, 4, 5, 6, 7, 8], ["corrupt"]) == (found.steps, [one.kind for one in found.broken])
 
 
 @pytest.mark.parametrize("place", ["of this machine", "of the network"])

@@ -9,6 +9,7 @@ A segment is read from its header on, frame by frame. Where no intact frame begi
 * **A later intact frame exists.** Everything up to it is *corrupt*: the bytes are reported, to be set aside as they
   are, and reading goes on behind them. An intact frame is one whose CRC, started from this segment's random seed, is
   right and whose number is not absurd: a stale block of another file, zeros, or the inside of a payload do not pass.
+  (What another machine writes over a network can come in another order; ``window`` waits for that.)
 * **No later intact frame exists and the writer is gone.** The rest is *torn*: what a power cut or a full disk left of
   the last write. It is reported too, and the segment is at its end.
 

@@ -3,7 +3,8 @@
 A segment is *final* once its closing frame was read, once the same writer has begun a later one, or once its writer is
 gone: no living process of this machine holds it (flock), and, if it came from another machine or the file system knows
 no locks, nothing was added for ``settle`` seconds. What is no intact frame in a final segment is damage; at the end of
-one that is not final it may be a frame on its way.
+one that is not final it may be a frame on its way. So it may be wherever it lies in what another machine writes over a
+network, until this process has known it for ``settle`` seconds (``writer.may_come``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mlflow_outbox.spool.events import Event, Metric, SegmentClosed, decode, poi
 from mlflow_outbox.spool.frame import SEQUENCE_MASK, SHORT_OVERHEAD, Frame
 from mlflow_outbox.spool.listing import CHUNK, LARGEST, Broken, SegmentFile, decoded, read_bytes
 from mlflow_outbox.spool.recovery import Cut, Damage, frames
-from mlflow_outbox.spool.writer import is_gone, may_go_on
+from mlflow_outbox.spool.writer import is_gone, may_come, may_go_on
 
 #: Length field of a long frame.
 _LONG: Final = 0xFFFF
@@ -115,7 +116,7 @@ class WriterPass:
         self.events: list[tuple[str, Event]] = []
         self.broken: list[Broken] = []
         self.missing = 0
-        self.live = False
+        self.live = self._waits = False
         self.cursor = cursor
         self._held = held
         self._budget = budget
@@ -156,7 +157,7 @@ class WriterPass:
                     return False
             base, cut, closed = offset, False, False
             rest = frames(data, 0, header.seed, next_seq=self._seq, final=gone, complete=at_end)
-            for found in self._until_on_its_way(rest, segment):
+            for found in self._until_on_its_way(rest, segment, base):
                 if isinstance(found, Cut):
                     cut = True
                     break
@@ -170,20 +171,24 @@ class WriterPass:
                     return False
             if closed:
                 return True
-            if at_end:
-                return self._come_to_end(header.ordinal, offset, gone=gone and not self.live)
+            if at_end or self._waits:
+                return self._come_to_end(header.ordinal, offset, gone=gone and not self._waits)
             chunk, offset = self._go_on(segment, chunk, offset, stuck=cut and offset == base and not plain)
 
     def _until_on_its_way(
-        self, found: Iterator[Frame | Damage | Cut], segment: SegmentFile
+        self, found: Iterator[Frame | Damage | Cut], segment: SegmentFile, base: int
     ) -> Iterator[Frame | Damage | Cut]:
-        """Yield what was found, up to the beginning of a last frame of which the rest may still come."""
+        """Yield what was found, up to the beginning of a frame of which the rest may still come."""
         for one in found:
-            is_torn = isinstance(one, Damage) and one.kind == "torn" and segment is self._held[-1]
-            if is_torn and may_go_on(segment.path, segment.header, self._settle):
-                self.live = True
+            if isinstance(one, Damage) and self._is_on_its_way(one, segment, base + one.start):
+                self._waits = True
                 return
             yield one
+
+    def _is_on_its_way(self, damage: Damage, segment: SegmentFile, offset: int) -> bool:
+        path, header = segment.path, segment.header
+        is_last = damage.kind == "torn" and segment is self._held[-1]
+        return (is_last and may_go_on(path, header, self._settle)) or may_come(path, header, offset, self._settle)
 
     def _come_to_end(self, ordinal: int, offset: int, *, gone: bool) -> bool:
         """Take notice that there is no more in a segment now; return whether the next one may be read."""

@@ -27,7 +27,7 @@ from mlflow_outbox.spool.events import SegmentClosed, encode
 from mlflow_outbox.spool.filesystem import is_network
 from mlflow_outbox.spool.frame import SHORT_OVERHEAD, SegmentHeader, unpack
 
-#: Segments of network file systems whose size this process remembers.
+#: Segments of network file systems whose size this process remembers, and gaps in them.
 _REMEMBERED: Final = 10_000
 #: Seconds in which the rest of a frame follows its beginning.
 _MOMENT: Final = 1.0
@@ -96,6 +96,27 @@ def may_go_on(path: Path, header: SegmentHeader, settle: float) -> bool:
     return writer_state(path, header).kind == "silent" and _unchanged(path) < min(_MOMENT, settle)
 
 
+def may_come(path: Path, header: SegmentHeader, offset: int, settle: float) -> bool:
+    """Return whether what is missing at an offset of a segment may still come, although there is more behind it.
+
+    What another machine writes to a file system of the network can arrive in another order than it was written in, a
+    piece at a time. This process must have met the gap for as long as such a file system may show what is old.
+
+    Args:
+        path: the segment.
+        header: its header.
+        offset: where no intact frame begins.
+        settle: as for ``is_gone``.
+    """
+    if header.boot_id == boot_id() != "" or not is_network(path.parent) or _idle(path, None) > _SURELY * settle:
+        return False
+    now = stopwatch.seconds()
+    since = _gaps.setdefault((path, offset), now)
+    while len(_gaps) > _REMEMBERED:
+        _gaps.popitem(last=False)
+    return now - since < settle
+
+
 def has_ended(path: Path, header: SegmentHeader) -> bool:
     """Return whether the program that wrote a segment has ended; one of which that cannot be told, after a day.
 
@@ -160,6 +181,8 @@ def boot_id() -> str:
 _boot: list[str] = []
 #: Size of a segment, and since when (monotonic seconds) this process has seen it.
 _seen: OrderedDict[Path, tuple[int, float]] = OrderedDict()
+#: When (monotonic seconds) this process has first met no intact frame at an offset of a segment.
+_gaps: OrderedDict[tuple[Path, int], float] = OrderedDict()
 
 
 def _unchanged(path: Path) -> float:
