@@ -22,7 +22,7 @@ import pytest
 
 from commands import offline, outbox_of, withhold
 from contents import QUICK, numbered, points, the_run
-from mlflow_outbox import FlushResult, MLflowTracker, Settings, delivery
+from mlflow_outbox import FlushResult, MLflowTracker, Settings, delivery, stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool import disk, journal, reader
@@ -54,6 +54,22 @@ def test_a_look_that_had_to_wait_is_not_followed_by_a_long_pause(
     assert 0 == Watch(outbox, QUICK).until_delivered(60).pending
     pauses = [after - before - 0.25 for before, after in itertools.pairwise(looks[:5])]
     assert sum(pauses) < 4 * 0.25, pauses
+
+
+@pytest.mark.parametrize(("is_coming", "begins", "pending"), [(True, 20, 0), (False, 20, 1), (True, 1000, 1)])
+def test_a_flush_waits_for_a_worker_that_takes_long_to_begin(
+    is_coming: bool, begins: int, pending: int, outbox: OutboxDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow machine its imports take longer than five seconds, in which nobody holds the outbox; not for ever."""
+    seconds = itertools.count()
+    looks = itertools.count()
+
+    def measure(_watch: Watch, _ends: object = None) -> tuple[FlushResult, None]:
+        return FlushResult(pending=int(next(looks) < begins)), None
+
+    monkeypatch.setattr(Watch, "measure", measure)
+    monkeypatch.setattr(stopwatch, "seconds", lambda: next(seconds))
+    assert pending == Watch(outbox, QUICK, is_coming=lambda: is_coming).until_delivered(None).pending
 
 
 def test_closing_one_tracker_leaves_another_of_its_outbox_the_worker(

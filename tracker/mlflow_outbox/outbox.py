@@ -167,6 +167,11 @@ class Outbox:
             finally:
                 self._is_starting = False
 
+    def has_worker(self) -> bool:
+        """Return whether a worker of this process is there, which may not have begun to deliver."""
+        worker = self._worker
+        return worker is not None and worker.is_alive()
+
     def _look(self) -> None:
         """Look at the disk budget, and see to it that somebody delivers while somebody logs, in the background.
 

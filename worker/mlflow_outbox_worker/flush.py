@@ -28,6 +28,7 @@ from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.retired import Totals
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from mlflow_outbox.outbox import Outbox
@@ -39,8 +40,10 @@ _LOOK: Final = 0.02
 _LOOK_MOST: Final = 0.1
 #: Seconds between two calls to hurry: a server that has just come back is tried at once.
 _HURRY: Final = 1.0
-#: Seconds without any worker after which waiting is pointless.
+#: Seconds without any worker after which waiting is pointless, and with one that was started and has not begun to
+#: deliver: on a busy machine, or where Python lies on a file system of the network, its imports take a while.
 _NO_WORKER: Final = 5.0
+_BEGINS: Final = 60.0
 #: Seconds after which what waited for a person before still does, although no worker has been answered since.
 _STILL_PARKED: Final = 30.0
 #: Seconds for which a flush without a time waits for what the disk does not let be read, when all else is delivered.
@@ -49,7 +52,7 @@ _BLIND: Final = 5.0
 
 def flush(outbox: Outbox, timeout: float | None, *, settled: bool) -> FlushResult:
     """Have an outbox of this process delivered; see ``Outbox.flush``."""
-    watch = Watch(outbox.directory, outbox.settings, outbox.counters)
+    watch = Watch(outbox.directory, outbox.settings, outbox.counters, is_coming=outbox.has_worker)
     return watch.until_delivered(timeout if outbox.worker_kind != "none" else 0, settled=settled)
 
 
@@ -60,10 +63,19 @@ class Watch:
         directory: the outbox.
         settings: where its ledger is.
         counters: counts looks that the disk did not allow as "backlog_unread".
+        is_coming: tells whether a worker was started that may not have begun yet.
     """
 
-    def __init__(self, directory: OutboxDirectory, settings: Settings, counters: Counters | None = None) -> None:
+    def __init__(
+        self,
+        directory: OutboxDirectory,
+        settings: Settings,
+        counters: Counters | None = None,
+        *,
+        is_coming: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._directory = directory
+        self._is_coming = is_coming
         self._counters = counters or Counters()
         self._path: Path = directory.ledger_in(settings.ledger_dir)
         self._last = FlushResult()
@@ -102,7 +114,7 @@ class Watch:
                 return result  # what the disk does not give nobody can deliver
             if worker_of(self._directory) is not None:
                 seen_worker = now
-            elif now - seen_worker > _NO_WORKER:
+            elif now - seen_worker > (_BEGINS if self._is_coming() else _NO_WORKER):
                 return result  # nobody delivers, and nobody has come to do so
             if hurry and now >= next_hurry:
                 with contextlib.suppress(OSError):
