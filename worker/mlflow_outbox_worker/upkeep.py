@@ -26,7 +26,7 @@ from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.writer import has_left
+from mlflow_outbox.spool.writer import has_left, is_far
 from mlflow_outbox_worker.courier import Turn
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.retention import (
@@ -142,9 +142,9 @@ class Upkeep:
         done = done and (not directory.network or all(_have_left(turn.reader)))
         passed = [] if done else passed_segments(turn.reader, record.cursors)
         copies = [] if done or turn.progress == "more" else copies_to_file(directory, ledger, record, turn.reader)
-        rests = turn.progress == "idle" and directory.run(record.run_id).is_dir()
+        later = _LOOK if turn.progress == "idle" and any(_are_far(turn.reader)) else 0.0
         if not done and not passed and not copies:
-            return _LOOK if rests else 0.0
+            return later
         now = self._clock()
         due, pause = self._filings.get(record.run_id, (now, 0.0))
         if now < due:
@@ -171,12 +171,16 @@ class Upkeep:
             self._filings.pop(record.run_id, None)
             return 0.0
         self._filings[record.run_id] = now + _FILE, 0.0
-        if copies:
-            return _FILE  # they stay where they are while one is being logged
-        return _LOOK if rests else 0.0
+        return _FILE if copies else later  # they stay where they are while one is being logged
 
 
 def _have_left(reader: RunReader) -> Iterator[bool]:
     """Yield of each writer of a run whether it has left its last segment."""
     for held in reader.segments().values():
         yield has_left(held[-1].path, held[-1].header)
+
+
+def _are_far(reader: RunReader) -> Iterator[bool]:
+    """Yield of each writer of a run whether only time tells that its program has ended; none for one that is filed."""
+    for held in reader.segments().values():
+        yield is_far(held[-1].path, held[-1].header)

@@ -128,9 +128,14 @@ def has_ended(path: Path, header: SegmentHeader) -> bool:
     """
     if is_being_written(path):
         return False
-    if is_network(path.parent) or header.host != os.uname().nodename:
+    if is_far(path, header):
         return _idle(path, None) > _LONG
     return header.boot_id != boot_id() or not _is_alive(header.pid)
+
+
+def is_far(path: Path, header: SegmentHeader) -> bool:
+    """Return whether only time tells if the program that wrote a segment has ended."""
+    return header.host != os.uname().nodename or is_network(path.parent)
 
 
 def has_left(path: Path, header: SegmentHeader) -> bool:
