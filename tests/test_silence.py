@@ -6,20 +6,25 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from commands import outbox_of
 from contents import QUICK, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.destination import resolve
 from mlflow_outbox.run import Run
 from mlflow_outbox.spool import filesystem
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import RunStarted
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Window
 from mlflow_outbox.spool.writer import boot_id
 from mlflow_outbox_worker import upkeep
+from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.thread import ThreadWorker
 from servers import eventually
 from spools import RUN, AllShared, Everything, closing, header, make_outbox, metric, packed, write_segment
 from workers import delivering
@@ -119,6 +124,36 @@ def test_what_arrives_over_a_network_in_another_order_is_waited_for(
     assert late == write_segment(tmp_path, head, [*frames, *end])
     rest = Everything(tmp_path, early.cursors)
     assert (list(range(3, 9)), [], 0) == (rest.steps, rest.broken, rest.missing)
+
+
+def test_a_run_of_which_something_is_on_its_way_is_not_said_to_be_sent(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay would end with all well, and whoever started it delete the files."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(filesystem, "_known", AllShared())
+    directory, counters = make_outbox(tmp_path / "outbox"), Counters()
+    head = header(host="elsewhere", boot_id="another")
+    frames = packed([RunStarted(1, "in pieces"), *map(metric, range(4))], head)
+    write_segment(directory.run(RUN), head, [*frames[:3], bytes(len(frames[3])), frames[4]])
+    looks, window = list[int](), RunReader.window
+
+    def counted(self: RunReader, *given: Any, **more: Any) -> Window:
+        looks.append(counters["delivered"])
+        return window(self, *given, **more)
+
+    monkeypatch.setattr(RunReader, "window", counted)
+    delivery = Delivery(directory, resolve(sqlite_uri), QUICK, counters, kind="command")
+    worker = ThreadWorker(lambda: delivery, counters)
+    worker.start()
+    try:
+        eventually(lambda: looks.count(3) > 1, 60)
+        assert "waiting" == delivery.standings()[RUN].state
+        write_segment(directory.run(RUN), head, frames)
+        eventually(lambda: delivery.standings()[RUN].state == "sent", 60)
+    finally:
+        worker.stop(60)
+    assert (5, 0, 0) == tuple(counters[reason] for reason in ("delivered", "missing", "quarantined"))
 
 
 @pytest.mark.parametrize(("place", "idle", "settle"), [("local", 0, 60.0), ("shared", 0, 0.0), ("shared", QUIET, 60.0)])

@@ -59,12 +59,14 @@ class Turn(NamedTuple):
 
     Attributes:
         progress: "more" to send at once, "idle" with everything sent, or "live": so too, but still being written.
+        waits: not everything was sent, for something is on its way, to be looked for in a moment.
     """
 
     progress: Progress
     record: RunRecord
     view: RunView
     reader: RunReader
+    waits: bool = False
 
 
 class Courier:
@@ -138,7 +140,7 @@ class Courier:
             # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
             after = window.used_up_by if self._sink.deduplicates_metrics else ""
             if window.cursors == record.cursors and not window.events and not window.broken:
-                return Turn("live" if window.live else "idle", record, view, reader)
+                return Turn("live" if window.live else "idle", record, view, reader, window.waits)
             try:
                 self._deliver(record, view, reader, window)
             except Later as later:
@@ -157,7 +159,7 @@ class Courier:
             self._calls.precedence.goes_on(run_id)
             if not window.more:
                 self._reconciliation.caught_up(run_id)
-                return Turn("live" if window.live else "idle", record, view, reader)
+                return Turn("live" if window.live else "idle", record, view, reader, window.waits)
             if self._stopped():
                 break
             batches = min(share, self._volley.width())

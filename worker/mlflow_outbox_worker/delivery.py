@@ -326,7 +326,7 @@ class Delivery:
             settles_in = 0.0
             if turn.progress != "more":
                 settles_in = settle(sink, ledger, turn.record, self._settings, self._counters, now_ms=self._now_ms)
-            complete = turn.progress != "more"
+            complete = turn.progress != "more" and not turn.waits
             if turn.progress == "idle" and not settles_in:
                 complete = finish(self._source, sink, ledger, self._settings, self._counters, turn, now_ms=self._now_ms)
             filed_in = self._upkeep.file(ledger, turn)
@@ -372,6 +372,8 @@ class Delivery:
                     offset = cursor.offset if cursor is not None and cursor.ordinal == segment.header.ordinal else 0
                     tails[segment.path] = offset
         self._schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
+        if turn.waits:
+            self._schedule.again(run_id, _STAND_BY)
 
     def _waits(self, run_id: str, waits: Waits, ledger: Ledger, began_ms: int) -> None:
         """Give a run another turn, soon unless what it waits for cannot be delivered: then it stands as that does."""

@@ -118,7 +118,7 @@ class RunReader:
         broken: list[Broken] = []
         begun: dict[str, int] = {}
         missing = 0
-        live = False
+        live = waits = False
         last = ""
         for writer, held in self._in_turn(after):
             part = WriterPass(writer, held, ends.get(writer), budget, self._settle, self.paths, whole=self._whole)
@@ -127,6 +127,7 @@ class RunReader:
             broken += part.broken
             missing += part.missing
             live = live or part.live
+            waits = waits or part.waits
             if part.cursor is not None:
                 if writer not in ends:
                     begun[writer] = held[0].header.first_seq
@@ -134,7 +135,7 @@ class RunReader:
             if budget.spent:
                 last = writer
                 break
-        return Window(events, ends, broken, missing, budget.spent, live or budget.spent, last, begun)
+        return Window(events, ends, broken, missing, budget.spent, live or budget.spent, last, begun, waits)
 
     def _in_turn(self, after: str) -> list[tuple[str, list[SegmentFile]]]:
         """Return the writers in the order in which they began, or, behind one that used up a window, by turns.

@@ -57,6 +57,7 @@ class Window(NamedTuple):
         live: some writer may still be appending.
         used_up_by: the writer at whose events there were enough; "" when all were read to their ends.
         begun: of writers that had no cursor, the number of the first event of which there was a segment.
+        waits: what comes next of some writer is on its way, so that what is behind it was not read.
     """
 
     events: list[tuple[str, Event]]
@@ -67,6 +68,7 @@ class Window(NamedTuple):
     live: bool
     used_up_by: str = ""
     begun: Mapping[str, int] = {}
+    waits: bool = False
 
 
 class Budget:
@@ -116,7 +118,7 @@ class WriterPass:
         self.events: list[tuple[str, Event]] = []
         self.broken: list[Broken] = []
         self.missing = 0
-        self.live = self._waits = False
+        self.live = self.waits = False
         self.cursor = cursor
         self._held = held
         self._budget = budget
@@ -171,8 +173,8 @@ class WriterPass:
                     return False
             if closed:
                 return True
-            if at_end or self._waits:
-                return self._come_to_end(header.ordinal, offset, gone=gone and not self._waits)
+            if at_end or self.waits:
+                return self._come_to_end(header.ordinal, offset, gone=gone and not self.waits)
             chunk, offset = self._go_on(segment, chunk, offset, stuck=cut and offset == base and not plain)
 
     def _until_on_its_way(
@@ -181,7 +183,7 @@ class WriterPass:
         """Yield what was found, up to the beginning of a frame of which the rest may still come."""
         for one in found:
             if isinstance(one, Damage) and self._is_on_its_way(one, segment, base + one.start):
-                self._waits = True
+                self.waits = True
                 return
             yield one
 
