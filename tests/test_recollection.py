@@ -72,6 +72,36 @@ def test_what_mlflow_holds_is_known_again_and_reclaimed(sqlite_uri: str, experim
     assert [numbered(100)] * 3 == [points(sqlite_uri, run.info.run_id, "loss") for run in held]
 
 
+def test_a_run_that_was_filed_behind_the_ledger_s_back_is_known_again(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Another machine has delivered the rest and filed it, or the ledger was set back; it knows of the beginning."""
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    run = tracker.start_run("by two")
+    run.log_metric("loss", 0.0, step=0)
+    tracker.flush(0)
+    assert tracker.outbox_path is not None
+    directory = OutboxDirectory.open(tracker.outbox_path)
+    with delivering(directory, sqlite_uri, QUICK) as counters:
+        eventually(lambda: 2 == counters["delivered"], 60)
+    shutil.copytree(directory.ledger, tmp_path / "before")
+    run.log_metric("loss", 0.5, step=1)
+    run.end()
+    tracker.close(0)
+    with delivering(directory, sqlite_uri, QUICK):
+        eventually(lambda: [run.run_id] == directory.delivered_ids() and not directory.run_ids(), 60)
+    shutil.rmtree(directory.ledger)
+    (tmp_path / "before").rename(directory.ledger)
+    with delivering(directory, sqlite_uri, QUICK) as counters:
+        eventually(lambda: 1 == counters["runs_known_again"], 60)
+    with contextlib.closing(Ledger.open(directory.ledger, read_only=True)) as ledger:
+        [record] = ledger.records()
+    assert ("done", True, 4) == (record.state, record.ended, record.delivered)
+    with delivering(directory, sqlite_uri, dataclasses.replace(QUICK, retention=0)) as counters:
+        eventually(lambda: not directory.delivered_ids(), 60)
+    assert 0 == counters["delivered"]
+
+
 def test_at_the_cap_it_gives_way(sqlite_uri: str, experiment_name: str, tmp_path: Path) -> None:
     """A program that begins with an outbox that is full of it logs as soon as MLflow was asked."""
     directory, _ = filed(tmp_path, sqlite_uri, experiment_name, 8)

@@ -1,7 +1,9 @@
-"""Filed runs that the ledger does not know, because it was lost or set aside: MLflow is asked whether it holds them.
+"""Filed runs of which the ledger does not know that: MLflow is asked whether it holds them.
 
-A run is filed once it was delivered and read back, and only the ledger says so. Without that nothing of it would ever
-be reclaimed, and an outbox that is full of such runs would refuse new events for good. So they are looked at one after
+A run is filed once it was delivered and read back, and only the ledger says so. It may have been lost, set aside or set
+back since, or be that of another machine than the one that has filed the run, on a shared file system. Without it
+nothing of the run would ever be reclaimed, and an outbox that is full of such runs would refuse new events for good. So
+they are looked at one after
 the other while there is nothing to send: found in MLflow as any run is, and compared with it as any run is at its end
 (``finish``). What MLflow holds the ledger knows again, and it is kept for one retention time more.
 
@@ -73,7 +75,7 @@ class Recollection:
         return f"<Recollection of {len(self._unknown)} runs>"
 
     def begin(self, ledger: Ledger) -> None:
-        """Find the filed runs that a ledger does not know.
+        """Find the filed runs of which a ledger does not know that they are.
 
         Raises:
             LedgerUnavailable: it cannot be read now.
@@ -143,6 +145,11 @@ class Recollection:
             return False
         record.remote_id, record.experiment_id = remote.run_id, remote.experiment_id
         record.state, record.verified_at_ms = "done", self._now_ms()
+        known = ledger.record(record.run_id)
+        if known is not None:  # what was refused before is among what was read
+            record.dead, record.refused = known.dead, known.refused
+            record.delivered = max(known.delivered, record.delivered - known.refused)
+            record.cursors = {**known.cursors, **record.cursors}
         view.trim()
         ledger.commit(record, view=view)
         return True
@@ -199,5 +206,8 @@ class _Begun:
 
 
 def _is_unknown(directory: OutboxDirectory | None, ledger: Ledger, run_id: str) -> bool:
-    """Return whether a filed run does not go on, and the ledger does not know it."""
-    return directory is not None and not directory.run(run_id).exists() and ledger.record(run_id) is None
+    """Return whether a filed run does not go on, and the ledger does not know that it is done."""
+    if directory is None or directory.run(run_id).exists():
+        return False
+    record = ledger.record(run_id)
+    return record is None or record.state != "done" or not record.verified_at_ms
