@@ -144,6 +144,31 @@ class TestOfARunThatGoesOn:
             sqlite_uri, the_run(sqlite_uri, going.tracker.experiment_name).info.run_id, "loss"
         )
 
+    def test_what_was_filed_behind_the_ledger_s_back_is_not_missing(
+        self, going: Open, sqlite_uri: str, tmp_path: Path
+    ) -> None:
+        """Another machine has delivered some of it, or the ledger was set back; what nobody has filed is missing."""
+        going.log(50)
+        going.tracker.flush(0)
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            eventually(lambda: counters["delivered"] == 51, 60)
+        shutil.copytree(going.directory.ledger, tmp_path / "before")
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            going.log(500)
+            eventually(lambda: counters["delivered"] == 500 and len(segments(going.waiting)) == 1, 60)
+        shutil.rmtree(going.directory.ledger)
+        (tmp_path / "before").rename(going.directory.ledger)
+        [held] = RunReader(going.filed).segments().values()
+        lost = held[3].header.first_seq - held[2].header.first_seq
+        held[2].path.unlink()
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            going.log(50)
+            going.end()
+            eventually(lambda: not going.waiting.exists(), 60)
+        assert lost == counters["missing"]
+        run = the_run(sqlite_uri, going.tracker.experiment_name)
+        assert numbered(600) == points(sqlite_uri, run.info.run_id, "loss")
+
     def test_they_are_filed_while_there_is_more_to_send(
         self, going: Open, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -136,7 +136,7 @@ class Courier:
         batches = 1
         while share > 0:
             share -= batches
-            window = self._intake.window(reader, record, after, batches=batches)
+            window = self._known(run_id, self._intake.window(reader, record, after, batches=batches))
             # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
             after = window.used_up_by if self._sink.deduplicates_metrics else ""
             if window.cursors == record.cursors and not window.events and not window.broken:
@@ -165,6 +165,14 @@ class Courier:
             batches = min(share, self._volley.width())
         self._after[run_id] = after
         return Turn("more", record, view, reader)
+
+    def _known(self, run_id: str, window: Window) -> Window:
+        """Return a window of which nothing is missing that was filed: another machine has delivered that, perhaps."""
+        filing = self._source.filing
+        if not window.missing or filing is None or copying(self._source):
+            return window
+        filed = RunReader(filing.delivered / run_id).number_of(window.gaps)
+        return window._replace(missing=window.missing - filed)
 
     def _note_obstacle(self, run_id: str, reason: str) -> None:
         """Say which file it is that a run stands at, while the destination takes others."""

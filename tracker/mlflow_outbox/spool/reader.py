@@ -7,6 +7,7 @@ writer are read in the order of their first number (see ``window``).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -117,6 +118,7 @@ class RunReader:
         ends = dict(cursors)
         broken: list[Broken] = []
         begun: dict[str, int] = {}
+        gaps: dict[str, list[tuple[int, int]]] = {}
         missing = 0
         live = waits = False
         last = ""
@@ -126,6 +128,7 @@ class RunReader:
             events += part.events
             broken += part.broken
             missing += part.missing
+            gaps |= {writer: part.gaps} if part.gaps else {}
             live = live or part.live
             waits = waits or part.waits
             if part.cursor is not None:
@@ -135,7 +138,7 @@ class RunReader:
             if budget.spent:
                 last = writer
                 break
-        return Window(events, ends, broken, missing, budget.spent, live or budget.spent, last, begun, waits)
+        return Window(events, ends, broken, missing, budget.spent, live or budget.spent, last, begun, waits, gaps)
 
     def _in_turn(self, after: str) -> list[tuple[str, list[SegmentFile]]]:
         """Return the writers in the order in which they began, or, behind one that used up a window, by turns.
@@ -161,6 +164,24 @@ class RunReader:
             window = self.window(cursors, points=100_000, items=100_000)
             yield from ((writer, event) for writer, event in window.events if isinstance(event, kind))
             cursors, more = window.cursors, window.more
+
+    def number_of(self, gaps: Mapping[str, list[tuple[int, int]]]) -> int:
+        """Return how many of the events that are missing elsewhere are in the segments of this run.
+
+        Args:
+            gaps: as in a ``Window``.
+
+        Raises:
+            OSError: a segment cannot be read at present.
+        """
+        number = 0
+        for writer, held in self.complete_segments().items():
+            for segment, later in itertools.zip_longest(held, held[1:]):
+                begin = segment.header.first_seq
+                end = number_behind(segment, segment.body, begin) if gaps.get(writer) else begin
+                end = end if later is None else min(end, later.header.first_seq)
+                number += sum(max(0, min(end, at + many) - max(begin, at)) for at, many in gaps.get(writer, ()))
+        return number
 
     def next_numbers(
         self,

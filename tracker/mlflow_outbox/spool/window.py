@@ -57,6 +57,7 @@ class Window(NamedTuple):
         live: some writer may still be appending.
         used_up_by: the writer at whose events there were enough; "" when all were read to their ends.
         begun: of writers that had no cursor, the number of the first event of which there was a segment.
+        gaps: the missing events by writer: the number of the first, and how many they are.
         waits: what comes next of some writer is on its way, so that what is behind it was not read.
     """
 
@@ -69,6 +70,7 @@ class Window(NamedTuple):
     used_up_by: str = ""
     begun: Mapping[str, int] = {}
     waits: bool = False
+    gaps: Mapping[str, list[tuple[int, int]]] = {}
 
 
 class Budget:
@@ -118,6 +120,7 @@ class WriterPass:
         self.events: list[tuple[str, Event]] = []
         self.broken: list[Broken] = []
         self.missing = 0
+        self.gaps: list[tuple[int, int]] = []
         self.live = self.waits = False
         self.cursor = cursor
         self._held = held
@@ -207,8 +210,14 @@ class WriterPass:
         """
         ahead = (segment.header.first_seq - self._seq) & SEQUENCE_MASK
         if 0 < ahead < 1 << 31:
-            self.missing += ahead
+            self._miss(ahead)
             self._seq = segment.header.first_seq
+
+    def _miss(self, number: int) -> None:
+        """Count events that are not there, from the next one on."""
+        if number:
+            self.missing += number
+            self.gaps.append((self._seq, number))
 
     def _was_moved(self, segment: SegmentFile) -> bool:
         """Return whether a segment that is gone was moved while this reader looked, and not reclaimed by a worker."""
@@ -266,12 +275,12 @@ class WriterPass:
         event = decoded(payload)
         if isinstance(event, SegmentClosed):
             if 0 < ahead < 1 << 31:
-                self.missing += ahead
+                self._miss(ahead)
                 self._seq = seq
             return True
         if ahead >= 1 << 31:
             return False  # passed before: written again after a failed sync
-        self.missing += ahead
+        self._miss(ahead)
         self._seq = (seq + 1) & SEQUENCE_MASK
         if isinstance(event, str):
             self.broken.append(Broken(segment.path, "unknown", end - len(payload), end, event))
