@@ -20,6 +20,7 @@ from mlflow_outbox.spool import filesystem
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import RunStarted
 from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.spool.window import Window
 from mlflow_outbox.spool.writer import boot_id
 from mlflow_outbox_worker import upkeep
@@ -169,6 +170,29 @@ def test_damage_is_read_around_where_nothing_comes_late_or_long_enough_was_waite
     silence(tmp_path, idle)
     found = Everything(tmp_path, settle=settle)
     assert ([0, 1, 2, 4, 5, 6, 7, 8], ["corrupt"]) == (found.steps, [one.kind for one in found.broken])
+
+
+def test_a_file_that_another_machine_logs_after_the_end_is_kept_while_the_run_is_filed(
+    ranks: Ranks, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is not seen here; what it copies just now is. A copy of a program that died is removed after a day."""
+    ranks.other.end()
+    draft = SnapshotStore(ranks.folder).path / ".draft-0"
+    draft.parent.mkdir(0o700, exist_ok=True)
+    draft.touch()
+    tries: list[bool] = []
+    file_run = upkeep.file_run
+
+    def watched(*given: Any) -> bool:
+        tries.append(file_run(*given))
+        return tries[-1]
+
+    monkeypatch.setattr(upkeep, "file_run", watched)
+    with delivering(ranks.directory, sqlite_uri, QUICK):
+        eventually(lambda: tries, 60)
+        assert ([False], True) == (tries[:1], draft.exists())
+        os.utime(draft, (time.time() - LONG,) * 2)
+        eventually(lambda: ranks.directory.run_ids() == [], 60)
 
 
 @pytest.mark.parametrize("place", ["of this machine", "of the network"])

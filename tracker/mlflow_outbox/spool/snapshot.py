@@ -41,6 +41,7 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool import descriptors
+from mlflow_outbox.spool.filesystem import is_network
 from mlflow_outbox.spool.private import create_private, sync_directory
 
 _CHUNK: Final = 1024 * 1024
@@ -49,6 +50,8 @@ _DRAFT: Final = ".draft-"
 #: Seconds for which a call waits for a worker that moves copies, which takes it milliseconds; and between two tries.
 _PATIENCE: Final = 5.0
 _PAUSE: Final = 0.002
+#: Seconds after which the draft of another machine's program is one of a program that died.
+_ABANDONED: Final = 24 * 3600.0
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -296,6 +299,8 @@ class SnapshotStore:
 def alone(folder: Path) -> Iterator[bool]:
     """Have a ``files`` directory to oneself, to move what is in it; false while somebody logs a file there.
 
+    The lock of somebody on another machine is not seen on every network file system, but the draft is.
+
     Args:
         folder: the directory.
 
@@ -304,9 +309,20 @@ def alone(folder: Path) -> Iterator[bool]:
     """
     hold = Hold(folder, descriptors.opened(_opened, folder))
     try:
-        yield hold.is_locked(fcntl.LOCK_EX)
+        yield hold.is_locked(fcntl.LOCK_EX) and not (is_network(folder) and any(map(_is_recent, _drafts(folder))))
     finally:
         hold.let_go()
+
+
+def _drafts(folder: Path) -> list[Path]:
+    return [folder / name for name in os.listdir(folder) if is_draft(name)]
+
+
+def _is_recent(draft: Path) -> bool:
+    try:
+        return time.time() - os.stat(draft, follow_symlinks=False).st_mtime < _ABANDONED
+    except FileNotFoundError:
+        return False
 
 
 def is_draft(name: str) -> bool:
