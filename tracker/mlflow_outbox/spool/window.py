@@ -4,7 +4,7 @@ A segment is *final* once its closing frame was read, once the same writer has b
 gone: no living process of this machine holds it (flock), and, if it came from another machine or the file system knows
 no locks, nothing was added for ``settle`` seconds. What is no intact frame in a final segment is damage; at the end of
 one that is not final it may be a frame on its way. So it may be wherever it lies in what another machine writes over a
-network, until this process has known it for ``settle`` seconds (``writer.may_come``).
+network, until this process has known it for half as long (``writer.may_come``).
 """
 
 from __future__ import annotations

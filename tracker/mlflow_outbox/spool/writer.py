@@ -100,7 +100,8 @@ def may_come(path: Path, header: SegmentHeader, offset: int, settle: float) -> b
     """Return whether what is missing at an offset of a segment may still come, although there is more behind it.
 
     What another machine writes to a file system of the network can arrive in another order than it was written in, a
-    piece at a time. This process must have met the gap for as long as such a file system may show what is old.
+    piece at a time. This process must have known the gap for half of the time in which a silent writer counts as gone,
+    so that a flush, which is as patient as that, does not give up for it.
 
     Args:
         path: the segment.
@@ -114,7 +115,7 @@ def may_come(path: Path, header: SegmentHeader, offset: int, settle: float) -> b
     since = _gaps.setdefault((path, offset), now)
     while len(_gaps) > _REMEMBERED:
         _gaps.popitem(last=False)
-    return now - since < settle
+    return now - since < settle / 2
 
 
 def has_ended(path: Path, header: SegmentHeader) -> bool:
