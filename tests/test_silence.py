@@ -195,6 +195,21 @@ def test_a_file_that_another_machine_logs_after_the_end_is_kept_while_the_run_is
         eventually(lambda: ranks.directory.run_ids() == [], 60)
 
 
+@pytest.mark.parametrize(("ago", "ended"), [(0, False), (7 * 24 * 3600, True)])
+def test_a_run_whose_program_s_number_another_process_has_by_now_is_filed(
+    ago: float, ended: bool, sqlite_uri: str, tmp_path: Path
+) -> None:
+    """As in a container that was killed and started anew under its name, where each program has the same number."""
+    directory = make_outbox(tmp_path / "outbox")
+    created_ms = int((time.time() - ago) * 1000)
+    head = header(host=os.uname().nodename, boot_id=boot_id(), pid=os.getpid(), created_ms=created_ms)
+    write_segment(directory.run(RUN), head, packed([RunStarted(1, "killed"), metric(0)], head))
+    with delivering(directory, sqlite_uri, QUICK) as counters:
+        eventually(lambda: counters["delivered"] == 2, 60)
+        eventually(lambda: not ended or directory.run_ids() == [], 60)
+    assert int(ended) == counters["runs_verified"]
+
+
 @pytest.mark.parametrize("place", ["of this machine", "of the network"])
 def test_a_run_that_was_killed_in_a_container_is_filed_after_a_day(
     place: str, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

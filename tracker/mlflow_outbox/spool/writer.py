@@ -29,8 +29,10 @@ from mlflow_outbox.spool.frame import SHORT_OVERHEAD, SegmentHeader, unpack
 
 #: Segments of network file systems whose size this process remembers, and gaps in them.
 _REMEMBERED: Final = 10_000
-#: Seconds in which the rest of a frame follows its beginning.
+#: Seconds in which the rest of a frame follows its beginning, and by which the kernel's times are rounded at most.
 _MOMENT: Final = 1.0
+#: Where ``/proc/<pid>/stat`` has the ticks at which a process began, behind its name.
+_STARTED: Final = 19
 #: Times the settling time after which the clock of a file server is believed.
 _SURELY: Final = 10
 #: Seconds without a change after which a writer has left of which neither a lock nor a process tells.
@@ -131,7 +133,7 @@ def has_ended(path: Path, header: SegmentHeader) -> bool:
         return False
     if is_far(path, header):
         return _idle(path, None) > _LONG
-    return header.boot_id != boot_id() or not _is_alive(header.pid)
+    return header.boot_id != boot_id() or not _is_alive(header.pid, header.created_ms / 1000)
 
 
 def is_far(path: Path, header: SegmentHeader) -> bool:
@@ -205,14 +207,29 @@ def _unchanged(path: Path) -> float:
     return now - held[1]
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: int, then: float) -> bool:
+    """Return whether the process lives that had a number at a time in wall-clock seconds.
+
+    Numbers come again: in a container that is started anew, under the same name, the next program has that of the last.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:  # it is another user's by now
         return True
-    return True
+    begun = _begun(pid)
+    return begun is None or begun <= then + _MOMENT
+
+
+def _begun(pid: int) -> float | None:
+    """Return when a process began, in wall-clock seconds as the kernel counts them back; None where it does not say."""
+    try:
+        ticks = float(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[_STARTED])
+        booted = next(line for line in Path("/proc/stat").read_bytes().splitlines() if line.startswith(b"btime "))
+        return float(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, LookupError, StopIteration):
+        return None
 
 
 def _idle(path: Path, now: float | None) -> float:
