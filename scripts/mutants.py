@@ -143,7 +143,7 @@ MUTANTS: Final = [
     Mutant(
         "ignore a gap in the sequence",
         "tracker/mlflow_outbox/spool/window.py",
-        "        self.missing += ahead\n        self._seq = (seq + 1)",
+        "        self._miss(ahead)\n        self._seq = (seq + 1)",
         "        self._seq = (seq + 1)",
         "tests/test_recovery.py::test_a_removed_frame_is_counted_as_missing",
     ),
