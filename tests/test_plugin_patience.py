@@ -257,6 +257,28 @@ def test_an_experiment_that_is_named_by_its_id_is_not_said_to_be_nowhere_when_th
         assert [{"m": 1.0}] == [run.data.metrics for run in api.search_runs([number])]
 
 
+@pytest.mark.parametrize("times", [1, 2, None])
+def test_an_experiment_that_is_named_is_the_one_of_the_runs_although_the_server_fails_when_it_is_looked_for(
+    times: int | None, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow makes one then, and takes the refusal for somebody else's being faster, without beginning to use it."""
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+    failure = status(500, {"Content-Type": "application/json"}, b'{"error_code": "INTERNAL_ERROR", "message": "no"}')
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        proxy.on("experiments/get-by-name", failure, times=times)
+        with tracking(uri, tmp_path) as mlflow:
+            found = mlflow.set_experiment(experiment_name)
+            with mlflow.start_run() as run:
+                mlflow.log_metric("m", 1.0)
+            assert found.experiment_id == run.info.experiment_id
+            proxy.clear()
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        assert [{"m": 1.0}] == [run.data.metrics for run in api.search_runs([number])]
+
+
 @pytest.mark.parametrize("name", ["search_registered_models", "search_experiments", "search_logged_models"])
 def test_a_silent_server_costs_a_call_that_needs_it_one_short_wait_and_one_long_one(
     name: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,8 @@ class Experiments(Homes):
         self._active_experiments: set[str] = set()
         #: Names that are free again once the rename of an experiment, by its id, has arrived.
         self._left: dict[str, str] = {}
+        #: Names of which the server was asked in vain whether there is one.
+        self._unanswered: set[str] = set()
         self._mentions = Mentions(self.outbox)
 
     def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
@@ -53,16 +55,13 @@ class Experiments(Homes):
             _check_place(artifact_location)
         after: list[str] = []
         try:
-            made = self.server.ask(
-                lambda store: store.create_experiment(name, artifact_location, list(tags or ())), quick=True
-            )
+            local = self._created(name, artifact_location, list(tags or ()))
         except Away:
             if self._named_here(name) is not None:
                 raise _exists(name) from None
             *after, local = self._ids_here(name)
             after = [*after[-1:], *([self._left[name]] if name in self._left else [])]
-        else:
-            local = str(made)
+        self._unanswered.discard(name)
         self.know_experiment(local, name)
         self._active_experiments.add(local)
         self.journals.room(local).request(
@@ -75,6 +74,28 @@ class Experiments(Homes):
             **({"after": after} if after else {}),
         )
         return local
+
+    def _created(self, name: str, artifact_location: str | None, tags: list[Any]) -> str:
+        """Return the id of an experiment that the server makes, or has, if nobody could be told that before.
+
+        MLflow makes one where it heard of none. It takes a refusal for somebody else's being faster, and goes on
+        without that experiment: its runs would be in the default one.
+
+        Raises:
+            Away: the server cannot be asked now, for either.
+            MlflowException: it said no.
+        """
+        try:
+            return str(
+                self.server.ask(lambda store: store.create_experiment(name, artifact_location, tags), quick=True)
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or name not in self._unanswered:
+                raise
+        theirs = self.server.ask(lambda store: store.get_experiment_by_name(name), quick=True)
+        if theirs is None or theirs.lifecycle_stage != LifecycleStage.ACTIVE:
+            raise _exists(name)
+        return str(theirs.experiment_id)
 
     def _ids_here(self, name: str) -> list[str]:
         """Return the provisional ids that experiments of a name were given, and last the one that the next would be."""
@@ -127,7 +148,13 @@ class Experiments(Homes):
         """Return the experiment of a name, or None."""
         called = [number for number, name in list(self._experiment_names.items()) if name == experiment_name]
         rooms = {number: self._room(number) for number in called}  # before the server is asked, see ``reads``
-        theirs = self.ask(lambda store: store.get_experiment_by_name(experiment_name))
+        theirs: Experiment | None = None
+        try:
+            theirs = self.server.ask(lambda store: store.get_experiment_by_name(experiment_name), quick=True)
+        except Away:
+            self._unanswered.add(experiment_name)
+        else:
+            self._unanswered.discard(experiment_name)
         if theirs is not None:
             shown = self.shown_experiment(theirs.experiment_id)
             if shown != theirs.experiment_id:
