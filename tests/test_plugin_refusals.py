@@ -166,6 +166,45 @@ def test_a_link_that_no_server_takes_away_is_refused_as_it_is_without_an_outbox(
     assert said[0] == said[1]
 
 
+def test_a_link_that_is_refused_is_so_while_the_server_is_away_and_says_nothing_of_the_server(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """What MLflow's store has is no question to the server: the pause after its failure goes on."""
+    from mlflow.exceptions import MlflowException
+
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        api = mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        run, trace = api.create_run(number).info.run_id, traced(mlflow, number)
+        store(uri).server.answers()
+        with pytest.raises(NotImplementedError):
+            api.unlink_traces_from_run([trace], run)
+        with pytest.raises(MlflowException, match="Cannot link more than 100 traces"):
+            api.link_traces_to_run([f"tr-{i:032x}" for i in range(101)], run)
+        api.link_traces_to_run([trace], run)
+        assert store(uri).server.was_away()
+        proxy.up()
+        deliver(uri)
+    with client(mlflow_server.url) as api:
+        (made,) = the_runs(mlflow_server.url, experiment_name)
+        linked = api.search_traces(locations=[made.info.experiment_id], run_id=made.info.run_id)
+        assert [trace] == [found.info.trace_id for found in linked]
+
+
+def test_a_file_store_links_no_traces_with_and_without_an_outbox(tmp_path: Path) -> None:
+    """Else the link would be a dead letter."""
+    from mlflow.exceptions import MlflowException
+
+    for prefix in ("", "outbox+"):
+        uri = f"{prefix}{(tmp_path / 'store').as_uri()}"
+        with tracking(uri, tmp_path / "outbox") as mlflow:
+            api = mlflow.MlflowClient()
+            run = api.create_run("0").info.run_id
+            with pytest.raises(MlflowException, match="not supported"):
+                api.link_traces_to_run(["tr-" + "1" * 32], run)
+            deliver(uri)
+
+
 def test_a_trace_of_another_process_is_tagged_also_while_it_is_on_its_way(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from mlflow_outbox.plugin.wrapped import Away
 
 #: Traces of this process that are remembered until the server can be asked for them.
 _REMEMBERED: Final = 256
+#: Traces that MLflow links to a run in one request.
+_MOST_LINKS: Final = 100
 
 
 class Traces(Models):
@@ -189,20 +191,23 @@ class Traces(Models):
         self._spans.forget(gone)
         return deleted
 
-    def _check_offered(self, name: str, *args: Any) -> None:
-        """Refuse a call that MLflow's store behind has not, as it does: nobody would look for it in a dead letter.
+    def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
+        """Link traces to a run.
 
         Raises:
-            NotImplementedError: it has not.
+            MlflowException: they are more than MLflow takes at once, the store behind links none, or there is no such
+                run.
         """
-        theirs = self.ask(lambda store: store)
-        if theirs is not None and getattr(type(theirs), name) is getattr(AbstractStore, name, None):
-            getattr(theirs, name)(*args)
-
-    def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
-        """Link traces to a run."""
         self._check_offered("link_traces_to_run", trace_ids, run_id)
+        scheme = self.outbox.destination.scheme
+        if len(trace_ids) > _MOST_LINKS and scheme != "databricks":  # whose client sends as many at once
+            raise MlflowException.invalid_parameter_value(
+                f"Cannot link more than {_MOST_LINKS} traces to a run in a single request. "
+                f"Provided {len(trace_ids)} traces."
+            )
         run = self.writable(run_id)
+        if scheme == "file":  # it says that it has no links
+            self.ask(lambda store: store.link_traces_to_run(trace_ids, run_id))
         run.request("link_traces_to_run", trace_ids=list(trace_ids), run_id=run.run_id)
 
     def unlink_traces_from_run(self, trace_ids: list[str], run_id: str) -> None:
@@ -210,6 +215,15 @@ class Traces(Models):
         self._check_offered("unlink_traces_from_run", trace_ids, run_id)
         run = self.writable(run_id)
         run.request("unlink_traces_from_run", trace_ids=list(trace_ids), run_id=run.run_id)
+
+    def _check_offered(self, name: str, *args: Any) -> None:
+        """Refuse a call that MLflow's store behind has not, as it does: nobody would look for it in a dead letter.
+
+        Raises:
+            NotImplementedError: it has not.
+        """
+        if getattr(self.server.kind(), name) is getattr(AbstractStore, name, None):
+            getattr(AbstractStore, name)(self, *args)
 
     def get_trace_info(self, trace_id: str) -> TraceInfo:
         """Return what is known of a trace: by the server, or by this process while it is on its way.

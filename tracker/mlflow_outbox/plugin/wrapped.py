@@ -269,6 +269,15 @@ class Server:
                         self._opened[key] = held
         return held
 
+    def kind(self) -> type:
+        """Return the class of MLflow's store; nothing is asked for that, and no database opened that may be silent."""
+        if self._embedded and self._outbox.destination.scheme != "file":
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # imported already, with the database's
+
+            found: type = SqlAlchemyStore
+            return found
+        return type(self.opened().store)
+
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
         with self._lock:
