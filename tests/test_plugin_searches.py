@@ -62,3 +62,24 @@ def test_a_large_answer_is_read_as_without_an_outbox(
             api.log_batch(api.create_run(number).info.run_id, params=[Param("p", "x" * 5000)])
     with tracking(f"outbox+{mlflow_server.url}", tmp_path, worker="none") as mlflow:
         assert 3 == len(mlflow.search_runs([number]))
+
+
+@pytest.mark.parametrize("size", [0, -1, 50_001])
+def test_the_size_of_a_page_is_refused_wherever_it_is_cut(
+    size: int, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """By the server; by the outbox while that is away, and where what is on its way belongs between its runs."""
+    from mlflow.exceptions import MlflowException
+
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        api.create_run(number)
+    with away(mlflow_server, tmp_path, worker="none") as (mlflow, proxy, uri):
+        api = mlflow.MlflowClient()
+        api.create_run(number)
+        for is_up in (False, True):
+            with pytest.raises(MlflowException, match=f"Invalid value {size} for parameter 'max_results'"):
+                api.search_runs([number], max_results=size)
+            assert is_up + 1 == len(api.search_runs([number], max_results=50_000))
+            proxy.up()
+            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")

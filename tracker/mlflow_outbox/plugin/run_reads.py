@@ -266,6 +266,8 @@ class RunReads(Experiments):
         asked = self._outgoing_filter(filter_string)
         runs: list[Run] = []
         token = None
+        if mixed and known:
+            self._check_size(max_results)
         try:
             if mixed and known:  # they may belong on any page: pages are cut here, from the server's up to this one
                 wanted_runs = SearchUtils.parse_start_offset_from_page_token(page_token) + max_results + 1
@@ -278,6 +280,7 @@ class RunReads(Experiments):
                 # It may know experiments of these names all the same, from others.
                 raise Away("what they have begun is not delivered yet", sent=False)
         except Away as away:
+            self._check_size(max_results)
             local = self._local_runs({*wanted, *known}, filed=True)
             if not local:
                 raise self.server.needed("a search for runs that this outbox did not make", away) from None
@@ -294,6 +297,20 @@ class RunReads(Experiments):
         shown += [run for run in mixed if run.info.run_id not in arrived]
         page = SearchUtils.paginate(SearchUtils.sort(shown, order_by), page_token, max_results)
         return page
+
+    def _check_size(self, size: int) -> None:
+        """Refuse the size of a page that is cut here as MLflow does.
+
+        Raises:
+            MlflowException: it is none that MLflow takes.
+        """
+        if not 0 < size <= SEARCH_MAX_RESULTS_THRESHOLD and (
+            size > 0 or not self._as_logged
+        ):  # a file store's is 0 too
+            raise MlflowException.invalid_parameter_value(
+                f"Invalid value {size} for parameter 'max_results' supplied. It must be "
+                + (f"at most {SEARCH_MAX_RESULTS_THRESHOLD}" if size > 0 else "a positive integer")
+            )
 
     def _known(self, experiments: list[str]) -> list[str]:
         """Return MLflow's ids of those experiments that it has."""
