@@ -48,6 +48,21 @@ def test_a_changed_param_of_a_model_is_refused_at_the_call(
         assert {"a": "1", "b": "1", "d": "1"} == found.params
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_without_a_name_gets_one(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Also where the name is an empty text, as of a variable that is not set, which a server takes for none."""
+    with world(way, mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        here.kill()
+        made = {api.create_logged_model(number, name="").name}
+    with client(mlflow_server.url) as api:
+        number = api.get_experiment_by_name(experiment_name).experiment_id
+        assert made == {model.name for model in api.search_logged_models([number])} != {""}
+
+
 def test_another_process_knows_the_params_of_a_model_from_the_outbox(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -48,7 +48,8 @@ class Models(AsynchronousRuns):
             MlflowException: the name is none that MLflow takes, the server said no, or the experiment is known to be
                 deleted.
         """
-        _validate_logged_model_name(name)
+        if name or self.integers.embedded:  # a server takes an empty name for none
+            _validate_logged_model_name(name)
         experiment_id = str(experiment_id)
         home = self._home_of_new(experiment_id, source_run_id)
         local = provisional.new_model_id()
