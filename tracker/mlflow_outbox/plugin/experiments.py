@@ -126,6 +126,7 @@ class Experiments(Homes):
             self.know_experiment(given, found.name)
             return found
         if is_away:  # of a provisional one there would be something on disk
+            self._refuse_no_id(given)
             # It was named by its id, so it exists; its name is asked for again when the server is back.
             shown = Experiment(
                 given, self.experiment_name(given), self.own_uri("experiment", given), "active", creation_time=now_ms()
@@ -265,12 +266,27 @@ class Experiments(Homes):
         Raises:
             MlflowException: it is.
         """
+        self._refuse_no_id(experiment_id)
         if experiment_id not in self._active_experiments and self.journals.exists(provisional.room_of(experiment_id)):
             try:
                 self._check_active_experiment(experiment_id)
             except MlflowException as error:
                 if error.error_code != UNKNOWN:  # the room was retired
                     raise
+
+    def _refuse_no_id(self, given: str) -> None:
+        """Refuse what no experiment's id can be, as MLflow does: a run there would wait for ever.
+
+        Raises:
+            MlflowException: it is no number, and no server has had an experiment of that id.
+        """
+        if self.outbox.destination.scheme == "file" or given in self._experiment_names:
+            return
+        try:
+            int(given)
+        except ValueError:
+            msg = f"Invalid experiment ID '{given}'. Experiment ID must be a valid integer."
+            raise MlflowException.invalid_parameter_value(msg) from None
 
     def rename_experiment(self, experiment_id: str, new_name: str) -> None:
         """Rename an experiment.
@@ -312,6 +328,7 @@ class Experiments(Homes):
 
     def _check_change(self, operation: str, given: str, *, new_name: str = "") -> None:
         """Refuse what the server would refuse, as far as this outbox knows: it would hold up what comes after."""
+        self._refuse_no_id(given)
         if operation == "rename_experiment":
             other = self._named_here(new_name)
             if other is not None and self.shown_experiment(other.experiment_id) != self.shown_experiment(given):
