@@ -34,6 +34,22 @@ def test_a_run_begins_with_the_tags_that_it_was_given(
     assert {**ODD, "plain": "no", "mlflow.note.content": "d" * 8500} | tags == tags
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_name_outlives_the_tag_that_gave_it(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow keeps the name of a run when its tag is deleted; one that was set before is not shown again meanwhile."""
+    with world(way, mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        run = api.create_run(api.create_experiment(experiment_name), run_name="first").info.run_id
+        here.kill()
+        api.set_tag(run, "mlflow.runName", "second")
+        api.delete_tag(run, "mlflow.runName")
+        shown = api.get_run(run)
+        assert ("second", {}) == (shown.info.run_name, shown.data.tags)
+    assert "second" == the_run(mlflow_server.url, experiment_name).info.run_name
+
+
 @pytest.mark.parametrize(("mode", "expected"), [("up", TypeError), ("away", TypeError)])
 def test_a_tag_that_is_no_text_is_refused_as_mlflows_client_refuses_it(
     mode: str, expected: type[Exception], mlflow_server: MlflowServer, tmp_path: Path

@@ -170,7 +170,9 @@ class RunView(msgspec.Struct):
         elif event.operation == "restore_run":
             self.lifecycle = "active"
         elif event.operation == "delete_tag":
-            self.tags.pop(argument_of(event.arguments, "key"), None)
+            gone = self.tags.pop(argument_of(event.arguments, "key"), None)
+            if gone is not None and argument_of(event.arguments, "key") == NAME_TAG:
+                self.name = gone.value  # which MLflow keeps
         elif event.operation == "update_run_info":
             self.name = argument_of(event.arguments, "run_name") or self.name
             self.set_tag(NAME_TAG, self.name, event.time_ms, writer)
