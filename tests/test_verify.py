@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from commands import make_unreadable
-from contents import client, runs, the_run
+from contents import QUICK, artifacts, client, runs, the_run
+from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.events import Metric, encode
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import DeadLetter
@@ -35,6 +36,20 @@ def verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
         return code, json.loads(capsys.readouterr().out)
 
     return verify
+
+
+def test_a_file_whose_name_a_server_decodes_more_than_once_is_found_there(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It was called missing, the run sent once more, and a person told that others had changed it."""
+    with MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
+        with tracker.start_run() as run:
+            run.log_text("text", "50%2525.txt")
+        result = tracker.flush(60)
+        assert (True, 0, 0) == (bool(result), result.parked, result.dead)
+        found = {"verification_differences", "artifacts_altered"} & {k for k, v in tracker.counters.items() if v}
+    assert ["50%.txt"] == artifacts(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id)
+    assert set() == found
 
 
 @pytest.fixture

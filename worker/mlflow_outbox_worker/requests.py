@@ -12,7 +12,6 @@ import posixpath
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
-from urllib.parse import unquote
 
 import msgspec
 
@@ -20,7 +19,7 @@ from mlflow_outbox import linked
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.spool import placement
-from mlflow_outbox.spool.artifact_path import checked_artifact_path
+from mlflow_outbox.spool.artifact_path import checked_artifact_path, stored_names
 from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnded, encode
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import is_digest
@@ -174,7 +173,7 @@ class Requests:
         if not record.adopted:
             return False
         held = ask("verify", lambda: self._sink.list_artifacts(record.remote_id, posixpath.dirname(path)))
-        return any(name in held and held[name] in {size, None} for name in (path, unquote(path)))
+        return any(name in held and held[name] in {size, None} for name in stored_names(path))
 
     def _store(self, record: RunRecord, event: Artifact | FileFor, refused: Refused, file: File) -> None:
         failed = self._obstacles.upload(event, record.run_id, file)

@@ -22,13 +22,13 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import unquote
 
 import msgspec
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.settings import VerifyLevel
 from mlflow_outbox.spool import placement
+from mlflow_outbox.spool.artifact_path import stored_names
 from mlflow_outbox.spool.events import (
     MAX_PARAM_CHARS,
     Artifact,
@@ -116,7 +116,7 @@ def altered_artifacts(sink: Sink, remote_id: str, view: RunView, letters: Collec
         folder = posixpath.dirname(path)
         if folder not in folders:
             folders[folder] = sink.list_artifacts(remote_id, folder)
-        held = next((name for name in (path, unquote(path)) if name in folders[folder]), None)  # servers decode names
+        held = next((name for name in stored_names(path) if name in folders[folder]), None)
         if held is None:
             found.append(Altered(path, absent=True, sentence=f"the artifact {printable(path)!r} is missing"))
             continue

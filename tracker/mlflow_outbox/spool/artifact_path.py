@@ -59,6 +59,14 @@ def checked_artifact_path(path: str | os.PathLike[str], *, what: str = "artifact
     return found
 
 
+def stored_names(path: str) -> list[str]:
+    """Return the names that a file may have where it is stored: its own, and those of which a server has decoded it."""
+    found = [path]
+    while (text := unquote(found[-1])) != found[-1]:
+        found.append(text)
+    return found
+
+
 def _problem_decoded(text: str, *, served: bool) -> str | None:
     for _ in range(_MOST_DECODED):
         for form in dict.fromkeys((text, posixpath.normpath(text))):
