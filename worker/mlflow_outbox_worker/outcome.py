@@ -93,6 +93,11 @@ def is_deleted(error: SinkError) -> bool:
     return _DELETED.search(str(error)) is not None
 
 
+def met_a_row(error: SinkError) -> bool:
+    """Return whether a database refused something for a row that is there, as when two requests write it at once."""
+    return error.code == "BAD_REQUEST" and _ROW_RACE.search(str(error)) is not None
+
+
 def remedy(error: SinkError, record: RunRecord, outbox: Path) -> str:
     """Return what a person can do about a run that is parked by itself, to end a sentence; "" when that says it all.
 
@@ -121,7 +126,7 @@ def _answered(error: SinkError, status: int, operation: str) -> Outcome:
     if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code in _LATER_CODES:
         return Outcome("retry", reason, error.retry_after)
     # A name is taken for good.
-    if error.code == "BAD_REQUEST" and _ROW_RACE.search(reason) and operation != "rename_experiment":
+    if met_a_row(error) and operation != "rename_experiment":
         return Outcome("retry", reason, error.retry_after)
     if error.code == "RESOURCE_ALREADY_EXISTS":
         return Outcome("already_applied", reason)

@@ -25,6 +25,7 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import is_digest
 from mlflow_outbox.views import Register, wins
 from mlflow_outbox_worker.calls import Calls
+from mlflow_outbox_worker.collisions import Collisions
 from mlflow_outbox_worker.obstacles import Obstacles
 from mlflow_outbox_worker.obstacles import Upload as File
 from mlflow_outbox_worker.outcome import Outcome, classify
@@ -94,6 +95,7 @@ class Requests:
         self._calls = calls
         self._now_ms = now_ms
         self._obstacles = Obstacles(sink)
+        self._collisions = Collisions()
 
     def make(self, record: RunRecord, step: Step, refused: Refused) -> None:
         """Make one step of a plan.
@@ -185,7 +187,8 @@ class Requests:
 
     def _call(self, record: RunRecord, request: Request, refused: Refused) -> None:
         def refuse(part: Request, error: SinkError) -> bool:
-            outcome = self._answered(error, request.operation)
+            outcome = classify(error, request.operation)
+            outcome = self._about_events(error, self._collisions.judged(record.run_id, request, error, outcome))
             if outcome.kind == "already_applied":
                 return False
             if request.kept:
@@ -196,6 +199,7 @@ class Requests:
         before = len(refused.letters)
         try:
             if self._calls.make(self._whole(record, request), refuse, of=record.run_id):
+                self._collisions.passed(record.run_id)
                 return
         except _UNREADABLE as error:
             refused.add(request, self._own_letter(record, request, f"{request.operation} cannot be read: {error}"))

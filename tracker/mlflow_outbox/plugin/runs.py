@@ -328,6 +328,8 @@ class Runs(RunReads):
         """
         if datasets:
             _validate_dataset_inputs(datasets)
+            if self.outbox.destination.scheme != "file":  # which keeps the last one
+                _check_tags_of_datasets(datasets)
         run = self.active(run_id)
         run.request("log_inputs", run_id=run.run_id, datasets=list(datasets or ()), models=list(models or ()))
 
@@ -354,6 +356,20 @@ class Runs(RunReads):
         held = self.get_run(run_id).data.tags.get(MLFLOW_LOGGED_MODELS)
         history = [*(json.loads(held) if held else ()), mlflow_model.get_tags_dict()]
         self.set_tag(run_id, RunTag(MLFLOW_LOGGED_MODELS, json.dumps(history)))
+
+
+def _check_tags_of_datasets(datasets: Any) -> None:
+    """Refuse two tags of one name, which a database does not take: of a dataset that is named twice the first counts.
+
+    Raises:
+        MlflowException: there are such.
+    """
+    first = {(one.dataset.name, one.dataset.digest): one for one in reversed(list(datasets))}
+    for one in first.values():
+        keys = [tag.key for tag in one.tags or ()]
+        if len({*keys}) < len(keys):
+            msg = f"The dataset '{one.dataset.name}' has two tags of one name: {', '.join(keys)}."
+            raise MlflowException(msg, error_code=BAD_REQUEST)
 
 
 def _text(value: Any) -> str:

@@ -208,7 +208,8 @@ class Traces(Models):
         run = self.writable(run_id)
         if scheme == "file":  # it says that it has no links
             self.ask(lambda store: store.link_traces_to_run(trace_ids, run_id))
-        run.request("link_traces_to_run", trace_ids=list(trace_ids), run_id=run.run_id)
+        # A database takes a link once, and none of the others if it is named twice.
+        run.request("link_traces_to_run", trace_ids=list(dict.fromkeys(trace_ids)), run_id=run.run_id)
 
     def unlink_traces_from_run(self, trace_ids: list[str], run_id: str) -> None:
         """Take links of traces to a run away, which only Databricks does."""
