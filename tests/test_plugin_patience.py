@@ -279,6 +279,23 @@ def test_an_experiment_that_is_named_is_the_one_of_the_runs_although_the_server_
         assert [{"m": 1.0}] == [run.data.metrics for run in api.search_runs([number])]
 
 
+def test_a_question_at_which_the_server_fails_says_nothing_of_others_however_it_says_so(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A search for models with a token that is none fails in the framework of the server, which answers with a page."""
+    from mlflow.exceptions import MlflowException
+
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        api = mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        for _ in range(3):
+            with pytest.raises(MlflowException):
+                api.search_logged_models([number], page_token="x")
+            assert not provisional.is_provisional(api.create_run(number).info.run_id)
+        deliver(uri)
+
+
 @pytest.mark.parametrize("name", ["search_registered_models", "search_experiments", "search_logged_models"])
 def test_a_silent_server_costs_a_call_that_needs_it_one_short_wait_and_one_long_one(
     name: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

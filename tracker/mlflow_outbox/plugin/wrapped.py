@@ -8,9 +8,10 @@ is too slow for a short question (may a run be made?) is asked by those calls th
 as they may wait; only when it is silent for that long too is it left alone by all.
 
 What the server says no to is raised as MLflow's own exception: 403 too, which is about who asks for what, while 401,
-429 and what a gateway says are about everything. An error inside of MLflow (500, with its JSON) is about the one
-question: callers go on with what is on disk, where they have it, and raise it where they have not; other questions are
-asked all the same. Everything else is ``Away``: nothing is asked for the pause, and callers go on with what is on disk.
+429 and what a gateway says are about everything. An error inside of MLflow (500, with its JSON, or as the page of its
+framework) is about the one question: callers go on with what is on disk, where they have it, and raise it where they
+have not; other questions are asked all the same. Everything else is ``Away``: nothing is asked for the pause, and
+callers go on with what is on disk.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ _OURS: Final = re.compile(r"^[A-Z]+ /\S*: \d{3} (?:[A-Z_]+: )?")
 _NOT_ABOUT_IT: Final = frozenset({401, 407, 408, 425, 429})
 #: What MLflow's own server answers beside 403 where it asks for passwords; other answers of it are JSON.
 _FORBIDDEN: Final = re.compile(r" 403: Permission denied$")
+#: What the framework of MLflow's server answers to the same where it is not looked for.
+_FAILED: Final = re.compile(r" 500: <!doctype html> <html lang=en> <title>500 Internal Server Error</title>")
 #: How the names of methods begin that change nothing.
 _READING: Final = re.compile(r"(?:batch_get|calculate|filter|find|get(?!_or_create)|list|query|resolve|search|sum)_")
 
@@ -235,7 +238,7 @@ class Server:
             about_it = said and status in _REFUSALS and status not in _NOT_ABOUT_IT
         if about_it:
             return self._answer(error, found.code)
-        if is_mlflows and status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        if said and status == HTTPStatus.INTERNAL_SERVER_ERROR and (is_mlflows or _FAILED.search(str(error))):
             self._outbox.counters.add("questions_failed")
             return Away(str(found), sent=found.sent, answer=self._answer(error, found.code))
         self._why = str(found)
