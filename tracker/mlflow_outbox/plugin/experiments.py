@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -19,7 +20,7 @@ from mlflow_outbox.plugin.journals import now_ms
 from mlflow_outbox.plugin.mentions import Mentions
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Request
+from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, Request
 from mlflow_outbox.spool.reader import RunReader
 
 if TYPE_CHECKING:
@@ -278,15 +279,15 @@ class Experiments(Homes):
         """Refuse what no experiment's id can be, as MLflow does: a run there would wait for ever.
 
         Raises:
-            MlflowException: it is no number, and no server has had an experiment of that id.
+            MlflowException: it is no number of 64 bits, and no server has had an experiment of that id.
         """
         if self.outbox.destination.scheme == "file" or given in self._experiment_names:
             return
-        try:
-            int(given)
-        except ValueError:
-            msg = f"Invalid experiment ID '{given}'. Experiment ID must be a valid integer."
-            raise MlflowException.invalid_parameter_value(msg) from None
+        with contextlib.suppress(ValueError):
+            if INT64_MIN <= int(given) <= INT64_MAX:
+                return
+        msg = f"Invalid experiment ID '{given}'. Experiment ID must be a valid integer."
+        raise MlflowException.invalid_parameter_value(msg)
 
     def rename_experiment(self, experiment_id: str, new_name: str) -> None:
         """Rename an experiment.
