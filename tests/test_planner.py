@@ -163,6 +163,7 @@ def test_the_status_goes_last() -> None:
         ([RunEnded("FAILED", 5), RunStarted(6, resumed=True)], False, SetStatus("RUNNING", None, 6)),
         ([RunEnded("SCHEDULED", 5)], False, SetStatus("SCHEDULED", None, 5)),
         ([RunEnded("FAILED", 5), RunEnded("KILLED", 4)], True, SetStatus("KILLED", 4, 4)),
+        ([RunEnded("FAILED", 5, 2)], True, SetStatus("FAILED", 2, 5)),
     ],
 )
 def test_the_last_status_is_sent(events: list[Event], ended: bool | None, status: SetStatus | None) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlflow_outbox.plugin.mentions import Mentions
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import NOWHERE, away, deliver, store, the_runs, tracking
+from plugin_world import NOWHERE, WAYS, away, deliver, store, the_runs, tracking
 from servers import MlflowServer
 from test_plugin_processes import program
 
@@ -160,3 +160,39 @@ def test_a_subprocess_in_another_directory_goes_on_with_a_run_that_began_offline
         assert tmp_path / ".mlflow-outbox" == other.directory.path.parent
         other.close(0)
     assert [] == list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_ends_a_run_last_has_the_last_word_whenever_it_is_said_to_have_ended(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A program puts the end of another one's run right: with the time when it failed, or after one in the future."""
+    past, future = 1_600_000_000_000, 9_600_000_000_000
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = mlflow_server.url if way == "plain" else f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            api = mlflow.MlflowClient()
+            number = api.create_experiment(experiment_name)
+            if way == "away":
+                proxy.down()
+            first, second = (api.create_run(number, run_name=name).info.run_id for name in ("first", "second"))
+            api.set_terminated(first)
+            api.set_terminated(second, end_time=future)
+            if way == "up":
+                deliver(uri)
+        if way == "killed":
+            proxy.down()
+        with tracking(uri, tmp_path) as mlflow:
+            api = mlflow.MlflowClient()
+            api.set_terminated(first, "FAILED", end_time=past)
+            api.set_terminated(second, "FAILED")
+            for run_id, is_so in ((first, lambda end: past == end), (second, lambda end: past < end < future)):
+                info = api.get_run(run_id).info
+                assert "FAILED" == info.status
+                assert is_so(info.end_time), info
+            proxy.up()
+            deliver(uri)
+    found = {run.info.run_name: run.info for run in the_runs(mlflow_server.url, experiment_name)}
+    assert {"FAILED"} == {info.status for info in found.values()}
+    assert past == found["first"].end_time
+    assert past < found["second"].end_time < future

@@ -61,7 +61,8 @@ def test_every_kind_of_call_is_one_event(kit: Kit) -> None:
     assert ({"p": "3"}, {"q": "None", "r": "[1]"}) == (one.values, two.values)  # type: ignore[union-attr]  # of this kind
     assert ({"t": "True"}, {"u": "1.5"}) == (tag.values, tags.values)  # type: ignore[union-attr]  # of this kind
     assert {"a": 1.0, "b": 2.0} == metrics.values  # type: ignore[union-attr]  # of this kind
-    assert RunEnded("FAILED", 9) == end
+    assert RunEnded("FAILED", end.time_ms, given_ms=9) == end  # type: ignore[union-attr]  # of this kind
+    assert 9 < end.time_ms, "and its end too"  # type: ignore[union-attr]  # of this kind
     assert {} == kit.counters.snapshot()
 
 
@@ -128,7 +129,7 @@ def test_a_run_that_was_ended_in_its_block_stays_as_it_was_ended(kit: Kit) -> No
         assert run.end("FAILED", 9)
         assert run.set_tag("after", "the end")
     failed, _ = kit.events
-    assert RunEnded("FAILED", 9) == failed
+    assert RunEnded("FAILED", failed.time_ms, given_ms=9) == failed  # type: ignore[union-attr]  # of this kind
     assert not kit.run._journal._sequence.live.is_open  # type: ignore[union-attr]  # it has one
     with kit.run:
         kit.run.end("RUNNING")

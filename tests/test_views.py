@@ -113,6 +113,15 @@ def test_a_run_is_running_until_it_is_ended_and_again_when_resumed() -> None:
     assert ("FINISHED", 9) == ends(start, ("w", RunEnded("FINISHED", 9)), ("v", RunEnded("KILLED", 3)))
 
 
+def test_a_given_end_time_does_not_order_the_ends_of_a_run() -> None:
+    """Who ends it last has the last word, whenever it is said to have ended."""
+    start = ("w", RunStarted(5, "name", "me", {"t": "1"}))
+    assert ("KILLED", 3) == ends(start, ("w", RunEnded("FINISHED", 9)), ("v", RunEnded("KILLED", 10, 3)))
+    assert ("KILLED", 10) == ends(start, ("w", RunEnded("FINISHED", 9, 99)), ("v", RunEnded("KILLED", 10)))
+    assert ("FINISHED", 9) == ends(start, ("w", RunEnded("FINISHED", 9)), ("v", RunEnded("KILLED", 8, 99)))
+    assert ("RUNNING", None) == ends(start, ("w", RunEnded("FINISHED", 9, 99)), ("v", RunStarted(10, resumed=True)))
+
+
 def test_a_run_begins_as_its_first_writer_said() -> None:
     """A resumed writer changes neither name nor user nor start."""
     view = folded(

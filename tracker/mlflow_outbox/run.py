@@ -343,12 +343,12 @@ class Run(handles.Handle):
 
         def log() -> bool:
             how = checked_status(status)
+            given_ms = None
             try:
-                time_ms = self._time("end", end_time)
+                given_ms = self._doubts.time_ms("end", end_time) if end_time is not None else None
             except EventRefused as refused:  # which must not cost the run its end
                 self._refusals.pass_over(refused, "end")
-                time_ms = self._now_ms()
-            kept = self._keep(RunEnded(how, time_ms))
+            kept = self._keep(RunEnded(how, self._now_ms(), given_ms))
             self._ended = how not in GOING_ON
             if self._journal is not None:
                 self._journal.close()

@@ -160,7 +160,7 @@ class RunView(msgspec.Struct):
             _stored(self.files.setdefault(event.owner, {}), event, writer)
         elif isinstance(event, RunEnded) and wins(self.status, event.time_ms, writer):
             self.status = Register(event.status, event.time_ms, writer)
-            self.end_time_ms = event.time_ms if event.status not in GOING_ON else None
+            self.end_time_ms = event.end_time_ms if event.status not in GOING_ON else None
 
     def _requested(self, event: Request, writer: str) -> None:
         if event.operation in _KEPT:

@@ -141,7 +141,7 @@ def changed(event: Event, fields: dict[str, str]) -> Event:
     if isinstance(event, (Artifact, FileFor)):
         return msgspec.structs.replace(event, path=checked_artifact_path(fields["path"], served=False))
     if isinstance(event, RunEnded):
-        return RunEnded(checked_status(fields["status"]), event.time_ms)
+        return msgspec.structs.replace(event, status=checked_status(fields["status"]))
     raise AssertionError(event)  # fields_of names fields for the kinds above only
 
 

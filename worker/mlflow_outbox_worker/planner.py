@@ -233,8 +233,11 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
             if isinstance(event, RunEnded) or (isinstance(event, RunStarted) and event.resumed):
                 held = status or view.status
                 if wins(held, event.time_ms, writer):
-                    status = Register(event.status if isinstance(event, RunEnded) else "RUNNING", event.time_ms, writer)
-                    end_time = event.time_ms if status.value not in {"RUNNING", "SCHEDULED"} else None
+                    how, ended_ms = (
+                        ("RUNNING", None) if isinstance(event, RunStarted) else (event.status, event.end_time_ms)
+                    )
+                    status = Register(how, event.time_ms, writer)
+                    end_time = ended_ms if how not in {"RUNNING", "SCHEDULED"} else None
     time_ms = first_ms if first_ms is not None else (points[0].time_ms if points else 0)
     steps: list[Step] = []
     labels = {key: held.value for key, held in tags.items() if created.get(key) != held.value}

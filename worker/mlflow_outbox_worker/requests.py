@@ -299,7 +299,7 @@ class Requests:
         except SinkError as error:
             outcome = self._answered(error, "update_run")
             if outcome.kind != "already_applied":
-                event = RunEnded(step.status, step.time_ms)
+                event = RunEnded(step.status, step.time_ms, step.end_time_ms)
                 refused.add(event, self._letter(record, event, error, outcome))
 
     def _answered(self, error: SinkError, operation: str) -> Outcome:

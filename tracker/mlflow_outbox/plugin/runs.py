@@ -158,7 +158,7 @@ class Runs(RunReads):
             run.request("update_run_info", run_id=run.run_id, run_status=None, end_time=None, run_name=run_name)
         if run_status is not None:
             status = RunStatus.to_string(run_status)
-            run.append(RunEnded(status, end_time or now_ms()))
+            run.append(RunEnded(status, now_ms(), end_time or None))
             if status not in _GOING_ON:
                 self.journals.close(run.run_id)
         local = self.local_run(run.run_id)

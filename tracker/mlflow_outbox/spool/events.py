@@ -114,10 +114,22 @@ class Artifact(msgspec.Struct, array_like=True, tag=6, frozen=True):
 
 
 class RunEnded(msgspec.Struct, array_like=True, tag=7, frozen=True, gc=False):
-    """The run has ended with a status; an event after it is delivered all the same."""
+    """The run has ended with a status; an event after it is delivered all the same.
+
+    Attributes:
+        status: how it ended, or that it goes on.
+        time_ms: when the call was made, which orders it among the ends that other writers logged.
+        given_ms: when the run ended, if the caller said so; None is at time_ms.
+    """
 
     status: str
     time_ms: int
+    given_ms: int | None = None
+
+    @property
+    def end_time_ms(self) -> int:
+        """When the run ended."""
+        return self.time_ms if self.given_ms is None else self.given_ms
 
 
 class SegmentClosed(msgspec.Struct, array_like=True, tag=8, frozen=True, gc=False):
