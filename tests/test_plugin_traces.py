@@ -285,3 +285,21 @@ def test_a_deletion_of_traces_is_of_those_alone(
             with pytest.raises(MlflowException, match="not found"):
                 api.set_trace_tag(gone, "a", "b")
             assert ["stays"] == [span.name for span in spans(mlflow, experiment_name)]
+
+
+@pytest.mark.parametrize("depth", [100, 400])
+def test_a_span_that_no_message_can_hold_holds_up_no_other(
+    depth: int, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """What is nested too deeply is refused by the library of messages, each time; what comes after it arrives."""
+    uri = f"outbox+{mlflow_server.url}"
+    deep: Any = {}
+    for _ in range(depth):
+        deep = {"a": deep}
+    with tracking(uri, tmp_path) as mlflow:
+        log(mlflow, experiment_name, deep)
+        log(mlflow, experiment_name, "plain")
+        result = store(uri).outbox.flush(60)
+        assert (0, 0, 1) == (result.pending, result.parked, result.dead)
+    with tracking(mlflow_server.url, tmp_path) as mlflow:
+        assert ["plain"] == [span.inputs for span in spans(mlflow, experiment_name)]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import requests
+from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped]  # no stubs in the package
 from mlflow.exceptions import MlflowException
 from mlflow.utils.logging_utils import suppress_logs_in_thread as quiet
 
@@ -86,8 +87,9 @@ def translate(error: BaseException) -> SinkError:
         return _of_system(error)
     if isinstance(error, ImportError):
         return SinkError(clean(f"a package is missing: {error}"), kind="not_mlflow", sent=False)
-    if isinstance(error, (ValueError, TypeError, OverflowError)):
-        # Only the content of a request can make its encoding fail, for instance a number that has no 64-bit form.
+    if isinstance(error, (ValueError, TypeError, OverflowError, RecursionError, ProtobufError)):
+        # Only the content of a request can make its encoding fail: a number that has no 64-bit form, or what is nested
+        # more deeply than a message may be.
         return SinkError(clean(error), kind="answer", status=400, code="INVALID_PARAMETER_VALUE")
     return SinkError(f"{type(error).__name__}: {clean(error)}", kind="answer", status=500, code="INTERNAL_ERROR")
 
