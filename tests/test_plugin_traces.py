@@ -16,7 +16,7 @@ from mlflow_outbox.plugin.journals import MOST_INLINE
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.testing.faults import drop
+from mlflow_outbox.testing.faults import drop, forward_then_drop_response
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.letters import send_again
@@ -40,6 +40,28 @@ def log(mlflow: Any, experiment: str, inputs: Any = None, **attributes: float) -
         span.set_inputs(inputs)
         span.add_event(SpanEvent("step", attributes=attributes))
     mlflow.flush_trace_async_logging()
+
+
+def test_what_was_said_of_a_trace_while_it_went_on_is_there_once(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Feedback goes with the trace, which is sent again when the answer is lost; a server gives it an id each time."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            proxy.on(
+                lambda method, path: method == "POST" and path.endswith("mlflow/traces"), forward_then_drop_response()
+            )
+            with mlflow.start_span("span") as span:
+                mlflow.log_feedback(trace_id=span.trace_id, name="good", value=True)
+                mlflow.log_expectation(trace_id=span.trace_id, name="answer", value=42)
+            mlflow.flush_trace_async_logging()
+            deliver(uri)
+            assert 2 == sum(request.path.endswith("mlflow/traces") for request in proxy.requests)
+    with tracking(mlflow_server.url, tmp_path) as mlflow:
+        said = mlflow.get_trace(span.trace_id).info.assessments
+        assert [("answer", 42), ("good", True)] == sorted((one.name, one.value) for one in said)
 
 
 @pytest.mark.parametrize("worker", ["thread", "none"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections import OrderedDict
 from typing import Any, Final
 
@@ -47,6 +48,9 @@ class Traces(Models):
         """Record a trace."""
         experiment = str(trace_info.experiment_id)
         self._traced = True
+        for assessment in trace_info.assessments or ():
+            if assessment.assessment_id is None:  # a server gives it another one each time that the trace is sent
+                assessment.assessment_id = f"a-{uuid.uuid4().hex}"
         room = self.journals.room(experiment)
         room.request("start_trace", trace_info=trace_info)
         place = place_in(experiment, room)
