@@ -232,6 +232,8 @@ def test_what_a_server_refuses_of_an_experiment_is_refused_while_it_is_away(
             api.create_experiment(f"{experiment_name}-tag", tags={"a": None})
         with pytest.raises(MlflowException, match="can't include fragments"):
             api.create_experiment(f"{experiment_name}-place", artifact_location="s3://bucket/files#1")
+        with pytest.raises(MlflowException, match="Invalid query string"):
+            api.create_experiment(f"{experiment_name}-query", artifact_location="http://host/files?folder=../other")
         for none in ("abc", "", "a/b", "9" * 20):
             for call in (api.create_run, api.create_logged_model, api.get_experiment, api.delete_experiment):
                 with pytest.raises(MlflowException, match=f"Invalid experiment ID '{none}'"):

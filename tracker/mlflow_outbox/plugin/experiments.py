@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_STATE, RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
+from mlflow.utils.uri import validate_query_string
 from mlflow.utils.validation import _validate_experiment_name, _validate_experiment_tag
 
 from mlflow_outbox.plugin import reads
@@ -369,6 +370,7 @@ def _check_place(location: str) -> None:
     if parts.fragment or parts.params:
         msg = "'artifact_location' URL can't include fragments or params."
         raise MlflowException.invalid_parameter_value(msg)
+    validate_query_string(parts.query)
 
 
 def _exists(name: str) -> MlflowException:
