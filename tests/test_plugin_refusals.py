@@ -200,7 +200,7 @@ def test_a_file_store_links_no_traces_with_and_without_an_outbox(tmp_path: Path)
         with tracking(uri, tmp_path / "outbox") as mlflow:
             api = mlflow.MlflowClient()
             run = api.create_run("0").info.run_id
-            with pytest.raises(MlflowException, match="not supported"):
+            with pytest.raises(MlflowException):
                 api.link_traces_to_run(["tr-" + "1" * 32], run)
             deliver(uri)
 
