@@ -236,7 +236,7 @@ MUTANTS: Final = [
     Mutant(
         "pass by a segment that cannot be opened now",
         "tracker/mlflow_outbox/spool/listing.py",
-        "            if _may_hold_events(path):\n                self.unread[name] = error\n",
+        "            if waits:\n                self.unread[name] = error\n",
         "",
         "tests/test_reader.py::test_a_segment_that_cannot_be_opened_now_is_not_passed_by",
     ),
