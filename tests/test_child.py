@@ -14,19 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from contents import QUICK, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import handover, thread
 from mlflow_outbox_worker.child import ChildDelivery, Loop
-from mlflow_outbox_worker.child.process import Child
+from mlflow_outbox_worker.child import process as child_process
+from mlflow_outbox_worker.child.process import READY, Child
 from mlflow_outbox_worker.child.server import Reporter
 from mlflow_outbox_worker.host_lease import worker_of
 from servers import MlflowServer, eventually
@@ -134,11 +137,87 @@ def test_a_child_that_hangs_is_given_up_a_while_after_it_was_told_to_end(tmp_pat
     stopped.set()
     used = time.process_time()
     try:
-        assert [] == list(child.messages(stopped))
+        assert [READY] == list(child.messages(stopped))
     finally:
         child.close()
         os.close(lock)
     assert time.process_time() - used < 1
+
+
+_PROMPT = """
+import json, socket
+said = socket.socket(fileno=0)
+said.sendall(json.dumps({"ready": "mlflow-outbox"}).encode() + bytes([10]))
+print(said.makefile().readline())
+said.sendall(json.dumps({"counts": {"delivered": 1}}).encode() + bytes([10]))
+said.makefile().readline()
+"""
+
+
+@pytest.mark.parametrize("are_fast", [False, True])
+def test_what_a_child_says_is_heeded_more_rarely_while_calls_follow_each_other_fast(
+    are_fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look takes the interpreter from two of them; whether there is a child at all is found soon all the same."""
+    monkeypatch.setattr(child_process, "_HEED", 0.01)
+    monkeypatch.setattr(child_process, "_HEED_RARELY", 0.04)
+    monkeypatch.setattr(courtesy, "_gave", time.time_ns() + 3_600_000_000_000 if are_fast else 0)
+    paused = list[float]()
+
+    class Watched(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            paused.append(timeout or 0.0)
+            return super().wait(timeout)
+
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    child = Child([sys.executable, "-c", _PROMPT], tmp_path, lock)
+    try:
+        messages = child.messages(Watched())
+        assert READY == next(messages)
+        assert {0.01} == set(paused)
+        paused.clear()
+        child.begin()
+        assert {"counts": {"delivered": 1}} == next(messages)
+        assert {0.04 if are_fast else 0.01} == set(paused)
+    finally:
+        child.close()
+        os.close(lock)
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_child_for_which_there_is_no_thread_ends(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was started by the call that could not start the thread; the next call tries again."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        assert started[-1].poll() is None
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    start, started = subprocess.Popen, list[subprocess.Popen[bytes]]()
+
+    def noting(*arguments: Any, **named: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*arguments, **named))
+        return started[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", noting)
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            thread.start(outbox)
+    assert [0] == [child.returncode for child in started]
+    assert worker_of(outbox.directory) is None
+    worker = thread.start(outbox)
+    eventually(lambda: worker_of(outbox.directory), 30)
+    worker.stop(30)
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_worker_that_is_stopped_at_once_leaves_no_child(outbox: Outbox) -> None:
+    """Its child was there before its thread."""
+    worker = thread.start(outbox)
+    worker.stop(30)
+    assert not worker.is_alive()
+    assert worker_of(outbox.directory) is None
 
 
 @pytest.mark.usefixtures("apart")

@@ -76,10 +76,11 @@ def test_a_process_that_is_forked_while_the_child_is_started_does_not_hide_the_c
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", forks)
         child = Child([sys.executable, "-c", _WAITING], tmp_path, lock)
-    stopped = threading.Event()
-    heeds = threading.Thread(target=lambda: list(child.messages(stopped)))
+    stopped, heard = threading.Event(), list[dict[str, Any]]()
+    heeds = threading.Thread(target=lambda: heard.extend(child.messages(stopped)))
     heeds.start()
     try:
+        eventually(lambda: heard, 30, "the child is there")
         os.kill(child._process.pid, signal.SIGKILL)
         eventually(lambda: not heeds.is_alive(), 15, "the death of the child is noticed")
     finally:

@@ -23,6 +23,8 @@ from typing import Final
 _ASKED_FOR: Final = 5_000_000
 #: Nanoseconds from a timer's end until its thread waits for the lock.
 _WAKING: Final = 150_000
+#: Nanoseconds after which a call that gave the lock away says nothing of the calls that come now.
+_FORGOTTEN: Final = 5_000_000_000
 #: Nanoseconds from one offer to the next; how many of them come at this pace, while a thread waits for something and
 #: while it works; and how often the pause is doubled after that.
 _OFFERED: Final = 1_000_000
@@ -43,7 +45,7 @@ class Courtesy:
         due: wall-clock nanoseconds since the epoch. A clock that is set back delays no more than one round.
     """
 
-    __slots__ = ("_offers", "_wanted", "_working", "due")
+    __slots__ = ("_gave", "_offers", "_wanted", "_working", "due")
 
     def __init__(self) -> None:
         self.forget()
@@ -52,6 +54,7 @@ class Courtesy:
         """Begin anew, as in a forked child, which has none of the threads."""
         self.due = _NEVER
         self._offers = 0
+        self._gave = 0
         #: By thread: when it will want the lock.
         self._wanted: dict[int, int] = {}
         #: The threads that are in the middle of something.
@@ -72,11 +75,20 @@ class Courtesy:
         pause = _OFFERED << min(max(0, beyond), _DOUBLED)
         self.due = max(now + pause, min(list(self._wanted.values()), default=_NEVER))
         if fast:
+            self._gave = now
             for _ in range(_AT_ONCE):
                 zlib.crc32(_SOMETHING)
                 if not self._working:
                     break
         return fast
+
+    def is_used(self, now: int) -> bool:
+        """Return whether calls that follow each other fast have given the lock away of late.
+
+        Args:
+            now: wall-clock nanoseconds since the epoch.
+        """
+        return now - self._gave < _FORGOTTEN
 
     def works(self) -> None:
         """Note that the calling thread has the lock, and will want it again each time that it lets go of it."""

@@ -28,7 +28,7 @@ from mlflow_outbox_worker.handover import Handover, Load
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
-    from mlflow_outbox_worker.child import Loop
+    from mlflow_outbox_worker.child import ChildDelivery, Loop
 
 
 class ThreadWorker:
@@ -37,13 +37,15 @@ class ThreadWorker:
     Args:
         make: makes the loop; called in the thread.
         counters: counts a loop that could not be made.
+        unmake: ends what was begun for a loop that is not run.
 
     Attributes:
         delivery: the loop; None until it is made.
     """
 
-    def __init__(self, make: Callable[[], Loop], counters: Counters) -> None:
+    def __init__(self, make: Callable[[], Loop], counters: Counters, unmake: Callable[[], None] = lambda: None) -> None:
         self._make = make
+        self._unmake = unmake
         self._counters = counters
         self.delivery: Loop | None = None
         self._stopping = False
@@ -74,7 +76,9 @@ class ThreadWorker:
         finally:
             courtesy.leaves()
         self.delivery = delivery
-        if not self._stopping:  # read after the line above, as stop() reads that after it has set this
+        if self._stopping:  # read after the line above, as stop() reads that after it has set this
+            self._unmake()
+        else:
             delivery.run()
 
     def is_alive(self) -> bool:
@@ -138,19 +142,26 @@ def start(outbox: Outbox) -> ThreadWorker:
             outbox.directory, outbox.destination, outbox.settings, outbox.counters, kind="thread", leave=leave
         )
 
-    def elsewhere() -> Loop:
+    def elsewhere() -> ChildDelivery:
         with importing():
             from mlflow_outbox_worker.child import ChildDelivery
         return ChildDelivery(outbox, here)
 
     def make() -> Loop:
-        if is_mlflow_imported():
-            return Handover(here(Load(outbox.counters).is_high), elsewhere, outbox.counters)
-        return elsewhere()
+        return Handover(here(Load(outbox.counters).is_high), elsewhere, outbox.counters)
 
-    if not is_mlflow_imported():
-        with importing():  # in this thread, which would wait for another one's imports longer than for its own
-            importlib.import_module("mlflow_outbox_worker.child")
-    worker = ThreadWorker(make, outbox.counters)
-    worker.start()
+    if is_mlflow_imported():
+        worker = ThreadWorker(make, outbox.counters)
+        worker.start()
+        return worker
+    with importing():  # in this thread, which would wait for another one's imports longer than for its own
+        importlib.import_module("mlflow_outbox_worker.child")
+    delivery = elsewhere()
+    delivery.begin()
+    worker = ThreadWorker(lambda: delivery, outbox.counters, delivery.abandon)
+    try:
+        worker.start()
+    except BaseException:  # raised again: the child would wait for what it is to be told
+        delivery.abandon()
+        raise
     return worker

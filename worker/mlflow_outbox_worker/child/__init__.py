@@ -18,14 +18,18 @@ What holds:
   again, to the same effect (``courier``).
 * The child has the program's ``sys.path``, and its environment as it is at present, a second late: a token that is
   renewed in ``os.environ`` is used.
-* What the child counts is added to the program's counters; what it logs goes through the program's logging.
+* What the child counts is added to the program's counters; what it logs goes through the program's logging; a second
+  later, as all that is heard of it. While the program's calls follow each other so fast that each look at the child is
+  at the cost of one of them, it looks every four seconds.
+* The first child is started by the call that starts the thread, which takes a millisecond or two. Where the thread did
+  it, each of its steps was a call that waited for the interpreter.
 * Where mlflow is imported already, its price is paid, and delivery happens in the thread until there is much of it
   (``handover``). So it does for good where no child can be started: a frozen program, an interpreter that does not say
   where it lies, a limit on processes.
 
-Over the socket go lines of JSON: first the child's greeting, and ``process.note_of`` with the outbox; then
-``{"environment": {name: value or null}}`` that way, and ``{"counts": {reason: more}}`` and ``{"log": [level, text]}``
-this way.
+Over the socket go lines of JSON. That way: where modules are, and ``process.note_of`` with the outbox, without waiting
+for the child's greeting; then ``{"environment": {name: value or null}}``. This way: the greeting; then ``{"counts":
+{reason: more}}`` and ``{"log": [level, text]}``.
 
 Rooms: ``keeper`` is the thread's loop, ``process`` one child as the program sees it, ``server`` what runs in the child.
 """

@@ -65,6 +65,7 @@ class ChildDelivery:
         self._connection: socket.socket | None = None
         self._here: Loop | None = None
         self._deputy: Deputy | None = None
+        self._first: tuple[Child, Deputy | None] | None = None
         self._started = 0
 
     def __repr__(self) -> str:
@@ -90,12 +91,35 @@ class ChildDelivery:
             if self._here is not None:
                 self._here.stop()
 
+    def begin(self) -> None:
+        """Start the first child in the calling thread, if nobody else delivers.
+
+        The thread would do it in ten steps, each of which a call of the program's waits for; here it is one call, the
+        one that starts the thread too. Where it cannot be done the thread tries again, and says why.
+        """
+        if self._outbox.directory.network:  # where to look who delivers takes as long as the network does
+            return
+        with contextlib.suppress(OSError, NoChild):
+            try:
+                if self._lease.acquire():
+                    self._first = self._new_child()
+            finally:
+                self._lease.release()
+
+    def abandon(self) -> None:
+        """End the child that was begun, if nobody is to heed it."""
+        first, self._first = self._first, None
+        if first is not None:
+            child, deputy = first
+            with contextlib.closing(deputy or contextlib.ExitStack()):
+                child.close()
+
     def run(self) -> None:
         """See to it that a child delivers, until stopped; never raises."""
         while not self._stopped.is_set():
             courtesy.works()
             try:
-                if self._is_free():
+                if self._first or self._is_free():
                     self._deliver()
             except OSError as error:
                 self._trouble("worker_errors", error)
@@ -105,6 +129,7 @@ class ChildDelivery:
                 self._lease.release()
             courtesy.sleeps(_STAND_BY)
             self._stopped.wait(_STAND_BY)
+        self.abandon()
         courtesy.leaves()
 
     def _trouble(self, reason: str, error: Exception) -> None:
@@ -147,21 +172,27 @@ class ChildDelivery:
         courtesy.leaves()  # what delivers here wants the interpreter all the time
         self._here.run()
 
-    def _deliver_by_child(self) -> None:
+    def _new_child(self) -> tuple[Child, Deputy | None]:
+        """Start a child, which has the outbox's lock from then on."""
         directory, lock = self._outbox.directory, self._lease.fileno()
         with passed_on(self._outbox.settings, network=directory.network) as deputy:
-            note = note_of(self._outbox, deputy=deputy)
-            child = Child(self._program, directory.path, lock, deputy.numbers if deputy else ())
+            note, more = note_of(self._outbox, deputy=deputy), deputy.numbers if deputy else ()
+            child = Child(self._program, directory.path, lock, more, note)
+        self._lease.forget()
+        return child, deputy
+
+    def _deliver_by_child(self) -> None:
+        first, self._first = self._first, None
+        child, deputy = first or self._new_child()
         with contextlib.closing(deputy or contextlib.ExitStack()), contextlib.closing(child):
-            self._started += 1
-            self._lease.forget()  # the child has it
             with self._changing:
                 if self._stopped.is_set():
                     return
-                child.send(note)
                 self._connection, self._deputy = child.connection, deputy
             try:
+                child.begin()
                 for message in child.messages(self._stopped):
+                    self._started += "ready" in message
                     for reason, more in message.get("counts", {}).items():
                         self._counters.add(reason, more)
                     if "log" in message:

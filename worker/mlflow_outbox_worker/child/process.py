@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,8 @@ _LOOK: Final = 1.0
 #: Seconds between two looks at what the child says. Woken by each message, the thread would want the interpreter at
 #: times that nobody knows before (``mlflow_outbox.courtesy``).
 _HEED: Final = 1.0
+#: The same while calls follow each other so fast that one of them has to give the interpreter away for each look.
+_HEED_RARELY: Final = 4.0
 #: Seconds for a child that was told to end.
 _FAREWELL: Final = 2.0
 
@@ -34,19 +37,22 @@ class NoChild(Exception):
 
 
 class Child:
-    """One child process.
+    """One child process. It is given time to be there: whether it is what was meant is found by ``messages``.
 
     Args:
         program: what to start.
         directory: the outbox.
         lock: the descriptor of the outbox's locked lock file.
         more: descriptors that it is given besides.
+        note: ``process.note_of`` the outbox.
 
     Raises:
-        NoChild: it cannot be started, or is something else than this module.
+        NoChild: it cannot be started.
     """
 
-    def __init__(self, program: list[str], directory: Path, lock: int, more: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, program: list[str], directory: Path, lock: int, more: tuple[int, ...] = (), note: bytes = b"\n"
+    ) -> None:
         if not program[0] or not interpreter.is_there():
             msg = "this program has no Python interpreter that could deliver in a process of its own"
             raise NoChild(msg)
@@ -54,7 +60,8 @@ class Child:
         self.connection, theirs = map(sockets.above_streams, socket.socketpair())
         theirs.settimeout(None)  # the program may have set another default, of which the child knows nothing
         sockets.close_in_children(self.connection, theirs)
-        entries = interpreter.entries()
+        self._program = program[0]
+        self._note = note
         try:
             with theirs:
                 self._process = subprocess.Popen(
@@ -71,17 +78,13 @@ class Child:
             msg = f"no process can be started for delivery ({error})"
             raise NoChild(msg) from None
         self._buffer = b""
-        try:
-            self.connection.settimeout(_GREETING)
-            courtesy.waits()
-            greeting = json.loads(self._line())
-        except (OSError, ValueError):
-            greeting = None
-        if greeting != READY:
-            self.close()
-            msg = f"{program[0]} does not run as the process that delivers"
-            raise NoChild(msg)
-        self.send(json.dumps(entries).encode() + b"\n")
+        self._has_greeted = False
+        self._greets_until = stopwatch.seconds() + _GREETING
+
+    def begin(self) -> None:
+        """Tell the child where to find modules, and what it delivers."""
+        self.connection.settimeout(_GREETING)  # it reads when it is there, should all of this not fit into the socket
+        self.send(json.dumps(interpreter.entries()).encode() + b"\n" + self._note)
 
     def send(self, line: bytes) -> None:
         """Tell the child something; one that is gone is noticed by ``messages``."""
@@ -91,8 +94,13 @@ class Child:
     def messages(self, stopped: threading.Event) -> Iterator[dict[str, Any]]:
         """Return what the child says until it is gone, and tell it what changes in the environment meanwhile.
 
+        The first message is ``READY``.
+
         Args:
             stopped: set when the child was told to end; it is given up a while later.
+
+        Raises:
+            NoChild: it says something else first, or nothing at all.
         """
         patience = 0
         next_look = stopwatch.seconds()
@@ -102,8 +110,9 @@ class Child:
                 self._pass_on_environment()
                 next_look = stopwatch.seconds() + _LOOK
             if not stopped.is_set() and b"\n" not in self._buffer:
-                courtesy.sleeps(_HEED)
-                stopped.wait(_HEED)
+                pause = _HEED_RARELY if self._has_greeted and courtesy.is_used(time.time_ns()) else _HEED
+                courtesy.sleeps(pause)
+                stopped.wait(pause)
                 courtesy.works()
             if stopped.is_set():
                 self.connection.settimeout(_LOOK)
@@ -111,15 +120,32 @@ class Child:
             try:
                 line = self._line()
             except BlockingIOError:
+                if not self._has_greeted and stopwatch.seconds() >= self._greets_until:
+                    break
                 continue
             except TimeoutError:
                 patience += 1
                 continue
             except OSError:
-                return
+                break
             if not line:
-                return
-            yield json.loads(line)
+                break
+            yield self._message(line)
+        if not self._has_greeted and not stopped.is_set():
+            raise self._is_another()
+
+    def _message(self, line: bytes) -> dict[str, Any]:
+        if self._has_greeted:
+            message: dict[str, Any] = json.loads(line)
+            return message
+        with contextlib.suppress(ValueError):
+            self._has_greeted = json.loads(line) == READY
+        if not self._has_greeted:
+            raise self._is_another()
+        return dict(READY)
+
+    def _is_another(self) -> NoChild:
+        return NoChild(f"{self._program} does not run as the process that delivers")
 
     def _line(self) -> bytes:
         while b"\n" not in self._buffer:
