@@ -64,16 +64,21 @@ def lose_power(fd: int, folder: str, uri: str, sync: str, worker: str, pause: fl
         # What came while the power went nobody can judge.
         synced = max((int(n) for what, n, when in fields if what == "synced" and float(when) < before), default=-1)
         durable = [n for n, when in acked.items() if (when < before if sync == "always" else n <= synced)]
-        drained = os.fork()
-        if drained == 0:
-            workload.drain(fd, uri, str(disk.path / "outbox"), "power", 90_000, {"free_bytes": 0})
-            os._exit(0)
-        os.waitpid(drained, 0)
+        _drain(fd, uri, str(disk.path / "outbox"), "power")
         disk.off()
         ages = {number: before - when for number, when in acked.items()}
         return {"durable": durable, "issued": [*acked, max(acked) + 1], "ages": ages}
 
     workload.reported(fd, work)
+
+
+def _drain(fd: int, uri: str, outbox: str, experiment: str) -> None:
+    """Be the next program, in a process of its own, which leaves no file open on the disk."""
+    drained = os.fork()
+    if drained == 0:
+        workload.drain(fd, uri, outbox, experiment, 90_000, {"free_bytes": 0})
+        os._exit(0)
+    os.waitpid(drained, 0)
 
 
 def log_with_times(fd: int, uri: str, outbox: str, worker: str, changed: dict[str, Any]) -> None:
@@ -202,11 +207,7 @@ def lose_power_stopped(fd: int, folder: str, uri: str, calls: int) -> None:
         os.close(ended)
         disk.off()
         disk.on()
-        drained = os.fork()
-        if drained == 0:
-            workload.drain(fd, uri, outbox, "power", 90_000, {"free_bytes": 0})
-            os._exit(0)
-        os.waitpid(drained, 0)
+        _drain(fd, uri, outbox, "power")
         disk.off()
         return {"acked": acked}
 
@@ -253,7 +254,7 @@ def lose_power_at(fd: int, folder: str, uri: str, what: str, call: str, when: in
         _listen(read, said, threading.Event())
         disk.off()
         disk.on()
-        _drain(fd, uri, outbox)
+        _drain(fd, uri, outbox, "cut")
         letters = len(workload.letters_of(outbox, uri))
         disk.off()
         lines = trace.read_text(errors="replace").splitlines()
@@ -269,15 +270,6 @@ def lose_power_at(fd: int, folder: str, uri: str, what: str, call: str, when: in
         }
 
     workload.reported(fd, work)
-
-
-def _drain(fd: int, uri: str, outbox: str) -> None:
-    """Be the next program, in a process of its own, which leaves no file open on the disk."""
-    drained = os.fork()
-    if drained == 0:
-        workload.drain(fd, uri, outbox, "cut", 90_000, {"free_bytes": 0})
-        os._exit(0)
-    os.waitpid(drained, 0)
 
 
 @pytest.mark.needs("loop")
@@ -377,7 +369,7 @@ def lose_power_among_artifacts(fd: int, folder: str, uri: str, when: int) -> Non
         disk.cut()
         disk.off()
         disk.on()
-        _drain(fd, uri, outbox)
+        _drain(fd, uri, outbox, "cut")
         disk.off()
         return {"acked": [int(line) for line in said.decode().split("\n")[:-1]], "fired": os.WIFSIGNALED(status)}
 

@@ -248,6 +248,10 @@ def view_of(folders: tuple[Path, ...], deadline: float | None = None) -> RunView
         window = reader.window(window.cursors, points=100_000, items=100_000)
 
 
+def _ledger_of(job: Job, settings: Settings) -> contextlib.closing[Ledger]:
+    return contextlib.closing(Ledger.open(job.source.ledger_in(settings.ledger_dir), read_only=True))
+
+
 def known_records(job: Job, settings: Settings) -> dict[str, RunRecord]:
     """Return what is known of the delivery of a job's runs.
 
@@ -258,8 +262,7 @@ def known_records(job: Job, settings: Settings) -> dict[str, RunRecord]:
     Raises:
         LedgerUnavailable: the ledger cannot be read now.
     """
-    path = job.source.ledger_in(settings.ledger_dir)
-    with contextlib.closing(Ledger.open(path, read_only=True)) as ledger:
+    with _ledger_of(job, settings) as ledger:
         found = {run_id: ledger.record(run_id) for run_id in job.runs}
     return {run_id: record for run_id, record in found.items() if record is not None}
 
@@ -274,8 +277,7 @@ def refused_of(job: Job, settings: Settings) -> list[DeadLetter]:
     Raises:
         LedgerUnavailable: the ledger cannot be read now.
     """
-    path = job.source.ledger_in(settings.ledger_dir)
-    with contextlib.closing(Ledger.open(path, read_only=True)) as ledger:
+    with _ledger_of(job, settings) as ledger:
         return [letter for letter in ledger.dead_letters() if letter.run_id in job.runs]
 
 

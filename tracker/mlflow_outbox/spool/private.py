@@ -70,7 +70,9 @@ def sync_directory(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Make a directory, and those above it, that only the user can enter; leave one that is there.
+    """Make a directory that only the user can enter, and those above it as the umask says; leave one that is there.
+
+    So an outbox in a folder of results, which a group may read, closes that to nobody; see ``make_all_private``.
 
     Raises:
         OSError: it cannot be made.
