@@ -304,13 +304,14 @@ class RunReads(Experiments):
         Raises:
             MlflowException: it is none that MLflow takes.
         """
-        if not 0 < size <= SEARCH_MAX_RESULTS_THRESHOLD and (
-            size > 0 or not self._as_logged
-        ):  # a file store's is 0 too
-            raise MlflowException.invalid_parameter_value(
-                f"Invalid value {size} for parameter 'max_results' supplied. It must be "
-                + (f"at most {SEARCH_MAX_RESULTS_THRESHOLD}" if size > 0 else "a positive integer")
-            )
+        if size > SEARCH_MAX_RESULTS_THRESHOLD:
+            wanted = f"at most {SEARCH_MAX_RESULTS_THRESHOLD}"
+        elif size <= 0 and not self._as_logged:  # a file store takes those
+            wanted = "a positive integer"
+        else:
+            return
+        msg = f"Invalid value {size} for parameter 'max_results' supplied. It must be {wanted}"
+        raise MlflowException.invalid_parameter_value(msg)
 
     def _known(self, experiments: list[str]) -> list[str]:
         """Return MLflow's ids of those experiments that it has."""
