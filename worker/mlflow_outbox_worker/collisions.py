@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Final
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.spool.events import Request
@@ -17,9 +18,9 @@ from mlflow_outbox_worker.outcome import Outcome, met_a_row
 from mlflow_outbox_worker.sink import SinkError
 
 #: Attempts in a row at one request before it is judged.
-TRIES: int = 5
+TRIES: Final = 5
 #: Seconds, at least, from the first of them to the last.
-SECONDS: float = 30.0
+SECONDS: Final = 30.0
 
 
 @dataclasses.dataclass

@@ -3,9 +3,9 @@
 A run is filed once it was delivered and read back, and only the ledger says so. It may have been lost, set aside or set
 back since, or be that of another machine than the one that has filed the run, on a shared file system. Without it
 nothing of the run would ever be reclaimed, and an outbox that is full of such runs would refuse new events for good. So
-they are looked at one after
-the other while there is nothing to send: found in MLflow as any run is, and compared with it as any run is at its end
-(``finish``). What MLflow holds the ledger knows again, and it is kept for one retention time more.
+they are looked at one after the other while there is nothing to send: found in MLflow as any run is, and compared with
+it as any run is at its end (``finish``). What MLflow holds the ledger knows again, and it is kept for one retention
+time more.
 
 Nothing is sent here, nothing made and nothing moved. A run that MLflow does not have any more, or of which it lacks
 something, stays where it is, and this worker does not ask for it again: who deleted it did not ask for it, and

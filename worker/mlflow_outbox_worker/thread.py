@@ -6,7 +6,8 @@ imported before, when the tracker or the plugin's store is made (``prepare``): a
 calls ``mlflow.autolog()`` can make both wait for ever, because MLflow and CPython each hold a lock that the other one
 wants (``mlflow_sink.rebound``). A program that imports MLflow only after that has its thread import them, not the call
 that starts it: that call is somebody's first ``log_metric``, and they take a tenth of a second. What starts the child
-takes some milliseconds; that call imports it and starts the child too (``child``). A fork waits until they are there (``forking``).
+takes some milliseconds; that call imports it, and starts the child too (``child``). A fork waits until they are there
+(``forking``).
 """
 
 from __future__ import annotations
