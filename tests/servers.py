@@ -222,6 +222,10 @@ class MlflowServer:
         """SIGSTOP: connections are still accepted by the kernel, and nothing is answered."""
         self._nursery.ask("signal", pid=self._pid, signal=int(signal.SIGSTOP))
 
+    def resume(self) -> None:
+        """SIGCONT, after a pause."""
+        self._nursery.ask("signal", pid=self._pid, signal=int(signal.SIGCONT))
+
 
 def forget_mlflow_variables() -> None:
     """Remove every MLFLOW_* variable from this process, and MLflow's telemetry with them."""

@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+#: The variable that says when a child was started, in seconds since the epoch; what the child starts has it too.
+STARTED = "BENCH_STARTED"
+
 _TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -45,7 +48,7 @@ def run(module: str, request: dict[str, Any], *, first: Path | None = None, time
     with tempfile.TemporaryDirectory(prefix="mlflow-outbox-bench-", ignore_cleanup_errors=True) as directory:
         answer = Path(directory) / "answer.json"
         environment.update(HOME=directory, TMPDIR=directory, XDG_CONFIG_HOME=directory)
-        environment["BENCH_STARTED"] = str(time.time())
+        environment[STARTED] = str(time.time())
         with (Path(directory) / "child.log").open("w+b") as log:
             try:
                 code = subprocess.run(
@@ -62,7 +65,7 @@ def run(module: str, request: dict[str, Any], *, first: Path | None = None, time
                 return {"error": f"not done after {timeout:.0f} s"}
             if answer.exists():
                 result: dict[str, Any] = json.loads(answer.read_text())
-                return result | {"whole_s": time.time() - float(environment["BENCH_STARTED"])}
+                return result | {"whole_s": time.time() - float(environment[STARTED])}
             log.seek(0)
             lines = log.read().decode("utf-8", "replace").strip().splitlines()
         errors = [line for line in lines if "Error: " in line] or lines or ["no output"]
@@ -71,7 +74,7 @@ def run(module: str, request: dict[str, Any], *, first: Path | None = None, time
 
 def started() -> float:
     """Return when this child was started, in seconds since the epoch."""
-    return float(os.environ["BENCH_STARTED"])
+    return float(os.environ[STARTED])
 
 
 def _main() -> None:

@@ -1,15 +1,16 @@
 """What the experiment pays: a loop of steps with one metric each, from the start of the process to its end.
 
 The steps are busy work in Python of a size that is calibrated once, so that a step without tracking takes 0.2 ms.
-What tracking costs shows in four numbers: how much longer the whole process takes than one without tracking, how
-much longer its loop alone takes, how much more processor time the process uses (which says the same on a machine
-that is busy with other things, the tracking server among them), and the longest of its steps.
+What tracking costs shows in four numbers: how much longer the whole process takes than one without tracking, how much
+longer its loop alone takes, how much more processor time the process uses (which says the same on a machine that is
+busy with other things, the tracking server among them), and the longest of its steps.
 
-A virtual machine is not equally fast from one second to the next. So a third as many steps without tracking run before
-and after each experiment, and each is compared with the mean of the two; the row without tracking is too, and shows how
-much of a figure is chance. That is more than the hundredths that are asked for, so one more number is taken within one
-loop: the time in its calls beside the time in its steps, which share the machine's good and bad seconds. It leaves out
-what steps pay for the background. Peers, and MLflow's API, run in the first round only.
+A virtual machine is not equally fast from one second to the next. So a third as many steps without tracking run
+before and after each experiment, and each is compared with the mean of the two; the row without tracking is too, and
+shows how much of a figure is chance. That is more than the hundredths that are asked for, so two more numbers are
+taken, whose two sides share the machine's good and bad seconds: a loop that takes turns with one without tracking
+(``alternation``), and, within one loop, the time in its calls beside the time in its steps, which leaves out what
+steps pay for the background. Peers, and MLflow's API, run in the first round only, and without turns.
 
 How much of that is the machine's and not the outbox's, one more row tells: an experiment that logs nothing, beside a
 process that posts points to the same server (``posting``).
@@ -25,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import children
+from benchmarks import alternation, children
 from benchmarks.numbers import median
 from benchmarks.plan import Plan
 from benchmarks.posting import posting
@@ -96,6 +97,9 @@ def measure(plan: Plan) -> dict[str, Any]:
             if part > 1:
                 found.pop("cpu_slowdown", None)
             before = after
+            if subject in ours and "error" not in found:
+                named = "" if subject == ALONGSIDE else subject
+                found |= alternation.compare(plan, named, work, alongside=subject == ALONGSIDE)
             rounds.setdefault(subject or "without tracking", []).append(found)
             plan.say(f"experiment: {subject or 'without tracking'}: {_short(found)}")
     return {subject: median([one for one in found if "error" not in one] or found) for subject, found in rounds.items()}
@@ -136,5 +140,5 @@ def _calibrated() -> int:
 def _short(found: dict[str, Any]) -> str:
     if "error" in found:
         return str(found["error"])
-    names = ("slowdown", "loop_slowdown", "cpu_slowdown", "calls_percent", "longest_step_ms")
+    names = ("slowdown", "loop_slowdown", "alternating", "cpu_slowdown", "calls_percent", "longest_step_ms")
     return ", ".join(f"{name} {found[name]:.3f}" for name in names if name in found)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def posting(uri: str) -> Iterator[None]:
-    """Have points posted, from the first answer of the server to the end of the block.
+def posting(uri: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Have points posted by the process it gives, from the first answer of the server to the end of the block.
 
     Args:
         uri: the tracking URI.
@@ -30,7 +30,7 @@ def posting(uri: str) -> Iterator[None]:
             if not poster.stdout.readline():
                 msg = f"nothing could be posted to {uri}: the process that posts has ended"
                 raise RuntimeError(msg)
-            yield
+            yield poster
         finally:
             poster.kill()
 

@@ -25,6 +25,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         columns = {
             "whole process": "slowdown",
             "its loop": "loop_slowdown",
+            "its loop, by turns": "alternating",
+            "error of that": "alternating_error",
             "its CPU": "cpu_slowdown",
             "calls, % of its steps": "calls_percent",
             "longest step, ms": "longest_step_ms",
