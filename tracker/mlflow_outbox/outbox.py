@@ -24,10 +24,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from mlflow_outbox import delivery, stopwatch
-from mlflow_outbox.counters import Counters, say
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.living import Living
+from mlflow_outbox.remainder import say_what_is_left
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.disk import is_being_written
@@ -37,8 +38,6 @@ from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.tally import Tally
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mlflow_outbox.destination import Destination
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox.spool.disk import SystemDisk
@@ -82,6 +81,7 @@ class Outbox:
     Attributes:
         arrived: events that had arrived in MLflow when a flush ended last.
         disk: the system calls of the journals that are made from now on; None is the machine's.
+        stands_back: no worker is started while another process delivers, of which there may be many.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Outbox:
         )
         self.arrived = 0
         self.disk: SystemDisk | None = None
+        self.stands_back = False
         self._parent, self._pid = 0, os.getpid()
         self._begin()
         _outboxes.add(self)
@@ -155,6 +156,8 @@ class Outbox:
         with self._lock:
             if self._is_starting or (self._worker is not None and self._worker.is_alive()):
                 return  # the first: a signal handler, or a __del__, logs while this very thread starts it
+            if self.stands_back and is_being_written(self.directory.lock):
+                return  # if that one ends, the background looks again
             self._is_starting = True
             try:
                 self._worker = delivery.start(self)
@@ -284,7 +287,7 @@ class Outbox:
         self._tally.note()
         self._caretaker.stop(for_good=True)
         if self._is_the_last():
-            _say_what_is_left(self, *self._left_at_exit(journals, deadline))
+            say_what_is_left(self, *self._left_at_exit(journals, deadline))
         if self._worker is not None:
             self._worker.stop(timeout=0.5)
         for journal in journals:
@@ -306,7 +309,8 @@ class Outbox:
                 self._worker = delivery.start_at_exit(self)
             except (OSError, RuntimeError):
                 self.counters.add("worker_not_started")
-        result = delivery.flush(self, max(0.0, deadline - stopwatch.seconds()) if self._worker else 0, settled=True)
+        is_delivered = self.stands_back or self._worker is not None
+        result = delivery.flush(self, max(0.0, deadline - stopwatch.seconds()) if is_delivered else 0, settled=True)
         return result.pending, result.parked
 
     def _has_segments_of_children(self) -> bool:
@@ -336,28 +340,6 @@ class Outbox:
         journals = self._journals
         self._begin()
         self._journals = journals
-
-
-def _say_what_is_left(outbox: Outbox, pending: int, parked: int) -> None:
-    if not pending and not parked:
-        return
-    path = outbox.directory.path
-    parts = [
-        f"{pending:,} events wait" if pending else "",
-        f"{parked:,} events are parked for a person" if parked else "",
-    ]
-    said = say(
-        f"mlflow-outbox: {' and '.join(part for part in parts if part)} in {path}; nothing is lost. "
-        f"To send them: mlflow-outbox flush --outbox-dir {_quoted(path)}"
-    )
-    if not said:
-        outbox.counters.add("warnings_not_written")
-
-
-def _quoted(path: Path) -> str:
-    import shlex  # only needed on the way out
-
-    return shlex.quote(str(path))
 
 
 #: All outboxes of this process that are in use.

@@ -15,6 +15,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow_outbox import delivery, stopwatch
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.outbox import Outbox, shared
+from mlflow_outbox.plugin import pool
 from mlflow_outbox.plugin.answers import Answers
 from mlflow_outbox.plugin.arrivals import Arrivals
 from mlflow_outbox.plugin.ids import Ids, NotYet
@@ -64,7 +65,8 @@ class Base:
         directory = OutboxDirectory.create(root, destination, now_ms=time.time_ns() // 1_000_000)
         if settings.root is None:
             tell_root(root)  # a subprocess in another directory has to find what began here
-        self.outbox: Outbox = shared(directory, destination, settings, settings.worker)
+        self.outbox: Outbox = shared(directory, destination, settings, pool.worker_for(settings.worker))
+        self.outbox.stands_back = pool.is_member()
         delivery.prepare(self.outbox)
         self.server = Server(self.outbox)
         self.arrivals = Arrivals(self.outbox, self.server)
