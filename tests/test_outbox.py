@@ -25,6 +25,7 @@ from contents import QUICK, numbered, points, the_run
 from mlflow_outbox import FlushResult, MLflowTracker, Settings, delivery, stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.outbox import Outbox
+from mlflow_outbox.settings import WorkerKind
 from mlflow_outbox.spool import disk, journal, reader
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
@@ -454,3 +455,22 @@ def test_trouble_of_one_outbox_at_the_exit_is_said_and_does_not_touch_the_others
     assert "Traceback" not in done.stderr
     assert "at the exit: LookupError('no such thing')" in done.stderr
     assert "events wait in" in done.stderr
+
+
+@pytest.mark.parametrize("worker", ["thread", "process"])
+def test_a_tracker_that_is_made_after_its_outbox_was_removed_makes_it_anew(
+    worker: WorkerKind, sqlite_uri: str, tmp_path: Path
+) -> None:
+    """As in a notebook in which somebody clears up: what the new tracker logs is kept and delivered, once."""
+    first = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, worker=worker, settings=QUICK)
+    first.start_run("before").log_metric("loss", 0.5, step=0)
+    assert first.flush(60)
+    assert first.outbox_path is not None
+    shutil.rmtree(first.outbox_path)
+    second = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, worker=worker, settings=QUICK)
+    run = second.start_run("after")
+    assert run.log_metric("loss", 0.5, step=0)
+    assert second.close(60)
+    assert "disk_errors" not in second.counters
+    assert {"before", "after"} == {run["run_name"] for run in second.get_all_runs()}
+    first.close(0)

@@ -344,15 +344,15 @@ class Outbox:
 
 #: All outboxes of this process that are in use.
 _outboxes: Living[Outbox] = Living()
-_shared: weakref.WeakValueDictionary[tuple[str, WorkerKind, Settings, str], Outbox] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[tuple[object, ...], Outbox] = weakref.WeakValueDictionary()
 _shared_lock = threading.RLock()
 #: Journals outlive the tracker that a script dropped; so do their outboxes, until the exit.
 _kept: list[Outbox] = []
 
 
 def shared(directory: OutboxDirectory, destination: Destination, settings: Settings, worker: WorkerKind) -> Outbox:
-    """Return this process's outbox for a directory, made at the first call."""
-    key = (str(directory.path), worker, settings, destination.secret_uri)
+    """Return this process's outbox for a directory, made at the first call, and for one that took its place."""
+    key = (directory.place, worker, settings, destination.secret_uri)
     with _shared_lock:
         outbox = _shared.get(key)
         if outbox is None:
@@ -363,7 +363,7 @@ def shared(directory: OutboxDirectory, destination: Destination, settings: Setti
 
 def in_use(directory: OutboxDirectory) -> Outbox | None:
     """Return an outbox that this process has opened at a directory, if any, and rather one that it delivers."""
-    found = [outbox for outbox in _outboxes.members() if outbox.directory.path == directory.path]
+    found = [outbox for outbox in _outboxes.members() if outbox.directory.place == directory.place]
     return max(found, key=lambda outbox: outbox.worker_kind != "none", default=None)
 
 

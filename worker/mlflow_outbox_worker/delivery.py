@@ -11,8 +11,7 @@ the same. It works while it holds the lease; without it, it stands by and takes 
   and then one run at a time tries, a different one each time, with its next window alone, until one has arrived: no
   storm on a server that is coming back, and no wait for the rest of that run.
 * Nothing here gives up. A parked run or destination is tried again slowly, and at once when somebody asks to hurry.
-* An idle loop looks at the doorbell and at the sizes of the segments that are being written, nothing else: ten
-  thousand waiting runs cost nothing while they wait.
+* An idle loop looks at the doorbell and the sizes of segments that are being written, so ten thousand runs may wait.
 """
 
 from __future__ import annotations
@@ -169,6 +168,7 @@ class Delivery:
         """Deliver until stopped. Never raises: trouble is counted, said once, and tried again."""
         while not self._stop.is_set():
             try:
+                self._source.check_unchanged()  # or the lease would be that of an outbox which another worker delivers
                 if self._lease.acquire():
                     self._hold()
                 else:

@@ -100,6 +100,11 @@ class OutboxDirectory:
         """Where this outbox delivers to, without credentials."""
         return Destination(self.identity.destination, self.identity.artifact_root)
 
+    @property
+    def place(self) -> tuple[str, int, int, str]:
+        """What tells it from another one at the same path: somebody may have removed it and made it anew."""
+        return (str(self.path), *self._inode, self.identity.id)
+
     @classmethod
     def create(cls, root: Path, destination: Destination, *, now_ms: int, outbox_id: str = "") -> OutboxDirectory:
         """Open the outbox of a destination under root, and make it when there is none.
