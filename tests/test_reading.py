@@ -83,6 +83,27 @@ def test_a_run_that_the_disk_does_not_give_keeps_nobody_from_the_others(
     assert ("run2", 1 < tracker.counters["runs_not_read"]) == (best["run_name"], True)
 
 
+@pytest.mark.parametrize("away", [False, True], ids=["up", "down"])
+def test_who_asks_for_the_runs_of_an_experiment_waits_for_no_other_to_be_read(
+    away: bool, sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs share an outbox, in which all of their runs wait while the server is away: each asks for its own."""
+    uri = NOBODY if away else sqlite_uri
+    offline(tmp_path, uri, runs=2, experiment="another")
+    tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    log_three(tracker)
+    read: list[str] = []
+    window = reading.RunReader.window
+
+    def counted(self: reading.RunReader, *args: Any, **kwargs: Any) -> Any:
+        read.append(self.paths[0].name)
+        return window(self, *args, **kwargs)
+
+    monkeypatch.setattr(reading.RunReader, "window", counted)
+    assert EXPECTED == summary(tracker.get_all_runs())
+    assert 3 == len(read) == len(set(read))
+
+
 @pytest.mark.compatibility
 @pytest.mark.parametrize("store", ["server", "sqlite", "file"])
 def test_up_the_answer_is_mlflows(

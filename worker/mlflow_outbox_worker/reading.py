@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.counters import described
@@ -115,23 +115,27 @@ class Reading:
             experiment_id = sink.find_experiment(experiment)
             remote = sink.search_runs(experiment_id) if experiment_id is not None else []
         except SinkError:
-            entries = [run.as_dict() for run in self.local_runs(experiment)]
+            local += self.local_runs(experiment, besides={run.run_id for run in local})
+            entries = [run.as_dict() for run in local]
         else:
             entries = _merged(remote, local)
         entries.sort(key=lambda entry: entry["start_time"], reverse=True)
         return entries
 
-    def local_runs(self, experiment: str | None = None, *, filed: bool = True) -> list[LocalRun]:
+    def local_runs(
+        self, experiment: str | None = None, *, filed: bool = True, besides: Collection[str] = ()
+    ) -> list[LocalRun]:
         """Return the runs that the outbox still has on disk; one that the disk does not give is left out, and said.
 
         Args:
-            experiment: only those of this experiment; None means all.
+            experiment: only those of this experiment; None means all. Of the others no event is read.
             filed: those too that are filed as delivered, which may be thousands, and of which nothing waits.
+            besides: those that are left out.
         """
         with self._ledger() as ledger:
             on_disk = dict.fromkeys([*self._directory.run_ids(), *(self._directory.delivered_ids() if filed else ())])
-            ids = [run_id for run_id in on_disk if not provisional.is_room(run_id)]
-            found = (self._readable_run(run_id, ledger) for run_id in ids)
+            ids = [run_id for run_id in on_disk if run_id not in besides and not provisional.is_room(run_id)]
+            found = (self._readable_run(run_id, ledger, experiment) for run_id in ids)
             return [run for run in found if run is not None and experiment in {None, run.experiment}]
         return []
 
@@ -184,10 +188,14 @@ class Reading:
             return record.remote_id if record is not None else ""
         return ""
 
-    def _readable_run(self, run_id: str, ledger: Ledger | None) -> LocalRun | None:
-        """Return one of several runs, or None, which is counted and said, where the disk does not give it."""
+    def _readable_run(self, run_id: str, ledger: Ledger | None, experiment: str | None) -> LocalRun | None:
+        """Return one of several runs; None for another experiment's, and, counted and said, where the disk fails."""
+        reader = self._reader(run_id)
         try:
-            return self._local_run(run_id, ledger)
+            _, header = reader.started()
+            if header is not None and experiment not in {None, header.experiment}:
+                return None
+            return self._local_run(run_id, ledger, reader=reader)
         except OutboxUnusable:
             raise
         except OSError as error:
@@ -198,13 +206,22 @@ class Reading:
             self._counters.warn_once(("unread", run_id), f"mlflow-outbox: {what}: {described(error)}")
         return None
 
-    def _local_run(self, run_id: str, ledger: Ledger | None, since: LocalRun | None = None) -> LocalRun | None:
+    def _reader(self, run_id: str) -> RunReader:
+        # Both places: what is filed while this reads may be behind the cursors that were read.
+        return RunReader(self._directory.run(run_id), self._directory.delivered / run_id)
+
+    def _local_run(
+        self,
+        run_id: str,
+        ledger: Ledger | None,
+        since: LocalRun | None = None,
+        reader: RunReader | None = None,
+    ) -> LocalRun | None:
         record, view = None, None
         with contextlib.suppress(*_UNREADABLE):
             if ledger is not None:
                 record, view = ledger.record(run_id), ledger.view(run_id)
-        # Both places: what is filed while this reads may be behind the cursors that were read.
-        pending = RunReader(self._directory.run(run_id), self._directory.delivered / run_id)
+        pending = reader or self._reader(run_id)
         _, header = pending.started()
         experiment = header.experiment if header is not None else record.experiment if record is not None else ""
         run = LocalRun(run_id, experiment, record, view or RunView())
