@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.letters import LetterRefused, changed, fields_of, send_again
 from mlflow_outbox_worker.records import DeadLetter, RunRecord
-from servers import MlflowServer
+from servers import MlflowServer, eventually
 
 
 @pytest.fixture
@@ -189,6 +190,25 @@ def test_a_retried_letter_arrives(
     held = the_run(mlflow_server.url, experiment_name)
     assert ({"depth": "3"}, {"loss": 0.5}) == (held.data.params, held.data.metrics)
     assert [] == OutboxDirectory.open(outbox_of(tmp_path)).run_ids(), "filed again"
+
+
+def test_an_edited_tag_is_not_older_than_what_was_refused(
+    here: Here, sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was set some time after its run began, in one batch with what that began with; it arrives all the same."""
+    root = tmp_path / "outbox"
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=root, worker="none")
+    with tracker.start_run(tags={"team": "vision"}) as one:
+        began = time.time_ns() // 1_000_000
+        eventually(lambda: time.time_ns() // 1_000_000 > began + 5)
+        one.set_tag("notes", "long" * 2001)
+    tracker.close()
+    assert 5 == here("flush", "-d", root, "--timeout", 60).code
+    assert 0 == here("dead", "edit", "1", "--set", "value=short", "-d", root).code
+    done = here("flush", "-d", root, "--timeout", 60)
+    assert 0 == done.code, done
+    assert "short" == the_run(sqlite_uri, experiment_name).data.tags.get("notes")
 
 
 def test_a_retried_content_does_not_take_the_place_of_a_later_one(

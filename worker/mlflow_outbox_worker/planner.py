@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -53,12 +53,18 @@ MAX_ENTITIES: Final = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One log_batch request; ``time_ms`` is that of its first event, for a dead letter."""
+    """One log_batch request.
+
+    Attributes:
+        time_ms: of its first event, for a dead letter.
+        tag_times: when its tags were set, for the same: of several values of one the later counts, sent again or not.
+    """
 
     points: Sequence[MetricPoint]
     params: dict[str, str]
     tags: dict[str, str]
     time_ms: int
+    tag_times: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.points) + len(self.params) + len(self.tags)
@@ -67,7 +73,10 @@ class Batch:
         """Split into two batches of about the same size."""
         items = [*self._singles()]
         middle = len(items) // 2
-        return _joined(items[:middle]), _joined(items[middle:])
+        return self._of(items[:middle]), self._of(items[middle:])
+
+    def _of(self, items: Sequence[Batch]) -> Batch:
+        return dataclasses.replace(_joined(items), tag_times=self.tag_times)
 
     def _singles(self) -> Iterator[Batch]:
         for point in self.points:
@@ -81,7 +90,8 @@ class Batch:
         """Return the one event that a batch of a single entity is."""
         for point in self.points:
             return Metric(point.key, point.value, point.time_ms, point.step)
-        return Params(self.params, self.time_ms) if self.params else Tags(self.tags, self.time_ms)
+        times = [self.tag_times.get(key, self.time_ms) for key in self.tags]
+        return Params(self.params, self.time_ms) if self.params else Tags(self.tags, max(times, default=self.time_ms))
 
 
 class Upload(NamedTuple):
@@ -240,7 +250,7 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
                     end_time = ended_ms if how not in {"RUNNING", "SCHEDULED"} else None
     time_ms = first_ms if first_ms is not None else (points[0].time_ms if points else 0)
     steps: list[Step] = []
-    labels = {key: held.value for key, held in tags.items() if created.get(key) != held.value}
+    labels = {key: held for key, held in tags.items() if created.get(key) != held.value}
     steps += _batches(points, params, labels, time_ms, batch_points)
     steps += alone
     steps += [Upload(artifact) for _, artifact in files.values()]
@@ -250,7 +260,7 @@ def _plan(  # noqa: PLR0912 - one branch per kind of event, and what the last on
 
 
 def _batches(
-    points: list[MetricPoint], params: dict[str, str], tags: dict[str, str], time_ms: int, batch_points: int
+    points: list[MetricPoint], params: dict[str, str], tags: dict[str, Register], time_ms: int, batch_points: int
 ) -> Iterator[Batch]:
     if any(_beyond(map(itemgetter(field), points)) for field in (2, 3)):  # the time and the step of each
         yield from (Batch([point], {}, {}, point.time_ms) for point in points if not fits(point))
@@ -263,9 +273,14 @@ def _batches(
         some = points[start : start + batch_points]
         room = min(MAX_TAGS, MAX_ENTITIES - len(some))
         beside, labels = labels[:room], labels[room:]
-        yield Batch(some, {}, {label: tags[label] for label in beside}, time_ms)
+        yield _labelled(some, {label: tags[label] for label in beside}, time_ms)
     for start in range(0, len(labels), MAX_TAGS):
-        yield Batch((), {}, {label: tags[label] for label in labels[start : start + MAX_TAGS]}, time_ms)
+        yield _labelled((), {label: tags[label] for label in labels[start : start + MAX_TAGS]}, time_ms)
+
+
+def _labelled(points: Sequence[MetricPoint], tags: dict[str, Register], time_ms: int) -> Batch:
+    values = {key: held.value for key, held in tags.items()}
+    return Batch(points, {}, values, time_ms, {key: held.time_ms for key, held in tags.items()})
 
 
 def fits(point: MetricPoint) -> bool:
