@@ -156,6 +156,18 @@ def test_a_letter_that_cannot_be_sent_keeps_no_other_back(here: Here, tmp_path: 
     assert ["2"] == [letter["id"] for letter in here("dead", "list", "-d", tmp_path, "--json").data]
 
 
+def test_many_letters_of_a_run_are_sent_by_one_writer(here: Here, tmp_path: Path) -> None:
+    """Each writer is one more that all later ones look at: thousands would take the better part of an hour."""
+    many = [Params({f"p{number}": "1"}, 5) for number in range(100)]
+    run_id = with_letters(tmp_path, *many)
+    before = len(RunReader(OutboxDirectory.open(outbox_of(tmp_path)).run(run_id)).segments())
+    done = here("dead", "retry", "--all", "-d", tmp_path)
+    assert (0, True) == (done.code, done.out.startswith("100 events will be sent again")), done
+    assert many == written(tmp_path, run_id)[-100:]
+    assert before + 1 == len(RunReader(OutboxDirectory.open(outbox_of(tmp_path)).run(run_id)).segments())
+    assert [] == here("dead", "list", "-d", tmp_path, "--json").data
+
+
 @pytest.mark.parametrize("words", [["1", "01"], ["0000000000000001", "1", "1"]])
 def test_a_letter_named_twice_is_sent_once(words: list[str], here: Here, tmp_path: Path) -> None:
     """However many zeros it is written with."""

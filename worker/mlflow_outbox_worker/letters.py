@@ -1,15 +1,16 @@
 """Sending a dead letter again: the one thing that puts an event back into a journal.
 
 The event is written to a new segment by a writer of its own, and is on disk to stay before the letter leaves the
-queue. A kill in between leaves both: the event arrives and the letter is still there, to be sent again or dropped,
-which changes nothing in MLflow. So a letter can come twice, and is never lost. Programs that log and the worker
-that delivers may be at work meanwhile: each writes its own files, and the ledger's database takes one transaction
-after the other.
+queue; of many letters those of one run share a writer, for each writer is one more that all later ones look at. A kill
+in between leaves both: the event arrives and the letter is still there, to be sent again or dropped, which changes
+nothing in MLflow. So a letter can come twice, and is never lost. Programs that log and the worker that delivers may be
+at work meanwhile: each writes its own files, and the ledger's database takes one transaction after the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -45,6 +46,9 @@ from mlflow_outbox.validation import (
 )
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import DeadLetter
+
+#: Letters that are written at once: a kill meanwhile sends so many twice.
+_AT_ONCE: Final = 1000
 
 
 class LetterRefused(OutboxError):
@@ -89,22 +93,89 @@ def send_again(
     """
     event = event_of(letter) if replacement is None else replacement
     identity = _identity(directory, ledger, letter)
-    if isinstance(event, (Artifact, FileFor)):
-        _bring_file(directory, settings, letter, event.sha256)
-    elif isinstance(event, Request) and event.kept:
-        _bring_file(directory, settings, letter, event.kept)
-    counters = Counters()
-    journal = Journal(directory, identity, dataclasses.replace(settings, sync="always"), counters, disk=disk)
-    kept = journal.append(event)
-    journal.close()
-    if not kept or journal.in_memory or counters["unsynced_not_rewritten"]:
-        journal.release()
+    _bring_files(directory, settings, letter, event)
+    if not _is_written(directory, identity, settings, [event], disk):
         msg = f"the disk does not take the event of the dead letter {letter.number}, which stays; free space and repeat"
         raise LetterRefused(msg)
     if replacement is None:
         ledger.drop_dead_letter(letter.id)
     else:
         ledger.settle_dead_letter(letter)  # MLflow will hold the replacement, not what was logged
+
+
+def send_all_again(
+    directory: OutboxDirectory,
+    ledger: Ledger,
+    settings: Settings,
+    letters: Sequence[DeadLetter],
+    stays: Callable[[Exception], object],
+) -> int:
+    """Send dead letters again, those of a run together; return how many were.
+
+    Args:
+        directory: the outbox.
+        ledger: its ledger, open for writing.
+        settings: limits.
+        letters: which.
+        stays: told of each that stays why it cannot be sent; the others are all the same.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be used now; the letters that were not sent stay.
+    """
+    sent = 0
+    for some in _together(letters):
+        identity: RunIdentity | None = None
+        ready: list[tuple[DeadLetter, Event]] = []
+        for letter in some:
+            try:
+                event = event_of(letter)
+                identity = identity or _identity(directory, ledger, letter)
+                _bring_files(directory, settings, letter, event)
+            except (LetterRefused, OSError) as error:
+                stays(error)
+            else:
+                ready.append((letter, event))
+        if identity is not None and _is_written(directory, identity, settings, [event for _, event in ready], None):
+            for letter, _ in ready:
+                ledger.drop_dead_letter(letter.id)
+            sent += len(ready)
+            continue
+        for letter, _ in ready:  # the disk has not taken all of them: each says whether it is one that it takes
+            try:
+                send_again(directory, ledger, settings, letter)
+            except (LetterRefused, OSError) as error:
+                stays(error)
+            else:
+                sent += 1
+    return sent
+
+
+def _together(letters: Sequence[DeadLetter]) -> Iterator[list[DeadLetter]]:
+    """Yield letters by their runs, in their order, as many as are written at once."""
+    by_run: dict[str, list[DeadLetter]] = {}
+    for letter in letters:
+        by_run.setdefault(letter.run_id, []).append(letter)
+    for held in by_run.values():
+        for begin in range(0, len(held), _AT_ONCE):
+            yield held[begin : begin + _AT_ONCE]
+
+
+def _is_written(
+    directory: OutboxDirectory,
+    identity: RunIdentity,
+    settings: Settings,
+    events: Sequence[Event],
+    disk: SystemDisk | None,
+) -> bool:
+    """Write events to a new segment of their run; return whether all of them are on disk to stay."""
+    counters = Counters()
+    journal = Journal(directory, identity, dataclasses.replace(settings, sync="always"), counters, disk=disk)
+    kept = all(map(journal.append, events))
+    journal.close()
+    if kept and not journal.in_memory and not counters["unsynced_not_rewritten"]:
+        return True
+    journal.release()
+    return False
 
 
 def changed(event: Event, fields: dict[str, str]) -> Event:
@@ -179,6 +250,14 @@ def _identity(directory: OutboxDirectory, ledger: Ledger, letter: DeadLetter) ->
         return RunIdentity(run_id, record.experiment, remote=record.remote_id == run_id)
     msg = f"the dead letter {letter.number} is of the run {run_id}, of which nothing else is known any more; drop it"
     raise LetterRefused(msg)
+
+
+def _bring_files(directory: OutboxDirectory, settings: Settings, letter: DeadLetter, event: Event) -> None:
+    """See that what an event names lies where delivery looks for it."""
+    if isinstance(event, (Artifact, FileFor)):
+        _bring_file(directory, settings, letter, event.sha256)
+    elif isinstance(event, Request) and event.kept:
+        _bring_file(directory, settings, letter, event.kept)
 
 
 def _bring_file(directory: OutboxDirectory, settings: Settings, letter: DeadLetter, sha256: str) -> None:

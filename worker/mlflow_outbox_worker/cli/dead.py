@@ -168,7 +168,7 @@ def retry(
     if bool(letter_ids) == every:
         msg = "name the letters to send again, or give --all"
         raise CommandFailed(msg, ExitCode.USAGE)
-    from mlflow_outbox_worker.letters import LetterRefused, send_again
+    from mlflow_outbox_worker.letters import send_all_again
 
     settings = outboxes.settings_for(outbox_dir)
     sent = stay = 0
@@ -181,13 +181,8 @@ def retry(
     for directory in directories:
         with outboxes.ledger_of(directory, settings, write=True) as ledger:
             letters = list(ledger.dead_letters()) if every else _letters(ledger, letter_ids or [])
-            for letter in letters:
-                try:
-                    send_again(directory, ledger, settings, letter)
-                    sent += 1
-                except (LetterRefused, OSError) as error:  # of this letter; the others can be sent
-                    terminal.error(str(error))
-                    stay += 1
+            done = send_all_again(directory, ledger, settings, letters, lambda error: terminal.error(str(error)))
+            sent, stay = sent + done, stay + len(letters) - done
         _hurry(directory)
     again = f"{wording.count(sent, 'event')} will be sent again; mlflow-outbox flush does it now"
     terminal.say(f"{again}; {wording.count(stay, 'dead letter')} cannot be sent" if stay else again)
