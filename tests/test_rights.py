@@ -129,13 +129,16 @@ def test_a_replay_leaves_out_what_a_user_may_not_log_and_sends_the_rest(shared: 
     assert (allowed, forbidden) == (whole(shared.url, "his"), whole(shared.url, "hers"))
 
 
-def test_a_wrong_password_still_parks_the_destination(shared: MlflowServer, tmp_path: Path) -> None:
-    """It is about who asks, whatever is asked for."""
-    with logged_in("bob", "another one"):
+def test_a_wrong_password_still_parks_the_destination(
+    shared: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is about who asks, whatever is asked for, and the log says where that was taken from."""
+    with logged_in("bob", "another one"), caplog.at_level(logging.WARNING):
         tracker = log(shared.url, "his", tmp_path, "run")
         result = tracker.flush(60)
         assert (0, 0) == (result.pending, result.dead)
         assert "parked" == standing(tracker)
+        assert "are those of MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Events stay" in caplog.text
         tracker.close(0)
     with logged_in("bob", "the password of bob"), MLflowTracker("his", shared.url, outbox_dir=tmp_path) as again:
         assert again.flush(60)

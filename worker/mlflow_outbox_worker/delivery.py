@@ -392,7 +392,7 @@ class Delivery:
         self._counters.add("parked")
         standing = Standing("parked", parked.outcome.reason)
         if concerns_destination(parked.error, cast("Sink", asked)):
-            self._gate.park(self._ledger, parked.outcome.reason, began_ms)
+            self._gate.park(self._ledger, parked.outcome.reason, began_ms, parked.error.login)
             self._schedule.again(run_id, 0.0, standing)
             return
         if asked.calls > before:

@@ -89,7 +89,7 @@ class Gate:
             self.succeeded(ledger)
             return
         if outcome.kind == "parked":
-            self.park(ledger, outcome.reason, began_ms)
+            self.park(ledger, outcome.reason, began_ms, error.login)
             return
         pause = self._away.failed(error)
         self._note(ledger, "away", outcome.reason, began_ms)
@@ -99,13 +99,21 @@ class Gate:
             f"they stay on disk and are sent when it does. Next try {f'in {pause:.1f} s' if pause >= _SOON else 'now'}",
         )
 
-    def park(self, ledger: Ledger | None, reason: str, began_ms: int) -> None:
-        """Wait for a person, as an attempt that began at a wall-clock time showed, trying again slowly."""
+    def park(self, ledger: Ledger | None, reason: str, began_ms: int, login: str = "") -> None:
+        """Wait for a person, trying again slowly.
+
+        Args:
+            ledger: where it is noted.
+            reason: the error that showed it.
+            began_ms: when the attempt began that did, in wall-clock milliseconds since the epoch.
+            login: what the destination was told of who asks; "" where that is not the matter.
+        """
+        reason = printable(reason, 300).rstrip(".") + (f"; {login}" if login else "")
         self._parked_until = self._clock() + self._parked_retry
         self._note(ledger, "parked", reason, began_ms)
         self._counters.warn_once(
             ("parked", self._uri),
-            f"mlflow-outbox: {self._uri} waits for a person: {printable(reason, 300)}. Events stay on disk",
+            f"mlflow-outbox: {self._uri} waits for a person: {reason}. Events stay on disk",
         )
 
     def _note(self, ledger: Ledger | None, state: str, reason: str, began_ms: int) -> None:

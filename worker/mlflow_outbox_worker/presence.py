@@ -54,7 +54,7 @@ def check_destination(destination: Destination, delivered: int, outbox: Path) ->
             sink.find_experiment("Default")
     except SinkError as error:
         refused = classify(error, "open").kind == "parked"
-        text = f"{destination.uri} {'refuses' if refused else 'does not answer'}: {error}"
+        text = f"{destination.uri} {'refuses' if refused else 'does not answer'}: {error.described}"
         return Finding("parked" if refused else "away", "destination", text)
     except (DestinationError, ImportError) as error:
         return Finding("parked", "destination", f"{destination.uri} cannot be used: {error}")

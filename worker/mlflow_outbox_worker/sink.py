@@ -39,6 +39,7 @@ class SinkError(Exception):
         code: MLflow's error code, for instance "RESOURCE_DOES_NOT_EXIST"; "" without one.
         retry_after: seconds that the server asked to wait; None when it did not.
         sent: False when the request certainly never reached the store, so that it cannot have been carried out.
+        login: which credentials went with a request whose login was refused, or none; "" for all other errors.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SinkError(Exception):
         code: str = "",
         retry_after: float | None = None,
         sent: bool = True,
+        login: str = "",
     ) -> None:
         super().__init__(message)
         self.kind: FailureKind = kind
@@ -57,6 +59,12 @@ class SinkError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.sent = sent
+        self.login = login
+
+    @property
+    def described(self) -> str:
+        """The message, with what the store was told of who asks where that is the matter."""
+        return f"{str(self).rstrip('.')}; {self.login}" if self.login else str(self)
 
 
 class MetricPoint(NamedTuple):

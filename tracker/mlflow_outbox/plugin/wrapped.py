@@ -241,7 +241,7 @@ class Server:
         if said and status == HTTPStatus.INTERNAL_SERVER_ERROR and (is_mlflows or _FAILED.search(str(error))):
             self._outbox.counters.add("questions_failed")
             return Away(str(found), sent=found.sent, answer=self._answer(error, found.code))
-        self._why = str(found)
+        self._why = found.described
         if self._arrived is not None:
             self._arrived = self._arrivals()
         if waited < timeout:
@@ -250,7 +250,7 @@ class Server:
             self._silence = timeout
         self._asleep_until = stopwatch.seconds() + self._pause
         self._pause = min(_PAUSE_MOST, self._pause * 2)
-        return Away(str(found), sent=found.sent)
+        return Away(found.described, sent=found.sent)
 
     def _answer(self, error: Any, code: str) -> MlflowException:
         """Return an answer as MLflow's own client would raise it."""

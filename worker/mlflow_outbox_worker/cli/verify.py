@@ -180,7 +180,7 @@ def _of_outbox(
         found += _unknown(runs, found)
         code = ExitCode.ERROR
     except SinkError as error:
-        terminal.error(f"{printable(destination.uri)} cannot be asked now: {error}")
+        terminal.error(f"{printable(destination.uri)} cannot be asked now: {error.described}")
         found += _unknown(runs, found)
         code = most_urgent([code, ExitCode.PARKED if classify(error, "open").kind == "parked" else ExitCode.LEFT])
     return code

@@ -46,7 +46,7 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
         SinkError: it was not MLflow that answered.
         Refused: MLflow, or a proxy on its behalf, said no.
     """
-    status, headers, body, secrets = answer
+    status, headers, body, secrets, login = answer
     found = _json_object(body)
     if 200 <= status < 300:  # noqa: PLR2004 - success
         if not body and not ("Content-Length" in headers or "Transfer-Encoding" in headers):
@@ -68,9 +68,9 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
     message = clean(f"{what}: {status} {code}: {text}" if code else f"{what}: {status}: {text}", secrets)
     if status < 500 and not _is_mlflows(status, code, found):  # noqa: PLR2004 - server errors come from anybody
         code = code or ("ENDPOINT_NOT_FOUND" if status == 404 else "")  # noqa: PLR2004 - not found
-        raise SinkError(message, kind="not_mlflow", status=status, code=code)
+        raise SinkError(message, kind="not_mlflow", status=status, code=code, login=login)
     wait = _retry_after(headers)
-    raise refused(SinkError(message, kind="answer", status=status, code=code, retry_after=wait))
+    raise refused(SinkError(message, kind="answer", status=status, code=code, retry_after=wait, login=login))
 
 
 def refused(error: SinkError) -> Refused:

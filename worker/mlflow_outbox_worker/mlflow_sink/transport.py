@@ -21,7 +21,6 @@ retries, and with a deadline per read only.
 
 from __future__ import annotations
 
-import base64
 import http.client
 import io
 import json
@@ -33,7 +32,6 @@ import threading
 import traceback
 from collections.abc import Mapping
 from typing import IO, Any, Final, NamedTuple
-from urllib.parse import quote
 
 import requests
 import requests.adapters
@@ -46,7 +44,7 @@ from mlflow.utils import rest_utils
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.interrupts import forward
-from mlflow_outbox_worker.mlflow_sink import rebound
+from mlflow_outbox_worker.mlflow_sink import credentials, rebound
 from mlflow_outbox_worker.mlflow_sink.boundary import clean
 from mlflow_outbox_worker.sink import SinkError
 
@@ -62,17 +60,15 @@ _POOL_SIZE = 16
 #: Linux's option; other systems have none.
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
-#: Characters from which on a password is looked for in messages: a shorter one is a part of words, and soon guessed.
-_SECRET_CHARS = 4
-
 
 class Answer(NamedTuple):
-    """What the server answered: status, headers, body; and the secrets that it was sent, which it may repeat."""
+    """What the server answered: status, headers, body; the secrets that it was sent; the login that it refused."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
     secrets: tuple[str, ...] = ()
+    login: str = ""
 
 
 class _Attempt:
@@ -245,7 +241,7 @@ class Transport:
             SinkError: there was no answer, or one that was too large.
         """
         # Transports that are not ours (the Databricks SDK, a future MLflow) do not tell whether they sent anything.
-        secrets = _secrets_of(host_creds)
+        secrets = credentials.secrets_of(host_creds)
         unseen = self._http_request is rest_utils.http_request or getattr(host_creds, "use_databricks_sdk", False)
         if unseen and isinstance(kwargs.get("json"), bytes):
             kwargs["json"] = json.loads(kwargs["json"])
@@ -265,7 +261,9 @@ class Transport:
                 stream=True,
                 **kwargs,
             )
-            return Answer(response.status_code, response.headers, _body(response, into, self._most), secrets)
+            body = _body(response, into, self._most)
+            login = credentials.login_of(host_creds) if response.status_code in credentials.REFUSALS else ""
+            return Answer(response.status_code, response.headers, body, secrets, login)
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             forward(error)  # the plugin asks in the program's own thread
             host = str(getattr(host_creds, "host", ""))
@@ -322,15 +320,6 @@ def _body(response: requests.Response, into: IO[bytes] | None, most: int) -> byt
         response.close()
         raise
     return b"".join(parts)
-
-
-def _secrets_of(host_creds: Any) -> tuple[str, ...]:
-    """Return what a request carries that nobody else may see, in each form in which an answer may repeat it."""
-    user, password, token = (getattr(host_creds, name, None) or "" for name in ("username", "password", "token"))
-    found = [secret for secret in (password, token) if len(secret) >= _SECRET_CHARS]
-    basic = base64.b64encode(f"{user}:{password}".encode()).decode() if password else ""
-    forms = {form for secret in found for form in (secret, quote(secret), quote(secret, safe=""))} | {basic} - {""}
-    return tuple(sorted(forms, key=len, reverse=True))
 
 
 def _failure(error: BaseException, attempt: _Attempt, what: str, secrets: tuple[str, ...], host: str) -> SinkError:
