@@ -30,6 +30,7 @@ SECRET = "canary"
         (" http://host ", "http://host"),
         ("outbox+http://host", "http://host"),
         ("databricks", "databricks"),
+        ("outbox+databricks:", "databricks"),
         ("databricks://profile", "databricks://profile"),
         ("sqlite:////abs/m.db", "sqlite:////abs/m.db"),
         ("sqlite:////abs/../m.db", "sqlite:////m.db"),

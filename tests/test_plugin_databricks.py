@@ -90,6 +90,23 @@ def test_a_workspace_holds_what_it_holds_without_an_outbox(
     assert [] == files_with_the_token(tmp_path / "outbox")
 
 
+def test_a_workspace_of_the_environment_needs_no_profile(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``databricks`` is without an outbox, as on a cluster of Databricks."""
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("DATABRICKS_HOST", mlflow_server.url)
+    monkeypatch.setenv("DATABRICKS_TOKEN", _TOKEN)
+    uri = "outbox+databricks:"
+    with tracking(uri, tmp_path / "outbox", create_timeout=30) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            mlflow.log_metric("m", 1.0)
+        deliver(uri)
+    with client(mlflow_server.url) as api:
+        assert {"m": 1.0} == api.get_run(run.info.run_id).data.metrics
+
+
 def test_what_a_workspace_refuses_is_an_answer(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

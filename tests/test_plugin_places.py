@@ -91,6 +91,25 @@ def test_every_entry_point_leads_somewhere() -> None:
     register()
 
 
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [("outbox+databricks", 1), ("outbox+databricks:", 0), ("outbox+runs", 1), ("outbox+http://host", 0)],
+)
+def test_a_tracking_uri_that_mlflow_takes_for_a_path_is_named(uri: str, said: int, tmp_path: Path) -> None:
+    """Before MLflow makes a directory of that name: it asks the plugin for what has a colon alone."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import mlflow_outbox.plugin.entry"],
+        env={**environment_with_plugin(tmp_path), "MLFLOW_TRACKING_URI": uri},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stderr
+    assert said == done.stderr.count("for the name of a directory")
+    assert said == done.stderr.count("write outbox+databricks: for a workspace")
+
+
 def test_the_tracking_uri_alone_makes_a_program_durable(sqlite_uri: str, tmp_path: Path) -> None:
     """MLflow finds the plugin by its entry points: no import, no registration, one variable of the environment."""
     code = "import mlflow; run = mlflow.start_run(run_name='r'); mlflow.log_metric('m', 1.0); mlflow.end_run()"

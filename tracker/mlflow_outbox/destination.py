@@ -110,7 +110,9 @@ def _resolved(tracking_uri: str | os.PathLike[str] | None, default: str | None) 
     scheme, colon, rest = text.partition(":")
     if scheme.lower() in {"http", "https", "file"}:
         scheme = scheme.lower()
-    if text == "databricks" or (scheme == "databricks" and rest.startswith("//")):
+    if scheme == "databricks" and not rest.strip("/"):  # with a colon for MLflow, which else takes it for a path
+        return Destination(scheme)
+    if scheme == "databricks" and rest.startswith("//"):
         return Destination(text)
     if not colon or os.path.isabs(text):
         return _file_store(Path(text or "mlruns"))

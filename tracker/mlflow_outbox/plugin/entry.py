@@ -1,13 +1,38 @@
 """MLflow's entry points: loaded by every ``import mlflow`` beside this package, so they import nothing yet.
 
 With the setting ``disabled`` an ``outbox+`` URI is what it is without the prefix: MLflow's own stores and repositories.
+
+MLflow looks for a store by what is before the colon. Without one, as in ``outbox+databricks``, it makes a directory of
+that name, or says that directories are out of date, and asks no entry point. So the tracking URI of the environment is
+looked at where they are loaded, and ``outbox+databricks:`` is what ``databricks`` is without an outbox.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 _PREFIX = "outbox+"
+
+
+def _warn_of_no_scheme() -> None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if uri.startswith(_PREFIX) and ":" not in uri:
+        logging.getLogger("mlflow_outbox").warning(
+            "mlflow-outbox: MLFLOW_TRACKING_URI=%s has no colon, so MLflow takes it for the name of a directory, and "
+            "nothing goes through an outbox; write outbox+databricks: for a workspace, outbox+file: before a directory",
+            ascii(uri),
+        )
+
+
+_warn_of_no_scheme()
+
+
+def _plain(uri: str) -> str:
+    """Return what a URI is without an outbox."""
+    plain = uri.removeprefix(_PREFIX)
+    return "databricks" if plain.rstrip(":/") == "databricks" else plain
 
 
 def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
@@ -15,7 +40,7 @@ def tracking_store(store_uri: str, artifact_uri: str | None = None) -> Any:
     if _is_disabled():
         from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
-        plain = store_uri.removeprefix(_PREFIX)
+        plain = _plain(store_uri)
         return _tracking_store_registry.get_store_builder(plain)(store_uri=plain, artifact_uri=artifact_uri)
     from mlflow_outbox.plugin.tracking_store import OutboxStore
 
@@ -29,10 +54,10 @@ def registry_store(store_uri: str, tracking_uri: str | None = None) -> Any:
 
         from mlflow.tracking._model_registry.utils import _get_store_registry
 
-        plain = store_uri.removeprefix(_PREFIX)
+        plain = _plain(store_uri)
         builder = _get_store_registry().get_store_builder(plain)
         takes_uri = "tracking_uri" in inspect.signature(builder).parameters
-        options = {"tracking_uri": str(tracking_uri or store_uri).removeprefix(_PREFIX)} if takes_uri else {}
+        options = {"tracking_uri": _plain(str(tracking_uri or store_uri))} if takes_uri else {}
         return builder(store_uri=plain, **options)
     from mlflow_outbox.plugin.registry_store import OutboxRegistry
 
@@ -47,7 +72,7 @@ def scorer_store(tracking_uri: str) -> Any:
     from mlflow.genai.scorers.registry import _scorer_store_registry
     from mlflow.utils.uri import is_databricks_uri
 
-    plain = tracking_uri.removeprefix(_PREFIX)
+    plain = _plain(tracking_uri)
     builder = _scorer_store_registry.get_store_builder(plain)
     return builder(tracking_uri=plain if _is_disabled() or is_databricks_uri(plain) else tracking_uri)
 
@@ -56,7 +81,7 @@ def labeling_store(tracking_uri: str) -> Any:
     """Return where labeling sessions are kept, which only Databricks has."""
     from mlflow.genai.labeling.stores import _labeling_store_registry
 
-    plain = tracking_uri.removeprefix(_PREFIX)
+    plain = _plain(tracking_uri)
     return _labeling_store_registry.get_store_builder(plain)(tracking_uri=plain)
 
 
@@ -93,7 +118,7 @@ def proxied_artifacts(artifact_uri: str, tracking_uri: str | None = None, regist
     if uri.startswith(_PREFIX):
         if not _is_disabled():
             return staged_artifacts(artifact_uri, uri, registry_uri)
-        tracking_uri = uri.removeprefix(_PREFIX)
+        tracking_uri = _plain(uri)
     from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 
     return MlflowArtifactsRepository(artifact_uri, tracking_uri=tracking_uri, registry_uri=registry_uri)
