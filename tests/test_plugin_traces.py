@@ -64,6 +64,28 @@ def test_what_was_said_of_a_trace_while_it_went_on_is_there_once(
         assert [("answer", 42), ("good", True)] == sorted((one.name, one.value) for one in said)
 
 
+@pytest.mark.parametrize("prefix", ["", "outbox+"])
+def test_what_a_database_takes_of_a_trace_it_gets_uncut(
+    prefix: str, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow's message to a server cuts texts, and has no whole numbers; a journal is no reason for either."""
+    uri = f"{prefix}{sqlite_uri}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_span("span") as span:
+            mlflow.update_current_trace(tags={"long": "t" * 5000}, metadata={"long": "m" * 5000})
+            mlflow.log_feedback(trace_id=span.trace_id, name="number", value=2**60)
+            mlflow.log_feedback(trace_id=span.trace_id, name="numbers", value={"of": [1, 2.5]})
+            mlflow.log_expectation(trace_id=span.trace_id, name="answer", value=1)
+        mlflow.flush_trace_async_logging()
+        deliver(uri)
+    with tracking(sqlite_uri, tmp_path) as mlflow:
+        held = mlflow.get_trace(span.trace_id).info
+    assert ("t" * 5000, "m" * 5000) == (held.tags["long"], held.trace_metadata["long"])
+    said = sorted((one.name, repr(one.value)) for one in held.assessments)
+    assert [("answer", "1"), ("number", str(2**60)), ("numbers", "{'of': [1, 2.5]}")] == said
+
+
 @pytest.mark.parametrize("worker", ["thread", "none"])
 @pytest.mark.parametrize("kind", ["http", "sqlite"])
 def test_numbers_that_json_has_no_word_for_arrive_in_events_of_spans(

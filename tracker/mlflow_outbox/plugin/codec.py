@@ -4,7 +4,10 @@ An entity is written as ``{"$": <class>, "v": <content>}``, and so are a float t
 object that looks like one of these itself. Content is the JSON form of the protobuf message that
 MLflow itself sends, so it is complete and compatible between MLflow's versions; only metrics (floats that JSON has no
 word for) and spans, whose message does not hold their trace's id, have a form of their own; what people put into spans
-and assessments may hold such floats too. Only the classes named here are ever made from what is read.
+and assessments may hold such floats too. Of a trace the message cuts texts, and of an assessment it knows neither the
+run nor whole numbers, all of which a database takes: these are written as they are.
+
+Only the classes named here are ever made from what is read.
 """
 
 from __future__ import annotations
@@ -102,11 +105,29 @@ def _content(value: Any) -> Any:
         return {field: _encoded(getattr(value, field, None)) for field in _METRIC}
     if name in _PAIRS:
         return {"key": value.key, "value": value.value}
-    if name in {"Span", "TraceInfo"}:
+    if name == "Span":
         return _encoded(value.to_dict())
+    if name == "TraceInfo":
+        return _encoded(_uncut(value))
     if name == "Assessment":
-        return _encoded(value.to_dictionary())
+        return _encoded(_as_given(value))
     return MessageToDict(value.to_proto(), preserving_proto_field_name=True)
+
+
+def _uncut(info: TraceInfo) -> dict[str, Any]:
+    whole: dict[str, Any] = info.to_dict()
+    for name in ("tags", "trace_metadata"):
+        whole[name] = {key: str(text) for key, text in getattr(info, name).items()}
+    whole["assessments"] = [_as_given(one) for one in info.assessments]
+    return whole
+
+
+def _as_given(assessment: Any) -> dict[str, Any]:
+    given: dict[str, Any] = assessment.to_dictionary()
+    for kind in ("feedback", "expectation"):
+        if "value" in given.get(kind, ()):
+            given[kind]["value"] = getattr(assessment, kind).value
+    return given if assessment.run_id is None else {**given, "run_id": assessment.run_id}
 
 
 def _decoded(value: Any) -> Any:
@@ -133,11 +154,16 @@ def _made(name: str, content: Any) -> Any:
     if name == "LoggedModelStatus":
         return LoggedModelStatus[content]
     if name == "TraceInfo":
-        return TraceInfo.from_dict(_decoded(content))
+        info = TraceInfo.from_dict(_decoded(content))
+        for assessment, given in zip(info.assessments, content.get("assessments") or (), strict=True):
+            assessment.run_id = given.get("run_id")
+        return info
     if name == "Assessment":
         from mlflow.entities import Assessment
 
-        return Assessment.from_dictionary(_decoded(content))
+        assessment = Assessment.from_dictionary(_decoded(content))
+        assessment.run_id = content.get("run_id")
+        return assessment
     if name in _MESSAGES:
         entity, message = _MESSAGES[name]
         return entity.from_proto(ParseDict(content, message(), ignore_unknown_fields=True))

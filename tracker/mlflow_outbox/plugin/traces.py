@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import uuid
 from collections import OrderedDict
@@ -56,7 +57,7 @@ class Traces(Models):
         place = place_in(experiment, room)
         self._rooms.remember(trace_info.trace_id, place)
         self._spans.follow(trace_info.trace_id, place)
-        shown = TraceInfo.from_dict(trace_info.to_dict())
+        shown = copy.deepcopy(trace_info) if self.integers.embedded else TraceInfo.from_dict(trace_info.to_dict())
         shown.tags[MLFLOW_ARTIFACT_LOCATION] = (
             f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
         )
