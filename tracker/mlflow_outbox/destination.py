@@ -5,6 +5,10 @@ are made absolute against the current directory, user names, passwords and secre
 was taken off stays in memory, and reaches a process that delivers through a pipe or a socket; it is never written,
 logged or shown.
 
+A workspace of a tracking server is a place of its own: what was logged for one must not arrive in another because a
+later process, which delivers it, has no ``MLFLOW_WORKSPACE``. It is a part of the URI here, ``#workspace=NAME``, which
+MLflow does not know; ``place_of`` is the URI without it.
+
 The default follows MLflow: ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory. Since MLflow 3.13 that
 directory holds a SQLite store (``mlruns/mlflow.db``, artifacts beside it) unless it already holds a file store's
 experiments.
@@ -30,6 +34,8 @@ _PREFIX: Final = "outbox+"
 _PORTS: Final = {"http": 80, "https": 443}
 #: User and password as SQLAlchemy reads them: the password ends at the first "@", whatever is in it.
 _USER: Final = re.compile(r"//[^:/]*(?::[^@]*)?@")
+#: What stands behind the "#" of a tracking server's URI; any other words there say nothing, and may be a secret.
+_WORKSPACE: Final = re.compile(r"workspace=([\w.~%\-]+)", re.ASCII)
 #: Characters of a slug before its digest.
 _SLUG_CHARS: Final = 48
 
@@ -62,12 +68,15 @@ class Destination:
         return f"{'-'.join(words)[:_SLUG_CHARS]}-{hashlib.sha256(self.uri.encode()).hexdigest()[:8]}"
 
 
-def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None = None) -> Destination:
+def resolve(
+    tracking_uri: str | os.PathLike[str] | None, *, default: str | None = None, workspace: str | None = None
+) -> Destination:
     """Return the destination that a tracking URI names.
 
     Args:
         tracking_uri: what MLflow takes as a tracking URI; None means default.
         default: the tracking URI of the environment; None or "" means the local ``mlruns`` directory.
+        workspace: the one of the environment, for a tracking server whose URI names none.
 
     Raises:
         DestinationError: the URI has no scheme that MLflow knows, or what it names depends on the current directory,
@@ -78,6 +87,8 @@ def resolve(tracking_uri: str | os.PathLike[str] | None, *, default: str | None 
         raise DestinationError(msg)
     try:
         found = _resolved(tracking_uri, default)
+        if workspace and workspace.strip() and found.scheme in _PORTS and not workspace_of(found.uri):
+            found = _in_workspace(found, workspace.strip())
         found.uri.encode()
     except FileNotFoundError as error:
         msg = (
@@ -167,9 +178,25 @@ def _server(text: str) -> Destination:
     netloc = f"[{host}]" if ":" in host else host
     netloc = f"{netloc}:{port}" if port and port != _PORTS[parts.scheme] else netloc
     path = parts.path.rstrip("/")
-    return Destination(
-        urlunsplit((parts.scheme, netloc, path, "", "")), "", urlunsplit((parts.scheme, parts.netloc, path, "", ""))
-    )
+    workspace = parts.fragment if _WORKSPACE.fullmatch(parts.fragment) else ""
+    uri, secret = (urlunsplit((parts.scheme, place, path, "", workspace)) for place in (netloc, parts.netloc))
+    return Destination(uri, "", secret)
+
+
+def workspace_of(uri: str) -> str:
+    """Return the workspace in the URI of a tracking server; "" when it names none."""
+    found = _WORKSPACE.fullmatch(uri.partition("#")[2])
+    return unquote(found[1]) if found is not None else ""
+
+
+def place_of(uri: str) -> str:
+    """Return the URI as MLflow knows it: that of a tracking server without a workspace."""
+    return uri.partition("#")[0] if workspace_of(uri) else uri
+
+
+def _in_workspace(found: Destination, workspace: str) -> Destination:
+    end = f"#workspace={quote(workspace, safe='')}"
+    return dataclasses.replace(found, uri=found.uri + end, secret_uri=found.secret_uri + end)
 
 
 def _sqlite(text: str) -> Destination:
@@ -210,7 +237,7 @@ def with_credentials(destination: Destination, environment_uri: str | None) -> D
 
     Args:
         destination: as read from an outbox, so without credentials.
-        environment_uri: the value of ``MLFLOW_TRACKING_URI``.
+        environment_uri: the value of ``MLFLOW_TRACKING_URI``, in whichever workspace.
     """
     if not environment_uri:
         return destination
@@ -218,5 +245,20 @@ def with_credentials(destination: Destination, environment_uri: str | None) -> D
         candidate = resolve(environment_uri)
     except DestinationError:
         return destination
-    same = candidate.uri == destination.uri  # its artifact root depends on where this process was started
-    return dataclasses.replace(destination, secret_uri=candidate.secret_uri) if same else destination
+    # Its artifact root depends on where this process was started.
+    if place_of(candidate.uri) != place_of(destination.uri):
+        return destination
+    workspace = destination.uri[len(place_of(destination.uri)) :]
+    return dataclasses.replace(destination, secret_uri=place_of(candidate.secret_uri) + workspace)
+
+
+def named_for(recorded: Destination | None, given: Destination) -> Destination:
+    """Return where what an outbox holds is to go; a server that is named without a workspace is the outbox's own.
+
+    Args:
+        recorded: where the outbox delivers to, if that is known.
+        given: what a person has named.
+    """
+    if recorded is None or workspace_of(given.uri) or given.uri != place_of(recorded.uri):
+        return given
+    return with_credentials(recorded, given.secret_uri or given.uri)

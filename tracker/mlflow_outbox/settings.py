@@ -258,6 +258,11 @@ def tracking_uri_from_environment() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def workspace_from_environment() -> str | None:
+    """Return ``MLFLOW_WORKSPACE``, the workspace of a tracking server, or None when it is unset or empty."""
+    return os.environ.get("MLFLOW_WORKSPACE") or None
+
+
 def tell_root(root: Path) -> None:
     """Set ``MLFLOW_OUTBOX_DIR`` for this program and its subprocesses, as MLflow does with its tracking URI.
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mlflow_outbox import autopilot, delivery, handles, sessions
 from mlflow_outbox.counters import Counters, shown
-from mlflow_outbox.destination import resolve
+from mlflow_outbox.destination import place_of, resolve
 from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.forklock import ForkLock
 from mlflow_outbox.living import Living
 from mlflow_outbox.outbox import FlushResult, Outbox, shared
 from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
-from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment
+from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment, workspace_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.reader import RunReader
@@ -75,7 +75,8 @@ class MLflowTracker(handles.Handle):
             raise InvalidSettings(msg)
         self.experiment_name = checked_experiment_name(experiment_name)
         self._settings = Settings.from_environment() if settings is None else settings
-        self._destination = resolve(tracking_uri, default=tracking_uri_from_environment())
+        default, workspace = tracking_uri_from_environment(), workspace_from_environment()
+        self._destination = resolve(tracking_uri, default=default, workspace=workspace)
         self._begin(self._open(outbox_dir, worker or self._settings.worker))
 
     def _begin(self, outbox: Outbox | None) -> None:
@@ -110,7 +111,7 @@ class MLflowTracker(handles.Handle):
         path = str(self.outbox_path or "")
         if self._outbox is not None:
             self._outbox.hand_out()
-        return _reopened, (self.experiment_name, self.tracking_uri, path, handles.noted(self._settings))
+        return _reopened, (self.experiment_name, self._destination.uri, path, handles.noted(self._settings))
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +126,7 @@ class MLflowTracker(handles.Handle):
     @property
     def tracking_uri(self) -> str:
         """Where events are delivered to, without credentials."""
-        return self._destination.uri
+        return place_of(self._destination.uri)
 
     @property
     def outbox_path(self) -> Path | None:

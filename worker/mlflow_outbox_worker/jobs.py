@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_outbox import stopwatch
-from mlflow_outbox.destination import Destination, resolve, with_credentials
+from mlflow_outbox.destination import Destination, named_for, resolve, with_credentials
 from mlflow_outbox.errors import OutOfTime
-from mlflow_outbox.settings import Settings
+from mlflow_outbox.settings import Settings, workspace_from_environment
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
 from mlflow_outbox.spool.reader import RunReader
@@ -103,7 +103,7 @@ def prepare(
         DestinationError: the URI to replay to is none.
         OutOfTime: the deadline came first.
     """
-    given = resolve(wish.to) if wish.to is not None else None
+    given = resolve(wish.to, workspace=workspace_from_environment()) if wish.to is not None else None
     problems: list[str] = []
     own: dict[Path, tuple[OutboxDirectory, Destination, Runs]] = {}
     loose: dict[tuple[str, bool], tuple[Destination, list[Runs], list[Path]]] = {}
@@ -115,9 +115,7 @@ def prepare(
             if found.outbox is not None and path not in copies:
                 ledgers.add(found.outbox.ledger_in(ledger_dir))
             recorded = _recorded(found)
-            target = given or (with_credentials(recorded, wish.fallback) if recorded is not None else None)
-            if target is None and wish.fallback:
-                target = resolve(wish.fallback)
+            target = _target(recorded, given, wish.fallback)
             if target is None:
                 if found.runs:
                     problems.append(f"{path} has no outbox.json that says where its runs go; give --to")
@@ -158,6 +156,15 @@ def _recorded(found: Found) -> Destination | None:
     if found.identity is None:
         return None
     return Destination(found.identity.destination, found.identity.artifact_root)
+
+
+def _target(recorded: Destination | None, given: Destination | None, fallback: str | None) -> Destination | None:
+    """Return where runs are to go: where a person says, or where they were logged for; None when nothing tells."""
+    if given is not None:
+        return named_for(recorded, given)
+    if recorded is not None:
+        return with_credentials(recorded, fallback)
+    return resolve(fallback, workspace=workspace_from_environment()) if fallback else None
 
 
 def _of_their_outbox(runs: Runs, found: Found) -> Runs:

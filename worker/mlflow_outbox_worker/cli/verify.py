@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import click
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox.destination import Destination, resolve, with_credentials
+from mlflow_outbox.destination import Destination, named_for, resolve, with_credentials
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
-from mlflow_outbox.settings import tracking_uri_from_environment
+from mlflow_outbox.settings import tracking_uri_from_environment, workspace_from_environment
 from mlflow_outbox.spool import provisional
 from mlflow_outbox_worker.cli import outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Argument, Option, command
@@ -141,7 +141,10 @@ def _of_outbox(
 
     recorded = directory.destination
     fallback = tracking_uri_from_environment()
-    destination = resolve(place.to) if place.to is not None else with_credentials(recorded, fallback)
+    if place.to is None:
+        destination = with_credentials(recorded, fallback)
+    else:
+        destination = named_for(recorded, resolve(place.to, workspace=workspace_from_environment()))
     places = place.ledgers(outboxes.ledger_path(directory, settings), recorded, destination)
     on_disk = find_runs(directory.path)
     code = _not_compared(directory, on_disk, wanted, found)

@@ -27,6 +27,7 @@ from mlflow.utils.proto_json_utils import parse_dict
 
 from mlflow_outbox_worker.mlflow_sink.boundary import Refused, clean
 from mlflow_outbox_worker.mlflow_sink.transport import Answer, Transport
+from mlflow_outbox_worker.mlflow_sink.workspace import WorkspaceTransport
 from mlflow_outbox_worker.retry import parse_retry_after
 from mlflow_outbox_worker.sink import MetricPoint, SinkError
 
@@ -94,7 +95,9 @@ class _OneAttempt:
     ) -> Any:
         store: Any = self
         endpoints = store._V3_METHOD_TO_INFO if api in store._V3_APIS else store._METHOD_TO_INFO  # noqa: SLF001 - its own tables
-        if hasattr(store, "_validate_workspace_support_if_specified"):  # MLflow with workspaces
+        if isinstance(self.transport, WorkspaceTransport):
+            self.transport.check_support(store)
+        elif hasattr(store, "_validate_workspace_support_if_specified"):  # MLflow with workspaces
             store._validate_workspace_support_if_specified()  # noqa: SLF001 - as the method replaced here does
         path, method = endpoints[api]
         path = endpoint or path

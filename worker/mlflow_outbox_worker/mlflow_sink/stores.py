@@ -20,6 +20,7 @@ from mlflow.utils.credentials import read_mlflow_creds
 from mlflow.utils.databricks_utils import get_databricks_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path, path_to_local_file_uri
 
+from mlflow_outbox.destination import workspace_of
 from mlflow_outbox.errors import DestinationError
 from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
@@ -27,6 +28,7 @@ from mlflow_outbox_worker.mlflow_sink.boundary import translated
 from mlflow_outbox_worker.mlflow_sink.directory import Directory
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, Host, ServerStore
 from mlflow_outbox_worker.mlflow_sink.transport import Transport
+from mlflow_outbox_worker.mlflow_sink.workspace import WorkspaceTransport
 
 #: MLflow's migrations, and the replaced name below, are state of the whole process: one store is built at a time.
 _building = threading.Lock()
@@ -109,7 +111,11 @@ def open_store(
     """
     scheme = scheme_of(uri)
     if scheme in {"http", "https"}:
-        return _server(uri, Transport(timeout, reads=reads), username, password)
+        workspace = workspace_of(uri)
+        transport = (
+            WorkspaceTransport(timeout, workspace, reads=reads) if workspace else Transport(timeout, reads=reads)
+        )
+        return _server(uri, transport, username, password)
     with translated():
         if scheme == "databricks":
             transport = Transport(timeout, reads=reads)
