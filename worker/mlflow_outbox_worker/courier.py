@@ -144,6 +144,8 @@ class Courier:
             try:
                 self._deliver(record, view, reader, window)
             except Later as later:
+                if later.partly and self._sink.deduplicates_metrics:
+                    self._intake.failed(run_id)
                 if later.outcome.alone:
                     self._note_obstacle(run_id, later.outcome.reason)
                 if later.error.code == "BAD_REQUEST":  # a row was there: not all MLflows know NaN for what they have
@@ -212,6 +214,7 @@ class Courier:
         record.verified_at_ms = 0
         self._ledger.commit(record, view=view, dead=refused.letters)
         self._reconciliation.recorded(record.run_id)
+        self._intake.recorded(record.run_id)
         self._count(window, refused.letters, dead)
 
     def _count(self, window: Window, letters: list[DeadLetter], dead: int) -> None:

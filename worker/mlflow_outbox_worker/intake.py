@@ -2,9 +2,13 @@
 
 A window is recorded as a whole. So it holds few of the events that are a request each (files, MLflow's own requests):
 else a server that takes a number of them and then wants a pause, or a flush that has less time than all of them take,
-would be sent the same first ones again and again, and never come to the others. And what was logged before a deletion
-is recorded before that is sent: were it sent anew, after an answer that was lost, MLflow would refuse it for what we
-have deleted ourselves.
+would be sent the same first ones again and again, and never come to the others. Where even those are too many, and some
+are answered twice before the server wants its pause, the next windows are half as large, down to one event, until
+some of them were recorded. (Of points alone, those that were answered are left out instead: ``volley``. A store that
+would have points twice gets the same windows again, which is what tells those in doubt.)
+
+What was logged before a deletion is recorded before that is sent: were it sent anew, after an answer that was lost,
+MLflow would refuse it for what we have deleted ourselves.
 
 What the cursors pass is never read again. A directory's listing that leaves out a file that is there, as some network
 file systems give while others are moved, must not be what decides: so where the numbers of events tell that some are
@@ -13,6 +17,7 @@ not there, or what there is of a writer does not begin with its first, the disk 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
@@ -29,8 +34,21 @@ _EVENTS: Final = 2000
 _REQUESTS: Final = 20
 #: Requests of points that count as one: they are sent together (``linked``), unless one of them is refused.
 _TOGETHER: Final = 100
+#: Windows that are recorded before the next one holds twice as much.
+_KEPT_FOR: Final = 8
+#: Halvings that leave one event.
+_MOST_HALVED: Final = _EVENTS.bit_length()
 #: Requests after which MLflow refuses what was logged before; that of an experiment may have to wait for runs.
 _DELETIONS: Final = frozenset({"delete_run", "delete_logged_model", "delete_experiment"})
+
+
+@dataclasses.dataclass
+class _Pace:
+    """How often windows were halved; failures since the last one that was recorded, and these since a failure."""
+
+    halved: int = 0
+    failed: int = 0
+    recorded: int = 0
 
 
 class Intake:
@@ -44,6 +62,26 @@ class Intake:
     def __init__(self, points: int, counters: Counters) -> None:
         self._points = points
         self._counters = counters
+        #: Of runs whose windows failed in part, or were halved since.
+        self._paces: dict[str, _Pace] = {}
+
+    def failed(self, run_id: str) -> None:
+        """Have the next windows of a run hold less if this one fails for the second time when it was made in part."""
+        pace = self._paces.setdefault(run_id, _Pace())
+        pace.failed, pace.recorded = pace.failed + 1, 0
+        if pace.failed > 1:
+            pace.halved = min(pace.halved + 1, _MOST_HALVED)
+
+    def recorded(self, run_id: str) -> None:
+        """Have the next windows of a run hold more again, if it has recorded some of those that hold less."""
+        pace = self._paces.get(run_id)
+        if pace is None:
+            return
+        pace.failed, pace.recorded = 0, pace.recorded + 1
+        if pace.recorded == _KEPT_FOR:
+            pace.halved, pace.recorded = pace.halved - 1, 0
+        if pace.halved <= 0:
+            del self._paces[run_id]
 
     def window(self, reader: RunReader, record: RunRecord, after: str, *, batches: int = 1) -> Window:
         """Return the next events.
@@ -74,14 +112,21 @@ class Intake:
 
     def _next(self, reader: RunReader, record: RunRecord, after: str, batches: int) -> Window:
         """Return the next events: those before a deletion, or those from it on."""
-        points, items = self._points * batches, _EVENTS * batches
+        pace = self._paces.get(record.run_id)
+        halved = pace.halved if pace is not None else 0
+        points, items = max(1, self._points * batches >> halved), max(1, _EVENTS * batches >> halved)
         window = reader.window(record.cursors, points=points, items=items, after=after)
-        end = _end(window.events)
+        end = _end(window.events, max(1, _REQUESTS >> halved))
         return reader.window(record.cursors, points=points, items=end, after=after) if end else window
 
 
-def _end(events: Sequence[tuple[str, Event]]) -> int:
-    """Return how many events are enough for one window; 0 for all."""
+def _end(events: Sequence[tuple[str, Event]], most: int = _REQUESTS) -> int:
+    """Return how many events are enough for one window; 0 for all.
+
+    Args:
+        events: what there is for it.
+        most: files and requests that it may hold.
+    """
     requests: set[object] = set()
     series = 0  # of requests of points that follow each other
     for number, (_, event) in enumerate(events):
@@ -98,7 +143,7 @@ def _end(events: Sequence[tuple[str, Event]]) -> int:
             request = number
         else:
             continue
-        if len(requests) == _REQUESTS and request not in requests:
+        if len(requests) == most and request not in requests:
             return number
         requests.add(request)
     return 0

@@ -7,9 +7,10 @@ An upload that a server fails to carry out is judged by whether it takes others 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -42,12 +43,27 @@ _UNREADABLE: Final = (ValueError, TypeError, LookupError, AttributeError, Recurs
 
 
 class Later(Exception):
-    """Raised when a request failed in a way that passes; nothing was recorded, send the same again."""
+    """Raised when a request failed in a way that passes; nothing was recorded, send the same again.
+
+    Attributes:
+        partly: other requests were answered that will have to be made again for nothing else than this one.
+    """
 
     def __init__(self, error: SinkError, outcome: Outcome) -> None:
         super().__init__(str(error))
         self.error = error
         self.outcome = outcome
+        self.partly = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def behind(cls, made: object) -> Iterator[None]:
+        """Note at one that is raised meanwhile whether others were answered before it."""
+        try:
+            yield
+        except cls as later:
+            later.partly = later.partly or bool(made)
+            raise
 
 
 class Parked(Exception):
@@ -136,8 +152,9 @@ class Requests:
             if outcome.kind == "already_applied":
                 return
             if len(batch) > 1:
-                for half in batch.halves():
-                    self._send(record, half, refused)
+                with Later.behind(batch):
+                    for half in batch.halves():
+                        self._send(record, half, refused)
                 return
             event = batch.event()
             refused.add(event, self._letter(record, event, error, outcome))
@@ -221,8 +238,9 @@ class Requests:
             if self._answered(error, linked.OPERATION).kind == "already_applied":
                 return
         middle = len(requests) // 2
-        for half in (requests[:middle], requests[middle:]):
-            self._together(record, half, refused)
+        with Later.behind(requests):
+            for half in (requests[:middle], requests[middle:]):
+                self._together(record, half, refused)
 
     def _whole(self, record: RunRecord, request: Request) -> Request:
         """Return a request with all its arguments.

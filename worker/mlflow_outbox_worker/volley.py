@@ -29,7 +29,7 @@ from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.planner import Batch, Step
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.refused import Refused
-from mlflow_outbox_worker.requests import Requests
+from mlflow_outbox_worker.requests import Later, Requests
 from mlflow_outbox_worker.sink import Sink
 
 #: Seconds without volleys after one that failed.
@@ -94,6 +94,7 @@ class Volley:
         """
         answered: list[Batch] = []
         beside: list[Batch] = []
+        made = 0  # of what is not left out when the window is sent again
         try:
             for step in steps:
                 if isinstance(step, Batch) and _is_of_known_metrics(step, view):
@@ -102,9 +103,11 @@ class Volley:
                 self._fire(record, beside, refused, answered)
                 beside = []
                 letters = len(refused.letters)
-                self._requests.make(record, step, refused)
+                with Later.behind(made):
+                    self._requests.make(record, step, refused)
                 if isinstance(step, Batch) and len(refused.letters) == letters:
                     answered.append(step)
+                made += not isinstance(step, Batch) or bool(step.params or step.tags)
             self._fire(record, beside, refused, answered)
         except BaseException:  # raised again
             self._answered(record, answered)
