@@ -227,7 +227,7 @@ def _run(client: Any, run: Any) -> dict[str, Any]:
         "name": run.info.run_name,
         "status": run.info.status,
         "stage": run.info.lifecycle_stage,
-        "user": run.data.tags.get("mlflow.user"),
+        "user": (run.info.user_id, run.data.tags.get("mlflow.user")),
         "ended": run.info.end_time is not None,
         "params": dict(run.data.params),
         "tags": {key: value for key, value in run.data.tags.items() if not key.startswith(_OWN_TAGS)},

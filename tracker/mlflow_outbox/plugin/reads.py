@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.entities import (
     Experiment,
@@ -42,6 +42,9 @@ from mlflow_outbox.views import Kept, Latest, Register, RunView
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.reading import LocalRun
+
+#: What MLflow's client calls the user of a run that names none.
+_NOBODY: Final = "unknown"
 
 
 def view_of(run: Run) -> RunView:
@@ -75,7 +78,7 @@ def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = N
     info = RunInfo(
         run_id=run_id,
         experiment_id=view.experiment_id or "0",
-        user_id=view.user,
+        user_id=view.user or _NOBODY,
         status=view.status.value,
         start_time=view.start_time_ms,
         end_time=view.end_time_ms,

@@ -31,6 +31,8 @@ from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteModel, Remo
 RUNS_PER_PAGE = 200
 #: Points in one page of a metric's history. Always asked for: some servers page without an end when it is left open.
 POINTS_PER_PAGE = 25_000
+#: What MLflow's client calls the user of a run that names none.
+_NOBODY: Final = "unknown"
 _REPEATED: Final = "the server repeats a page of its answer"
 #: Runs whose artifact URI is remembered, which saves one request for each file.
 _REMEMBERED_RUNS = 1024
@@ -113,10 +115,10 @@ class Recorder:
         self, experiment_id: str, *, run_name: str | None, start_time_ms: int, user: str, tags: Mapping[str, str]
     ) -> str:
         """Create a run and return its id; twice called, two runs. MLflow chooses a name when there is none."""
-        # Stores take the user and show it nowhere; what MLflow shows is this tag, which its clients set.
+        # What MLflow shows is this tag, which its clients set; the user is in the run's record alone.
         shown = {MLFLOW_USER: user, **tags} if user else tags
         run_tags = [RunTag(key, value) for key, value in shown.items()]
-        run = self._store.create_run(experiment_id, user, start_time_ms, run_tags, run_name)
+        run = self._store.create_run(experiment_id, user or _NOBODY, start_time_ms, run_tags, run_name)
         return str(self._remembered(run).info.run_id)
 
     @_translated
