@@ -82,6 +82,28 @@ def test_it_stands_by_and_takes_over(mlflow_server: MlflowServer, experiment_nam
     assert 0 == process.returncode, out
 
 
+@pytest.mark.parametrize("every", [["--all"], []], ids=["all", "one"])
+def test_an_outbox_that_is_removed_and_made_anew_is_delivered_too(
+    every: list[str], mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Somebody clears up between two sessions, while the service runs; its metrics show the new one alone."""
+    offline(tmp_path / "root", mlflow_server.url, experiment=experiment_name)
+    process = start("worker", "-d", tmp_path / "root", *every, "--metrics-port", "0")
+    assert process.stdout is not None
+    served = re.search(r"metrics at (\S+)", process.stdout.readline())
+    assert served is not None
+    eventually(lambda: len(runs(mlflow_server.url, experiment_name)) == 1, 60)
+    outbox_of(tmp_path / "root").rename(tmp_path / "removed")
+    offline(tmp_path / "root", mlflow_server.url, experiment=experiment_name)
+    eventually(lambda: len(runs(mlflow_server.url, experiment_name)) == 2, 60)
+    with urllib.request.urlopen(served[1], timeout=10) as answer:
+        shown = answer.read().decode()
+    assert 1 == shown.count("\nmlflow_outbox_backlog_events{")
+    out = end(process)
+    assert 0 == process.returncode, out
+    assert "13 delivered, 0 left" in out
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_left_after_the_grace_time(number: signal.Signals, tmp_path: Path) -> None:
     """The server stays away: the worker ends when the grace time is over, with code 3, everything on disk."""

@@ -462,12 +462,12 @@ def test_a_tracker_that_is_made_after_its_outbox_was_removed_makes_it_anew(
     worker: WorkerKind, sqlite_uri: str, tmp_path: Path
 ) -> None:
     """As in a notebook in which somebody clears up: what the new tracker logs is kept and delivered, once."""
-    first = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, worker=worker, settings=QUICK)
+    first = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path / "root", worker=worker, settings=QUICK)
     first.start_run("before").log_metric("loss", 0.5, step=0)
     assert first.flush(60)
     assert first.outbox_path is not None
-    shutil.rmtree(first.outbox_path)
-    second = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path, worker=worker, settings=QUICK)
+    first.outbox_path.rename(tmp_path / "removed")
+    second = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path / "root", worker=worker, settings=QUICK)
     run = second.start_run("after")
     assert run.log_metric("loss", 0.5, step=0)
     assert second.close(60)

@@ -175,6 +175,11 @@ class Exporter:
         with self._lock:
             self._watched.append(_Watched(directory, counters, meter, holds_lease, self._settings))
 
+    def forget(self, directory: OutboxDirectory) -> None:
+        """Show an outbox no more."""
+        with self._lock:
+            self._watched = [one for one in self._watched if one.directory is not directory]
+
     def serve(self, port: int, address: str) -> int:
         """Serve the metrics over HTTP in the background and return the port.
 
@@ -271,7 +276,7 @@ class _Watched:
         self.counters = counters
         self.meter = meter
         self.holds_lease = holds_lease
-        self._directory = directory
+        self.directory = directory
         self._settings = settings
         self._found: OutboxSurvey | None = None
         self._looked = 0.0
@@ -284,7 +289,7 @@ class _Watched:
         """Return what waits, as it was some seconds ago at most."""
         now = stopwatch.seconds()
         if self._found is None or now - self._looked > _FRESH:
-            self._found, self._looked = survey(self._directory, self._settings), now
+            self._found, self._looked = survey(self.directory, self._settings), now
         return self._found
 
 

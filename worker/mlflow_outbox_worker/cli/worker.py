@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at what the workers have come to.
 _TICK: Final = 0.5
-#: Seconds between two looks for outboxes that were made meanwhile.
+#: Seconds between two looks for outboxes that were made or removed meanwhile.
 _NEW_ONES: Final = 5.0
 #: Seconds between two lines about progress.
 _REPORT: Final = 60.0
@@ -71,7 +71,8 @@ def worker(
 ) -> int:
     """Deliver as a service: one outbox, or with --all every one in the directory.
 
-    Where another worker delivers it stands by, and takes over within seconds when that one ends.
+    Where another worker delivers it stands by, and takes over within seconds when that one ends. An outbox that is
+    removed and made anew is delivered again.
 
     \b
     Examples:
@@ -165,11 +166,33 @@ class Service:
                     terminal.log(f"left alone: {error}")
         self._refused = refused
 
+    def _look(self, root: Path | None) -> None:
+        """Let go of an outbox that somebody has removed, and take those that are new, in its place too."""
+        gone = self._refused if root is None else {}
+        for path, one in list(self._workers.items()):
+            try:
+                one.directory.check_unchanged()
+            except OutboxUnusable as error:
+                terminal.log(f"left alone: {error}")
+                one.ask_to_stop()
+                if self._metrics is not None:
+                    self._metrics.forget(one.directory)
+                del self._workers[path]
+                self._states.pop(path, None)
+                gone[path] = str(error)
+        if root is not None:
+            self.adopt(root)
+            return
+        for path in list(gone):
+            with contextlib.suppress(OutboxUnusable):
+                self.take(OutboxDirectory.open(path))
+                del gone[path]
+
     def run(self, *, root: Path | None, until_idle: bool, file: Path | None, interval: float) -> None:
         """Go on until somebody asks to end.
 
         Args:
-            root: where to look for new outboxes; None looks for none.
+            root: where to look for new outboxes; None looks for none but the one that was taken.
             until_idle: end when there is nothing more to deliver.
             file: where metrics are written to.
             interval: seconds between two writes.
@@ -178,8 +201,8 @@ class Service:
         next_report = next_look + _REPORT
         while not self._ending.wait(_TICK):
             now = stopwatch.seconds()
-            if root is not None and now >= next_look:
-                self.adopt(root)
+            if now >= next_look:
+                self._look(root)
                 next_look = now + _NEW_ONES
             if file is not None and now >= next_write:
                 self._write(file)
