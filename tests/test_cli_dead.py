@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from commands import Here, closing, command, environment, offline, outbox_of
 from contents import QUICK, artifact_text, artifacts, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.errors import InvalidEvent
-from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
 from mlflow_outbox.spool.events import Artifact, Event, Metric, Params, RunEnded, Tags, encode
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.testing.disk import FailingDisk
@@ -166,6 +167,24 @@ def test_many_letters_of_a_run_are_sent_by_one_writer(here: Here, tmp_path: Path
     assert many == written(tmp_path, run_id)[-100:]
     assert before + 1 == len(RunReader(OutboxDirectory.open(outbox_of(tmp_path)).run(run_id)).segments())
     assert [] == here("dead", "list", "-d", tmp_path, "--json").data
+
+
+def test_a_ledger_that_cannot_be_used_keeps_no_other_outbox_s_letters_from_being_sent(
+    here: Here, tmp_path: Path
+) -> None:
+    """It is named, with code 1; the letters of the outboxes behind it are sent."""
+    run_id = with_letters(tmp_path, Params({"a": "1"}, 5))
+    path = outbox_of(tmp_path)
+    offline(tmp_path, "http://127.0.0.0:9")
+    (first, _) = find_outboxes(tmp_path)
+    assert first != path
+    shutil.rmtree(first / "delivery")
+    (first / "delivery").symlink_to(tmp_path)
+    done = here("dead", "retry", "--all", "-d", tmp_path)
+    assert (1, True) == (done.code, done.out.startswith("1 event will be sent again")), done
+    assert "symbolic link" in done.err
+    events = RunReader(OutboxDirectory.open(path).run(run_id)).window({}).events
+    assert Params({"a": "1"}, 5) == events[-1][1]
 
 
 @pytest.mark.parametrize("words", [["1", "01"], ["0000000000000001", "1", "1"]])

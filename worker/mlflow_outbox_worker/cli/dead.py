@@ -179,10 +179,16 @@ def retry(
     else:
         directories = [*_holding(settings, letter_ids or [])]
     for directory in directories:
-        with outboxes.ledger_of(directory, settings, write=True) as ledger:
-            letters = list(ledger.dead_letters()) if every else _letters(ledger, letter_ids or [])
-            done = send_all_again(directory, ledger, settings, letters, lambda error: terminal.error(str(error)))
-            sent, stay = sent + done, stay + len(letters) - done
+        try:
+            with outboxes.ledger_of(directory, settings, write=True) as ledger:
+                letters = list(ledger.dead_letters()) if every else _letters(ledger, letter_ids or [])
+                done = send_all_again(directory, ledger, settings, letters, lambda error: terminal.error(str(error)))
+                sent, stay = sent + done, stay + len(letters) - done
+        except (LedgerUnavailable, OutboxUnusable) as error:
+            if not every:
+                raise
+            terminal.error(str(error))  # the others' are sent all the same
+            code = ExitCode.ERROR
         _hurry(directory)
     again = f"{wording.count(sent, 'event')} will be sent again; mlflow-outbox flush does it now"
     terminal.say(f"{again}; {wording.count(stay, 'dead letter')} cannot be sent" if stay else again)
