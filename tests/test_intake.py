@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from contents import QUICK
+from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.events import RunEnded, RunStarted
+from mlflow_outbox.spool.events import Artifact, RunEnded, RunStarted
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
+from mlflow_outbox_worker.intake import Intake
+from mlflow_outbox_worker.records import RunRecord
 from servers import eventually
 from spools import RUN, make_journal, metric
 from test_filing import steps
@@ -85,3 +88,17 @@ def test_a_segment_that_is_not_there_at_the_second_look_either_is_counted_as_mis
     assert sorted(set(range(COUNT)) & set(held)) == held
     assert (0, COUNT - len(held)) == (counters["overlooked"], counters["missing"])
     assert 0 < len(held) < COUNT
+
+
+@pytest.mark.parametrize(("files", "holds"), [(0, 20), (1_999, 20), (10_000, 100)])
+def test_a_window_of_a_run_that_has_many_files_holds_more_of_them(
+    files: int, holds: int, sqlite_uri: str, tmp_path: Path
+) -> None:
+    """All that the run has are written down with each window: of 100,000 files that is 14 MB every time."""
+    made = OutboxDirectory.create(tmp_path / "outbox", resolve(sqlite_uri), now_ms=1)
+    journal = make_journal(made)
+    for number in range(150):
+        assert journal.append(Artifact(f"images/{number}.png", "0" * 64, 1, number))
+    journal.close()
+    window = Intake(1000, Counters()).window(RunReader(made.run(RUN)), RunRecord(RUN), "", files=files)
+    assert [f"images/{number}.png" for number in range(holds)] == [event.path for _, event in window.events]

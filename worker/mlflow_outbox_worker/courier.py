@@ -136,7 +136,9 @@ class Courier:
         batches = 1
         while share > 0:
             share -= batches
-            window = self._known(run_id, self._intake.window(reader, record, after, batches=batches))
+            files = len(view.artifacts) + sum(map(len, view.files.values()))
+            window = self._intake.window(reader, record, after, batches=batches, files=files)
+            window = self._known(run_id, window)
             # What a store may have already that keeps points twice is told by the order of windows (reconciliation).
             after = window.used_up_by if self._sink.deduplicates_metrics else ""
             if window.cursors == record.cursors and not window.events and not window.broken:

@@ -7,6 +7,9 @@ are answered twice before the server wants its pause, the next windows are half 
 some of them were recorded. (Of points alone, those that were answered are left out instead: ``volley``. A store that
 would have points twice gets the same windows again, which is what tells those in doubt.)
 
+What is recorded with a window, the run's view, names all files that the run has. So of a run with many thousands
+windows hold a hundredth of what was delivered: else each twenty would cost many megabytes.
+
 What was logged before a deletion is recorded before that is sent: were it sent anew, after an answer that was lost,
 MLflow would refuse it for what we have deleted ourselves.
 
@@ -30,8 +33,9 @@ from mlflow_outbox_worker.records import RunRecord
 
 #: Events of a window for each batch of points: as many again as MLflow takes points at once may be of another kind.
 _EVENTS: Final = 2000
-#: Files and requests of MLflow's own in a window.
+#: Files and requests of MLflow's own in a window, at least, and files that the run has for each one more.
 _REQUESTS: Final = 20
+_FILES: Final = 100
 #: Requests of points that count as one: they are sent together (``linked``), unless one of them is refused.
 _TOGETHER: Final = 100
 #: Windows that are recorded before the next one holds twice as much.
@@ -83,7 +87,7 @@ class Intake:
         if pace.halved <= 0:
             del self._paces[run_id]
 
-    def window(self, reader: RunReader, record: RunRecord, after: str, *, batches: int = 1) -> Window:
+    def window(self, reader: RunReader, record: RunRecord, after: str, *, batches: int = 1, files: int = 0) -> Window:
         """Return the next events.
 
         Args:
@@ -91,14 +95,16 @@ class Intake:
             record: how far it was delivered.
             after: the writer that has used up the window before this one; "" for none.
             batches: how many batches of points it may hold.
+            files: how many the run has that were delivered.
 
         Raises:
             OSError: the run's files could not be read; try again after a pause.
         """
-        window = self._next(reader, record, after, batches)
+        requests = max(_REQUESTS, files // _FILES)
+        window = self._next(reader, record, after, batches, requests)
         if not (window.missing or window.broken or any(window.begun.values())):
             return window
-        again = self._next(reader, record, after, batches)  # which lists anew
+        again = self._next(reader, record, after, batches, requests)  # which lists anew
         if (again.missing, len(again.broken)) > (window.missing, len(window.broken)):
             return window
         if again.missing < window.missing or again.begun != window.begun:
@@ -110,13 +116,13 @@ class Intake:
             )
         return again
 
-    def _next(self, reader: RunReader, record: RunRecord, after: str, batches: int) -> Window:
+    def _next(self, reader: RunReader, record: RunRecord, after: str, batches: int, requests: int) -> Window:
         """Return the next events: those before a deletion, or those from it on."""
         pace = self._paces.get(record.run_id)
         halved = pace.halved if pace is not None else 0
         points, items = max(1, self._points * batches >> halved), max(1, _EVENTS * batches >> halved)
         window = reader.window(record.cursors, points=points, items=items, after=after)
-        end = _end(window.events, max(1, _REQUESTS >> halved))
+        end = _end(window.events, max(1, requests >> halved))
         return reader.window(record.cursors, points=points, items=end, after=after) if end else window
 
 
