@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from contents import client
+from mlflow_outbox.testing.faults import delay
 from plugin_world import away, deliver, the_runs
 from servers import MlflowServer, eventually
 
@@ -46,6 +47,22 @@ def test_an_assessment_names_a_run_that_began_offline_as_the_server_does(
         mlflow.update_assessment(trace_id=span.trace_id, assessment_id=made.assessment_id, assessment=found)
     (changed,) = assessments(mlflow_server, experiment_name)
     assert {"again": "1", SOURCE_RUN: there.info.run_id}.items() <= changed.metadata.items()
+
+
+def test_an_assessment_waits_for_the_trace_that_is_on_its_way_from_here(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A server that is slower than a call waits for its answer does not have the trace yet: it was lost for that."""
+    with away(mlflow_server, tmp_path, create_timeout=0.5) as (mlflow, proxy, uri):
+        proxy.up()
+        mlflow.set_experiment(experiment_name)
+        proxy.on(lambda method, path: method == "POST" and path.endswith("/traces"), delay(1.5), times=None)
+        with mlflow.start_span("span") as span:
+            pass
+        mlflow.flush_trace_async_logging()
+        mlflow.log_feedback(trace_id=span.trace_id, name="good", value=True)
+        deliver(uri)
+    assert [("good", True)] == [(one.name, one.value) for one in assessments(mlflow_server, experiment_name)]
 
 
 def test_an_evaluation_in_a_run_that_began_offline_is_one_of_the_run_at_the_server(

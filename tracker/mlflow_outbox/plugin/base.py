@@ -23,7 +23,7 @@ from mlflow_outbox.plugin.integers import Integers
 from mlflow_outbox.plugin.journals import Journals, OpenRun
 from mlflow_outbox.plugin.made_here import MadeHere
 from mlflow_outbox.plugin.rest import Pulse
-from mlflow_outbox.plugin.wrapped import Away, Server
+from mlflow_outbox.plugin.wrapped import READING, Away, Server
 from mlflow_outbox.settings import Settings, tell_root
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
@@ -108,18 +108,32 @@ class Base:
     def _delegate(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the server's store that the outbox has no part in.
 
+        One that changes what is not there yet, a trace that this process has just logged for instance, is called again
+        once that has arrived, which is waited for as long as for an answer.
+
         Raises:
             MlflowException: the server is away, or said no.
         """
-        self.settle(asks_next=True)
+        is_settled = self.settle(asks_next=True)
         try:
             given = [self.ids.outgoing(arg) for arg in args]
             named = {key: self.ids.outgoing(value) for key, value in kwargs.items()}
+            try:
+                return self.server.ask(lambda store: getattr(store, name)(*given, **named))
+            except MlflowException as error:
+                if is_settled or error.error_code != UNKNOWN or READING.match(name) or not self._arrives():
+                    raise
             return self.server.ask(lambda store: getattr(store, name)(*given, **named))
         except Away as away:
             raise self.server.needed(name, away, call=name) from None
         except NotYet as missing:
             raise self.server.needed(name, self.server.lacks(missing), call=name) from None
+
+    def _arrives(self) -> bool:
+        """Wait for what was logged until now to arrive, and return whether it has."""
+        if self.outbox.worker_kind == "none" or self.server.is_away():
+            return False
+        return bool(self.outbox.flush(self.outbox.settings.read_timeout))
 
     def __getattr__(self, name: str) -> Any:
         """Find what MLflow's stores have beyond their abstract base, for instance in a newer version."""

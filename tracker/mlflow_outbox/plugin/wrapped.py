@@ -55,7 +55,7 @@ _FORBIDDEN: Final = re.compile(r" 403: Permission denied$")
 #: What the framework of MLflow's server answers to the same where it is not looked for.
 _FAILED: Final = re.compile(r" 500: <!doctype html> <html lang=en> <title>500 Internal Server Error</title>")
 #: How the names of methods begin that change nothing.
-_READING: Final = re.compile(r"(?:batch_get|calculate|filter|find|get(?!_or_create)|list|query|resolve|search|sum)_")
+READING: Final = re.compile(r"(?:batch_get|calculate|filter|find|get(?!_or_create)|list|query|resolve|search|sum)_")
 
 
 class SilentHost(OSError):
@@ -318,7 +318,7 @@ class Server:
         """
         if away.answer is not None:
             return away.answer
-        if call and not _READING.match(call):
+        if call and not READING.match(call):
             unless = " unless it was carried out all the same" if away.sent else ""
             then = (
                 f"This call was not kept: make it again when the server is back{unless}. "
