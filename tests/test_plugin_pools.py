@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from contents import client
 from plugin_world import NOWHERE, the_runs
 from servers import MlflowServer, eventually
 from test_plugin_processes import program
@@ -28,6 +29,12 @@ def _pooled(experiment: str, body: str) -> str:
         """) + textwrap.dedent(body)
 
 
+def _make(server: MlflowServer, experiment: str) -> None:
+    """Make an experiment before several processes want it: of two, MLflow lets one log to the default one."""
+    with client(server.url) as api:
+        api.create_experiment(experiment)
+
+
 def _held(server: MlflowServer, experiment: str) -> list[tuple[str, str, Any]]:
     return sorted(
         (run.info.run_name, run.info.status, run.data.metrics.get("m")) for run in the_runs(server.url, experiment)
@@ -45,6 +52,7 @@ def test_what_a_pool_has_logged_arrives_although_its_processes_are_ended_by_a_si
         with forked.Pool(2) as pool:
             pool.map(task, range(4))
     """
+    _make(mlflow_server, experiment_name)
     child = program(tmp_path, _pooled(experiment_name, body), MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}")
     output, _ = child.communicate(timeout=60)
     assert 0 == child.returncode, output
@@ -61,6 +69,7 @@ def test_a_process_that_ends_without_handlers_of_its_exit_waits_for_delivery(
     """
     uri = f"outbox+{mlflow_server.url}"
     text = _pooled(experiment_name, body)
+    _make(mlflow_server, experiment_name)
     child = program(tmp_path, text, MLFLOW_TRACKING_URI=uri, MLFLOW_OUTBOX_EXIT_TIMEOUT="60")
     output, _ = child.communicate(timeout=60)
     assert 0 == child.returncode, output
