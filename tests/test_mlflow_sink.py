@@ -134,6 +134,25 @@ class TestSqlite(SinkContract):
         assert "retry" == classify(error, "log_batch").kind
         assert "locked" in str(error)
 
+    def test_a_file_that_was_opened_for_reading_only_is_opened_again(
+        self, sqlite_uri: str, experiment_name: str
+    ) -> None:
+        """SQLite does that without a word where it cannot open the file for writing, be it once."""
+        from sqlalchemy import event
+
+        with closing(open_sink(sqlite_uri)) as sink:
+            engine = sink._store.engine  # type: ignore[attr-defined]  # the only Sink that there is
+            read_only = [f"file:{sqlite_uri.removeprefix('sqlite:///')}?mode=ro"]
+
+            def connect(*_: Any) -> Any:
+                return sqlite3.connect(read_only.pop(), uri=True) if read_only else None
+
+            engine.dispose()
+            event.listen(engine, "do_connect", connect)
+            assert "retry" == classify(fails(lambda: sink.experiment_id(experiment_name)), "experiment_id").kind
+            assert sink.experiment_id(experiment_name)
+        assert [] == read_only
+
     def test_a_schema_of_another_version_is_parked(self, sqlite_uri: str) -> None:
         """Somebody has to upgrade the database or MLflow."""
         with contextlib.closing(sqlite3.connect(sqlite_uri.removeprefix("sqlite:///"))) as database:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
@@ -77,6 +78,7 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
             key = (uri, root, *_identity(file))
             _in_use[key] = store
             sqlalchemy.event.listen(store.engine, "before_cursor_execute", _bounded, retval=True)
+            sqlalchemy.event.listen(store.engine, "handle_error", functools.partial(_reopen, file))
             _files[store] = file, _identity(file)
     return uri, store, url.get_backend_name() != "sqlite"
 
@@ -98,6 +100,23 @@ def _bounded(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_
     if seconds is not None and statement.startswith("PRAGMA busy_timeout"):
         statement = f"PRAGMA busy_timeout = {int(seconds * 1000)}"
     return statement, parameters
+
+
+def _reopen(file: Path, context: Any) -> None:
+    """Have connections opened anew that can only read, though the file can be written.
+
+    Where SQLite cannot open a file for writing, be it once, it opens it for reading and says nothing; such a connection
+    would come from the pool for ever.
+
+    Raises:
+        SinkError: this is one, and nothing was written.
+    """
+    if "readonly database" in str(context.original_exception) and all(
+        os.access(place, os.W_OK) for place in (file, file.parent)
+    ):
+        context.is_disconnect = True
+        msg = f"the database {file} was opened for reading only, though it can be written; it is opened again"
+        raise SinkError(msg, kind="connection", sent=False)
 
 
 def check(store: SqlAlchemyStore) -> None:
