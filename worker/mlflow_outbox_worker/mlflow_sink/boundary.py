@@ -126,6 +126,8 @@ def _of_database(error: BaseException) -> SinkError:
     )
     if about_content:
         return SinkError(message, kind="answer", status=400, code="BAD_REQUEST")
+    if "readonly database" in message and getattr(error, "connection_invalidated", False):
+        return SinkError(message, kind="connection")  # by ``database``, which opens the file again
     if "readonly database" in message or "password authentication failed" in message:
         return SinkError(message, kind="answer", status=403, code="PERMISSION_DENIED")
     return SinkError(message, kind="answer", status=503, code="TEMPORARILY_UNAVAILABLE")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import weakref
@@ -26,7 +25,9 @@ from mlflow_outbox_worker.sink import SinkError
 _in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], PointRows] = weakref.WeakValueDictionary()
 #: For how long a thread waits for a file that is locked; where it does not say, as long as MLflow does.
 _patience = threading.local()
-#: SQLite files that this process has opened.
+#: SQLite files that this process opens.
+_ours: set[Path] = set()
+#: Those that it has opened.
 _opened: set[Path] = set()
 #: The file of each store, and which one it was when the store was opened.
 _files: weakref.WeakKeyDictionary[SqlAlchemyStore, tuple[Path, tuple[int, int]]] = weakref.WeakKeyDictionary()
@@ -61,6 +62,7 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
     if store is None:
         take_turns()
         if file:
+            _ours.add(file)
             _prepare(file)
             new_database.make(url, file)
         # MLflow would try for a minute to connect. One attempt is enough here, and a second process may be
@@ -78,7 +80,6 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
             key = (uri, root, *_identity(file))
             _in_use[key] = store
             sqlalchemy.event.listen(store.engine, "before_cursor_execute", _bounded, retval=True)
-            sqlalchemy.event.listen(store.engine, "handle_error", functools.partial(_reopen, file))
             _files[store] = file, _identity(file)
     return uri, store, url.get_backend_name() != "sqlite"
 
@@ -102,21 +103,20 @@ def _bounded(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_
     return statement, parameters
 
 
-def _reopen(file: Path, context: Any) -> None:
+def _let_go_of_readers(context: Any) -> None:
     """Have connections opened anew that can only read, though the file can be written.
 
     Where SQLite cannot open a file for writing, be it once, it opens it for reading and says nothing; such a connection
-    would come from the pool for ever.
-
-    Raises:
-        SinkError: this is one, and nothing was written.
+    would come from the pool for ever. The error says then that it was invalidated, see ``boundary``.
     """
-    if "readonly database" in str(context.original_exception) and all(
-        os.access(place, os.W_OK) for place in (file, file.parent)
-    ):
-        context.is_disconnect = True
-        msg = f"the database {file} was opened for reading only, though it can be written; it is opened again"
-        raise SinkError(msg, kind="connection", sent=False)
+    if "readonly database" in str(context.original_exception) and context.engine is not None:
+        file = _file(context.engine.url)
+        if file in _ours and all(os.access(place, os.W_OK) for place in (file, file.parent)):
+            context.is_disconnect = True
+
+
+#: Of all engines: MLflow writes with that of a store before anybody else has it.
+sqlalchemy.event.listen(sqlalchemy.engine.Engine, "handle_error", _let_go_of_readers)
 
 
 def check(store: SqlAlchemyStore) -> None:
