@@ -32,9 +32,9 @@ def test_a_search_reads_no_run_that_is_filed_as_delivered(
         read: list[str] = []
         theirs: Any = Reading._local_run
 
-        def spy(self: Reading, run_id: str, *more: Any) -> Any:
+        def spy(self: Reading, run_id: str, *more: Any, **named: Any) -> Any:
             read.append(run_id)
-            return theirs(self, run_id, *more)
+            return theirs(self, run_id, *more, **named)
 
         monkeypatch.setattr(Reading, "_local_run", spy)
         found = {run.info.run_name: run for run in mlflow.search_runs(output_format="list", order_by=["metrics.m ASC"])}

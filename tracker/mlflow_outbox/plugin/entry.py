@@ -1,4 +1,4 @@
-"""MLflow's entry points: loaded by every ``import mlflow`` beside this package, so they import nothing yet.
+"""MLflow's entry points: loaded by every ``import mlflow`` beside this package, so they import next to nothing yet.
 
 With the setting ``disabled`` an ``outbox+`` URI is what it is without the prefix: MLflow's own stores and repositories.
 
@@ -10,14 +10,15 @@ looked at where they are loaded, and ``outbox+databricks:`` is what ``databricks
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
+
+from mlflow_outbox.settings import tracking_uri_from_environment
 
 _PREFIX = "outbox+"
 
 
 def _warn_of_no_scheme() -> None:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    uri = (tracking_uri_from_environment() or "").strip()
     if uri.startswith(_PREFIX) and ":" not in uri:
         logging.getLogger("mlflow_outbox").warning(
             "mlflow-outbox: MLFLOW_TRACKING_URI=%s has no colon, so MLflow takes it for the name of a directory, and "
