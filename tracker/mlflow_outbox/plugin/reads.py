@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import (
     Experiment,
@@ -35,16 +35,13 @@ from mlflow.entities import (
 from mlflow_outbox.linked import points_in
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import NAME_TAG, Event, Request, RunStarted
+from mlflow_outbox.spool.events import NAME_TAG, NOBODY, Event, Request, RunStarted
 from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics as MetricsEvent
 from mlflow_outbox.views import Kept, Latest, Register, RunView
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.reading import LocalRun
-
-#: What MLflow's client calls the user of a run that names none.
-_NOBODY: Final = "unknown"
 
 
 def view_of(run: Run) -> RunView:
@@ -78,7 +75,7 @@ def run_of(view: RunView, run_id: str, artifact_uri: str, theirs: Run | None = N
     info = RunInfo(
         run_id=run_id,
         experiment_id=view.experiment_id or "0",
-        user_id=view.user or _NOBODY,
+        user_id=view.user or NOBODY,
         status=view.status.value,
         start_time=view.start_time_ms,
         end_time=view.end_time_ms,

@@ -26,6 +26,8 @@ MAX_TAG_CHARS: Final = 8000
 GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
 #: The tag in which MLflow keeps a run's name; setting it renames the run.
 NAME_TAG: Final = "mlflow.runName"
+#: What MLflow's client calls the user of a run that names none.
+NOBODY: Final = "unknown"
 #: Characters of a run's name that MLflow's databases hold, SQLite aside, which holds any (``runs.name``).
 MAX_NAME_CHARS: Final = 250
 #: Steps and times are int64 in MLflow's protocol; a larger one is stored as garbage by its server (facts, 2a).

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
 from mlflow_outbox.counters import printable
-from mlflow_outbox.spool.events import STATUSES
+from mlflow_outbox.spool.events import NOBODY, STATUSES
 from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink import calls
 from mlflow_outbox_worker.mlflow_sink.boundary import translate, translated
@@ -31,8 +31,6 @@ from mlflow_outbox_worker.sink import RUN_ID_TAG, MetricPoint, RemoteModel, Remo
 RUNS_PER_PAGE = 200
 #: Points in one page of a metric's history. Always asked for: some servers page without an end when it is left open.
 POINTS_PER_PAGE = 25_000
-#: What MLflow's client calls the user of a run that names none.
-_NOBODY: Final = "unknown"
 _REPEATED: Final = "the server repeats a page of its answer"
 #: Runs whose artifact URI is remembered, which saves one request for each file.
 _REMEMBERED_RUNS = 1024
@@ -118,7 +116,7 @@ class Recorder:
         # What MLflow shows is this tag, which its clients set; the user is in the run's record alone.
         shown = {MLFLOW_USER: user, **tags} if user else tags
         run_tags = [RunTag(key, value) for key, value in shown.items()]
-        run = self._store.create_run(experiment_id, user or _NOBODY, start_time_ms, run_tags, run_name)
+        run = self._store.create_run(experiment_id, user or NOBODY, start_time_ms, run_tags, run_name)
         return str(self._remembered(run).info.run_id)
 
     @_translated
