@@ -137,7 +137,9 @@ def test_errors_of_the_server_are_retried_and_never_a_dead_letter(
     with FaultProxy(mlflow_server.url) as proxy:
         for path in ("experiments/get-by-name", "runs/create", "runs/log-batch", "runs/update", "mlflow-artifacts"):
             proxy.on(path, answer, times=3)
-        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
+        # A create that may have been carried out is waited for as long as a request (twins): half a minute by default.
+        settings = dataclasses.replace(QUICK, request_timeout=5.0)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=settings)
         log_session(tracker, 0, 2)
         assert tracker.close(60)
     check_session(mlflow_server.url, experiment_name, 2)

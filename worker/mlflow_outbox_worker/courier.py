@@ -45,7 +45,7 @@ from mlflow_outbox_worker.refused import Refused
 from mlflow_outbox_worker.requests import Later, Parked, Requests, ask
 from mlflow_outbox_worker.sink import RUN_ID_TAG, Sink, SinkError
 from mlflow_outbox_worker.sources import Source
-from mlflow_outbox_worker.twins import settling
+from mlflow_outbox_worker.twins import settling, was_refused
 from mlflow_outbox_worker.volley import Volley
 
 #: Batches of one run, as many as windows may hold, before other runs get their turn.
@@ -367,8 +367,8 @@ class Courier:
                         tags=labels,
                     ),
                 )
-            except Parked as parked:
-                if parked.error.kind == "answer":  # which said no: this one will not be carried out
+            except (Parked, Later) as failed:
+                if was_refused(failed.error, failed.outcome):
                     record.creating = unknown
                     record.creates -= 1
                     self._ledger.commit(record)

@@ -4,10 +4,11 @@ MLflow has no idempotent create. A run is searched for by its tag before it is c
 into its time-out may wait inside a busy server, for a lock of its database for instance, be overtaken by that search
 and by the next create, and be carried out after both. What it leaves is an empty run of the same name.
 
-So a run of which a create's fate is unknown *settles* first: it is searched for once more when the server has had as
-long again as it had for the answer, also while the run is still being written, and it is neither read back nor filed
-before. At its end it is searched for a last time. An embedded store carries nothing out later, and a search that finds
-exactly the one create that is missing leaves no doubt: then nothing is waited for.
+So a run of which a create's fate is unknown (it was sent, and neither done nor refused) *settles* first: it is searched
+for once more when the server has had as long again as it had for the answer, also while the run is still being written,
+and it is neither read back nor filed before. At its end it is searched for a last time. An embedded store carries
+nothing out later, and a search that finds exactly the one create that is missing leaves no doubt: then nothing is
+waited for.
 
 A logged model that the program asked the server for, for as long as it may wait, can come twice in the same way: here
 under the id that the worker made it with, and as a model of the same tag that stays pending. It is looked for at the
@@ -31,6 +32,7 @@ from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.calls import mark_of
 from mlflow_outbox_worker.gate import is_admitted
 from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.outcome import Outcome
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import ask
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -43,6 +45,18 @@ def settling(request_timeout: float) -> int:
         request_timeout: seconds that the server had for the answer of a create.
     """
     return int(request_timeout * 1000)
+
+
+def was_refused(error: SinkError, outcome: Outcome) -> bool:
+    """Return whether a create that failed was certainly not carried out, and will not be.
+
+    Args:
+        error: how it failed.
+        outcome: what that means for it.
+    """
+    if not error.sent or error.status == HTTPStatus.TOO_MANY_REQUESTS:
+        return True
+    return outcome.kind == "parked" and error.kind == "answer"  # which said no
 
 
 def settle(
