@@ -8,8 +8,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from commands import NOBODY, Here, offline
+from contents import points, the_run
+from mlflow_outbox import MLflowTracker
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.mlflow_sink import prepare
+from servers import MlflowServer
 
 USER, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 SECRET = "5ecret-w0rd"
@@ -60,3 +64,38 @@ def test_a_refused_login_is_told_with_what_was_sent(
     for text in [f"{one.out} {one.err}" for one in told]:
         assert "".join(said.split()) in "".join(text.split())  # lines are broken as the terminal is wide
         assert SECRET not in text
+
+
+def test_a_program_that_has_mlflow_is_not_told_what_is_in_a_file_of_credentials_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What its threads will import depends on the login: that is looked for when a tracker is made."""
+    prepare(NOBODY)  # which imports MLflow
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".mlflow" / "credentials"
+    file.parent.mkdir()
+    file.write_text(f"mlflow_tracking_password = {SECRET}")
+    tracker = MLflowTracker("e", NOBODY, outbox_dir=tmp_path / "outbox", worker="thread")
+    tracker.close(0)
+    assert (False, False) == ("worker_not_prepared" in tracker.counters, SECRET in caplog.text)
+
+
+def test_a_wrong_variable_of_mlflow_makes_no_dead_letters(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that MLflow has, for which nothing but its points is sent: they wait, and arrive once it is right."""
+    outbox = tmp_path / "outbox"
+    tracker = MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=outbox, worker="none")
+    with tracker.start_run() as one:
+        assert one.log_metric("loss", 1.0, step=0)
+        assert 0 == here("flush", "-d", outbox, "--timeout", 60).code
+        for step in range(1, 20):
+            assert one.log_metric("loss", 1.0, step=step)
+        monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "yes")
+        refused = here("flush", "-d", outbox, "--timeout", 60)
+        assert 4 == refused.code, refused
+        assert "MLFLOW_TRACKING_INSECURE_TLS" in "".join(f"{refused.out}{refused.err}".split())
+        monkeypatch.delenv("MLFLOW_TRACKING_INSECURE_TLS")
+    assert 0 == here("flush", "-d", outbox, "--timeout", 60).code
+    assert 20 == len(points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss"))
+    tracker.close()

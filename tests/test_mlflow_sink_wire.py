@@ -6,20 +6,25 @@ import base64
 import contextlib
 import gzip
 import http.client
+import importlib
 import json
 import os
 import socket
 import ssl
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests.adapters
 
-from mlflow_outbox_worker.mlflow_sink import open_sink
+from mlflow_outbox_worker.gate import concerns_destination
+from mlflow_outbox_worker.mlflow_sink import artifacts, open_sink
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import MetricPoint, Sink
 from servers import unused_port
@@ -72,6 +77,32 @@ def test_a_proxy_whose_address_is_none_is_named_as_one_without_its_secret(
     monkeypatch.delenv("HTTP_PROXY")
     with closing(open_sink("http://tracking..example:5000")) as sink:
         assert "label empty or too long" in str(fails(lambda: log_one(sink)))
+
+
+def test_a_proxy_that_speaks_socks_is_gone_through(wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of ``ssh -D``, where PySocks is installed; here something in its place leads to a server."""
+    server = wire(says(200, "{}"))
+    asked: list[tuple[Any, ...]] = []
+
+    def create_connection(place: Any, *, proxy_addr: str, proxy_port: int, timeout: float, **_: Any) -> socket.socket:
+        asked.append((place, proxy_addr, proxy_port))
+        return socket.create_connection(("127.0.0.1", server.port), timeout)
+
+    socks = types.SimpleNamespace(
+        create_connection=create_connection, PROXY_TYPE_SOCKS4=1, PROXY_TYPE_SOCKS5=2, ProxyError=ConnectionError
+    )
+    name = "urllib3.contrib.socks"
+    monkeypatch.setitem(sys.modules, "socks", socks)
+    monkeypatch.setitem(sys.modules, name, None)  # whatever there is then goes with the test
+    del sys.modules[name]
+    monkeypatch.setattr(requests.adapters, "SOCKSProxyManager", importlib.import_module(name).SOCKSProxyManager)
+    monkeypatch.setenv("HTTP_PROXY", "socks5h://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    with closing(open_sink("http://tracking.example:5000")) as sink:
+        log_one(sink)
+        log_one(sink)
+    assert [(("tracking.example", 5000), "127.0.0.1", 9)] * 2 == asked
+    assert server.requests[0].startswith(b"POST /api/2.0/mlflow/runs/log-batch ")
 
 
 def test_what_a_server_sends_is_acknowledged_at_once(wire: Callable[..., Wire]) -> None:
@@ -128,6 +159,96 @@ def test_a_secret_that_an_answer_repeats_is_in_no_message(
             said = str(fails(lambda sink=sink: log_one(sink)))
         assert "***" in said
         assert [] == [word for word in ("pass", "secret", sent) if word in said], said
+
+
+@pytest.mark.parametrize("more", ["\n", "\u2026"])
+def test_a_token_that_is_no_header_is_in_no_message_and_no_fault_of_an_event(
+    more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was read from a file, or copied: requests shows what it refuses as Python would write it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{SECRET}{more}")
+    with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
+        error = fails(lambda: log_one(sink))
+    assert ("parked", False) == (classify(error, "log_batch").kind, SECRET in str(error)), error
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"])
+def test_a_login_of_another_encoding_is_in_no_message_and_no_fault_of_an_event(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a shell or a file in Latin-1: Python has characters for its bytes that nothing encodes."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    monkeypatch.setenv(name, os.fsdecode(f"{SECRET}\xe9".encode("latin-1")))
+    with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
+        error = fails(lambda: log_one(sink))
+    assert ("parked", False) == (classify(error, "log_batch").kind, SECRET in str(error)), error
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"MLFLOW_TRACKING_INSECURE_TLS": "yes"}, "MLFLOW_TRACKING_INSECURE_TLS"),
+        ({"MLFLOW_TRACKING_INSECURE_TLS": "1", "MLFLOW_TRACKING_SERVER_CERT_PATH": "/ca"}, "must not be set"),
+        ({"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1.5"}, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"),
+    ],
+    ids=["no boolean", "two that exclude each other", "no number"],
+)
+def test_a_wrong_variable_of_mlflow_is_no_fault_of_an_event(
+    given: dict[str, str], said: str, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow says so by the errors of a wrong value, at each request; nothing is sent, and a person is told which."""
+    server = wire(says(200, "{}"))
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert ("parked", False, True) == (classify(error, "log_batch").kind, error.sent, said in str(error)), error
+    assert [] == server.requests
+
+
+def test_a_file_of_credentials_that_cannot_be_read_is_told_without_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heading that is missing, a percent sign, another encoding: Python's words hold the line, or no file's name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".mlflow" / "credentials"
+    file.parent.mkdir()
+    line = f"mlflow_tracking_password = {SECRET}"
+    with closing(open_sink(f"http://127.0.0.1:{unused_port()}")) as sink:
+        for content in (line, f"[mlflow]\nmlflow_tracking_username = ada\n{line}%", f"[mlflow]\n{line}é"):
+            file.write_bytes(content.encode("latin-1"))
+            error = fails(lambda: log_one(sink))
+            assert ("parked", False) == (classify(error, "log_batch").kind, SECRET in str(error)), error
+            assert "~/.mlflow/credentials" in str(error)
+
+
+class _Expired(Exception):
+    """As botocore's own where a role's token cannot be renewed."""
+
+    response = {"Error": {"Code": "ExpiredTokenException"}, "ResponseMetadata": {"HTTPStatusCode": 400}}  # noqa: RUF012 - as there
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [(ValueError("invalid_client: the secret has expired"), "parked"), (_Expired("the token has expired"), "retry")],
+    ids=["databricks", "aws"],
+)
+def test_a_token_that_cannot_be_renewed_is_no_fault_of_an_event(
+    raised: Exception, outcome: str, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the tool that renews it raises, the ValueErrors of the Databricks SDK and AWS's status 400 too."""
+    server = wire(says(200, "{}"))
+
+    def renew(_name: str) -> None:
+        raise raised
+
+    monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "renewing")
+    monkeypatch.setattr("mlflow.tracking.request_auth.registry.fetch_auth", renew)
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert (outcome, False) == (classify(error, "log_batch").kind, error.sent), error
+    assert "has expired" in str(error)
+    assert [] == server.requests
 
 
 def test_a_variable_that_goes_while_the_environment_is_read_is_no_reason_to_wait_for_a_person(
@@ -317,6 +438,69 @@ def test_what_a_server_says_of_a_file_is_told_however_long_its_path_is(
     assert str(error).startswith("PUT folder/")
     assert "503: disabled due to" in str(error)
     assert "parked" == classify(error, "upload").kind
+
+
+def test_a_link_in_the_place_of_a_copy_is_not_followed(wire: Callable[..., Wire], tmp_path: Path) -> None:
+    """Whoever has the outbox may put it there when the copy was looked at: it would show a file of who delivers it."""
+    server = wire(says(200, run_json("mlflow-artifacts:/1/a/artifacts")))
+    (tmp_path / "private").write_text(SECRET)
+    (tmp_path / "copy").symlink_to(tmp_path / "private")
+    with closing(open_sink(server.url)) as sink:
+        fails(lambda: sink.upload("a" * 32, tmp_path / "copy", "x"))
+    assert [] == [request for request in server.requests if request.startswith(b"PUT")]
+
+
+class S3UploadFailedError(Exception):
+    """As boto3's, which it raises in the place of an answer, with that as its context."""
+
+
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+
+def _s3(status: int, code: str) -> Exception:
+    answer, error = Exception(f"An error occurred ({code})"), S3UploadFailedError(f"Failed to upload: {code}")
+    answer.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}  # type: ignore[attr-defined]  # as botocore's
+    error.__context__ = answer
+    return error
+
+
+def _gs(status: int) -> Exception:
+    error = Exception("Anonymous caller does not have storage.objects.create access")
+    error.code = status  # type: ignore[attr-defined]  # as Google's
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [
+        (_gs(401), "parked"),
+        (_gs(503), "retry"),
+        (_s3(403, "AccessDenied"), "parked"),
+        (_s3(400, "ExpiredToken"), "parked"),
+        (_s3(404, "NoSuchBucket"), "parked"),
+        (_s3(400, "RequestTimeout"), "retry"),
+        (_s3(503, "SlowDown"), "retry"),
+        (NoCredentialsError("Unable to locate credentials"), "parked"),
+    ],
+    ids=str,
+)
+def test_what_a_storage_refuses_concerns_the_run_and_not_the_server(
+    raised: Exception, outcome: str, wire: Callable[..., Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may not write to a bucket, or has no login there, is still let in by the tracking server."""
+
+    def log_artifact(*_: Any) -> None:
+        raise raised
+
+    repository = types.SimpleNamespace(log_artifact=log_artifact)
+    monkeypatch.setattr(artifacts, "get_artifact_repository", lambda *_, **__: repository)
+    server = wire(says(200, run_json("s3://bucket/1/a/artifacts")))
+    (tmp_path / "copy").write_bytes(b"content")
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: sink.upload("a" * 32, tmp_path / "copy", "x"))
+        assert outcome == classify(error, "upload").kind, error
+        assert not concerns_destination(error, sink) or outcome == "retry"
 
 
 # --- TLS and credentials --------------------------------------------------------------------------------------------

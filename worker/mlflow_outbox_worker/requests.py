@@ -25,6 +25,7 @@ from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnd
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import is_digest
 from mlflow_outbox.views import Register, wins
+from mlflow_outbox_worker import trace_places
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.collisions import Collisions
 from mlflow_outbox_worker.obstacles import Obstacles
@@ -276,7 +277,9 @@ class Requests:
         try:
             path = checked_artifact_path(file.path, served=False)
             with self._calls.ids.content(copy, path, of=record.run_id) as content:
-                owner = self._calls.ids.rewritten(owner, of=record.run_id)
+                given, owner = owner, self._calls.ids.rewritten(owner, of=record.run_id)
+                if kind == "uri":
+                    trace_places.check(given, owner, lambda: self._location(record))
 
                 def attempt() -> None:
                     self._sink.upload_for(
@@ -295,6 +298,10 @@ class Requests:
             outcome = self._answered(error, "upload")
             if outcome.kind != "already_applied":
                 refused.add(file, self._letter(record, file, error, outcome))
+
+    def _location(self, record: RunRecord) -> str:
+        known = record.experiment_id
+        return self._sink.artifact_location("experiment", known) if known else ""
 
     def _is_replaced(
         self, record: RunRecord, file: Artifact | FileFor, place: Path, *, rewritten: bool = False

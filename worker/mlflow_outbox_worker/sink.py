@@ -139,7 +139,7 @@ class Sink(Protocol):
         ...
 
     def find_runs(self, experiment_id: str, local_id: str) -> list[str]:
-        """Return the ids of all runs, deleted ones too, whose RUN_ID_TAG is local_id, oldest first."""
+        """Return the ids of all runs whose RUN_ID_TAG is local_id: first the oldest that is not deleted, nor empty."""
         ...
 
     def get_run(self, run_id: str) -> RemoteRun:

@@ -6,7 +6,7 @@
 Rooms: ``stores`` opens the store of a URI, ``rest`` is the store of a tracking server with one attempt per request,
 ``transport`` makes that attempt within a deadline, with what ``rebound`` makes of MLflow's own function, ``artifacts``
 moves files, ``recorder`` is the ``Sink`` made of them. Foreign exceptions become ``SinkError`` in ``boundary``; what a
-request without an answer means, ``transport`` knows.
+request without an answer means, ``failures`` knows.
 
 What the host of this library is spared: the environment, the global tracking URI and the logging configuration stay
 as they are. MLflow's own loggers are silenced for the calling thread during a call, by the switch that MLflow's
@@ -90,7 +90,12 @@ def prepare_artifacts(scheme: str) -> None:
 def _prepare_authentication(uri: str) -> None:
     from mlflow.utils.credentials import get_default_host_creds
 
-    creds = get_default_host_creds(uri)
+    from mlflow_outbox_worker.mlflow_sink import credentials  # imports mlflow
+
+    try:
+        creds = credentials.found(lambda: get_default_host_creds(uri))
+    except SinkError:  # the first request says what is wrong with them
+        return
     if creds.aws_sigv4:
         _import_if_there("requests_auth_aws_sigv4")
     if getattr(creds, "auth", None):

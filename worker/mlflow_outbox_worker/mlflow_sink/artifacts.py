@@ -21,6 +21,7 @@ import posixpath
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -34,13 +35,17 @@ from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool.artifact_path import checked_artifact_path
-from mlflow_outbox_worker.mlflow_sink.boundary import Refused
+from mlflow_outbox_worker.mlflow_sink.boundary import Refused, translate
+from mlflow_outbox_worker.mlflow_sink.credentials import REFUSALS
 from mlflow_outbox_worker.mlflow_sink.rest import Host, ServerStore, checked
 from mlflow_outbox_worker.sink import SinkError
 
 #: Bytes per second below which an upload is given up: it is slower than any link that is of use for artifacts.
 LEAST_UPLOAD_RATE = 256 * 1024
+#: Where MLflow's server lists the files that it serves.
+_SERVED = "/mlflow-artifacts/artifacts"
 #: The name of a file that is uploaded to see whether files are taken, and deleted again.
 PROBE = ".mlflow-outbox-probe"
 _PROBE_TEXT = b"mlflow-outbox looks whether files are taken here. This one can be deleted.\n"
@@ -48,6 +53,11 @@ _PROBE_TEXT = b"mlflow-outbox looks whether files are taken here. This one can b
 _SHOWN = 120
 #: Errors of a file system that the path of what is stored can cause.
 _OF_PATHS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST})
+#: What boto3 raises for any answer to an upload; the answer is its context.
+_BOTO_S_OWN = "S3UploadFailedError"
+#: What S3 says with status 400 of a login that is over, and what its library raises where there is none.
+_TOKENS = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
+_NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
 
 
 class Artifacts:
@@ -82,7 +92,8 @@ class Artifacts:
         if self._host is not None and scheme == "mlflow-artifacts":
             self._put(MlflowArtifactsRepository.resolve_uri(artifact_uri, self._host.uri), file, artifact_path)
         elif self._host is not None and scheme in {"http", "https"}:
-            self._put(artifact_uri.rstrip("/"), file, artifact_path, mlflows=False)
+            with _of_storage():
+                self._put(artifact_uri.rstrip("/"), file, artifact_path, mlflows=False)
         else:
             repository = self._repository(artifact_uri)
             place = None
@@ -95,7 +106,8 @@ class Artifacts:
                         return
                     if place is not None and place.is_dir():  # some of MLflow's versions would put it into that
                         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
-                    repository.log_artifact(str(alias), folder or None)
+                    with _of_storage() if place is None else contextlib.nullcontext():
+                        repository.log_artifact(str(alias), folder or None)
                 if place is not None and _mode(place) == _mode(file):
                     # Our copy is private (0600) and the repository keeps modes; others read artifacts as a rule.
                     _default_mode(place, alias.parent)
@@ -147,6 +159,20 @@ class Artifacts:
         files = self._repository(artifact_uri).list_artifacts(folder or None)
         return {file.path: file.file_size for file in files if not file.is_dir}
 
+    def size_of(self, artifact_uri: str, name: str) -> int | None:
+        """Return the size in bytes of a file directly below an artifact URI; None when there is none of that name."""
+        if self._host is not None and self._store is not None and urlsplit(artifact_uri).scheme == "mlflow-artifacts":
+            url = MlflowArtifactsRepository.resolve_uri(artifact_uri, self._host.uri)
+            root, _, folder = url.partition(_SERVED)
+            answer = self._store.transport.request(
+                self._host.host_creds(root), "GET", _SERVED, params={"path": folder.strip("/")}
+            )
+            files = checked(answer, f"GET {_SERVED}").get("files") or ()
+            sizes = {file.get("path"): int(file.get("file_size") or 0) for file in files}
+        else:
+            sizes = {file.path: int(file.file_size or 0) for file in self._repository(artifact_uri).list_artifacts()}
+        return sizes.get(name)
+
     def _put(self, url: str, file: Path | None, artifact_path: str, *, mlflows: bool = True) -> None:
         host, store = self._host, self._store
         if host is None or store is None:
@@ -154,7 +180,7 @@ class Artifacts:
             raise SinkError(msg, kind="not_mlflow", sent=False)
         endpoint = "/" + quote(artifact_path, safe="/")
         kind = mimetypes.guess_type(artifact_path)[0] or "application/octet-stream"
-        with io.BytesIO(_PROBE_TEXT) if file is None else file.open("rb") as content:
+        with io.BytesIO(_PROBE_TEXT) if file is None else _opened(file) as content:
             size = content.seek(0, os.SEEK_END)
             content.seek(0)
             answer = store.transport.request(
@@ -202,6 +228,11 @@ def _readable(file: Path) -> None:
         raise SinkError(msg, kind="answer", status=400, code="INVALID_PARAMETER_VALUE", sent=False)
 
 
+def _opened(file: Path) -> io.BufferedReader:
+    """Open a file, and no link that was put in its place since it was looked at: the outbox may be somebody else's."""
+    return os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+
+
 @contextlib.contextmanager
 def _named(file: Path, name: str) -> Iterator[Path]:
     """Give a file another name, in a directory that nobody else can read, without copying where that is possible."""
@@ -222,6 +253,29 @@ def _twice(attempt: Callable[[], None]) -> None:
         if error.kind != "connection":
             raise
         attempt()
+
+
+@contextlib.contextmanager
+def _of_storage() -> Iterator[None]:
+    """Let a storage's refusal be about the files that go there, and the run alone wait for a person.
+
+    A login that it refuses is not the tracking server's, which may well admit who asks. What S3 refuses looks like a
+    failure that passes, since boto3 puts an error of its own, without a status, in the place of the answer.
+    """
+    try:
+        yield
+    except Exception as error:
+        forward(error)
+        cause = error.__context__ if type(error).__name__ == _BOTO_S_OWN and error.__context__ is not None else error
+        said = translate(cause)
+        held = getattr(cause, "response", None)
+        code = str(held.get("Error", {}).get("Code", "")) if isinstance(held, dict) else ""
+        if said.status in REFUSALS or code in _TOKENS or type(cause).__name__ in _NO_CREDENTIALS:
+            msg = f"the storage refuses the file: {said.described}"
+            raise SinkError(msg, kind="answer", status=HTTPStatus.FORBIDDEN, code="PERMISSION_DENIED") from None
+        if said.status == HTTPStatus.NOT_FOUND and cause is not error:  # the bucket
+            raise said from None
+        raise
 
 
 @contextlib.contextmanager

@@ -10,13 +10,23 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool.provisional import MODEL_ID_TAG
-from mlflow_outbox_worker.mlflow_sink.artifacts import LEAST_UPLOAD_RATE
+from mlflow_outbox_worker.mlflow_sink import trace_files
+from mlflow_outbox_worker.mlflow_sink.artifacts import LEAST_UPLOAD_RATE, Artifacts
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, ServerStore, checked
 from mlflow_outbox_worker.sink import OPERATIONS, RemoteModel
 
+#: What a tracking server answers to spans when its own store keeps none; MLflow's client looks for these words too.
+_NO_SPANS = (501, b"span logging is not supported")
 
-def call(store: Any, operation: str, arguments: str) -> str:
+
+def call(store: Any, operation: str, arguments: str, artifacts: Artifacts | None = None) -> str:
     """Call one method; return the id of the model that it created, or "".
+
+    Args:
+        store: MLflow's.
+        operation: the method.
+        arguments: as JSON.
+        artifacts: where spans go that the store keeps as files; None where that is not asked for.
 
     Raises:
         ValueError: the operation is not one that a journal may ask for, or its arguments cannot be read.
@@ -26,7 +36,7 @@ def call(store: Any, operation: str, arguments: str) -> str:
         raise ValueError(msg)
     given = codec.loads(arguments)
     if operation == "log_spans" and isinstance(store, ServerStore):
-        _log_spans(store, **given)
+        _log_spans(store, artifacts, **given)
         return ""
     try:
         if operation == "log_spans" and isinstance(store, DatabricksStore):
@@ -60,7 +70,7 @@ def artifact_location(store: Any, kind: str, subject: str) -> str:
     return str(store.get_experiment(subject).artifact_location)
 
 
-def _log_spans(store: ServerStore, location: str, spans: list[Any]) -> None:
+def _log_spans(store: ServerStore, artifacts: Artifacts | None, location: str, spans: list[Any]) -> None:
     """Send spans in one attempt; MLflow's own store asks for the server's version first and then tries for minutes."""
     request = ExportTraceServiceRequest()
     resource = request.resource_spans.add()
@@ -75,5 +85,8 @@ def _log_spans(store: ServerStore, location: str, spans: list[Any]) -> None:
         data=content,
         extra_headers={"Content-Type": "application/x-protobuf", MLFLOW_EXPERIMENT_ID_HEADER: location},
     )
-    if answer.status >= 300:
+    status, words = _NO_SPANS
+    if answer.status == status and words in answer.body and artifacts is not None:
+        trace_files.keep(store, artifacts, location, spans)
+    elif answer.status >= 300:
         checked(answer, f"POST {OTLP_TRACES_PATH}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import configparser
 import os
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
@@ -13,6 +15,11 @@ from mlflow.environment_variables import (
     MLFLOW_TRACKING_TOKEN,
     MLFLOW_TRACKING_USERNAME,
 )
+from mlflow.exceptions import MlflowException
+
+from mlflow_outbox.interrupts import forward
+from mlflow_outbox_worker.mlflow_sink.boundary import clean
+from mlflow_outbox_worker.sink import SinkError
 
 #: Answers that a login, or another one, may change.
 REFUSALS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
@@ -20,17 +27,65 @@ REFUSALS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 #: Characters from which on a password is looked for in messages: a shorter one is a part of words, and soon guessed.
 _SECRET_CHARS: Final = 4
 
+#: How characters are encoded that are no Unicode, as the environment may have some.
+_ANY: Final = "surrogatepass"
+
 _USER: Final = MLFLOW_TRACKING_USERNAME.name
 _PASSWORD: Final = MLFLOW_TRACKING_PASSWORD.name
 _TOKEN: Final = MLFLOW_TRACKING_TOKEN.name
 
 
+def found(find: Callable[[], Any]) -> Any:
+    """Return MLflow's host and credentials.
+
+    Where MLflow cannot find them, it says so by the same errors as of a wrong value, for which no event is to blame.
+
+    Args:
+        find: MLflow's function.
+
+    Raises:
+        SinkError: a variable of the environment, or the file of credentials, is not as MLflow reads it.
+        MlflowException: they cannot be had now.
+    """
+    try:
+        return find()
+    except (configparser.Error, UnicodeDecodeError) as error:
+        forward(error)
+        # Its words may hold a line of the file, and with it the password.
+        what = f"MLflow cannot read ~/.mlflow/credentials ({type(error).__name__})"
+        said = f"{what}; it begins with [mlflow], and a % in it is written as %%"
+    except (MlflowException, ValueError) as error:
+        forward(error)
+        if isinstance(error, MlflowException) and error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        said = clean(error)
+    msg = f"no request can be made: {said}"
+    raise SinkError(msg, kind="not_mlflow", sent=False)
+
+
+def fit_in_a_header(host_creds: Any) -> bool:
+    """Return whether a login can be sent as it is: HTTP's headers are Latin-1; user and password are encoded as UTF-8.
+
+    Of what the environment has in another encoding Python makes characters that are in neither.
+    """
+    user, password, token = _basic(host_creds)
+    try:
+        str(token).encode("latin-1")
+        f"{user}{password}".encode()
+    except UnicodeError:
+        return False
+    return True
+
+
 def secrets_of(host_creds: Any) -> tuple[str, ...]:
     """Return what a request carries that nobody else may see, in each form in which an answer may repeat it."""
     user, password, token = _basic(host_creds)
-    found = [secret for secret in (password, token) if len(secret) >= _SECRET_CHARS]
-    basic = base64.b64encode(f"{user}:{password}".encode()).decode() if password else ""
-    forms = {form for secret in found for form in (secret, quote(secret), quote(secret, safe=""))} | {basic} - {""}
+    # Libraries show what they do not take as Python would write it: of a token with a line break at its end, say.
+    written = (form for secret in (password, token) for form in (secret, secret.strip(), repr(secret)[1:-1]))
+    found = [form for form in written if len(form.strip()) >= _SECRET_CHARS]
+    basic = base64.b64encode(f"{user}:{password}".encode(errors=_ANY)).decode() if password else ""
+    quoted = {quote(secret, safe, errors=_ANY) for secret in found for safe in ("/", "")}
+    forms = {*found, *quoted, basic} - {""}
     return tuple(sorted(forms, key=len, reverse=True))
 
 
@@ -66,5 +121,5 @@ def _source(user: str, password: str) -> str:
         return f"{_USER} and {_PASSWORD}"
     from mlflow.utils.credentials import read_mlflow_creds
 
-    found = read_mlflow_creds()
-    return "~/.mlflow/credentials" if (found.username, found.password) == (user, password) else "the tracking URI"
+    held = read_mlflow_creds()
+    return "~/.mlflow/credentials" if (held.username, held.password) == (user, password) else "the tracking URI"

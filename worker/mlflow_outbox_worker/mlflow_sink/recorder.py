@@ -121,19 +121,26 @@ class Recorder:
 
     @_translated
     def find_runs(self, experiment_id: str, local_id: str) -> list[str]:
-        """Return the ids of all runs, deleted ones too, whose RUN_ID_TAG is local_id, oldest first.
+        """Return the ids of all runs, deleted ones too, whose RUN_ID_TAG is local_id, the one to go on with first.
 
-        Runs of one local id start at the same logged time, so their ids decide between them: any reader finds the
-        same order.
+        A second one, of a create whose answer was lost, is deleted when it is found, or stays empty: whoever comes
+        later, without the ledger that knew it, must not take it for the run. Else the oldest comes first. Runs of one
+        local id start at the same logged time, so their ids decide between them: any reader finds the same order.
         """
         if not re.fullmatch(r"[\w.-]+", local_id):
             return []  # it cannot be quoted in a filter, and no outbox makes such an id
         if isinstance(self._store, Directory):
-            found = self._store.tagged_runs(experiment_id, local_id)
+            found = [(info, False) for info in self._store.tagged_runs(experiment_id, local_id)]
         else:
             condition = f"tags.`{RUN_ID_TAG}` = '{local_id}'"
-            found = [run.info for run in self._search(experiment_id, condition, ViewType.ALL)]
-        return [info.run_id for info in sorted(found, key=lambda info: (info.start_time or 0, info.run_id))]
+            runs = self._search(experiment_id, condition, ViewType.ALL)
+            found = [(run.info, not (run.data.metrics or run.data.params)) for run in runs]
+
+        def rank(one: tuple[Any, bool]) -> tuple[bool, bool, int, str]:
+            info, is_empty = one
+            return info.lifecycle_stage != "active", is_empty, info.start_time or 0, info.run_id
+
+        return [info.run_id for info, _ in sorted(found, key=rank)]
 
     @_translated
     def get_run(self, run_id: str) -> RemoteRun:
@@ -191,7 +198,7 @@ class Recorder:
     @_translated
     def call(self, operation: str, arguments: str) -> str:
         """Call a method of the store with arguments in JSON; return the id of what it created, or ""."""
-        return calls.call(self._store, operation, arguments)
+        return calls.call(self._store, operation, arguments, self._opened.artifacts)
 
     @_translated
     def find_models(self, experiment_id: str, local_id: str) -> dict[str, RemoteModel]:

@@ -25,6 +25,7 @@ from mlflow.store.tracking.rest_store import RestStore
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.proto_json_utils import parse_dict
 
+from mlflow_outbox_worker.mlflow_sink import credentials
 from mlflow_outbox_worker.mlflow_sink.boundary import Refused, clean
 from mlflow_outbox_worker.mlflow_sink.transport import Answer, Transport
 from mlflow_outbox_worker.mlflow_sink.workspace import WorkspaceTransport
@@ -200,7 +201,7 @@ class Host:
 
     def host_creds(self, uri: str | None = None) -> Any:
         """Return MLflow's credentials for a URL; those given with the address go to no other host."""
-        creds = get_default_host_creds(uri or self.uri)
+        creds = credentials.found(lambda: get_default_host_creds(uri or self.uri))
         if self.credentials and (uri is None or urlsplit(uri).netloc == self.netloc):
             creds.username, creds.password = self.credentials
         return creds

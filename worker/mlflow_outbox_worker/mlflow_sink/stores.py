@@ -23,6 +23,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path, path_to_local_file_u
 from mlflow_outbox.destination import workspace_of
 from mlflow_outbox.errors import DestinationError
 from mlflow_outbox_worker.forking import using_store
+from mlflow_outbox_worker.mlflow_sink import credentials
 from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
 from mlflow_outbox_worker.mlflow_sink.boundary import translated
 from mlflow_outbox_worker.mlflow_sink.directory import Directory
@@ -119,7 +120,8 @@ def open_store(
     with translated():
         if scheme == "databricks":
             transport = Transport(timeout, reads=reads)
-            store = DatabricksStore(functools.partial(get_databricks_host_creds, uri), transport)
+            find = functools.partial(credentials.found, functools.partial(get_databricks_host_creds, uri))
+            store = DatabricksStore(find, transport)
             return OpenStore(uri, store, Artifacts(uri), deduplicates_metrics=True, parallel=True, transport=transport)
         if scheme == "file":
             return _directory(uri, artifact_root)

@@ -21,6 +21,7 @@ retries, and with a deadline per read only.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
 import json
@@ -29,23 +30,19 @@ import netrc  # noqa: F401 - requests imports it at the first request, which is 
 import os
 import socket
 import threading
-import traceback
 from collections.abc import Mapping
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import requests
 import requests.adapters
 import urllib3
-import urllib3.connection
-import urllib3.connectionpool
 import urllib3.exceptions
 from mlflow.exceptions import MlflowException
 from mlflow.utils import rest_utils
 
 from mlflow_outbox import stopwatch
 from mlflow_outbox.interrupts import forward
-from mlflow_outbox_worker.mlflow_sink import credentials, rebound
-from mlflow_outbox_worker.mlflow_sink.boundary import clean
+from mlflow_outbox_worker.mlflow_sink import credentials, failures, rebound
 from mlflow_outbox_worker.sink import SinkError
 
 #: Bytes of an answer after which it is no answer of MLflow; a page of 200 runs with long params stays far below.
@@ -171,20 +168,14 @@ class _Deadline:
         super().send(data)  # type: ignore[misc]  # a mixin of HTTPConnection
 
 
-class _HTTPConnection(_Deadline, urllib3.connection.HTTPConnection):  # type: ignore[misc]  # response_class is a function
-    pass
-
-
-class _HTTPSConnection(_Deadline, urllib3.connection.HTTPSConnection):  # type: ignore[misc]  # response_class is a function
-    pass
-
-
-class _HTTPPool(urllib3.connectionpool.HTTPConnectionPool):
-    ConnectionCls = _HTTPConnection
-
-
-class _HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
+@functools.cache
+def _within_deadline(pool: Any) -> Any:
+    """Return a class of pools of connections like another one, with connections that keep to the deadline."""
+    connection = pool.ConnectionCls
+    if issubclass(connection, _Deadline):
+        return pool
+    kept = type(connection.__name__, (_Deadline, connection), {})
+    return type(pool.__name__, (pool,), {"ConnectionCls": kept})
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -192,12 +183,17 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        _keep_to_deadline(self.poolmanager)
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-        return manager
+        return _keep_to_deadline(super().proxy_manager_for(*args, **kwargs))
+
+
+def _keep_to_deadline(manager: Any) -> Any:
+    # Those of a manager for SOCKS are of its own kind, which leads through the proxy.
+    pools = manager.pool_classes_by_scheme
+    manager.pool_classes_by_scheme = {scheme: _within_deadline(pool) for scheme, pool in pools.items()}
+    return manager
 
 
 class Transport:
@@ -238,7 +234,8 @@ class Transport:
                 bytes, which are JSON already.
 
         Raises:
-            SinkError: there was no answer, or one that was too large.
+            SinkError: there was no answer, or one that was too large, or no request could be made.
+            ImportError: what is to authenticate it is not installed.
         """
         # Transports that are not ours (the Databricks SDK, a future MLflow) do not tell whether they sent anything.
         secrets = credentials.secrets_of(host_creds)
@@ -267,7 +264,14 @@ class Transport:
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             forward(error)  # the plugin asks in the program's own thread
             host = str(getattr(host_creds, "host", ""))
-            failure = _failure(error, attempt, f"{method} {endpoint}", secrets, host)
+            failure = failures.without_answer(error, f"{method} {endpoint}", secrets, host, sent=attempt.sent)
+        except (SinkError, ImportError, RecursionError, OverflowError, TypeError):  # the last three: of what is sent
+            raise
+        except Exception as error:  # what finds credentials may raise anything else, for which no event is to blame
+            if isinstance(error, UnicodeError) and credentials.fit_in_a_header(host_creds):
+                raise  # of what is sent, too
+            forward(error)
+            failure = failures.never_made(error, f"{method} {endpoint}", secrets, sent=attempt.sent)
         finally:
             _current.attempt = None
         raise failure
@@ -320,76 +324,3 @@ def _body(response: requests.Response, into: IO[bytes] | None, most: int) -> byt
         response.close()
         raise
     return b"".join(parts)
-
-
-def _failure(error: BaseException, attempt: _Attempt, what: str, secrets: tuple[str, ...], host: str) -> SinkError:
-    """Return the SinkError of a request without an answer; http_request hides the cause in its chain."""
-    chain = list(_chain(error))
-    sent = attempt.sent
-    innermost = _innermost(chain)
-    text = f"{what}: {_NO_PROXY if _is_about_a_proxy(innermost, host) else clean(innermost, secrets)}"
-    for cause in chain:
-        if isinstance(cause, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)) and not _cut_off(chain):
-            return SinkError(text, kind="connection", code="TLS", sent=sent)
-        if isinstance(cause, _MALFORMED):
-            return SinkError(text, kind="not_mlflow", sent=sent)
-    if any(isinstance(cause, urllib3.exceptions.NewConnectionError) for cause in chain):
-        return SinkError(text, kind="connection", sent=False)  # refused, no route, no such name; not a time-out
-    if any(isinstance(cause, requests.exceptions.ConnectTimeout) for cause in chain):
-        sent = False
-    if any(isinstance(cause, _TIMEOUTS) for cause in chain):
-        return SinkError(text, kind="timeout", sent=sent)
-    if any(isinstance(cause, (requests.RequestException, urllib3.exceptions.HTTPError, OSError)) for cause in chain):
-        return SinkError(text, kind="connection", sent=sent)
-    if any(isinstance(cause, KeyError) and isinstance(next(iter(cause.args), None), bytes) for cause in chain):
-        # Only the environment has such keys. requests reads all of it when it looks for proxies, and another thread
-        # took a variable away in that moment.
-        return SinkError(f"{what}: the environment changed while it was read", kind="connection", sent=sent)
-    # http_request refused to make the request, for instance because a plugin for authentication is missing.
-    return SinkError(text, kind="not_mlflow", sent=False)
-
-
-def _is_about_a_proxy(error: BaseException, host: str) -> bool:
-    """Return whether an address is none that is not the server's, which was checked: what is said shows a password."""
-    if isinstance(error, urllib3.exceptions.LocationParseError):
-        return str(error.location) not in host
-    frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    of_urlsplit = type(error) is ValueError and frames[-1:] == ["urllib.parse"]
-    return of_urlsplit or isinstance(error, requests.exceptions.InvalidProxyURL)
-
-
-_NO_PROXY: Final = (
-    "the address of a proxy (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) is none; write special characters of its user and "
-    "password as %XX"
-)
-_TIMEOUTS = (TimeoutError, requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)
-_MALFORMED = (
-    requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidSchema,
-    requests.exceptions.InvalidHeader,
-    requests.exceptions.ContentDecodingError,
-)
-
-
-def _chain(error: BaseException | None) -> Any:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        reason = getattr(error, "reason", None)
-        if isinstance(reason, BaseException):
-            yield from _chain(reason)
-        error = error.__cause__ or error.__context__
-
-
-def _innermost(chain: list[BaseException]) -> BaseException:
-    # The first one below requests names host and reason; those further down are bare socket errors.
-    for cause in chain:
-        if isinstance(cause, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ReadTimeoutError)):
-            return cause
-    return chain[-1]
-
-
-def _cut_off(chain: list[BaseException]) -> bool:
-    """Return whether a TLS failure is only a connection that broke: the peer may be restarting."""
-    return any("EOF" in str(cause) or isinstance(cause, ConnectionError) for cause in chain)
