@@ -75,7 +75,7 @@ MUTANTS: Final = [
     Mutant(
         "compare no window in doubt with what the store has",
         "worker/mlflow_outbox_worker/reconciliation.py",
-        "        if in_doubt or record.adopted or run_id not in self._certain:\n",
+        "        if in_doubt or record.adopted or not self._is_certain(run_id, writers):\n",
         "        if False:\n",
         "tests/test_reconciliation.py::test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt",
     ),

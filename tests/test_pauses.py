@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from contents import QUICK, artifacts, numbered, points, the_run
+from contents import QUICK, artifacts, client, numbered, points, the_run
 from mlflow_outbox import MLflowTracker, Run
+from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import Request, RunStarted
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from servers import MlflowServer, eventually
+from spools import make_journal, metric
 from workers import delivering
 
 
@@ -85,3 +89,39 @@ def test_a_server_that_wants_a_pause_after_each_six_requests_gets_everything(
         assert sorted(f"{number}.txt" for number in range(20)) == artifacts(mlflow_server.url, held.info.run_id)
     else:
         assert {f"p{number}": str(number) for number in range(1500)} == held.data.params
+
+
+def test_a_server_that_wants_a_pause_each_time_when_points_come_gets_them_too(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Before them it has carried out five requests of the window, which it would get again and again."""
+    asked = itertools.count(1)
+
+    def tired(exchange: Exchange) -> None:
+        if next(asked) % 6:
+            exchange.forward()
+        else:
+            faults.status(429).run(exchange)
+
+    with FaultProxy(mlflow_server.url) as proxy, client(mlflow_server.url) as mlflow:
+        number = mlflow.create_experiment(experiment_name)
+        outbox = OutboxDirectory.create(tmp_path / "outbox", resolve(proxy.url), now_ms=1)
+        journal = make_journal(outbox)
+        assert journal.append(RunStarted(1_700_000_000_000, "r", "me", {}, False, number))
+        assert journal.append(metric(0))
+        with delivering(outbox, proxy.url, QUICK) as counters:
+            eventually(lambda: 2 == counters["delivered"], 60)
+        for label in map(str, range(5)):
+            tag = {"$": "ExperimentTag", "v": {"key": label, "value": label}}
+            arguments = json.dumps({"experiment_id": number, "tag": tag}).encode()
+            assert journal.append(Request("set_experiment_tag", arguments, 1_700_000_000_001))
+        assert journal.append(metric(1))
+        journal.close()
+        counted = ("set-experiment-tag", "log-batch")
+        proxy.on(lambda _method, path: path.endswith(counted), Action("tired", tired), times=None)
+        with delivering(outbox, proxy.url, QUICK) as counters:
+            eventually(lambda: 6 == counters["delivered"], 30)
+        tags = mlflow.get_experiment(number).tags
+    assert {label: label for label in map(str, range(5))}.items() <= tags.items()
+    run = the_run(mlflow_server.url, experiment_name)
+    assert {(0, 0.0): 1, (1, 1.0): 1} == dict(points(mlflow_server.url, run.info.run_id, "loss"))

@@ -15,7 +15,10 @@ import pytest
 
 from contents import QUICK, numbered, points, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import RunStarted
+from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
@@ -25,6 +28,7 @@ from mlflow_outbox_worker.reconciliation import Packed, Reconciliation, packed
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sink import MetricPoint, Sink
 from servers import MlflowServer, eventually
+from spools import make_journal, metric
 from workers import delivering
 
 Opens = Callable[[str], Sink]
@@ -160,6 +164,71 @@ def test_a_store_that_would_have_points_twice_is_read_anew_for_a_window_in_doubt
     (again,) = compared.unsent(record, window(range(10)))
     assert [4, 5, 6, 7, 8, 9] == [point.step for point in again.points]
     assert ["loss", "loss"] == asked
+
+
+def test_a_history_is_read_once_although_all_that_comes_is_new(
+    file_uri: str, ledger: Ledger, opened: Opens, counted: Callable[[Any], list[str]]
+) -> None:
+    """All of a run that was found is compared for as long as it goes on: each run of ``outbox+file:`` is one."""
+    sink = opened(file_uri)
+    run_id = sink.create_run(sink.experiment_id("e"), run_name="r", start_time_ms=0, user="", tags={})
+    sink.log_batch(run_id, window(range(10))[0].points, {}, {})
+    record = RunRecord("local", remote_id=run_id, adopted=True)
+    asked = counted(sink)
+    compared = Reconciliation(sink, ledger)
+
+    def send(steps: range, writer: str = "a") -> None:
+        for step in compared.unsent(record, window(steps), {writer}):
+            sink.log_batch(run_id, step.points, {}, {})
+
+    def delivered(seq: int) -> None:
+        record.uncertain, record.cursors = None, {"a": Cursor(0, 0, seq)}
+        compared.caught_up("local")
+
+    for begin in range(0, 50, 10):
+        send(range(begin, begin + 10))
+        delivered(begin + 10)
+    assert ["loss"] == asked
+    send(range(50, 60))
+    send(range(50, 60))
+    delivered(60)
+    assert ["loss"] * 2 == asked, "the second time it is in doubt"
+    sink.log_batch(run_id, window(range(60, 70))[0].points, {}, {})
+    send(range(60, 70), "b")
+    delivered(70)
+    assert ["loss"] * 3 == asked, "what another writer logged may have been sent from elsewhere"
+    record.settled = {"a": Cursor(0, 0, 70)}
+    send(range(70))
+    assert ["loss"] * 4 == asked, "it is sent once more, for something is not there any more"
+    assert {(step, 0.5): 1 for step in range(70)} == dict(points(file_uri, run_id, "loss"))
+
+
+def test_what_another_machine_has_delivered_of_one_writer_is_not_there_twice_for_what_another_one_logged_since(
+    file_uri: str, tmp_path: Path
+) -> None:
+    """This machine's ledger knows of neither; the first writer has more than one window that is new."""
+    settings = dataclasses.replace(QUICK, batch_points=10)
+    outbox = OutboxDirectory.create(tmp_path / "outbox", resolve(file_uri), now_ms=1)
+    first, second = make_journal(outbox), make_journal(outbox)
+    assert first.append(RunStarted(1_700_000_000_000, "r", "me", {}, False))
+    assert second.append(metric(100))
+    with delivering(outbox, file_uri, settings) as counters:
+        eventually(lambda: 2 == counters["delivered"], 60)
+    shutil.copytree(outbox.ledger, tmp_path / "this machine's")
+    for number in range(101, 111):
+        assert second.append(metric(number))
+    with delivering(outbox, file_uri, settings) as counters:
+        eventually(lambda: 10 == counters["delivered"], 60)
+    shutil.rmtree(outbox.ledger)
+    (tmp_path / "this machine's").rename(outbox.ledger)
+    for number in range(30):
+        assert first.append(metric(number))
+    with delivering(outbox, file_uri, settings) as counters:
+        eventually(lambda: 40 == counters["delivered"], 60)
+    first.close()
+    second.close()
+    held = points(file_uri, the_run(file_uri, "exp").info.run_id, "loss")
+    assert {(number, float(number)): 1 for number in (*range(30), *range(100, 111))} == dict(held)
 
 
 @pytest.mark.parametrize("kind", ["file", "http", "sqlite"])

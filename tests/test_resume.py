@@ -12,9 +12,14 @@ import pytest
 
 from contents import QUICK, artifact_text, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.events import RunEnded, RunStarted
 from mlflow_outbox_worker.ledger import Ledger
 from replays import command, the_outbox
 from servers import MlflowServer, eventually
+from spools import RUN, make_journal, metric
+from workers import delivering
 
 Job = Callable[..., str]
 PARENT = "mlflow.parentRunId"
@@ -253,3 +258,26 @@ def test_outboxes_of_several_jobs_are_replayed_together_as_one_run(
     check(sqlite_uri, experiment_name, 300, 200)
     assert 0 == command("replay", *names, "--to", sqlite_uri)
     check(sqlite_uri, experiment_name, 300, 200)
+
+
+def test_a_run_that_was_filed_before_the_ledger_was_lost_goes_on_in_the_experiment_of_its_id(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """What later segments call it is no name of MLflow's where the program could not ask, or not any more."""
+    with client(sqlite_uri) as mlflow:
+        number = mlflow.create_experiment(experiment_name)
+    outbox = OutboxDirectory.create(tmp_path / "outbox", resolve(sqlite_uri), now_ms=1)
+    for step, begun in enumerate((1_700_000_001_000, 1_700_000_002_000)):
+        journal = make_journal(outbox)
+        assert journal.append(RunStarted(begun, None if step else "r", "me", {}, bool(step), "" if step else number))
+        assert journal.append(metric(step))
+        assert journal.append(RunEnded("FINISHED", begun + 1))
+        journal.close()
+        with delivering(outbox, sqlite_uri, QUICK):
+            eventually(lambda: not outbox.run(RUN).exists(), 60)
+        shutil.rmtree(outbox.ledger)
+    with client(sqlite_uri) as mlflow:
+        assert mlflow.get_experiment_by_name("exp") is None
+    run = the_run(sqlite_uri, experiment_name)
+    assert ("r", "FINISHED") == (run.info.run_name, run.info.status)
+    assert {(0, 0.0): 1, (1, 1.0): 1} == dict(points(sqlite_uri, run.info.run_id, "loss"))

@@ -2,7 +2,7 @@
 
 Once in effect: most of these requests change nothing when they are made again. The others are recognised by their
 answers (a row that exists; a model's param has to have the value, too), or carry a tag of the outbox by which what they
-create is found before it is created.
+create is found before it is created, and made whole.
 
 A database keeps one point of a model's metric for each run, time and step. Another one of those is refused with all
 that is beside it, for ever, in the words in which it says that two requests met at a row. So each point of such a
@@ -231,12 +231,31 @@ class Calls:
 
         def create() -> str:
             experiment = _text(body.encode(), "experiment_id")
-            return min(self._sink.find_models(experiment, mark), default="") or self._sink.call(request.operation, body)
+            found = min(self._sink.find_models(experiment, mark), default="")
+            if found:
+                self._add_params(request, found, body, refuse)
+            return found or self._sink.call(request.operation, body)
 
         remote = self._asked(request, refuse, create)
         if remote:
             self._ledger.set_meta(f"model/{local}", remote.encode())
         return bool(remote)
+
+    def _add_params(
+        self, request: Request, model_id: str, body: str, refuse: Callable[[Request, SinkError], bool]
+    ) -> None:
+        """Give a model that was there those of its params that it lacks.
+
+        MLflow's client sends a hundred with the creation and the others behind it, so that a model whose creation did
+        not come to its end may be there without them.
+        """
+        wanted: list[Any] = arguments_of(body.encode()).get("params") or []
+        held = self._sink.model_params(model_id) if wanted else {}
+        lacking = [param for param in wanted if param["v"]["key"] not in held]
+        rest = msgspec.json.encode({"model_id": model_id, "params": lacking}).decode()
+        part = msgspec.structs.replace(request, operation="log_logged_model_params")
+        for one in _parts(part.operation, rest):
+            self._call(part, one, refuse)
 
     @staticmethod
     def _asked(request: Request, refuse: Callable[[Request, SinkError], bool], ask: Callable[[], str]) -> str:

@@ -25,7 +25,7 @@ from typing import Final, Literal, NamedTuple
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import NAME_TAG, Artifact, Event, RunStarted
+from mlflow_outbox.spool.events import NAME_TAG, Artifact, Event, RunStarted, points_of
 from mlflow_outbox.spool.frame import SegmentHeader
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
@@ -100,7 +100,8 @@ class Courier:
         self._counters = counters
         self._now_ms = now_ms
         self._stopped = stopped
-        self._experiments: dict[str, str] = {}
+        #: By name and program: the one that asked goes on in an experiment that was renamed since, and no other does.
+        self._experiments: dict[tuple[str, str, str, int], str] = {}
         self._calls = Calls(source, sink, ledger)
         self._creation = Creation(ledger, self._count_letters, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
@@ -196,7 +197,8 @@ class Courier:
             made_now = self._ensure_remote(record, view, reader)
             events = _unsettled(window.events, record, view, reader)
             steps, ended = plan(events, view, batch_points=self._settings.batch_points, made_now=made_now)
-            self._volley.make(record, view, self._reconciliation.unsent(record, steps), refused)
+            writers = {writer for writer, event in events if points_of(event)}
+            self._volley.make(record, view, self._reconciliation.unsent(record, steps, writers), refused)
             for writer, event in events:
                 view.fold(event, writer)
             view.trim()
@@ -245,6 +247,8 @@ class Courier:
         if record.remote_id:
             return False
         started, header = reader.started()
+        if started is None:  # what was filed says more: of the experiment all other segments have the name alone
+            started, _ = RunReader(*self._source.everywhere(record.run_id)).started()
         own = header.experiment if header is not None else record.experiment
         record.experiment = self._source.experiment(own)
         if header is not None and header.remote and record.experiment == own and self._find_existing(record):
@@ -259,14 +263,14 @@ class Courier:
             record.remote_id = record.run_id  # it stays a room: there is no run behind it
             self._ledger.commit(record)
             return False
-        name = record.experiment
-        remembered = name in self._experiments
+        asked = _asked(record.experiment, header)
+        remembered = asked in self._experiments
         try:
             self._find_or_create(record, started, header)
         except Parked:
             if not remembered:
                 raise
-            self._experiments.pop(name, None)  # it was deleted, or the server's database replaced, since we asked
+            self._experiments.pop(asked, None)  # it was deleted, or the server's database replaced, since we asked
             self._find_or_create(record, started, header)
         if record.adopted:
             self._adopt(record, view)
@@ -328,9 +332,10 @@ class Courier:
         if given:
             record.experiment_id = ask("create_experiment", lambda: self._calls.ids.resolved(given))
         else:
-            if name not in self._experiments:
-                self._experiments[name] = ask("create_experiment", lambda: self._sink.experiment_id(name))
-            record.experiment_id = self._experiments[name]
+            asked = _asked(name, header)
+            if asked not in self._experiments:
+                self._experiments[asked] = ask("create_experiment", lambda: self._sink.experiment_id(name))
+            record.experiment_id = self._experiments[asked]
         twins = ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))
         attempted = started is not None and started.attempted
         record.creates = record.creates or int(attempted)
@@ -376,6 +381,10 @@ class Courier:
             record.creating = unknown
         if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
             record.settles_ms = self._now_ms() + settling(self._settings.request_timeout)
+
+
+def _asked(name: str, header: SegmentHeader | None) -> tuple[str, str, str, int]:
+    return (name, "", "", 0) if header is None else (name, header.host, header.boot_id, header.pid)
 
 
 def _unsettled(

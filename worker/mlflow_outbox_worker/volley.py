@@ -100,15 +100,16 @@ class Volley:
                 if isinstance(step, Batch) and _is_of_known_metrics(step, view):
                     beside.append(step)
                     continue
-                self._fire(record, beside, refused, answered)
-                beside = []
-                letters = len(refused.letters)
                 with Later.behind(made):
+                    self._fire(record, beside, refused, answered)
+                    beside = []
+                    letters = len(refused.letters)
                     self._requests.make(record, step, refused)
                 if isinstance(step, Batch) and len(refused.letters) == letters:
                     answered.append(step)
                 made += not isinstance(step, Batch) or bool(step.params or step.tags)
-            self._fire(record, beside, refused, answered)
+            with Later.behind(made):
+                self._fire(record, beside, refused, answered)
         except BaseException:  # raised again
             self._answered(record, answered)
             raise
