@@ -9,7 +9,7 @@ import pytest
 
 from contents import client
 from mlflow_outbox.testing.faults import delay
-from plugin_world import away, deliver, the_runs
+from plugin_world import away, deliver, store, the_runs
 from servers import MlflowServer, eventually
 
 SOURCE_RUN = "mlflow.assessment.sourceRunId"
@@ -49,19 +49,27 @@ def test_an_assessment_names_a_run_that_began_offline_as_the_server_does(
     assert {"again": "1", SOURCE_RUN: there.info.run_id}.items() <= changed.metadata.items()
 
 
+@pytest.mark.parametrize("parked", [False, True])
 def test_an_assessment_waits_for_the_trace_that_is_on_its_way_from_here(
-    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    parked: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """A server that is slower than a call waits for its answer does not have the trace yet: it was lost for that."""
+    """A server that is slower than a call waits for its answer does not have the trace yet: it was lost for that.
+
+    What waits for a person beside it, a run that somebody deleted, is none of its business.
+    """
     with away(mlflow_server, tmp_path, create_timeout=0.5) as (mlflow, proxy, uri):
         proxy.up()
         mlflow.set_experiment(experiment_name)
+        if parked:
+            with mlflow.start_run() as run, client(mlflow_server.url) as api:
+                api.delete_run(run.info.run_id)
+                mlflow.log_metric("late", 1.0)
+            assert 0 < store(uri).outbox.flush(20).parked
         proxy.on(lambda method, path: method == "POST" and path.endswith("/traces"), delay(1.5), times=None)
         with mlflow.start_span("span") as span:
             pass
         mlflow.flush_trace_async_logging()
         mlflow.log_feedback(trace_id=span.trace_id, name="good", value=True)
-        deliver(uri)
     assert [("good", True)] == [(one.name, one.value) for one in assessments(mlflow_server, experiment_name)]
 
 
@@ -89,3 +97,38 @@ def test_an_evaluation_in_a_run_that_began_offline_is_one_of_the_run_at_the_serv
     assert [("good", there.info.run_id)] == [
         (one.name, one.metadata[SOURCE_RUN]) for one in assessments(mlflow_server, experiment_name)
     ]
+
+
+def test_an_evaluation_of_traces_of_an_experiment_that_began_offline_is_of_these_and_not_of_copies(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow copies those of another experiment, by its id: a trace's and a run's are one, whatever they are called."""
+    import mlflow.genai
+    from mlflow.genai.scorers import scorer
+
+    @scorer  # type: ignore[untyped-decorator]  # mlflow is not followed by mypy
+    def good(outputs: Any) -> bool:
+        return outputs == "a"
+
+    with away(mlflow_server, tmp_path, create_timeout=20) as (_, proxy, uri):
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            proxy.up()
+            deliver(uri)
+            with mlflow.start_span("asks") as span:
+                span.set_inputs({"q": "1"})
+                span.set_outputs("a")
+            mlflow.flush_trace_async_logging()
+            deliver(uri)
+            traces = mlflow.search_traces()
+            found = mlflow.MlflowClient().get_trace(span.trace_id)
+            assert run.info.experiment_id == found.info.experiment_id
+            result = mlflow.genai.evaluate(data=traces, scorers=[good])
+            assert [True] == list(result.tables["eval_results"]["good/value"])
+        mlflow.flush_trace_async_logging()
+        deliver(uri)
+    with client(mlflow_server.url) as api:
+        number = api.get_experiment_by_name(experiment_name).experiment_id
+        there = api.search_traces(locations=[number])
+    assert [span.trace_id] == [trace.info.trace_id for trace in there]
+    assert ["good"] == [one.name for one in there[0].info.assessments]

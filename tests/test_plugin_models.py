@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from contents import client
+from mlflow_outbox.testing.faults import drop
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import WAYS, away, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
@@ -370,3 +372,76 @@ def test_a_model_is_shown_as_others_have_changed_it_since_what_was_logged_here_a
             assert "gone" not in seen.tags
             mlflow.set_logged_model_tags(model, {"mine": "3"})
             assert ("prod", "3") == tuple(mlflow.get_logged_model(model).tags[key] for key in ("stage", "mine"))
+
+
+@pytest.mark.parametrize("begun", ["up", "away"])
+def test_a_model_with_many_params_has_all_of_them_after_a_request_that_was_lost(
+    begun: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow sends a hundred with the creation and the others behind it: the model is there when that is repeated."""
+    params = {f"p{number}": str(number) for number in range(230)}
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            number = mlflow.create_experiment(experiment_name)
+            proxy.on(lambda method, path: method == "POST" and path.endswith("/params"), drop())
+            if begun == "away":
+                proxy.down()
+            mlflow.MlflowClient().create_logged_model(number, name="m", params=params)
+            proxy.up()
+            deliver(uri)
+    with client(mlflow_server.url) as api:
+        (found,) = api.search_logged_models([number])
+        assert params == found.params
+
+
+@pytest.mark.parametrize("way", ["up", "away", "killed"])
+def test_a_history_that_is_copied_to_a_model_stays_as_it_was(
+    way: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow copies it when a model is logged. A loop without steps has many points of one millisecond there."""
+    from mlflow.entities import Metric
+
+    with world(way, mlflow_server, tmp_path) as here:
+        api = here.mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        run_id = api.create_run(number).info.run_id
+        here.kill()
+        model = api.create_logged_model(number, name="m", source_run_id=run_id).model_id
+        now = int(time.time() * 1000)
+        for index in range(30):
+            api.log_metric(run_id, "loss", index / 2, timestamp=now + index // 10)
+        copies = [
+            Metric(point.key, point.value, point.timestamp, point.step, model)  # as ``log_model`` does
+            for point in api.get_metric_history(run_id, "loss")
+        ]
+        api.log_batch(run_id, metrics=copies)
+    with client(mlflow_server.url) as api:
+        (run,) = the_runs(mlflow_server.url, experiment_name)
+        history = [(point.timestamp - now, point.value) for point in api.get_metric_history(run.info.run_id, "loss")]
+        (found,) = api.search_logged_models([run.info.experiment_id])
+        held = sorted((point.timestamp - now, point.value) for point in found.metrics)
+    assert [(index // 10, index / 2) for index in range(30)] == history
+    assert [(0, 4.5), (1, 9.5), (2, 14.5)] == held
+
+
+def test_a_model_whose_run_is_gone_for_good_is_read_and_changed(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """``mlflow gc`` removes deleted runs and leaves their models; MLflow looks for no run when a model is meant."""
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        model = api.create_logged_model(number, name="m", source_run_id="e" * 32).model_id
+    uri = f"outbox+{mlflow_server.url}"
+    (tmp_path / "x.txt").write_text("x")
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        api = mlflow.MlflowClient()
+        assert "m" == api.get_logged_model(model).name
+        api.set_logged_model_tags(model, {"a": "b"})
+        api.log_model_artifact(model, str(tmp_path / "x.txt"))
+        api.finalize_logged_model(model, "READY")
+        deliver(uri)
+    with client(mlflow_server.url) as api:
+        found = api.get_logged_model(model)
+        assert ({"a": "b"}, "READY", "e" * 32) == (found.tags, str(found.status), found.source_run_id)
+        assert ["x.txt"] == [info.path for info in api.list_logged_model_artifacts(model)]

@@ -151,6 +151,25 @@ def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
     assert 1 == len(shown["traces"]), output
 
 
+def test_the_last_traces_of_a_program_with_a_tracer_provider_of_its_own_are_delivered_too(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow joins it, and it ends after the outbox: it was there before. OpenTelemetry holds spans back until then."""
+    text = textwrap.dedent(f"""
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        trace.set_tracer_provider(TracerProvider())
+        mlflow.set_experiment({experiment_name!r})
+        with mlflow.start_span("last"):
+            pass
+    """)
+    wants = {"MLFLOW_USE_DEFAULT_TRACER_PROVIDER": "false", "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "60000"}
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}", **wants)
+    output, _ = child.communicate(timeout=60)
+    assert 0 == child.returncode, output
+    assert 1 == len(picture(mlflow_server.url, experiment_name)["traces"]), output
+
+
 def test_what_mlflow_raises_at_the_exit_is_counted_and_said_and_all_else_is_delivered(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

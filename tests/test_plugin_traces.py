@@ -16,7 +16,7 @@ from mlflow_outbox.plugin.journals import MOST_INLINE
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.testing.faults import drop, forward_then_drop_response
+from mlflow_outbox.testing.faults import drop, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.letters import send_again
@@ -84,6 +84,81 @@ def test_what_a_database_takes_of_a_trace_it_gets_uncut(
     assert ("t" * 5000, "m" * 5000) == (held.tags["long"], held.trace_metadata["long"])
     said = sorted((one.name, repr(one.value)) for one in held.assessments)
     assert [("answer", "1"), ("number", str(2**60)), ("numbers", "{'of': [1, 2.5]}")] == said
+
+
+@pytest.mark.parametrize("kind", ["http", "sqlite"])
+def test_what_opentelemetry_says_of_the_program_is_there_as_tags_of_its_traces(
+    kind: str, mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """The name of the service and what ``OTEL_RESOURCE_ATTRIBUTES`` has, as with the plain URI."""
+    from opentelemetry.sdk.resources import Resource
+
+    plain = {"http": mlflow_server.url, "sqlite": sqlite_uri}[kind]
+    said = {"service.name": "checkout", "deployment.environment": "staging", "replica": 3, "telemetry.sdk.name": "us"}
+    for uri, name in ((plain, "plain"), (f"outbox+{plain}", "outbox")):
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(f"{experiment_name}-{name}")
+            with mlflow.start_span("span") as span:
+                span._span._resource = Resource(said)
+            mlflow.flush_trace_async_logging()
+            deliver(uri)
+    with tracking(plain, tmp_path) as mlflow:
+        plainly, found = [
+            [{key: value for key, value in trace.info.tags.items() if key in said} for trace in traces]
+            for traces in (
+                mlflow.MlflowClient().search_traces(
+                    locations=[mlflow.get_experiment_by_name(f"{experiment_name}-{name}").experiment_id]
+                )
+                for name in ("plain", "outbox")
+            )
+        ]
+    assert plainly == found
+
+
+def test_a_span_comes_back_from_json_with_what_opentelemetry_says_of_the_program(
+    experiment_name: str, tmp_path: Path
+) -> None:
+    """But for what it says of itself, which no store keeps."""
+    from opentelemetry.sdk.resources import Resource
+
+    with tracking(NOWHERE, tmp_path, worker="none", exit_timeout=0) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_span("span") as span:
+            span._span._resource = Resource({"service.name": "shop", "zones": [1, 2], "telemetry.sdk.name": "us"})
+        (found,) = codec.loads(codec.dumps({"spans": [span]}))["spans"]
+    assert {"service.name": "shop", "zones": (1, 2)} == dict(found._span.resource.attributes)
+
+
+def test_a_trace_that_is_logged_while_another_thread_waits_for_earlier_ones_can_be_had_at_once(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of an evaluation log and read their traces side by side; what one waited for says nothing of the next."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.5) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_span("first") as first:
+                pass
+            mlflow.flush_trace_async_logging()
+            held = store(uri)
+            settle, later = held.settle, []
+
+            def settle_while_another_is_logged(**options: Any) -> bool:
+                has_arrived = bool(settle(**options))
+                if not later:
+                    proxy.on(lambda method, path: method == "POST" and path.endswith("/traces"), drop(), times=None)
+                    with mlflow.start_span("later") as span:
+                        later.append(span.trace_id)
+                    mlflow.flush_trace_async_logging()
+                return has_arrived
+
+            deliver(uri)
+            monkeypatch.setattr(held, "settle", settle_while_another_is_logged)
+            assert ["first"] == [span.name for span in mlflow.get_trace(first.trace_id).data.spans]
+            (trace_id,) = later
+            assert ["later"] == [span.name for span in mlflow.get_trace(trace_id).data.spans]
+            proxy.clear()
+            deliver(uri)
 
 
 @pytest.mark.parametrize("worker", ["thread", "none"])
@@ -347,3 +422,33 @@ def test_a_span_that_no_message_can_hold_holds_up_no_other(
         assert (0, 0) == (result.pending, result.parked)
     with tracking(mlflow_server.url, tmp_path) as mlflow:
         assert "plain" in [span.inputs for span in spans(mlflow, experiment_name)]
+
+
+@pytest.mark.parametrize("begun", ["up", "away"])
+def test_a_server_that_keeps_no_spans_has_them_in_a_file(
+    begun: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """One whose own store is one of files refuses them for good; MLflow's client uploads the trace there, too."""
+    words = '{"detail": "REST OTLP span logging is not supported by FileStore"}'
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("/v1/traces", status(501, {"Content-Type": "application/json"}, words), times=None)
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            if begun == "away":
+                proxy.down()
+            with mlflow.start_span("root") as span:
+                span.set_inputs({"question": "\u00e4"})
+                for name in ("first", "second"):
+                    with mlflow.start_span(name):
+                        pass
+            mlflow.flush_trace_async_logging()
+            mlflow.set_experiment_tag("behind", "it")
+            proxy.up()
+            deliver(uri)
+            assert ["root", "first", "second"] == [one.name for one in mlflow.get_trace(span.trace_id).data.spans]
+    with tracking(mlflow_server.url, tmp_path) as mlflow:
+        assert "it" == mlflow.get_experiment_by_name(experiment_name).tags["behind"]
+        assert [("root", {"question": "\u00e4"}), ("first", None), ("second", None)] == [
+            (one.name, one.inputs) for one in spans(mlflow, experiment_name)
+        ]

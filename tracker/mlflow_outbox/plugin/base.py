@@ -130,10 +130,10 @@ class Base:
             raise self.server.needed(name, self.server.lacks(missing), call=name) from None
 
     def _arrives(self) -> bool:
-        """Wait for what was logged until now to arrive, and return whether it has."""
+        """Wait for what was logged until now to arrive, and return whether it has, but for what waits for a person."""
         if self.outbox.worker_kind == "none" or self.server.is_away():
             return False
-        return bool(self.outbox.flush(self.outbox.settings.read_timeout))
+        return self.outbox.flush(self.outbox.settings.read_timeout).pending == 0
 
     def __getattr__(self, name: str) -> Any:
         """Find what MLflow's stores have beyond their abstract base, for instance in a newer version."""

@@ -3,7 +3,8 @@
 An entity is written as ``{"$": <class>, "v": <content>}``, and so are a float that JSON has no number for and an
 object that looks like one of these itself. Content is the JSON form of the protobuf message that
 MLflow itself sends, so it is complete and compatible between MLflow's versions; only metrics (floats that JSON has no
-word for) and spans, whose message does not hold their trace's id, have a form of their own; what people put into spans
+word for) and spans, whose message does not hold their trace's id, have a form of their own, a span's with what
+OpenTelemetry says of the program (its resource) beside MLflow's; what people put into spans
 and assessments may hold such floats too. Of a trace the message cuts texts, and of an assessment it knows neither the
 run nor whole numbers, all of which a database takes: these are written as they are.
 
@@ -32,6 +33,7 @@ from mlflow.entities import (
 )
 from mlflow.entities.logged_model_status import LoggedModelStatus
 from mlflow.protos import service_pb2
+from opentelemetry.sdk.resources import Resource
 
 _MESSAGES: Final[dict[str, tuple[Any, Any]]] = {
     "DatasetInput": (DatasetInput, service_pb2.DatasetInput),
@@ -44,6 +46,8 @@ _PAIRS: Final[dict[str, Any]] = {"RunTag": RunTag, "ExperimentTag": ExperimentTa
 #: Bytes; arguments up to this are short.
 _SHORT: Final = 4096
 _MARKS: Final = {"$", "v"}
+#: What OpenTelemetry says of itself with each span, and no store keeps.
+_OF_THE_SDK: Final = "telemetry.sdk."
 _METRIC: Final = ("key", "value", "timestamp", "step", "model_id", "dataset_name", "dataset_digest", "run_id")
 
 
@@ -106,12 +110,24 @@ def _content(value: Any) -> Any:
     if name in _PAIRS:
         return {"key": value.key, "value": value.value}
     if name == "Span":
-        return _encoded(value.to_dict())
+        return _encoded(_with_resource(value))
     if name == "TraceInfo":
         return _encoded(_uncut(value))
     if name == "Assessment":
         return _encoded(_as_given(value))
     return MessageToDict(value.to_proto(), preserving_proto_field_name=True)
+
+
+def _with_resource(span: Span) -> dict[str, Any]:
+    """MLflow's own form leaves out what databases make tags of the trace of: the name of the service, say."""
+    form: dict[str, Any] = span.to_dict()
+    resource = getattr(getattr(span, "_span", None), "resource", None)
+    given = {
+        key: value
+        for key, value in (resource.attributes.items() if resource is not None else ())
+        if not key.startswith(_OF_THE_SDK) and isinstance(value, (str, bool, int, float, tuple))
+    }
+    return {**form, "resource": given} if given else form
 
 
 def _uncut(info: TraceInfo) -> dict[str, Any]:
@@ -150,7 +166,11 @@ def _made(name: str, content: Any) -> Any:
     if name in _PAIRS:
         return _PAIRS[name](content["key"], content["value"])
     if name == "Span":
-        return Span.from_dict(_decoded(content))
+        form = _decoded(content)
+        span = Span.from_dict(form)
+        if form.get("resource"):
+            span._span._resource = Resource(form["resource"])
+        return span
     if name == "LoggedModelStatus":
         return LoggedModelStatus[content]
     if name == "TraceInfo":

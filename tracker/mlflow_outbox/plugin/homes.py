@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mlflow.exceptions import MlflowException
 from mlflow.utils.uri import get_uri_scheme
 
 from mlflow_outbox import delivery
 from mlflow_outbox.plugin.artifacts import claim
-from mlflow_outbox.plugin.base import Base, no_such
+from mlflow_outbox.plugin.base import UNKNOWN, Base, no_such
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
 from mlflow_outbox.plugin.places import Places
@@ -97,9 +98,13 @@ class Homes(Base):
             theirs = self.ask_about(model_id, lambda store, remote: store.get_logged_model(remote))
         except Away:
             return self.made_here.home_of_model(model_id) or provisional.COMMON_ROOM
-        return (
-            self.ids.local(theirs.source_run_id) if theirs.source_run_id else provisional.room_of(theirs.experiment_id)
-        )
+        if theirs.source_run_id:
+            try:
+                return self.writable(theirs.source_run_id).run_id
+            except MlflowException as error:  # a model outlives its run, and MLflow takes any source
+                if error.error_code != UNKNOWN:
+                    raise
+        return provisional.room_of(theirs.experiment_id)
 
     def began_here(self, kind: str, subject: str) -> bool:
         """Return whether a run or model was made through this outbox, so that what is on disk is all there is of it."""

@@ -240,7 +240,7 @@ class Runs(RunReads):
         groups: dict[tuple[int, int], dict[str, float]] = {}
         for metric in metrics:
             if _is_linked(metric):
-                linked.append(self._apart(run, _with_float(metric)))
+                linked.append(_with_float(metric))
                 continue
             group = groups.setdefault((metric.timestamp, metric.step), {})
             if metric.key in group:
@@ -255,14 +255,35 @@ class Runs(RunReads):
                 run.append(Metrics(values, time_ms, step))
         if linked:
             self._models_have_metrics = True
-            run.request("log_batch", run_id=run.run_id, metrics=linked, params=[], tags=[])
+            taken = self._taken(run, linked)
+            run.request("log_batch", run_id=run.run_id, metrics=taken, params=[], tags=[])
+
+    def _taken(self, run: OpenRun, metrics: list[Metric]) -> list[Metric]:
+        """Return those points of one call that models take, and log the others to the run alone.
+
+        A history that MLflow copies to a new model may have several of one step and millisecond. The run has them
+        already, with the times that they have; a database keeps one of them for a model, as which the last is taken.
+        """
+        if self.outbox.destination.scheme == "file":  # which keeps all
+            return metrics
+        last = {(one.model_id, one.key, one.step, one.timestamp): one for one in metrics if one.model_id}
+        taken = []
+        for metric in metrics:
+            place = metric.model_id, metric.key, metric.step, metric.timestamp
+            if last.get(place, metric) is metric:
+                taken.append(metric)
+            else:
+                run.append(MetricEvent(metric.key, metric.value, metric.timestamp, metric.step))
+        if len({metric.timestamp for metric in taken}) > 1:  # they have times of their own, and not that of the call
+            return taken
+        return [self._apart(run, metric) for metric in taken]
 
     def _apart(self, run: OpenRun, metric: Metric) -> Metric:
         """Return a point of a model that was logged just now with a time that no other one of its step has.
 
         A database keeps one of them for each millisecond. Calls that wait for a server come further apart than that.
         """
-        if not getattr(metric, "model_id", None) or self.outbox.destination.scheme == "file":
+        if not getattr(metric, "model_id", None):
             return metric
         key, time_ms = (metric.model_id, metric.key), metric.timestamp
         step, first, last = run.linked.get(key, (0, 0, -1))

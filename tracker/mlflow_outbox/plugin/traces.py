@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import uuid
 from collections import OrderedDict
@@ -23,6 +24,8 @@ from mlflow_outbox.plugin.wrapped import Away
 
 #: Traces of this process that are remembered until the server can be asked for them.
 _REMEMBERED: Final = 256
+#: Where an assessment names the run that it was made in.
+_SOURCE_RUN: Final = "mlflow.assessment.sourceRunId"
 #: Traces that MLflow links to a run in one request.
 _MOST_LINKS: Final = 100
 
@@ -36,7 +39,9 @@ class Traces(Models):
         self._spans = Spans(self.outbox)
         self._rooms = TraceRooms(self.outbox)
         self._recent_lock = threading.Lock()
-        self._traced = False
+        #: The last change of traces that this process has written, and the one up to which all were found delivered.
+        self._written = self._settled = 0
+        self._turns = itertools.count(1)
         #: Traces of others that the server was found to have.
         self._met: dict[str, None] = {}
 
@@ -48,12 +53,12 @@ class Traces(Models):
     def start_trace(self, trace_info: TraceInfo) -> TraceInfo:
         """Record a trace."""
         experiment = str(trace_info.experiment_id)
-        self._traced = True
         for assessment in trace_info.assessments or ():
             if assessment.assessment_id is None:  # a server gives it another one each time that the trace is sent
                 assessment.assessment_id = f"a-{uuid.uuid4().hex}"
         room = self.journals.room(experiment)
         room.request("start_trace", trace_info=trace_info)
+        self._wrote()
         place = place_in(experiment, room)
         self._rooms.remember(trace_info.trace_id, place)
         self._spans.follow(trace_info.trace_id, place)
@@ -78,10 +83,10 @@ class Traces(Models):
         if not self._has_spans:
             raise NotImplementedError
         if spans:
-            self._traced = True
             experiment = str(location)
             room = self.journals.room(experiment)
             size = room.request("log_spans", location=experiment, spans=list(spans))
+            self._wrote()
             self._spans.add(list(spans), size, place_in(experiment, room))
         return spans
 
@@ -89,18 +94,27 @@ class Traces(Models):
         """Record spans; nothing is waited for."""
         return self.log_spans(location, spans)
 
-    def _settle_traces(self, *, asks_next: bool) -> None:
-        """Let what this process did to traces arrive first, for a moment: who reads them sees what he wrote."""
-        if self._traced:
-            self._traced = not self.settle(asks_next=asks_next)
+    def _wrote(self) -> None:
+        """Take note that a change of traces was written; to be called after that, or a wait could leave it out."""
+        self._written = next(self._turns)
 
-    def _is_on_its_way(self, error: Exception) -> bool:
-        """Return whether what the server has not, or not in full, may still arrive there."""
-        return isinstance(error, Away) or self._traced
+    def _settle_traces(self, *, asks_next: bool) -> bool:
+        """Let what this process did to traces arrive first, for a moment: who reads them sees what he wrote.
 
-    def _room_of_trace(self, trace_id: str) -> Any:
-        self._traced = True
-        return self.journals.room(self._rooms.experiment(trace_id))
+        Returns:
+            Whether it has. What other threads write while this one waits is for the next who asks.
+        """
+        written = self._written
+        if written != self._settled:
+            if not self.settle(asks_next=asks_next):
+                return False
+            self._settled = written
+        return True
+
+    def _request_of_trace(self, operation: str, trace_id: str, **arguments: Any) -> None:
+        room = self.journals.room(self._rooms.experiment(trace_id))
+        room.request(operation, trace_id=trace_id, **arguments)
+        self._wrote()
 
     def set_trace_tag(self, trace_id: str, key: str, value: str) -> None:
         """Set a tag of a trace.
@@ -110,7 +124,7 @@ class Traces(Models):
         """
         key, value = _validate_trace_tag(key, value)
         self._check_trace(trace_id)
-        self._room_of_trace(trace_id).request("set_trace_tag", trace_id=trace_id, key=key, value=value)
+        self._request_of_trace("set_trace_tag", trace_id, key=key, value=value)
         held = self._recent.get(trace_id)
         if held is not None:
             held.tags[key] = value
@@ -150,7 +164,7 @@ class Traces(Models):
         if self._lacks_tag(trace_id, key):
             msg = f"No trace tag with key '{key}' for trace with ID '{trace_id}'"
             raise MlflowException(msg, error_code=RESOURCE_DOES_NOT_EXIST)
-        self._room_of_trace(trace_id).request("delete_trace_tag", trace_id=trace_id, key=key)
+        self._request_of_trace("delete_trace_tag", trace_id, key=key)
         held = self._recent.get(trace_id)
         if held is not None:
             held.tags.pop(key, None)
@@ -160,8 +174,7 @@ class Traces(Models):
         held = self._recent.get(trace_id)
         if held is not None and key in held.tags:
             return False
-        self._settle_traces(asks_next=False)
-        if self._traced:
+        if not self._settle_traces(asks_next=False):
             return False
         try:
             return key not in self.server.ask(lambda store: store.get_trace_info(trace_id), quick=True).tags
@@ -237,12 +250,12 @@ class Traces(Models):
         Raises:
             MlflowException: neither knows it.
         """
-        self._settle_traces(asks_next=True)
+        has_arrived = self._settle_traces(asks_next=True)
         try:
-            return self.server.ask(lambda store: store.get_trace_info(trace_id))
+            return self._called(self.server.ask(lambda store: store.get_trace_info(trace_id)))
         except (Away, MlflowException) as error:
             held = self._recent.get(trace_id)
-            if held is not None and self._is_on_its_way(error):
+            if held is not None and (isinstance(error, Away) or not has_arrived):
                 return held
             if isinstance(error, Away):
                 raise self.server.needed(f"the trace {trace_id}", error) from None
@@ -254,12 +267,14 @@ class Traces(Models):
         Raises:
             MlflowException: neither the server nor this process knows it.
         """
-        self._settle_traces(asks_next=True)
+        has_arrived = self._settle_traces(asks_next=True)
         held = self._held(trace_id)
         try:
-            return self.server.ask(lambda store: store.get_trace(trace_id, **options))
+            found: Trace = self.server.ask(lambda store: store.get_trace(trace_id, **options))
+            self._called(found.info)
+            return found
         except (Away, MlflowException) as error:
-            if held is not None and self._is_on_its_way(error):
+            if held is not None and (isinstance(error, Away) or not has_arrived):
                 return held
             if isinstance(error, Away):
                 raise self.server.needed(f"the trace {trace_id}", error) from None
@@ -282,8 +297,42 @@ class Traces(Models):
             if set(trace_ids) - held.keys():
                 raise self.server.needed("traces that this process did not make", away) from None
             found = {}
+        for trace in found.values():
+            self._called(trace.info)
         everything = {**held, **found}
         return [everything[trace_id] for trace_id in trace_ids if trace_id in everything]
+
+    def batch_get_trace_infos(self, *args: Any, **options: Any) -> list[TraceInfo]:
+        """Return what the server knows of traces.
+
+        Raises:
+            MlflowException: the server is away, or said no.
+        """
+        return [self._called(info) for info in self._delegate("batch_get_trace_infos", *args, **options)]
+
+    def search_traces(self, *args: Any, **options: Any) -> tuple[list[TraceInfo], str | None]:
+        """Return the traces that the server finds.
+
+        Raises:
+            MlflowException: the server is away, or said no.
+        """
+        found, token = self._delegate("search_traces", *args, **options)
+        return [self._called(info) for info in found], token
+
+    def _called(self, info: TraceInfo) -> TraceInfo:
+        """Have an answer call the experiment of a trace, and the runs of its assessments, as this process does.
+
+        MLflow compares them with those of a run: an evaluation copies the traces of another experiment, and shows what
+        was said of them in its own run alone.
+        """
+        if info.experiment_id:  # tables of a workspace have none
+            info.experiment_id = self.shown_experiment(info.experiment_id)
+        for assessment in info.assessments or ():
+            source = (assessment.metadata or {}).get(_SOURCE_RUN)
+            if source:
+                assessment.run_id = self.ids.names().get(source, source)
+                assessment.metadata = {**assessment.metadata, _SOURCE_RUN: assessment.run_id}
+        return info
 
     def _held(self, trace_id: str) -> Trace | None:
         info, spans = self._recent.get(trace_id), self._spans.of(trace_id)

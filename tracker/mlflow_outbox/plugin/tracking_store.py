@@ -83,6 +83,7 @@ def _at_exit() -> None:
         fluent._safe_end_run()
     with _guarded("its last traces"):
         queue = _queue_of_traces()
+        _export_batches()
         if queue is not None:
             queue.flush(terminate=True)
 
@@ -97,6 +98,18 @@ def _queue_of_traces() -> Any:
     if tracing is None or not tracing.provider.once._done:
         return None
     return getattr(tracing._get_trace_exporter(), "_async_queue", None)
+
+
+def _export_batches() -> None:
+    """Have the spans exported that OpenTelemetry holds back.
+
+    It does so by itself at the exit, but of a provider that the program made before MLflow's first store (which MLflow
+    joins where ``MLFLOW_USE_DEFAULT_TRACER_PROVIDER`` is false) after the outbox's last delivery. Older versions of
+    MLflow hold none back.
+    """
+    export = getattr(sys.modules.get("mlflow.tracing.processor.base_mlflow"), "flush_all_batch_processors", None)
+    if export is not None:
+        export(terminate=True)
 
 
 def _before_the_exit() -> None:
