@@ -91,9 +91,11 @@ def test_a_run_that_is_filed_meanwhile_goes_in_whole(
     assert views(tmp_path / "from") == views(tmp_path / "to")
 
 
+@pytest.mark.parametrize("when", ["before it is looked at", "before it is copied"])
 @pytest.mark.parametrize("others", [True, False])
 def test_a_run_that_is_reclaimed_meanwhile_is_left_out_and_named(
     others: bool,
+    when: str,
     tmp_path: Path,
     experiment_name: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -103,11 +105,14 @@ def test_a_run_that_is_reclaimed_meanwhile_is_left_out_and_named(
     gone = log_offline(experiment_name, NOWHERE, tmp_path / "from")
     held = [log_offline(experiment_name, NOWHERE, tmp_path / "from")] if others else []
 
-    def write_late(*arguments: Any, **more: Any) -> Manifest:
-        shutil.rmtree(the_outbox(tmp_path / "from") / "runs" / gone)
-        return write_bundle(*arguments, **more)
+    late = "write_bundle" if "looked" in when else "sealed"
+    work = getattr(packing, late)
 
-    monkeypatch.setattr(packing, "write_bundle", write_late)
+    def work_late(*arguments: Any, **more: Any) -> Any:
+        shutil.rmtree(the_outbox(tmp_path / "from") / "runs" / gone, ignore_errors=True)
+        return work(*arguments, **more)
+
+    monkeypatch.setattr(packing, late, work_late)
     assert 1 == command("export", "--all", "-o", tmp_path / "runs.tar", "-d", tmp_path / "from")
     assert f"run {gone} was left out: it is not on disk any more" in capsys.readouterr().err
     assert others == (tmp_path / "runs.tar").exists()

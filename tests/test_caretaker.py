@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool.alarm import Alarm
 from mlflow_outbox.spool.caretaker import Caretaker, Pace
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.journal import Journal
@@ -162,6 +163,31 @@ def test_a_handler_of_the_program_that_ends_it_does_not_end_the_background_alone
     monkeypatch.undo()
     eventually(lambda: not writer._sequence.live.unsynced, message="it is synced after all")
     caretaker.stop()
+
+
+def test_a_background_that_had_no_memory_left_begins_anew_with_a_later_segment(
+    kit: Kit, caretaker: Caretaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would be synced any more for as long as the program runs, nor its room on the disk be looked at."""
+
+    def fail(*_: object) -> bool:
+        raise MemoryError
+
+    writer = make_journal(kit.outbox, kit.disk, run="b" * 32, registry=caretaker)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)
+        patch.setattr(Alarm, "sleep", fail)
+        assert writer.append(metric(0))
+        began = caretaker._thread
+        assert began is not None
+        eventually(lambda: not began.is_alive())
+    writer.close()
+
+    def is_synced() -> bool:
+        assert writer.append(metric(1))
+        return bool(writer._sequence.live.synced)
+
+    eventually(is_synced)
 
 
 class Asked:

@@ -182,6 +182,23 @@ def test_what_is_delivered_of_a_run_without_an_end_goes_too(here: Here, tmp_path
     tracker.close(0)
 
 
+def test_a_run_that_was_read_back_and_not_filed_goes_too(here: Here, tmp_path: Path) -> None:
+    """The worker ended before it could: one of the run's writers had not left it, and nothing has been logged since."""
+    (run_id,) = offline(tmp_path, runs=1)
+    outbox = OutboxDirectory.open(outbox_of(tmp_path))
+    verified = int((time.time() - 8 * 86_400) * 1000)
+    with contextlib.closing(Ledger.open(outbox.ledger)) as ledger:
+        cursors = RunReader(outbox.run(run_id)).window({}).cursors
+        ledger.commit(
+            RunRecord(run_id, remote_id="r", cursors=cursors, state="done", ended=True, verified_at_ms=verified)
+        )
+    assert 0 == here("gc", "--dry-run", "-d", tmp_path).code
+    assert [run_id] == outbox.run_ids()
+    (done,) = here("gc", "-d", tmp_path, "--json").data
+    assert ([run_id], 0) == (done["runs"], done["kept"])
+    assert ([], []) == (outbox.run_ids(), outbox.delivered_ids())
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("0", 0.0), ("90s", 90.0), ("1.5h", 5400.0), ("15 min", 900.0), ("7d", 604_800.0)]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from commands import NOBODY, Here, offline, outbox_of, start, withhold
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
+from mlflow_outbox.spool.directory import find_outboxes
 from mlflow_outbox_worker.ledger import Ledger
 from servers import MlflowServer, eventually
 from terminals import Terminal
@@ -173,6 +175,18 @@ def test_a_run_is_found_by_the_beginning_of_its_id_where_the_ledger_is_damaged(h
     assert (0, True) == (shown.code, "13 of its events wait" in shown.out), shown
     other = here("show", "f" * 32, "-d", tmp_path)
     assert (1, True) == (other.code, "ledger" in other.err), other
+
+
+def test_a_run_is_found_beside_an_outbox_whose_ledger_is_not_safe_to_use(here: Here, tmp_path: Path) -> None:
+    """By the beginning of its id, in the outbox behind that one."""
+    (run_id,) = offline(tmp_path)
+    offline(tmp_path, "http://127.0.0.0:9")
+    (first, other) = find_outboxes(tmp_path)
+    assert (other / "runs" / run_id).is_dir()
+    shutil.rmtree(first / "delivery")
+    (first / "delivery").symlink_to(tmp_path)
+    shown = here("show", run_id[:31], "-d", tmp_path)
+    assert (0, True) == (shown.code, "13 of its events wait" in shown.out), shown
 
 
 def test_a_run_that_the_disk_does_not_give_keeps_nobody_from_the_others(

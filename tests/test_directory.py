@@ -182,6 +182,24 @@ def test_a_root_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None:
     make_outbox(root)
 
 
+@pytest.mark.parametrize("is_there", [False, True], ids=["root", "outbox"])
+def test_where_modes_cannot_be_set_the_refusal_says_what_helps(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Windows disk under WSL, or a share of one, everything stays open to everybody whatever ``chmod`` is told."""
+    root, mkdir = tmp_path / "root", os.mkdir
+    if is_there:
+        root.mkdir(0o700)
+
+    def open_to_all(path: Path, _mode: int = 0o777) -> None:
+        mkdir(path)
+        os.chmod(path, 0o777)
+
+    monkeypatch.setattr(os, "mkdir", open_to_all)
+    with pytest.raises(OutboxUnusable, match="MLFLOW_OUTBOX_DIR"):
+        make_outbox(root)
+
+
 @pytest.mark.parametrize("path", ["~no-such-user-here/outbox", "a\0b"])
 def test_a_path_that_no_system_call_takes_is_refused_like_any_other(path: str) -> None:
     """The caller has one error to handle."""

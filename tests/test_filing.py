@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import frame
+from mlflow_outbox.spool import frame, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Artifact, Metric, RunEnded, RunStarted
 from mlflow_outbox.spool.identity import RunIdentity
@@ -25,7 +26,7 @@ from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.spool.window import Cursor, Window
 from mlflow_outbox.testing import FailingDisk
-from mlflow_outbox_worker import upkeep
+from mlflow_outbox_worker import retention, upkeep
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.retention import file_run, passed_segments
 from servers import eventually
@@ -98,6 +99,39 @@ def test_a_file_that_is_logged_after_the_end_is_kept_while_its_run_is_filed(tmp_
     reader = RunReader(kit.outbox.run(RUN), kit.outbox.delivered / RUN)
     named = [event.sha256 for _, event in reader.each(Artifact, {})]
     assert 200 == len(named) == sum(reader.file(digest).is_file() for digest in named)
+
+
+def test_a_file_is_kept_that_is_logged_while_thousands_are_filed_slowly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename takes its time on a file system of the network: all of them together longer than a call waits."""
+    kit = Kit(tmp_path / "outbox")
+    for number in range(60):
+        kit.run.log_text(str(number), f"{number}.txt")
+    kit.run.end()
+    delivered = RunReader(kit.outbox.run(RUN)).window({}).cursors
+    rename = os.rename
+
+    def slow(source: Path, target: Path) -> None:
+        time.sleep(0.05)
+        rename(source, target)
+
+    def file() -> bool:
+        with contextlib.closing(Ledger.open(tmp_path / "ledger")) as ledger:
+            return file_run(kit.outbox, ledger, RUN, delivered, Counters())
+
+    monkeypatch.setattr(snapshot, "_PATIENCE", 1.0)
+    monkeypatch.setattr(retention, "_HELD", 0.1)
+    with ThreadPoolExecutor() as pool, monkeypatch.context() as patch:
+        patch.setattr(os, "rename", slow)
+        filing = pool.submit(file)
+        assert eventually((kit.outbox.delivered / RUN / "files").exists)
+        assert kit.run.log_text("later", "later.txt"), kit.counters.snapshot()
+        assert not filing.result()
+    kit.run.end()
+    delivered = RunReader(kit.outbox.run(RUN)).window({}).cursors
+    assert file()
+    assert 61 == len(list((kit.outbox.delivered / RUN / "files").iterdir()))
 
 
 def test_a_copy_that_was_filed_before_the_ledger_was_lost_is_found(

@@ -21,7 +21,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import DiskGuard, used_bytes
 from mlflow_outbox.spool.measurement import Measurement
 from servers import eventually
-from spools import RUN, make_journal, make_outbox, metric
+from spools import RUN, make_journal, make_outbox, metric, warnings
 
 
 def test_an_outbox_at_its_cap_refuses_and_takes_again(tmp_path: Path) -> None:
@@ -52,6 +52,27 @@ def test_a_refusal_is_not_believed_when_nobody_has_looked_for_long(tmp_path: Pat
     assert "outbox_bytes" in str(guard.reason())
     now[0] += 10.0
     assert guard.reason() is None
+
+
+def test_an_outbox_that_is_full_once_more_is_said_once_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a program that runs for days: the events of the second outage are refused as those of the first."""
+    outbox, now = make_outbox(tmp_path / "outbox"), [1000.0]
+    counters = Counters(lambda: now[0])
+    guard = DiskGuard(outbox, Settings(outbox_bytes=20_000), counters, lambda: now[0])
+    writer = make_journal(outbox, refuse=guard.reason, counters=counters)
+    filler, said = outbox.runs / "filler", list[int]()
+    for number in range(2):
+        filler.write_bytes(b"x" * 20_000)
+        now[0] += 1_000
+        guard.look()
+        assert not writer.append(metric(number))
+        said.append(sum("new events are refused" in text for text in warnings(caplog)))
+        filler.unlink()
+        now[0] += 1_000
+        guard.look()
+        assert writer.append(metric(number))
+        writer.close()  # what comes next takes the way that asks whether there is room
+    assert [1, 2] == said
 
 
 def test_a_disk_with_little_room_refuses(tmp_path: Path) -> None:

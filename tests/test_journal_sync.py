@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from mlflow_outbox.counters import Counters
-from mlflow_outbox.spool import frame
+from mlflow_outbox.spool import frame, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import encode
 from mlflow_outbox.spool.journal import Journal
@@ -309,17 +310,32 @@ def test_a_time_limit_that_ends_while_a_copied_file_is_synced_reaches_the_progra
     """And the next round syncs the file."""
     asked: list[str] = []
 
-    def sync(store: SnapshotStore, sha256: str) -> None:
+    def sync(_: SnapshotStore, sha256: str) -> None:
         asked.append(sha256)
         if len(asked) == 1:
             raise TimeoutError
 
-    monkeypatch.setattr(SnapshotStore, "sync", sync)
+    monkeypatch.setattr(SnapshotStore, "sync_content", sync)
     assert kit.run.log_text("content", "a.txt")
     with pytest.raises(TimeoutError):
         kit.journal.sync()
     kit.journal.sync()
     assert ([asked[0]] * 2, 0) == (asked, kit.counters["sync_errors"])
+
+
+def test_the_names_of_copied_files_are_synced_once_however_many_there_are(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush waits for the round that does it, and so does the sync of all other events."""
+    synced: list[str] = []
+    for number in range(20):
+        assert kit.run.log_text(str(number), f"{number}.txt")
+    monkeypatch.setattr(SnapshotStore, "sync_content", lambda _, sha256: synced.append(sha256))
+    monkeypatch.setattr(snapshot, "sync_directory", lambda path: synced.append(path.name))
+    kit.journal.sync()
+    files = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(20)]
+    assert [*files, "files", RUN] == synced
+    assert kit.journal._round.is_clean
 
 
 def test_names_that_no_descriptor_was_left_for_are_synced_later(outbox: OutboxDirectory, disk: FailingDisk) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.settings import Settings, WorkerKind
-from mlflow_outbox.spool import reserve
+from mlflow_outbox.spool import demand, reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import used_bytes
 from mlflow_outbox.testing.faults import status
@@ -287,6 +288,42 @@ class TestRoom:
         monkeypatch.setattr(os, "rename", refuse)
         Room(outbox, Settings(free_bytes=10**17), Counters()).look(ledger)
         assert [] == os.listdir(outbox.delivered)
+        ledger.close()
+
+    @pytest.mark.parametrize("blocks", [0, None], ids=["no blocks", "no answer"])
+    def test_where_the_disk_does_not_tell_what_is_free_nothing_gives_way(
+        self, blocks: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Some file systems say that they have no blocks, and a server of files may be away for a moment."""
+        outbox, ledger, ids = delivered(tmp_path, 2)
+
+        def statvfs(path: Path) -> SimpleNamespace:
+            if blocks is None:
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return SimpleNamespace(f_blocks=blocks, f_bavail=0, f_frsize=4096)
+
+        monkeypatch.setattr(os, "statvfs", statvfs)
+        Room(outbox, Settings(), Counters()).look(ledger)
+        assert sorted(ids) == outbox.delivered_ids()
+        ledger.close()
+
+    def test_what_is_delivered_gives_way_for_a_file_that_found_no_room(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As much as it needs, once; and nothing if that would not be enough."""
+        outbox, ledger, ids = delivered(tmp_path, 3)
+        free = reserve.LOW
+        monkeypatch.setattr(reserve, "free", lambda _: free)
+        one = Room(outbox, Settings(free_bytes=0), Counters())
+        demand.tell(outbox.path, 10**12)
+        one.look(ledger)
+        assert (3, 0) == (len(outbox.delivered_ids()), demand.told(outbox.path))
+        demand.tell(outbox.path, 1_000)
+        one.look(ledger)
+        assert sorted(ids[1:]) == outbox.delivered_ids()
+        free += 1_000
+        one.look(ledger)
+        assert (2, 0) == (len(outbox.delivered_ids()), demand.told(outbox.path))
         ledger.close()
 
     def test_where_nothing_may_be_deleted_nothing_is(self, tmp_path: Path) -> None:

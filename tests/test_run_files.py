@@ -8,6 +8,7 @@ import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.run import Run
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool import demand
 from mlflow_outbox.spool.events import Artifact
 from mlflow_outbox.spool.guard import DiskGuard
 from mlflow_outbox.spool.snapshot import alone
@@ -166,6 +168,20 @@ def test_a_file_for_which_there_is_no_room_is_counted(kit: Kit, tmp_path: Path) 
     assert 1 == kit.counters["refused_no_room_for_file"]
 
 
+def test_a_file_that_finds_no_room_says_how_much_it_needs(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the worker, which has what is delivered give way; nothing on the disk would show it that there is need."""
+    (tmp_path / "large").write_bytes(b"x" * 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=999, f_frsize=1, f_blocks=1))
+        assert not kit.run.log_artifact(tmp_path / "large")
+    assert (1, 1000) == (kit.counters["refused_no_room_for_file"], demand.told(kit.outbox.path))
+    assert kit.run.log_artifact(tmp_path / "large")
+    os.utime(kit.outbox.path / "wanted", (1, 1))
+    assert 0 == demand.told(kit.outbox.path), "nobody asks for it any more"
+
+
 def test_at_the_cap_nothing_is_copied(kit: Kit, tmp_path: Path) -> None:
     """What no event names would fill the disk; the file that reaches the cap is the last one, measured or not."""
     most = 3_500
@@ -189,6 +205,32 @@ def test_at_the_cap_nothing_is_copied(kit: Kit, tmp_path: Path) -> None:
         path.unlink()
     guard.look()
     assert log(5)
+
+
+def test_a_file_that_could_not_be_copied_takes_no_room_from_the_others(kit: Kit) -> None:
+    """Of a directory with one that is too large, or for which the disk has no room, the others are kept."""
+    guard = DiskGuard(kit.outbox, Settings(outbox_bytes=10_000, free_bytes=0), kit.counters)
+    journal = make_journal(kit.outbox, counters=kit.counters, refuse=guard.reason)
+    run = Run(journal, RUN, Settings(artifact_bytes=10_000), kit.counters)
+    tree = kit.outbox.path.parent / "tree"
+    tree.mkdir()
+    for name, size in {"a": 20_000, "b": 100, "c": 20_000, "d": 100}.items():
+        (tree / name).write_bytes(name.encode() * size)
+    assert not run.log_artifacts(tree)
+    assert {"b", "d"} == {event.path for event in kit.events if isinstance(event, Artifact)}
+    assert {"refused_file_too_large": 2} == kit.counters.snapshot()
+
+
+def test_a_file_leaves_free_what_is_kept_for_others(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a checkpoint that just fits costs all events after it, for as long as nothing can be delivered."""
+    (tmp_path / "large").write_bytes(b"x" * 1000)
+    free = kit.settings.free_bytes + 999
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1))
+        assert not kit.run.log_artifact(tmp_path / "large")
+        assert (1, 1000) == (kit.counters["refused_no_room_for_file"], demand.told(kit.outbox.path))
+        free += 1
+        assert kit.run.log_artifact(tmp_path / "large")
 
 
 def test_the_copy_of_an_event_that_is_refused_is_removed(kit: Kit) -> None:

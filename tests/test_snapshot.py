@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,6 +139,42 @@ def test_a_full_disk_refuses_the_file_and_leaves_no_draft(
     assert "no_room_for_file" == caught.value.reason
     assert [] == list(store.path.iterdir())
     assert 1 == store.add_bytes(b"x", limit=9).size
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_the_trouble_and_not_the_outbox(
+    store: SnapshotStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk, or a server of files, that fails in the middle; each such file is named."""
+    (tmp_path / "source").write_bytes(b"x" * 1000)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "read", fail)
+    with pytest.raises(ArtifactRefused, match="source' cannot be read: Input/output error") as caught:
+        store.add_file(tmp_path / "source", limit=LIMIT)
+    assert "bad_file" == caught.value.reason
+    assert [] == list(store.path.iterdir())
+
+
+def test_a_file_that_is_larger_than_what_is_free_is_not_begun(
+    store: SnapshotStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk would be full to its last byte while it is copied, for the program too, and for nothing."""
+    (tmp_path / "large").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=999, f_frsize=1, f_blocks=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "create_private", lambda _: pytest.fail("begun"))
+        with pytest.raises(ArtifactRefused, match="1,000 bytes, 999 are free") as caught:
+            store.add_file(tmp_path / "large", limit=LIMIT)
+        assert "no_room_for_file" == caught.value.reason
+        with pytest.raises(ArtifactRefused, match="1,000 bytes, 999 are free"):
+            store.add_bytes(b"x" * 1000, limit=LIMIT)
+    assert 999 == store.add_bytes(b"x" * 999, limit=LIMIT).size
+    with pytest.raises(ArtifactRefused, match="99 bytes, 999 are free there, the setting free_bytes keeps 901"):
+        SnapshotStore(store.path.parent, keeps_free=901).add_bytes(b"x" * 99, limit=LIMIT)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=1, f_blocks=0))
+    assert 1000 == store.add_file(tmp_path / "large", limit=LIMIT).size, "a file system that does not tell"
 
 
 def test_a_copy_that_is_interrupted_leaves_no_draft(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 A segment that is still being written goes in up to its last whole frame: segments are looked at before files, and a
 file is there before the event that names it, so what goes in is a state that the run once had. The bundle is written
-under another name, synced, and renamed.
+under another name, synced, and renamed. It begins with what is in it: when a run is reclaimed in the middle of it, for
+want of the very room that the bundle takes, say, it is begun anew without that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from mlflow_outbox.destination import Destination
-from mlflow_outbox.spool.disk import is_there
 from mlflow_outbox.spool.listing import SegmentFile
 from mlflow_outbox.spool.private import create_private, sync_directory
 from mlflow_outbox.spool.reader import RunReader
@@ -48,6 +48,15 @@ _SETTLE: Final = 60.0
 _TRIES: Final = 10
 
 
+class _Lost(Exception):
+    """Raised when the disk does not give a file any more that has been looked at."""
+
+    def __init__(self, run_id: str, error: OSError) -> None:
+        super().__init__(str(error))
+        self.run_id = run_id
+        self.error = error
+
+
 def write_bundle(
     target: Path,
     runs: Mapping[str, tuple[Path, ...]],
@@ -71,7 +80,7 @@ def write_bundle(
             all that there is. None raises.
 
     Returns:
-        what the bundle holds. A run of which no segment is on disk any more is not in it; with no run there is none.
+        what the bundle holds. A run that is not on disk any more is not in it; with no run there is none.
 
     Raises:
         BundleRefused: a file changed in a way in which no file of a run changes.
@@ -91,9 +100,22 @@ def write_bundle(
                 raise
             unread(run_id, error)
     held = [run for run in bundled if any(member.name.endswith(".log") for member in run.members)]
-    manifest = Manifest(FORMAT, now_ms, destination.uri, held, destination.artifact_root, outbox)
-    if not held:
-        return manifest
+    while True:
+        manifest = Manifest(FORMAT, now_ms, destination.uri, held, destination.artifact_root, outbox)
+        try:
+            if held:
+                _write(target, manifest, runs, places)
+        except _Lost as lost:
+            if unread is None:
+                raise lost.error from None
+            if not isinstance(lost.error, FileNotFoundError):
+                unread(lost.run_id, lost.error)
+            held = [run for run in held if run.run_id != lost.run_id]
+        else:
+            return manifest
+
+
+def _write(target: Path, manifest: Manifest, runs: Mapping[str, tuple[Path, ...]], places: Mapping[str, Path]) -> None:
     draft = draft_of(target)
     try:
         with os.fdopen(create_private(draft, os.O_RDWR), "w+b") as file:
@@ -101,7 +123,7 @@ def write_bundle(
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the draft is no leftover
             mode: Literal["w:gz", "w"] = "w:gz" if target.name.endswith((".gz", ".tgz")) else "w"
             with tarfile.open(fileobj=file, mode=mode, format=tarfile.PAX_FORMAT) as archive:
-                _add(archive, MANIFEST, sealed(manifest), now_ms)
+                _add(archive, MANIFEST, sealed(manifest), manifest.made_ms)
                 for run in manifest.runs:
                     for member in run.members:
                         seen = places[f"{run.run_id}/{member.name}"]
@@ -114,7 +136,6 @@ def write_bundle(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
     sync_directory(target.parent)
-    return manifest
 
 
 def _bundled(run_id: str, folders: tuple[Path, ...], places: dict[str, Path]) -> BundledRun:
@@ -169,10 +190,21 @@ def _member(path: Path, name: str, size: int) -> Member:
 
 def _add_file(archive: tarfile.TarFile, run_id: str, member: Member, places: list[Path]) -> None:
     info = _info(f"runs/{run_id}/{member.name}", member.size, member.modified_ms)
-    with opened(next((place for place in places if is_there(place)), places[0])) as file:
-        checked = _Checked(file, member)
+    try:
+        content = _opened(places)
+    except OSError as error:
+        raise _Lost(run_id, error) from error
+    with content as file:
+        checked = _Checked(file, member, run_id)
         archive.addfile(info, checked)
         checked.finish()
+
+
+def _opened(places: list[Path]) -> IO[bytes]:
+    for place in (*places, *places):  # a worker may move it from one to another between two looks
+        with contextlib.suppress(FileNotFoundError):
+            return opened(place)
+    return opened(places[0])
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes, now_ms: int) -> None:
@@ -188,13 +220,17 @@ def _info(name: str, size: int, modified_ms: int) -> tarfile.TarInfo:
 class _Checked:
     """Reads a file and compares what was read with what its manifest says."""
 
-    def __init__(self, file: IO[bytes], member: Member) -> None:
+    def __init__(self, file: IO[bytes], member: Member, run_id: str) -> None:
         self._file = file
         self._member = member
+        self._run_id = run_id
         self._digest = hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise _Lost(self._run_id, error) from error
         self._digest.update(data)
         return data
 

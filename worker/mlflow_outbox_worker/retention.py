@@ -12,8 +12,9 @@ A file is only ever deleted by its exact name and only if its segment is one tha
 deleted by age or by a directory's name alone, and nothing that is being written.
 
 The copies of logged files that are delivered (``snapshots``) are filed with the segments of a run that goes on, while
-nobody is in the middle of logging a file to it. They are looked at once more before they are deleted: the ledger may
-have been lost since, and then their events are delivered again.
+nobody is in the middle of logging a file to it; of thousands some at a time, for a call that logs one waits meanwhile.
+They are looked at once more before they are deleted: the ledger may have been lost since, and then their events are
+delivered again.
 
 A disk can be so full that there is no room to make the directory for a run that is to be filed. Then its segments,
 which are delivered, are not kept but deleted, as ``room`` would do with them a moment later.
@@ -23,10 +24,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional, reserve, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -42,6 +45,10 @@ from mlflow_outbox_worker.snapshots import passed_copies
 
 #: Seconds for which an id that MLflow can name itself is remembered after its run was reclaimed: a month.
 _REMEMBERED: Final = 30 * 24 * 3600.0
+#: Seconds for which copies are moved at once, of the five that a call that logs a file waits for that, and the pause
+#: after which the others follow. A rename takes 10 ms and more on some file systems of the network.
+_HELD: Final = 1.0
+_PAUSE: Final = 0.02
 #: Runs retired in one transaction: milliseconds.
 _AT_ONCE: Final = 100
 
@@ -94,15 +101,18 @@ def file_passed(
     if not copies:
         return True
     source = directory.run(record.run_id)
-    with snapshot.alone(source / "files") as alone:
-        if not alone:
+    while True:
+        with snapshot.alone(source / "files") as alone:
+            if not alone:
+                return True
+            letters = list(ledger.dead_letters(record.run_id))
+            free = passed_copies(source / "files", RunReader(source), record.cursors, letters)
+            whole = _move_for_a_while(free, target and _made(directory, target / "files"), directory, counters)
+            for name in filter(snapshot.is_draft, os.listdir(source / "files")):
+                os.unlink(source / "files" / name)  # its writer died, for nobody else is there
+        if whole:
             return True
-        letters = list(ledger.dead_letters(record.run_id))
-        free = passed_copies(source / "files", RunReader(source), record.cursors, letters)
-        _move(free, target and _made(directory, target / "files"), directory, counters)
-        for name in filter(snapshot.is_draft, os.listdir(source / "files")):
-            os.unlink(source / "files" / name)  # its writer died, for nobody else is there
-    return True
+        time.sleep(_PAUSE)
 
 
 def file_run(
@@ -127,9 +137,13 @@ def file_run(
         return False
     files = directory.run(run_id) / "files"
     if not files.is_dir():
-        return _file_run(directory, ledger, run_id, cursors, counters, files=False)
-    with snapshot.alone(files) as alone:  # else a file is being logged, and its event comes next
-        return alone and _file_run(directory, ledger, run_id, cursors, counters, files=True)
+        return bool(_file_run(directory, ledger, run_id, cursors, counters, files=False))
+    while True:
+        with snapshot.alone(files) as alone:  # else a file is being logged, and its event comes next
+            filed = _file_run(directory, ledger, run_id, cursors, counters, files=True) if alone else False
+        if filed is not None:
+            return filed
+        time.sleep(_PAUSE)
 
 
 def _file_run(
@@ -140,7 +154,8 @@ def _file_run(
     counters: Counters,
     *,
     files: bool,
-) -> bool:
+) -> bool | None:
+    """File a run; return None when a part of its copies was moved."""
     source = directory.run(run_id)
     reader = RunReader(source)
     for writer, held in reader.segments().items():
@@ -166,8 +181,8 @@ def _file_run(
         # Copied files are never deleted here: a run that goes on just now may name one that is among them.
         target = _made(directory, directory.delivered / run_id) if files else None
     if target is not None:
-        if files:
-            _move_content(source / "files", target / "files")
+        if files and not _move_content(source / "files", target / "files", directory, counters):
+            return None
         for path in paths:
             os.rename(path, target / path.name)
     with contextlib.suppress(OSError):  # a writer began a new segment in it, or logs a first file: it stays
@@ -175,17 +190,18 @@ def _file_run(
     return True
 
 
-def _move_content(source: Path, target: Path) -> None:
+def _move_content(source: Path, target: Path, directory: OutboxDirectory, counters: Counters) -> bool:
     names = os.listdir(source)
     with contextlib.suppress(FileExistsError):
         os.mkdir(target, 0o700)
-    for name in names:
-        if not snapshot.is_draft(name):
-            os.rename(source / name, target / name)
-        else:
-            os.unlink(source / name)  # its writer died, for nobody else is there
+    for name in filter(snapshot.is_draft, names):
+        os.unlink(source / name)  # its writer died, for nobody else is there
+    copies = [source / name for name in names if not snapshot.is_draft(name)]
+    if not _move_for_a_while(copies, target, directory, counters):
+        return False
     with contextlib.suppress(OSError):
         os.rmdir(source)
+    return True
 
 
 def reclaim(
@@ -361,6 +377,19 @@ def _move(paths: Sequence[Path], target: Path | None, directory: OutboxDirectory
         return
     for path in paths:
         os.rename(path, target / path.name)
+
+
+def _move_for_a_while(
+    paths: Sequence[Path], target: Path | None, directory: OutboxDirectory, counters: Counters
+) -> bool:
+    """Move copies, or delete them, for as long as whoever logs one may be kept waiting; return whether that was all."""
+    over = stopwatch.seconds() + _HELD
+    done = 0
+    while done < len(paths) and (not done or stopwatch.seconds() < over):
+        some = paths[done : done + 1] if target is not None else paths[done:]
+        _move(some, target, directory, counters)
+        done += len(some)
+    return done == len(paths)
 
 
 def _delete(paths: Sequence[Path], directory: OutboxDirectory, counters: Counters) -> None:

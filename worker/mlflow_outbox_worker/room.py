@@ -4,7 +4,8 @@ Delivered runs are kept for the retention time as a courtesy. When the disk has 
 outbox holds more than ``outbox_bytes``, the experiment's new events are refused, and then they are worth more: the
 delivered runs go, the one first that was verified first, and after them the filed segments and copies of runs that go
 on. All of them are behind a checkpoint of the ledger (``retention``), so whatever the ledger forgets, it never asks for
-them.
+them. So do they for a file that a program could not log because the disk had less room than it needs (``demand``), if
+all that may go is enough for it: the next one finds room.
 A run with dead letters stays, because a person may still send those.
 """
 
@@ -21,7 +22,7 @@ from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import reserve
+from mlflow_outbox.spool import demand, reserve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.guard import is_large, used_bytes
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
@@ -109,7 +110,7 @@ class Room:
             return  # another lane is at it
         number = 0
         try:
-            excess = self._excess(directory, measure=measure)
+            excess = self._excess(directory, measure=measure) or self._excess_for_a_file(directory, ledger)
             if excess <= 0 or self._is_futile(directory):
                 return
             stays: OSError | None = None
@@ -148,10 +149,9 @@ class Room:
 
     def _excess(self, directory: OutboxDirectory, *, measure: bool) -> int:
         """Return how many bytes are to go: a tenth more than is needed, so that the next event does not need them."""
-        least = max(self._settings.free_bytes, reserve.LOW)
-        lacking = least - reserve.free(directory.path)
+        lacking = self._least() - reserve.free(directory.path)
         if lacking > 0:
-            return lacking + least // 10
+            return lacking + self._least() // 10
         begin = stopwatch.seconds()
         self._is_owed = self._is_owed or measure
         if not self._is_owed or begin < self._measure_at or not directory.delivered_ids():
@@ -162,6 +162,20 @@ class Room:
         end = stopwatch.seconds()
         self._measure_at = end + max(_MEASURE, _RARELY * (end - begin))
         return used - most + most // 10 if used >= most else 0
+
+    def _excess_for_a_file(self, directory: OutboxDirectory, ledger: Ledger) -> int:
+        """Return how many bytes are to go for a file that found no room; none where that would be in vain."""
+        size = demand.told(directory.path)
+        if not size:
+            return 0
+        lacking = size + self._least() - reserve.free(directory.path)
+        if 0 < lacking <= bytes_that_may_go(directory, ledger):
+            return lacking
+        demand.forget(directory.path)
+        return 0
+
+    def _least(self) -> int:
+        return max(self._settings.free_bytes, reserve.LOW)
 
 
 def bytes_that_may_go(directory: OutboxDirectory, ledger: Ledger) -> int:

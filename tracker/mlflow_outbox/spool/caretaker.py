@@ -108,10 +108,15 @@ class Caretaker:
     def watch(self, journal: Journal) -> bool:
         """Look after a journal until it is closed and clean; return False while no thread can be started for that."""
         self._watched[id(journal)] = journal  # one dict store: atomic, so a nested call needs no lock
-        if self._thread is None:
+        if not self._is_begun():
             self._start()
         self.hurry()
-        return self._thread is not None
+        return self._is_begun()
+
+    def _is_begun(self) -> bool:
+        """Return whether there is a thread; what ends one in the middle of a step, a lack of memory, tells nobody."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def hurry(self) -> None:
         """Have the next round come no later than an interval from now; may be called in the middle of anything."""
@@ -123,7 +128,7 @@ class Caretaker:
         if sys.is_finalizing():  # a thread started now would be waited for forever
             return
         with self._lock:
-            if self._thread is not None:
+            if self._is_begun():
                 return
             thread = threading.Thread(target=self._rounds, args=(self._alarm,), name="mlflow-outbox-sync", daemon=True)
             try:

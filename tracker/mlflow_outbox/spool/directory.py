@@ -13,6 +13,7 @@ Layout::
       doorbell            a line with the run's id for each segment that a writer opened
       size                bytes of all this, as the last process that measured it found; only when that takes long
       hurry               its modification time changes when somebody wants delivery at once
+      wanted              bytes of a file that found no room, for which what is delivered is to give way
 
 On a network file system the ledger and the lock lie in the local state directory instead, and ``host.lease`` says
 which machine delivers (see ``mlflow_outbox_worker.host_lease``).

@@ -1,7 +1,8 @@
 """An event and the copied file that it names: both are kept, or neither.
 
 The copy is there before its event, is held for it against workers until the event is written (``snapshot``), and goes
-again when the event is refused: what no event names would take room for nothing.
+again when the event is refused: what no event names would take room for nothing. Of a file for which there is no room
+the worker is told how much it needs (``demand``).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.spool import demand
 from mlflow_outbox.spool.events import Event
-from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore
+from mlflow_outbox.spool.snapshot import NO_ROOM, Hold, Snapshot, SnapshotStore
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import SyncLevel
@@ -40,9 +42,28 @@ def append_enclosing(
     """
     if not journal.takes(size):
         return False
+    try:
+        return _append_copied(journal, sync, size, copy, event)
+    except BaseException:  # raised again
+        journal.takes_back(size)
+        raise
+
+
+def _append_copied(
+    journal: Journal,
+    sync: SyncLevel,
+    size: int,
+    copy: Callable[[SnapshotStore, Hold], Snapshot],
+    event: Callable[[Snapshot], Event],
+) -> bool:
     store = store_of(journal, sync)
     with store.held() as hold:
-        kept = copy(store, hold)
+        try:
+            kept = copy(store, hold)
+        except ArtifactRefused as refused:
+            if refused.reason == NO_ROOM:
+                demand.tell(journal.directory.path, size)
+            raise
         if sync == "interval":
             journal.sync_later(store, kept.sha256)
         if not journal.append(event(kept)):
@@ -63,5 +84,5 @@ def store_of(journal: Journal, sync: SyncLevel) -> SnapshotStore:
     except OSError as error:
         forward(error)
         msg = f"the outbox has no room for files: {error.strerror or error}"
-        raise ArtifactRefused("no_room_for_file", msg) from None
-    return SnapshotStore(folder, durable=sync == "always")
+        raise ArtifactRefused(NO_ROOM, msg) from None
+    return SnapshotStore(folder, durable=sync == "always", keeps_free=journal.keeps_free)

@@ -25,6 +25,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import extent, measurement
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.measurement import Measurement
+from mlflow_outbox.spool.notices import FULL
 
 #: Seconds between two measurements of the outbox's size, at least, while it cannot be near its cap.
 _MEASURE_EVERY: Final = 10.0
@@ -80,8 +81,12 @@ class DiskGuard:
         Args:
             size: bytes of a file that is to be copied for the event. Unless it is refused it counts as part of the
                 outbox from now on, before anything is measured. The one that fills the outbox is taken: what is
-                delivered gives way in an outbox that is full, and not for what waits outside.
+                delivered gives way in an outbox that is full, and not for what waits outside. Below zero: so many are
+                not copied after all, and count no longer.
         """
+        if size < 0:
+            self._copied = max(0, self._copied + size)
+            return None
         if self._reason is not None and self._clock() - self._looked_at >= _STALE:
             self.begin()
         if self._reason is not None or not size:
@@ -113,7 +118,9 @@ class DiskGuard:
             free = None  # the write itself will say what is wrong
         else:
             free = found.f_bavail * found.f_frsize if found.f_blocks else None
-        self._reason = self._free_space(free) or self._budget(free, patiently=patiently)
+        before, self._reason = self._reason, self._free_space(free) or self._budget(free, patiently=patiently)
+        if before is not None and self._reason is None:
+            self._counters.forget(FULL)
 
     def _free_space(self, free: int | None) -> str | None:
         if free is None or free >= self._settings.free_bytes:

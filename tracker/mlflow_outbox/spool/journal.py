@@ -138,6 +138,11 @@ class Journal:
         return len(self._sequence.ring) + (self._nested.in_memory if self._nested else 0)
 
     @property
+    def keeps_free(self) -> int:
+        """Bytes of the disk that no copied file may take: below them its events are refused."""
+        return self._settings.free_bytes
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing is left to sync, write or close."""
         return self._sequence.is_clean and self._round.is_clean and (self._nested is None or self._nested.is_idle)
@@ -236,6 +241,10 @@ class Journal:
             size: of the file in bytes.
         """
         return not self._is_full(self._refuse(size))
+
+    def takes_back(self, size: int) -> None:
+        """Let a file that ``takes`` has counted, and that could not be copied, take no room from the next ones."""
+        self._refuse(-size)
 
     def _is_full(self, reason: str | None) -> bool:
         if reason is not None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Seconds after which a logging call tells once more of a segment for which no thread could be started, or of no room.
 _TELL_AGAIN: Final = 0.5
+#: What it is remembered under that new events were said to be refused; who finds room again forgets it (``guard``).
+FULL: Final = "full"
 
 
 class Notices:
@@ -86,7 +88,7 @@ class Notices:
             reason: what there is no room for.
         """
         self._counters.add("refused_full")
-        self._counters.warn_once("full", f"mlflow-outbox: new events are refused: {reason}")
+        self._counters.warn_once(FULL, f"mlflow-outbox: new events are refused: {reason}")
         self.watch(journal)
         now = stopwatch.seconds()
         if now >= self._full_again:

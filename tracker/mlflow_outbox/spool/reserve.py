@@ -25,15 +25,20 @@ SIZE: Final = 1024 * 1024
 LOW: Final = 256 * 1024
 #: Bytes free above which it is made: it must not be what fills the disk.
 ROOM: Final = 8 * SIZE
+#: Bytes that count as free where nobody tells: more than any setting asks for, so that nothing gives way for it.
+_UNTOLD: Final = 1 << 62
 
 
 def free(folder: Path) -> int:
-    """Return the bytes that are free on the disk of a directory; as good as unlimited when that cannot be told."""
+    """Return the bytes that are free on the disk of a directory; as good as unlimited when that cannot be told.
+
+    Some file systems say that they have no blocks at all: tmpfs without a limit, FUSE where its program does not say.
+    """
     try:
         found = os.statvfs(folder)
     except OSError:
-        return ROOM
-    return found.f_bavail * found.f_frsize if found.f_blocks else ROOM
+        return _UNTOLD
+    return found.f_bavail * found.f_frsize if found.f_blocks else _UNTOLD
 
 
 def make(folder: Path) -> None:

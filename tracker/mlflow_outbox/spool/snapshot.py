@@ -45,6 +45,8 @@ from mlflow_outbox.spool.filesystem import is_network
 from mlflow_outbox.spool.private import create_private, sync_directory
 
 _CHUNK: Final = 1024 * 1024
+#: The reason of a refusal for want of room.
+NO_ROOM: Final = "no_room_for_file"
 #: What the draft of a copy is called at first.
 _DRAFT: Final = ".draft-"
 #: Seconds for which a call waits for a worker that moves copies, which takes it milliseconds; and between two tries.
@@ -130,11 +132,13 @@ class SnapshotStore:
     Args:
         run_directory: the run's directory, which exists.
         durable: make each copy survive a power cut before returning.
+        keeps_free: bytes of the disk that a copy leaves free, for the events above all.
     """
 
-    def __init__(self, run_directory: Path, *, durable: bool = False) -> None:
+    def __init__(self, run_directory: Path, *, durable: bool = False, keeps_free: int = 0) -> None:
         self.path = run_directory / "files"
         self._durable = durable
+        self._keeps_free = keeps_free
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Hold]:
@@ -197,8 +201,10 @@ class SnapshotStore:
             msg = f"the file {shown!r} cannot be read: {reason}"
             raise ArtifactRefused("bad_file", msg) from error
         try:
-            self._check_source(os.fstat(fd), shown, limit)
-            return self._add(iter(lambda: os.read(fd, _CHUNK), b""), shown, limit, hold)
+            found = os.fstat(fd)
+            self._check_source(found, shown, limit)
+            self._check_room(found.st_size, shown)
+            return self._add(iter(lambda: _read(fd, shown), b""), shown, limit, hold)
         finally:
             os.close(fd)
 
@@ -212,12 +218,25 @@ class SnapshotStore:
             msg = f"the file {shown!r} has {found.st_size} bytes, the setting artifact_bytes allows {limit}"
             raise ArtifactRefused("file_too_large", msg)
 
+    def _check_room(self, size: int, shown: str) -> None:
+        """Refuse what the disk has no room for before it is full of it: others write there too, as the program does."""
+        try:
+            found = os.statvfs(self.path.parent)
+        except OSError as error:  # the copying will say what is wrong
+            forward(error)
+            return
+        free, kept = found.f_bavail * found.f_frsize, self._keeps_free
+        if found.f_blocks and size + kept > free:
+            msg = f"no copy of {shown!r} could be made in {self.path}: it has {size:,} bytes, {free:,} are free there"
+            raise ArtifactRefused(NO_ROOM, msg + (f", the setting free_bytes keeps {kept:,}" if kept else ""))
+
     def add_bytes(self, data: bytes, *, limit: int, name: str = "text", hold: Hold | None = None) -> Snapshot:
         """Keep bytes that have no file; see ``add_file``.
 
         Raises:
             ArtifactRefused: they are too large, or the outbox has no room for them.
         """
+        self._check_room(len(data), name)
         return self._add(iter([data] if data else []), name, limit, hold)
 
     def _add(self, chunks: Iterator[bytes], shown: str, limit: int, hold: Hold | None) -> Snapshot:
@@ -241,7 +260,7 @@ class SnapshotStore:
                     os.fsync(copy.fileno())
             self._name(draft, Snapshot(digest.hexdigest(), size), hold)
             if self._durable:
-                self._sync_names()
+                self.sync_names()
         except ArtifactRefused:  # which is an OSError too
             raise
         except OSError as error:
@@ -269,7 +288,7 @@ class SnapshotStore:
 
     def _no_room(self, what: str, error: OSError) -> ArtifactRefused:
         msg = f"no copy of {what} could be made in {self.path}: {error.strerror or error}"
-        return ArtifactRefused("no_room_for_file", msg)
+        return ArtifactRefused(NO_ROOM, msg)
 
     def sync(self, sha256: str) -> None:
         """Make a copy and its name survive a power cut.
@@ -278,14 +297,19 @@ class SnapshotStore:
             FileNotFoundError: it is not there any more.
             OSError: the disk could not do it.
         """
+        self.sync_content(sha256)
+        self.sync_names()
+
+    def sync_content(self, sha256: str) -> None:
+        """Make a copy survive a power cut, its name aside; see ``sync``."""
         fd = os.open(self.path / sha256, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
-        self._sync_names()
 
-    def _sync_names(self) -> None:
+    def sync_names(self) -> None:
+        """Make the names of all copies survive a power cut; see ``sync``."""
         sync_directory(self.path)
         sync_directory(self.path.parent)  # where "files" itself is a name
 
@@ -332,6 +356,16 @@ def is_draft(name: str) -> bool:
 
 def _opened(folder: Path) -> int:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _read(fd: int, shown: str) -> bytes:
+    """Read on in a file that is copied; what its own disk fails at is no trouble of the outbox."""
+    try:
+        return os.read(fd, _CHUNK)
+    except OSError as error:
+        forward(error)
+        msg = f"the file {shown!r} cannot be read: {error.strerror or error}"
+        raise ArtifactRefused("bad_file", msg) from error
 
 
 def _is_shared(place: Path, kept: Snapshot) -> bool:

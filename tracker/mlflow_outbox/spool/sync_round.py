@@ -128,7 +128,7 @@ class SyncRound:
         done: list[tuple[SnapshotStore, str]] = []
         named = not dirt.names
         try:
-            done += [copy for copy in dirt.copies if syncer.copy(*copy)]
+            done += syncer.copies(dirt.copies)
             for old in dirt.retired:
                 self._finish(alone, old)
             if dirt.is_dirty:

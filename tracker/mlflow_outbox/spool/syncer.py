@@ -8,6 +8,7 @@ that fails again is asked again later, each time longer, up to a minute: a dying
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -120,10 +121,18 @@ class Syncer:
         for folder in folders:
             self._disk.sync_directory(folder)
 
-    def copy(self, store: SnapshotStore, sha256: str) -> bool:
-        """Make a copied file survive a power cut; return False when that is worth another try."""
+    def copies(self, copies: Sequence[tuple[SnapshotStore, str]]) -> list[tuple[SnapshotStore, str]]:
+        """Make copied files of the run survive a power cut; return those that are worth no other try.
+
+        Their names come last, once for all of them: a directory of files may be logged at once, and each sync waits
+        for the disk.
+        """
+        done = [copy for copy in copies if self._is_done(copy[0].sync_content, copy[1])]
+        return done if not done or self._is_done(done[0][0].sync_names) else []
+
+    def _is_done(self, sync: Callable[..., None], *what: str) -> bool:
         try:
-            store.sync(sha256)
+            sync(*what)
         except FileNotFoundError:
             pass  # its event was delivered meanwhile, and the copy filed; or it was refused
         except OSError as error:

@@ -1,7 +1,8 @@
 """``mlflow-outbox gc``: give back the space of what is delivered, read back and past its retention time.
 
 Of runs that go on, or that were left by a program that died, it gives back what is delivered as a worker does: it files
-that first, if there is room to open the ledger for it, and what is filed goes when it is old enough.
+that first, if there is room to open the ledger for it, and what is filed goes when it is old enough. So does a whole
+run that no worker could file before it ended, as one of the run's writers had not left it yet.
 """
 
 from __future__ import annotations
@@ -158,27 +159,32 @@ def _entry(
 
 
 def _file(directory: OutboxDirectory, settings: Settings, failed: Callable[[OSError], None], *, dry_run: bool) -> int:
-    """File what is delivered of runs that go on, as a worker does; return how many bytes a dry run has left unfiled."""
-    from mlflow_outbox_worker.retention import file_passed, passed_segments
+    """File what is delivered and is not yet, as a worker does; return how many bytes a dry run has left unfiled."""
+    from mlflow_outbox_worker.retention import file_passed, file_run, passed_segments
     from mlflow_outbox_worker.snapshots import copies_to_file
 
     found: list[tuple[RunRecord, list[Path], list[Path]]] = []
+    done: list[RunRecord] = []
     with outboxes.ledger_of(directory, settings) as ledger:
         for run_id in directory.run_ids():
             record = ledger.record(run_id)
-            if record is None or record.state == "done":
+            if record is None:
                 continue
             try:
                 reader = RunReader(directory.run(run_id))
+                if record.state == "done":
+                    done += [record] if reader.segments() else []  # else somebody is about to go on with it
+                    continue
                 copies = copies_to_file(directory, ledger, record, reader)
                 found.append((record, passed_segments(reader, record.cursors), copies))
             except OSError as error:
                 failed(error)
     found = [part for part in found if any(part[1:])]
-    if not found:
+    if not found and not done:
         return 0
     if dry_run:
-        return sum(_size(path) for _, passed, copies in found for path in (*passed, *copies))
+        size = sum(_bytes(directory.run(record.run_id)) for record in done)
+        return size + sum(_size(path) for _, passed, copies in found for path in (*passed, *copies))
     # With no room to open it for more, a worker does it later.
     with (
         contextlib.suppress(LedgerUnavailable, OutboxUnusable),
@@ -187,6 +193,11 @@ def _file(directory: OutboxDirectory, settings: Settings, failed: Callable[[OSEr
         for record, passed, copies in found:
             try:
                 file_passed(directory, whole, record, passed, Counters(), copies=bool(copies))
+            except OSError as error:
+                failed(error)
+        for record in done:
+            try:
+                file_run(directory, whole, record.run_id, record.cursors, Counters())
             except OSError as error:
                 failed(error)
     return 0

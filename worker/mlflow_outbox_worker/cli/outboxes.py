@@ -213,6 +213,7 @@ def find_run(directories: list[OutboxDirectory], settings: Settings, name: str) 
     Raises:
         CommandFailed: no run is called so, or several are.
         LedgerUnavailable: a ledger cannot be read now, and nothing on disk is called so.
+        OutboxUnusable: a ledger is not safe to read, and nothing on disk is called so.
     """
     found: list[tuple[OutboxDirectory, str]] = []
     retired, unread = "", None
@@ -228,7 +229,7 @@ def find_run(directories: list[OutboxDirectory], settings: Settings, name: str) 
                 if known and (known in ids or ledger.view(known) is not None):
                     return directory, known
                 retired = record.remote_id if record is not None else retired
-        except LedgerUnavailable as error:  # what is on disk may be what is meant all the same
+        except (LedgerUnavailable, OutboxUnusable) as error:  # what is on disk may be what is meant all the same
             unread = error
         found += [(directory, run_id) for run_id in ids if run_id.startswith(name)]
     if len(found) == 1:

@@ -59,8 +59,9 @@ def verify(
 ) -> int:
     """Read runs back from MLflow and compare them with what is on disk: points, params, tags, artifacts.
 
-    Changes nothing, here or there. Exit code 0 says that MLflow holds everything, 1 that something differs, is absent
+    Changes nothing, here or there. Exit code 0 says that MLflow holds all of that, 1 that something differs, is absent
     or cannot be read on disk, 3 that some of it has not been sent yet or MLflow is away, 4 that it refuses to be asked.
+    Logged models with their files, datasets and traces are not compared.
 
     \b
     Examples:
