@@ -27,13 +27,13 @@ from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import handover, thread
-from mlflow_outbox_worker.child import ChildDelivery, Loop
+from mlflow_outbox_worker.child import ChildDelivery, Loop, keeper
 from mlflow_outbox_worker.child import process as child_process
 from mlflow_outbox_worker.child.process import READY, Child
 from mlflow_outbox_worker.child.server import Reporter
 from mlflow_outbox_worker.host_lease import worker_of
 from servers import MlflowServer, eventually
-from spools import make_outbox
+from spools import make_outbox, warnings
 
 
 def is_running(pid: int) -> bool:
@@ -119,6 +119,33 @@ def test_counts_are_told_soon_at_first_and_then_twice_a_second() -> None:
     assert [0.05, 0.5, 0.5, 0.5] == slept
     assert 3 == len(messages)
     assert all(json.loads(line)["counts"]["delivered"] >= 10 for line in messages)
+
+
+def test_what_delivers_does_not_wait_for_a_program_that_does_not_listen() -> None:
+    """Stopped by ctrl-Z it hears nothing for hours, while others log to its outbox; all is said to it later."""
+    ours, theirs = socket.socketpair()
+    reporter = Reporter(theirs)
+
+    def says() -> None:
+        for _ in range(5000):
+            reporter.counters.add("delivered")
+            reporter.tell_counts()
+        reporter.tell({"log": [30, "the server is away"]})
+
+    speaker = threading.Thread(target=says, daemon=True)
+    counted, logged = 0, list[Any]()
+    with theirs, ours:  # this end goes first: who waited for it ends
+        speaker.start()
+        speaker.join(30)
+        assert not speaker.is_alive()
+        ours.settimeout(30)
+        heard = ours.makefile("rb")
+        while counted < 5000 or not logged:
+            reporter.tell_counts()
+            message = json.loads(heard.readline())
+            counted += message.get("counts", {}).get("delivered", 0)
+            logged += [message["log"]] if "log" in message else []
+    assert (5000, [[30, "the server is away"]]) == (counted, logged)
 
 
 _SILENT = """
@@ -323,6 +350,58 @@ def test_where_no_child_can_be_started_this_process_delivers(
     assert not worker.is_alive()
     assert 1 == outbox.counters["children_not_started"]
     assert "delivery happens in this process instead" in caplog.text
+
+
+_KILLED = """
+import json, os, signal, socket
+said = socket.socket(fileno=0)
+for message in ({"ready": "mlflow-outbox"}, {"log": [30, "what each of them says"]}):
+    said.sendall(json.dumps(message).encode() + bytes([10]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_children_that_end_again_and_again_are_said_and_started_more_rarely(
+    outbox: Outbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for want of memory: to begin takes the program's processor for seconds, and nobody knew why nothing came."""
+    monkeypatch.setattr(keeper, "_STAND_BY", 0.01)
+    monkeypatch.setattr(child_process, "_HEED", 0.01)
+    begun = list[float]()
+    start = subprocess.Popen
+
+    def noting(*arguments: Any, **named: Any) -> subprocess.Popen[bytes]:
+        begun.append(time.monotonic())
+        return start(*arguments, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    delivery = ChildDelivery(outbox, lambda: pytest.fail("not here"), [sys.executable, "-c", _KILLED])
+    worker = thread.ThreadWorker(lambda: delivery, outbox.counters)
+    worker.start()
+    eventually(lambda: outbox.counters["children_lost"] > 7, 60)
+    worker.stop(60)
+    assert begun[7] - begun[6] >= 0.01 * 2**5
+    said = warnings(caplog)
+    assert 1 == sum("what each of them says" in text for text in said)
+    assert 1 == sum("ends again and again soon after its start (signal 9)" in text for text in said)
+
+
+def test_who_asks_to_hurry_does_not_wait_for_the_pause_between_two_children(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a flush does, and a program's end, when the memory may be there that the children lacked."""
+    monkeypatch.setattr(keeper, "_STAND_BY", 0.05)
+    monkeypatch.setattr(keeper, "_PAUSE_MOST", 600.0)
+    delivery = ChildDelivery(outbox, lambda: pytest.fail("not here"))
+    delivery._brief = 20
+    rests = threading.Thread(target=delivery._rest, daemon=True)
+    rests.start()
+
+    def goes_on() -> bool:
+        outbox.directory.ask_hurry()
+        return not rests.is_alive()
+
+    eventually(goes_on, 20)
 
 
 def test_a_mistake_in_the_thread_does_not_end_it(outbox: Outbox, caplog: pytest.LogCaptureFixture) -> None:

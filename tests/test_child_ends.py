@@ -14,10 +14,10 @@ import pytest
 
 from contents import numbered, points, the_run
 from mlflow_outbox.counters import Counters
-from mlflow_outbox_worker import process
+from mlflow_outbox_worker import interpreter, process
 from mlflow_outbox_worker.child.process import Child
 from servers import eventually
-from spools import warnings
+from spools import make_outbox, warnings
 
 _DAEMON = """
 import os, sys
@@ -90,6 +90,50 @@ def test_a_process_that_is_forked_while_the_child_is_started_does_not_hide_the_c
         os.close(lock)
         os.kill(forked[0], signal.SIGKILL)
         os.waitpid(forked[0], 0)
+
+
+_LOST = """
+import sys
+from pathlib import Path
+from mlflow_outbox_worker import process
+from mlflow_outbox_worker.delivery import Delivery
+
+def fails(_):
+    raise MemoryError
+
+Delivery.run = fails
+process.serve(Path(sys.argv[1]), sys.stdin.buffer)
+"""
+
+
+def test_a_process_whose_loop_has_ended_ends_too(tmp_path: Path) -> None:
+    """Its program sees no more of it than that it is there, and would wait for it for as long as it runs itself."""
+    outbox = make_outbox(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", _LOST, str(outbox.path)], stdin=subprocess.PIPE) as lost:
+        assert lost.stdin is not None
+        try:
+            lost.stdin.write(b"{}\n")
+            lost.stdin.flush()
+            assert 70 == lost.wait(60)
+        finally:
+            lost.kill()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_process_for_an_outbox_that_is_not_safe_to_use_says_so_in_a_line_once(again: bool, tmp_path: Path) -> None:
+    """No traceback; those that are started after it, for as long as the outbox stays so, say nothing."""
+    outbox = make_outbox(tmp_path)
+    outbox.path.chmod(0o755)
+    done = subprocess.run(
+        [*interpreter.command("mlflow_outbox_worker"), str(outbox.path)],
+        input=b'{"again": true}\n' if again else b"{}\n",
+        stderr=subprocess.PIPE,
+        env=interpreter.environment(),
+        check=False,
+        timeout=60,
+    )
+    assert (1, 0 if again else 1) == (done.returncode, len(done.stderr.splitlines())), done.stderr
+    assert done.stderr.startswith(b"" if again else b"mlflow-outbox: delivery: ")
 
 
 @pytest.mark.parametrize("is_gone", [False, True])

@@ -6,6 +6,7 @@ import re
 import signal
 import stat
 import subprocess
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -18,6 +19,8 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
+from mlflow_outbox_worker.cli.signals import Ending
+from mlflow_outbox_worker.cli.worker import Service
 from mlflow_outbox_worker.host_lease import worker_of
 from mlflow_outbox_worker.metrics import Exporter, Histogram, Meter, measured
 from mlflow_outbox_worker.sink import MetricPoint, Sink, SinkError
@@ -289,6 +292,25 @@ def test_an_outbox_that_was_made_safe_is_delivered_too(tmp_path: Path) -> None:
     assert "delivering" in process.stdout.readline()
     out = end(process)
     assert (3, False) == (process.returncode, "left alone" in out), out
+
+
+def test_it_goes_on_while_there_is_no_thread_for_a_new_outbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data loaders of the same user have used up a limit; it is delivered when there is one again."""
+    offline(tmp_path)
+
+    def refuse(_: threading.Thread) -> None:
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
+
+    with Ending() as ending:
+        service = Service(Settings(root=tmp_path), ending)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            service.adopt(tmp_path)
+        assert "<Service of 0 outboxes>" == repr(service)
+        service.adopt(tmp_path)
+        assert "<Service of 1 outboxes>" == repr(service)
+        assert 3 == service.end(0.0, None)
 
 
 def test_until_idle_ends_where_there_is_nothing_to_deliver(here: Here, tmp_path: Path) -> None:

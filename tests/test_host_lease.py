@@ -19,7 +19,7 @@ from mlflow_outbox.spool import filesystem
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import host_lease
-from mlflow_outbox_worker.host_lease import HostLease, described
+from mlflow_outbox_worker.host_lease import HostLease, described, worker_of
 from mlflow_outbox_worker.lease import Holder
 from replays import command, log_offline, the_outbox
 from servers import MlflowServer, eventually
@@ -225,6 +225,28 @@ def test_an_old_lease_says_nothing_about_who_delivers_now(tmp_path: Path, machin
     lease.release()
 
 
+@pytest.mark.parametrize("ahead", [-60.0, 3600.0])
+def test_a_silent_holder_is_dead_whatever_this_machine_s_clock_says(
+    ahead: float, machine: Callable[..., HostLease], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an hour behind the file server's, as after a suspension of a virtual machine; a sign of life counts."""
+    monkeypatch.setattr(host_lease, "_SILENT", 600.0)
+    lease = machine("node1")
+    assert lease.acquire()
+    lease._stop.set()
+    monkeypatch.setattr(HostLease, "_beaten", lambda _: False)  # not even one that was on its way
+    then = time.time() + ahead
+    os.utime(tmp_path / "host.lease", (then, then))
+    now = [1000.0]
+    monkeypatch.setattr(host_lease.stopwatch, "seconds", lambda: now[0])
+    assert machine("node2").other() is not None
+    now[0] += 601.0
+    assert machine("node2").other() is None
+    os.utime(tmp_path / "host.lease", (then + 1, then + 1))
+    assert machine("node2").other() is not None
+    lease.release()
+
+
 def test_a_stopped_process_does_not_keep_the_outbox(machine: Callable[..., HostLease], tmp_path: Path) -> None:
     """SIGSTOP on the other machine: no beats, so this one takes over; SIGCONT: the other notices."""
     child = other_machine(tmp_path / "host.lease", tmp_path / "node1", "node1")
@@ -345,6 +367,24 @@ def test_an_outbox_on_a_share_is_delivered_with_the_ledger_on_this_machine(
     assert not {"delivery", "worker.lock"} & there
     eventually(lambda: not (the_outbox(share) / "host.lease").exists(), 20)
     assert list((tmp_path / "state").rglob("cache.db"))
+
+
+def test_what_a_killed_process_of_this_machine_left_on_a_share_is_nobody_who_delivers(
+    share: Path, experiment_name: str
+) -> None:
+    """Its lock is free. The thread of a program whose child was killed would start no other one for two minutes."""
+    log_offline(experiment_name, "http://127.0.0.1:9", share)
+    directory = OutboxDirectory.open(the_outbox(share))
+    assert directory.network
+    lease = HostLease(directory.host_lease, directory.lock, "thread")
+    assert lease.acquire()
+    found = worker_of(directory)
+    assert found is not None
+    assert os.getpid() == found.pid
+    lease._stop.set()
+    lease._local.release()  # what the kernel does for a process that dies
+    assert directory.host_lease.exists()
+    assert worker_of(directory) is None
 
 
 def test_what_another_machine_delivers_is_left_to_it_and_it_is_named(

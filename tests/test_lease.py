@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -40,6 +41,19 @@ def test_the_holder_is_named_while_it_holds(tmp_path: Path) -> None:
     assert (os.getpid(), "process") == (found.pid, found.kind)
     lease.release()
     assert holder(tmp_path / "lock") is None
+
+
+def test_where_there_are_no_locks_it_is_said_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a home on a cluster's file system that is mounted without; nothing would ever be delivered."""
+    before = len(os.listdir("/proc/self/fd"))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lease_module.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=r"not implemented: .*/lock cannot be locked; give .*XDG_STATE_HOME") as said:
+        Lease(tmp_path / "lock", "thread").acquire()
+    assert (errno.ENOSYS, before) == (said.value.errno, len(os.listdir("/proc/self/fd")))
 
 
 def test_a_lease_that_is_just_being_taken_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

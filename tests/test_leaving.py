@@ -111,6 +111,33 @@ def test_whoever_reads_what_a_program_says_does_not_wait_for_the_process_that_ou
     assert "2 events wait in" in said
 
 
+def test_a_program_that_ends_by_the_signal_that_ended_its_worker_too_delivers_what_is_left(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """As systemd and SLURM send it, to all processes: nobody starts another one in the background any more."""
+    ending = program(
+        """
+        import os, signal, sys, time
+        from mlflow_outbox import MLflowTracker, Settings
+
+        settings = Settings(exit_timeout=60.0, sync_interval=600.0)
+        tracker = MLflowTracker(*sys.argv[1:3], outbox_dir=sys.argv[3], worker="process", settings=settings)
+        run = tracker.start_run("r")
+        assert tracker.flush(60)
+        worker = tracker._outbox._worker
+        os.kill(worker.pid, signal.SIGTERM)
+        while worker.is_alive():
+            time.sleep(0.01)
+        for i in range(200):
+            run.log_metric("loss", i / 2, step=i)
+        """,
+        *(experiment_name, sqlite_uri, str(tmp_path)),
+    )
+    _, said = ending.communicate(timeout=120)
+    assert "" == said
+    assert numbered(200) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
+
+
 _CHILDREN = """
 import os, sys
 from mlflow_outbox import MLflowTracker, Settings

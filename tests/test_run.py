@@ -254,6 +254,17 @@ def test_a_run_starts_whatever_it_is_given(given: dict[str, Any], reason: str, t
     assert not disabled.start_run(**given).log_metric("loss", 0.5)
 
 
+def test_a_strict_tracker_refuses_a_run_id_that_is_none_as_any_other_input(tmp_path: Path) -> None:
+    """By the error that its documentation names, with the counter's reason."""
+    tracker = MLflowTracker(
+        "e", "http://127.0.0.1:9", outbox_dir=tmp_path, worker="none", settings=Settings(strict=True)
+    )
+    with pytest.raises(EventRefused, match="the run id") as caught:
+        tracker.start_run(run_id="../elsewhere")
+    assert ("bad_run_id", {"refused_bad_run_id": 1}) == (caught.value.reason, tracker.counters)
+    tracker.close(0)
+
+
 class Nowhere(os.PathLike[str]):
     """A path without a text, as that of a mount that is gone."""
 

@@ -23,6 +23,10 @@ class Worker(Protocol):
         """Let it know that there is something new."""
         ...
 
+    def look(self) -> None:
+        """Do what is to be done now and then, in the background, while it is there."""
+        ...
+
     def syncs(self, segments: tuple[str, ...]) -> bool:
         """Return whether another process syncs these segments for this one; have it do so from now on.
 
@@ -33,6 +37,11 @@ class Worker(Protocol):
 
     def stop(self, timeout: float) -> None:
         """End it, waiting at most timeout seconds; what it had not delivered stays on disk."""
+        ...
+
+    @property
+    def end(self) -> str:
+        """How it ended, of one that is not there any more, in words for a message."""
         ...
 
 

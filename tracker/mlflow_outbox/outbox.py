@@ -29,6 +29,7 @@ from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
 from mlflow_outbox.living import Living
 from mlflow_outbox.remainder import say_what_is_left
+from mlflow_outbox.restarts import Restarts
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
 from mlflow_outbox.spool.disk import is_being_written
@@ -82,6 +83,7 @@ class Outbox:
         arrived: events that had arrived in MLflow when a flush ended last.
         disk: the system calls of the journals that are made from now on; None is the machine's.
         stands_back: no worker is started while another process delivers, of which there may be many.
+        restarts: when a worker that has ended is begun anew.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Outbox:
         self._lock = threading.RLock()
         self._worker: delivery.Worker | None = None
         self._is_starting = False
+        self.restarts = Restarts(self.directory.path, self.counters)
         self._journals: Living[Journal] = Living()
         self._has_written = self._has_forked = False
         self._since = time.time()
@@ -145,8 +148,12 @@ class Outbox:
         self._has_written = True
         self._wake()
 
-    def _wake(self) -> None:
-        """Start the worker, or tell it that there is a new segment."""
+    def _wake(self, *, asked: bool = False) -> None:
+        """Start the worker, or tell it that there is a new segment.
+
+        Args:
+            asked: somebody waits for delivery, whatever became of the workers before.
+        """
         if self.worker_kind == "none" or sys.is_finalizing():  # a thread started by now would be waited for forever
             return
         worker = self._worker
@@ -158,9 +165,14 @@ class Outbox:
                 return  # the first: a signal handler, or a __del__, logs while this very thread starts it
             if self.stands_back and is_being_written(self.directory.lock):
                 return  # if that one ends, the background looks again
+            if self._worker is not None:
+                self.restarts.ended(self._worker.end)
+            if not asked and not self.restarts.is_due():
+                return
             self._is_starting = True
             try:
                 self._worker = delivery.start(self)
+                self.restarts.begun()
             except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
                 forward(error)
                 self.counters.add("worker_not_started")
@@ -183,10 +195,13 @@ class Outbox:
         self.guard.look()
         self._tally.note()
         worker = self._worker
-        if worker is not None and not worker.is_alive():
-            self.counters.add("workers_replaced")
+        if worker is not None and worker.is_alive():
+            worker.look()
+        elif worker is not None:
             self._wake()
-        elif worker is None and self.worker_kind != "none" and self._caretaker.is_watching:
+            if self._worker is not worker:
+                self.counters.add("workers_replaced")
+        elif self.worker_kind != "none" and self._caretaker.is_watching:
             self._wake()
 
     def _is_relieved(self, segments: tuple[str, ...]) -> bool:
@@ -218,7 +233,7 @@ class Outbox:
         while True:
             self.sync()
             if self.worker_kind != "none":
-                self._wake()
+                self._wake(asked=True)
             held = sum(journal.in_memory for journal in self._journals.members())
             remaining = None if deadline is None else max(0.0, deadline - stopwatch.seconds())
             result = delivery.flush(self, remaining, settled=settled)
@@ -304,7 +319,9 @@ class Outbox:
             own = sum(events for run_id, events in self._written.values() if self._is_left(run_id))
             # None of them wait if there is who delivers, in another process.
             return (0 if is_being_written(self.directory.lock) else own), 0
-        if of_children and not only_writes:
+        # A signal to all of the program's processes, as systemd sends, has ended it, and the background starts no more.
+        is_lost = self._worker is not None and not self._worker.is_alive()
+        if (of_children or is_lost) and not only_writes:
             try:
                 self._worker = delivery.start_at_exit(self)
             except (OSError, RuntimeError):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from mlflow_outbox import autopilot, delivery, handles, sessions
 from mlflow_outbox.counters import Counters, shown
 from mlflow_outbox.destination import place_of, resolve
-from mlflow_outbox.errors import EventRefused, InvalidSettings, OutboxError, OutboxUnusable, TrackingUnavailable
+from mlflow_outbox.errors import EventRefused, InvalidEvent, InvalidSettings, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.forklock import ForkLock
 from mlflow_outbox.living import Living
 from mlflow_outbox.outbox import FlushResult, Outbox, shared
@@ -56,7 +56,7 @@ class MLflowTracker(handles.Handle):
         settings: the options; None reads them from the environment.
 
     Raises:
-        InvalidSettings: an option or an environment variable is wrong.
+        InvalidSettings: an option, an environment variable or the experiment's name is wrong.
         DestinationError: the tracking URI is none.
         OutboxUnusable: only with ``Settings(strict=True)``; otherwise ``disabled`` becomes true, with a warning.
     """
@@ -199,7 +199,7 @@ class MLflowTracker(handles.Handle):
             counters.add("refused_bad_run_id")
             msg = f"the run id {shown(run_id)} is none; a new run is started instead"
             if self._settings.strict:
-                raise OutboxError(msg)
+                raise InvalidEvent("bad_run_id", msg)
             counters.warn_once(("run id", shown(run_id)), f"mlflow-outbox: {msg}")
             run_id = None
         first: dict[Any, Any] = {} if run_id else _source_tags()

@@ -43,6 +43,8 @@ from mlflow_outbox_worker.lease import Holder, Lease, holder
 BEAT: Final = 10.0
 #: Signs of life that are missed before a holder counts as dead; together a minute, more than attributes are cached for.
 MISSED: Final = 6
+#: Seconds after which a holder's silence is beyond doubt, for who only looks and makes no file to compare times with.
+_SILENT: Final = 2 * BEAT * MISSED
 #: Bytes of the longest lease without words: a hole, which takes no room, but counts where a budget is measured.
 _LENGTHS: Final = 64 * 1024
 
@@ -155,10 +157,8 @@ class HostLease:
         return taken
 
     def _take(self) -> bool:
-        found = os.stat(self._lock_path)
-        note = HostNote(
-            self._host, os.getpid(), self._kind, boot_id(), f"{found.st_dev}:{found.st_ino}", secrets.token_hex(8)
-        )
+        lock = _identity(self._lock_path)
+        note = HostNote(self._host, os.getpid(), self._kind, boot_id(), lock, secrets.token_hex(8))
         draft = self._path.with_name(f".{self._path.name}-{note.token}")
         fd = create_private(draft)
         try:
@@ -270,7 +270,7 @@ class HostLease:
         if self.is_held():
             return None
         # While this object takes it, which it does with the local lock first, its own file is not another's.
-        return self._local.other() or (None if self._local.is_held() else _other(self._path))
+        return self._local.other() or (None if self._local.is_held() else _other(self._path, self._lock_path))
 
 
 def lease_of(directory: OutboxDirectory, kind: str, *, inherited: int = -1) -> WorkerLease:
@@ -287,7 +287,7 @@ def lease_of(directory: OutboxDirectory, kind: str, *, inherited: int = -1) -> W
 
 def worker_of(directory: OutboxDirectory) -> Holder | None:
     """Return who delivers an outbox at present, on this machine or another; None when nobody does."""
-    return holder(directory.lock) or (_other(directory.host_lease) if directory.network else None)
+    return holder(directory.lock) or (_other(directory.host_lease, directory.lock) if directory.network else None)
 
 
 def is_elsewhere(found: Holder) -> bool:
@@ -342,9 +342,32 @@ def _seen(fd: int) -> _Seen:
     return _Seen(note, found.st_size, found.st_mtime)
 
 
-def _other(path: Path) -> Holder | None:
+def _identity(lock: Path) -> str:
+    found = os.stat(lock)
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+#: By lease file: what the last look found, and when by this process's clock one found that first.
+_heard: dict[Path, tuple[_Seen, float]] = {}
+
+
+def _other(path: Path, lock: Path) -> Holder | None:
+    """Return who holds a lease on another machine, or in a container of this one, with a local lock of its own."""
     seen = _look(path)
-    # Only for a message, so this machine's clock will do; a dead holder's file is old beyond doubt.
-    if seen is None or time.time() - seen.changed > 2 * BEAT * MISSED:
+    if seen is None:
+        _heard.pop(path, None)
         return None
-    return Holder(seen.note.host, seen.note.pid, seen.note.kind) if seen.note is not None else Holder("", 0, "")
+    # This machine's clock and the file server's may differ by hours, so that a dead holder's file is young all day, or
+    # in the future: then only this tells that nothing happens to it.
+    now = stopwatch.seconds()
+    before, since = _heard.get(path, (seen, now))
+    since = since if before == seen else now
+    _heard[path] = seen, since
+    if time.time() - seen.changed > _SILENT or now - since > _SILENT:
+        return None
+    if seen.note is None:
+        return Holder("", 0, "")
+    with contextlib.suppress(OSError):
+        if seen.note.boot_id == boot_id() != "" and seen.note.lock == _identity(lock):
+            return holder(lock)  # of this machine, where the lock tells whether its process lives
+    return Holder(seen.note.host, seen.note.pid, seen.note.kind)

@@ -11,16 +11,22 @@ Processes on another machine are not excluded by flock on every network file sys
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import threading
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from mlflow_outbox.living import Living
 from mlflow_outbox.spool.private import above_streams
+
+#: What file systems answer that have no locks, such as some of a cluster's on which homes lie, and what helps.
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+_REMEDY: Final = "give MLFLOW_OUTBOX_DIR, or XDG_STATE_HOME if the outbox is on the network, a disk of this machine"
 
 
 class Holder(msgspec.Struct):
@@ -74,6 +80,12 @@ class Lease:
         except BlockingIOError:
             os.close(fd)
             return False
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in _NO_LOCKS:
+                raise
+            msg = f"{error.strerror}: {self._path} cannot be locked; {_REMEDY}"
+            raise OSError(error.errno, msg) from None
         except BaseException:  # raised again: nobody would know of the descriptor
             os.close(fd)
             raise

@@ -1,7 +1,8 @@
 """Opens the sink when there is something to deliver and not before: this is where mlflow is imported.
 
 An import that fails may have met another thread's import of MLflow, which a later one does not; so a person is asked
-for only when it goes on failing. A module that is not there will not be there then either.
+for only when it goes on failing. A module that is not there will not be there then either. A library that does not fit
+the others raises anything as it is imported: protobuf a TypeError, NumPy a ValueError or an AttributeError.
 """
 
 from __future__ import annotations
@@ -70,9 +71,11 @@ class Opener:
         except SinkError as error:
             self._gate.failed(ledger, error, classify(error, "open"), began_ms)
             return None
-        except (DestinationError, ImportError) as error:
+        except (OSError, MemoryError):  # of this moment, as far as anybody can tell; the loop tries again
+            raise
+        except Exception as error:  # noqa: BLE001 - see above; a person is told
             reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError):
+            if not isinstance(error, (DestinationError, ModuleNotFoundError)):
                 self._failed += 1
                 if self._failed <= _IMPORTS:
                     self._due = self._clock() + _SOON

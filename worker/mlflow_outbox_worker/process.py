@@ -3,7 +3,8 @@
 The experiment starts ``python -m mlflow_outbox_worker DIRECTORY`` in a session of its own, so that neither ctrl-C nor
 the killing of the experiment's process group ends it. Settings and credentials go through a pipe to its standard
 input, never over a command line. The
-pipe stays open: its end of file tells the worker that the experiment is gone, whichever way it went. The worker then
+pipe stays open: what changes in the experiment's environment comes over it, such as a token that is renewed, and its
+end of file tells the worker that the experiment is gone, whichever way it went. The worker then
 delivers what is left for at most ``linger`` seconds and exits. It shares the experiment's standard error, and lets go
 of it then if that is a pipe: ``tee``, or a program that runs the experiment, would wait for it too.
 """
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from mlflow_outbox import stopwatch
-from mlflow_outbox.counters import Counters
+from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.destination import Destination
-from mlflow_outbox.settings import Settings
+from mlflow_outbox.errors import OutboxUnusable
+from mlflow_outbox.settings import Settings, environment_for_child
 from mlflow_outbox.spool import private
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker import interpreter
@@ -35,10 +37,13 @@ from mlflow_outbox_worker.priority import stand_back
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
+    from mlflow_outbox_worker.delivery import Delivery
     from mlflow_outbox_worker.thread import ThreadWorker
 
 #: Seconds between two tries to start a thread.
 _AGAIN: Final = 1.0
+#: The exit code of a process whose loop has ended.
+_LOST: Final = 70
 
 
 class _Outliving(subprocess.Popen[bytes]):
@@ -56,13 +61,20 @@ class ProcessWorker:
         process: the process.
         pipe: its standard input.
         deputy: syncs for this process, by that one.
+        environment: that it was started with.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], pipe: IO[bytes], deputy: Deputy | None) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], pipe: IO[bytes], deputy: Deputy | None, environment: dict[str, str]
+    ) -> None:
         self._process = process
         self._pipe = pipe
         self._deputy = deputy
+        self._environment = environment
+        self._unsent = b""
+        self._telling = threading.Lock()
         self._pid = os.getpid()
+        os.set_blocking(pipe.fileno(), False)
 
     def __repr__(self) -> str:
         return f"<ProcessWorker {self._process.pid}, {'alive' if self.is_alive() else 'ended'}>"
@@ -76,8 +88,30 @@ class ProcessWorker:
         """Return whether the process runs."""
         return self._process.poll() is None
 
+    @property
+    def end(self) -> str:
+        """How it ended."""
+        code = self._process.returncode
+        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
     def wake(self) -> None:
         """Do nothing: the process hears the doorbell by itself."""
+
+    def look(self) -> None:
+        """Tell the process what has changed in the environment."""
+        if not self._telling.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            now, before = environment_for_child(), self._environment
+            if now != before:
+                self._unsent += line_of(before, now)
+                self._environment = now
+            if self._unsent:
+                self._unsent = self._unsent[os.write(self._pipe.fileno(), self._unsent) :]
+        except (OSError, ValueError):  # no room, and later; or it is gone; or this is the end, and the pipe is closed
+            pass
+        finally:
+            self._telling.release()
 
     def syncs(self, segments: tuple[str, ...]) -> bool:
         """Return whether the process syncs these segments; have it do so from now on."""
@@ -85,7 +119,7 @@ class ProcessWorker:
 
     def stop(self, timeout: float) -> None:  # noqa: ARG002 - the process decides by itself when it is done
         """Tell the process that this one is done; it goes on until everything is delivered or its time is up."""
-        with contextlib.suppress(OSError):
+        with self._telling, contextlib.suppress(OSError):  # or its number may be another file's when it is written to
             self._pipe.close()
         if self._deputy is not None:
             self._deputy.close()
@@ -106,7 +140,7 @@ def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | Thr
         from mlflow_outbox_worker import thread  # here alone, for what the program does not need it does not import
 
         return thread.start(outbox)
-    directory, error = outbox.directory, interpreter.standard_error()
+    directory, error, environment = outbox.directory, interpreter.standard_error(), environment_for_child()
     with passed_on(outbox.settings, network=directory.network) as deputy, private.streams_taken():  # for the pipe
         process = _Outliving(
             [*interpreter.command("mlflow_outbox_worker"), str(directory.path)],
@@ -122,7 +156,7 @@ def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | Thr
     assert pipe is not None  # noqa: S101 - for the type checker: PIPE was asked for
     pipe.write(note)
     pipe.flush()
-    return ProcessWorker(process, pipe, deputy)
+    return ProcessWorker(process, pipe, deputy, environment)
 
 
 def note_of(outbox: Outbox, linger: float | None = None, deputy: Deputy | None = None) -> bytes:
@@ -135,9 +169,31 @@ def note_of(outbox: Outbox, linger: float | None = None, deputy: Deputy | None =
     if linger is not None:
         settings["linger"] = linger
     note: dict[str, object] = {"settings": settings, "uri": outbox.destination.secret_uri}
+    if outbox.restarts.are_vain:
+        note["again"] = True
     if deputy is not None:
         note["substitute"] = deputy.numbers
     return json.dumps(note).encode() + b"\n"
+
+
+def line_of(before: dict[str, str], now: dict[str, str]) -> bytes:
+    """Return what a process of ours has to be told of a change of the environment, in one line."""
+    changed: dict[str, str | None] = {name: None for name in before if name not in now}
+    changed.update({name: value for name, value in now.items() if before.get(name) != value})
+    return json.dumps({"environment": changed}).encode() + b"\n"
+
+
+def take_over(line: bytes) -> None:
+    """Make this process's environment what it was told of.
+
+    Raises:
+        ValueError: half of the line is missing.
+    """
+    for name, value in json.loads(line)["environment"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 class Noted(NamedTuple):
@@ -217,6 +273,18 @@ def started(thread: threading.Thread, counters: Counters) -> bool:
             return False
 
 
+def deliver_or_end(delivery: Delivery) -> None:
+    """Deliver in this thread; end the process if that ends unasked, as for want of memory to go on after an error.
+
+    Its program, which hears of nothing but the end of the process, starts another one then.
+    """
+    try:
+        delivery.run()
+    finally:
+        if not delivery.is_stopped():
+            os._exit(_LOST)
+
+
 def serve(path: Path, source: IO[bytes]) -> int:
     """Be the worker process: deliver until the starter is gone and nothing is left, or the time for that is up.
 
@@ -233,15 +301,22 @@ def serve(path: Path, source: IO[bytes]) -> int:
     from mlflow_outbox_worker.surroundings import open_sink
 
     stand_back()
-    counters, found = Counters(), noted(path, source.readline())
+    counters, line = Counters(), source.readline()
+    try:
+        found = noted(path, line)
+    except OutboxUnusable as error:
+        if not json.loads(line or b"{}").get("again"):  # those before this one have said so
+            counters.warn_once("outbox", f"mlflow-outbox: delivery: {printable(str(error), 300)}")
+        return 1
     directory, destination, settings, _ = found
     delivery = Delivery(directory, destination, settings, counters, kind="process", open_sink=open_sink)
-    worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
+    worker = threading.Thread(target=deliver_or_end, args=(delivery,), name="mlflow-outbox-worker", daemon=True)
     if not started(worker, counters):
         return 1
     found.substitute_for_the_program(counters)
-    while source.read(4096):
-        pass
+    with contextlib.suppress(OSError, ValueError):  # it was killed in the middle of a line
+        for line in source:
+            take_over(line)
     _let_go_of_standard_error()
     last = stopwatch.seconds() + settings.linger
     result = Watch(directory, settings).until_delivered(settings.linger)

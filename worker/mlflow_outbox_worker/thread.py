@@ -86,10 +86,18 @@ class ThreadWorker:
         """Return whether the loop runs."""
         return self._thread.is_alive()
 
+    @property
+    def end(self) -> str:
+        """How it ended: why is said where it happens."""
+        return "a thread that could not begin"
+
     def wake(self) -> None:
         """Let the loop look at the doorbell, which it does at its beginning anyway."""
         if self.delivery is not None:
             self.delivery.wake()
+
+    def look(self) -> None:
+        """Do nothing: the thread itself tells a child what changes."""
 
     def syncs(self, segments: tuple[str, ...]) -> bool:
         """Return whether another process syncs these segments for this one; have it do so from now on."""

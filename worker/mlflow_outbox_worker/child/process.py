@@ -16,6 +16,7 @@ from mlflow_outbox import stopwatch
 from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.settings import environment_for_child
 from mlflow_outbox_worker import interpreter, sockets
+from mlflow_outbox_worker.process import line_of
 
 #: What a child says first.
 READY: Final = {"ready": "mlflow-outbox"}
@@ -159,10 +160,14 @@ class Child:
     def _pass_on_environment(self) -> None:
         now, before = environment_for_child(), self._environment
         if now != before:
-            changed: dict[str, str | None] = {name: None for name in before if name not in now}
-            changed.update({name: value for name, value in now.items() if before.get(name) != value})
             self._environment = now
-            self.send(json.dumps({"environment": changed}).encode() + b"\n")
+            self.send(line_of(before, now))
+
+    @property
+    def end(self) -> str:
+        """How it ended, after ``close``."""
+        code = self._process.returncode
+        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
     def close(self) -> None:
         """Let the child end, with whatever it is doing; wait for it a moment."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import logging
@@ -18,7 +19,7 @@ from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters, logger, printable
 from mlflow_outbox.errors import OutboxUnusable
 from mlflow_outbox_worker.child.process import READY
-from mlflow_outbox_worker.process import noted, started
+from mlflow_outbox_worker.process import deliver_or_end, noted, started, take_over
 
 #: Seconds for a request that is under way when the program is gone.
 _FAREWELL: Final = 1.0
@@ -26,10 +27,16 @@ _FAREWELL: Final = 1.0
 #: program's interpreter away from somebody's logging call.
 _SOON: Final = 0.05
 _PACE: Final = 0.5
+#: Messages that are kept for a program that does not listen.
+_KEPT: Final = 100
 
 
 class Reporter(logging.Handler):
-    """Tells the program what is counted and logged here."""
+    """Tells the program what is counted and logged here, and waits for it in nothing.
+
+    A program that was stopped, by ctrl-Z or in a debugger, listens to nobody. After some minutes of counts the socket
+    is full; if what delivers waited then to say something, nothing of other programs with this outbox would arrive.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
@@ -37,23 +44,60 @@ class Reporter(logging.Handler):
         self._connection = connection
         self._sending = threading.Lock()
         self._told: dict[str, int] = {}
+        self._unsent = b""  # the rest of what is on its way
+        self._kept: collections.deque[bytes] = collections.deque(maxlen=_KEPT)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass on what was logged."""
         self.tell({"log": [record.levelno, record.getMessage()]})
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send a message; whoever is gone hears nothing."""
-        with self._sending, contextlib.suppress(OSError):
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
+    def tell(self, message: dict[str, Any], *, keep: bool = True) -> bool:
+        """Send a message; whoever is gone hears nothing.
+
+        Args:
+            message: what to say.
+            keep: send it later if the program does not listen now, unless there is too much of that.
+
+        Returns:
+            Whether it was sent, or is kept.
+        """
+        line = json.dumps(message).encode() + b"\n"
+        with self._sending:
+            if self._has_sent_all():
+                self._unsent = line
+                self._has_sent_all()
+                return True
+            if keep:
+                self._kept.append(line)
+            return keep
+
+    def _has_sent_all(self) -> bool:
+        """Send what is left, as far as nobody has to be waited for; return whether that was all."""
+        try:
+            while self._unsent or self._kept:
+                self._unsent = self._unsent or self._kept.popleft()
+                self._unsent = self._unsent[self._connection.send(self._unsent, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return False
+        except OSError:  # whoever is gone
+            self._unsent = b""
+            self._kept.clear()
+        return True
 
     def tell_counts(self) -> None:
         """Send what was counted since the last time."""
         now = self.counters.snapshot()
         more = {reason: number - self._told.get(reason, 0) for reason, number in now.items()}
-        self._told = now
-        if any(more.values()):
-            self.tell({"counts": {reason: number for reason, number in more.items() if number}})
+        some = {reason: number for reason, number in more.items() if number}
+        if not some:
+            self.is_heard()
+        elif self.tell({"counts": some}, keep=False):  # else they are part of what is told next
+            self._told = now
+
+    def is_heard(self) -> bool:
+        """Send what waits for a program that did not listen; return whether nothing does any more."""
+        with self._sending:
+            return self._has_sent_all()
 
     def go_on(
         self, clock: Callable[[], float] = stopwatch.seconds, sleep: Callable[[float], None] = time.sleep
@@ -66,7 +110,7 @@ class Reporter(logging.Handler):
         """
         told_at = clock() - _PACE
         while True:
-            self.counters.news.wait()
+            self.counters.news.wait(None if self.is_heard() else _PACE)
             sleep(max(_SOON, told_at + _PACE - clock()))
             self.counters.news.clear()
             self.tell_counts()
@@ -122,7 +166,7 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
     directory, destination, settings, _ = found
     source = OutboxSource(directory, lock=lock)
     delivery = Delivery(source, destination, settings, reporter.counters, kind="thread", open_sink=open_sink)
-    worker = threading.Thread(target=delivery.run, name="mlflow-outbox-worker", daemon=True)
+    worker = threading.Thread(target=deliver_or_end, args=(delivery,), name="mlflow-outbox-worker", daemon=True)
     if not started(worker, reporter.counters):
         return
     with contextlib.suppress(RuntimeError):  # no thread left: what is counted is told at the end
@@ -130,15 +174,7 @@ def serve(path: Path, lock: int, connection: socket.socket) -> None:
     found.substitute_for_the_program(reporter.counters)
     with contextlib.suppress(OSError, ValueError):  # the program was killed
         for line in lines:
-            _take_over(json.loads(line)["environment"])
+            take_over(line)
     delivery.stop()
     worker.join(_FAREWELL)
     reporter.tell_counts()
-
-
-def _take_over(environment: dict[str, str | None]) -> None:
-    for name, value in environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

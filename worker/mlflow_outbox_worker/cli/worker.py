@@ -140,6 +140,7 @@ class Service:
 
         Raises:
             OutboxUnusable: it cannot be written to.
+            RuntimeError: there is no thread left for it.
         """
         from mlflow_outbox_worker.metrics import Meter
 
@@ -147,10 +148,10 @@ class Service:
             raise OutboxUnusable(why)
         meter = Meter()
         one = CommandWorker(directory, self._settings, meter)
+        one.start()
         if self._metrics is not None:
             self._metrics.watch(directory, one.counters, meter, one.delivery.holds_lease)
         self._workers[directory.path] = one
-        one.start()
 
     def adopt(self, root: Path) -> None:
         """Deliver every outbox in a directory that is not delivered yet; one that is not safe to use is named once."""
@@ -161,9 +162,14 @@ class Service:
             try:
                 self.take(OutboxDirectory.open(path))
             except OutboxUnusable as error:
-                refused[path] = str(error)
-                if path not in self._refused:
-                    terminal.log(f"left alone: {error}")
+                why = str(error)
+            except RuntimeError as error:  # others have used up a limit of threads; it goes on with all the rest
+                why = f"{printable(path, 300)} is not delivered yet: {error}"
+            else:
+                continue
+            refused[path] = why
+            if path not in self._refused:
+                terminal.log(f"left alone: {why}")
         self._refused = refused
 
     def _look(self, root: Path | None) -> None:
@@ -184,7 +190,7 @@ class Service:
             self.adopt(root)
             return
         for path in list(gone):
-            with contextlib.suppress(OutboxUnusable):
+            with contextlib.suppress(OutboxUnusable, RuntimeError):
                 self.take(OutboxDirectory.open(path))
                 del gone[path]
 
