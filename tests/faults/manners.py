@@ -231,7 +231,7 @@ def _synced_ns() -> int:
 
 def excuse_syncs() -> None:
     """Let the calls of this process, which log at "always", wait for the disk's syncs as long as these take."""
-    for name in ("data", "names", "copy"):
+    for name in ("data", "names", "copies"):
         setattr(Syncer, name, _timed(getattr(Syncer, name)))
 
 
