@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import re
@@ -19,9 +20,12 @@ from commands import NOBODY, Here, command, environment, offline, run, waited
 from contents import QUICK, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool import frame
+from mlflow_outbox.spool.events import Params, encode
 from mlflow_outbox.testing.faults import accept_hang
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
 from mlflow_outbox_worker.cli.bar import Rate, ReplayBar
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import DeadLetter
 from mlflow_outbox_worker.replay import Progress
 from replays import contents_of, log_offline
 from servers import MlflowServer, eventually
@@ -228,6 +232,19 @@ class TestARunWhoseFirstEventsWereReclaimed:
         assert 0 == done.code
         assert f"run {fragment.run_id} has lost its first {fragment.lost} events on disk" in done.err
         assert f"{fragment.lost} events missing or damaged on disk" in done.out
+
+    def test_its_dead_letters_stay_when_what_is_left_of_it_is_sent_again(self, fragment: Fragment, here: Here) -> None:
+        """Where the segment of such an event was reclaimed, the letter is all that there is of it."""
+        [outbox] = fragment.root.glob("*/outbox.json")
+        refused = encode(Params({"depth": "5"}, 5))
+        letter = DeadLetter(fragment.run_id, "ab" * 16, refused, "it was refused", "BAD", 400, 1000)
+        with contextlib.closing(Ledger.open(outbox.parent / "delivery")) as ledger:
+            record = ledger.record(fragment.run_id)
+            assert record is not None
+            ledger.commit(record, dead=[letter])
+        assert 0 == here("replay", fragment.root, "--again", "--incomplete").code
+        [held] = here("dead", "list", "-d", fragment.root, "--json").data
+        assert {"depth": "5"} == held["event"]["values"]
 
     def test_a_bundle_of_it_is_one_of_what_is_left(
         self, fragment: Fragment, here: Here, experiment_name: str, tmp_path: Path

@@ -66,6 +66,21 @@ def test_a_refused_login_is_told_with_what_was_sent(
         assert SECRET not in text
 
 
+def test_who_asks_a_server_by_a_name_that_it_does_not_know_is_told_so_and_nothing_of_logins(
+    here: Here, tmp_path: Path
+) -> None:
+    """MLflow answers with a 403, which no login changes."""
+    outbox = tmp_path / "outbox"
+    with FaultProxy(NOBODY) as proxy:
+        refusal = "Invalid Host header - possible DNS rebinding attack detected"
+        proxy.on(lambda _method, _path: True, faults.status(403, {}, refusal), times=None)
+        offline(outbox, proxy.url)
+        told = [here(*words, "-d", outbox) for words in (("flush", "--timeout", 30), ("status",), ("doctor",))]
+    for text in ["".join(f"{one.out} {one.err}".split()) for one in told]:  # lines are broken as the terminal is wide
+        assert "--allowed-hostsorMLFLOW_SERVER_ALLOWED_HOSTS" in text
+        assert "nocredentials" not in text
+
+
 def test_a_program_that_has_mlflow_is_not_told_what_is_in_a_file_of_credentials_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

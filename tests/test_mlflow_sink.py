@@ -109,6 +109,26 @@ class TestSqlite(SinkContract):
         sink.log_batch(runs[0], points, {}, {})
         assert points == sink.metric_history(runs[0], "m")
 
+    def test_a_run_that_begins_between_two_pages_shows_no_other_one_twice(
+        self, sink: Sink, experiment_name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Pages are counted from the newest run, and a session asks for its runs while others begin."""
+        from mlflow_outbox_worker.mlflow_sink import recorder
+
+        monkeypatch.setattr(recorder, "RUNS_PER_PAGE", 2)
+        experiment_id = sink.experiment_id(experiment_name)
+        runs = [new_run(sink, experiment_id, start_time_ms=NOW_MS + later) for later in range(4)]
+        store: Any = sink._store  # type: ignore[attr-defined]  # the only Sink that there is
+        search, later = store.search_runs, iter(range(10, 20))
+
+        def searching(*given: Any) -> Any:
+            page = search(*given)
+            new_run(sink, experiment_id, start_time_ms=NOW_MS + next(later))
+            return page
+
+        monkeypatch.setattr(store, "search_runs", searching)
+        assert runs[::-1] == [run.run_id for run in sink.search_runs(experiment_id)]
+
     def test_a_connection_that_is_in_use_when_the_store_is_closed_is_closed_after_that(self, sqlite_uri: str) -> None:
         """By the thread that uses it, not by the garbage collector some time later."""
         sink = open_sink(sqlite_uri)

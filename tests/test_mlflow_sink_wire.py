@@ -367,6 +367,31 @@ def test_an_answer_is_judged_by_status_and_by_who_gave_it(wire: Callable[..., Wi
     assert len(str(error)) < 600
 
 
+@pytest.mark.parametrize(
+    ("said", "name", "outcome"),
+    [
+        ("(psycopg2.errors.ReadOnlySqlTransaction) cannot execute INSERT in a read-only transaction", "2j85", "retry"),
+        ("(pyodbc.Error) ('40001', 'chosen as the deadlock victim. Rerun the transaction.')", "dbapi", "retry"),
+        ("(pymysql.err.InterfaceError) (0, '')", "rvf5", "retry"),
+        ("(psycopg2.DatabaseError) SSL SYSCALL error: EOF detected", "4xp6", "retry"),
+        ("QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00", "3o7r", "retry"),
+        ("(psycopg2.errors.StringDataRightTruncation) value too long", "9h9h", "dead_letter"),
+        ("(psycopg2.errors.NotNullViolation) null value in https://sqlalche.me/e/20/2j85)", "gkpj", "dead_letter"),
+    ],
+)
+def test_a_database_behind_a_server_that_fails_is_no_fault_of_an_event(
+    wire: Callable[..., Wire], said: str, name: str, outcome: str
+) -> None:
+    """MLflow answers 400 to whatever SQLAlchemy does not call operational; behind the statement stands what it was."""
+    statement = f"[SQL: INSERT INTO metrics VALUES {'(%s), ' * 200}]"
+    message = f"{said}\n{statement}\n(Background on this error at: https://sqlalche.me/e/20/{name})"
+    server = wire(says(400, json.dumps({"error_code": "BAD_REQUEST", "message": message})))
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert outcome == classify(error, "log_batch").kind
+    assert said[:60] in str(error)
+
+
 @pytest.mark.parametrize("operation", ["create_run", "experiment_id", "get_run"])
 def test_an_empty_success_is_not_taken_for_an_answer(wire: Callable[..., Wire], operation: str) -> None:
     """A proxy that answers everything with an empty object creates no runs."""

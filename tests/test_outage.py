@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,6 +145,27 @@ def test_errors_of_the_server_are_retried_and_never_a_dead_letter(
         assert tracker.close(60)
     check_session(mlflow_server.url, experiment_name, 2)
     assert 0 == tracker.counters.get("dead_letters", 0)
+
+
+def test_a_text_that_the_database_of_a_server_never_takes_holds_up_nothing(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """PostgreSQL and a NUL: the server answers 500, as to a mistake of its own, and only the texts are refused."""
+    said = json.dumps(
+        {"error_code": "INTERNAL_ERROR", "message": "A string literal cannot contain NUL (0x00) characters."}
+    )
+    with FaultProxy(mlflow_server.url) as proxy:
+        for path in ("runs/create", "runs/log-batch"):
+            proxy.on(path, faults.status(500, body=said), times=None, body="\\u0000")
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK)
+        with tracker.start_run("with\0nul") as run:
+            run.log_params({"good": 1, "bad": "a\0b"})
+            run.log_metric("loss", 0.5)
+        result = tracker.close(60)
+    assert (0, 0, 2) == (result.pending, result.parked, tracker.counters["dead_letters"])
+    held = the_run(mlflow_server.url, experiment_name)
+    assert ("withnul", "FINISHED") == (held.info.run_name, held.info.status)
+    assert ({"good": "1"}, {"loss": 0.5}) == (held.data.params, held.data.metrics)
 
 
 @pytest.mark.parametrize(

@@ -203,3 +203,20 @@ def test_an_answer_that_is_not_mlflows_to_one_run_holds_up_no_other(
         proxy.clear()
         assert tracker.flush(60)
     assert "'; DROP TABLE runs; --" == artifact_text(mlflow_server.url, held.info.run_id, "notes.txt")
+
+
+def test_a_user_who_may_store_files_and_not_list_them_has_runs_that_are_done(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the roles of storages allow that only write: what was stored is not read back, which is said once."""
+    with FaultProxy(mlflow_server.url) as proxy, caplog.at_level(logging.WARNING):
+        proxy.on("artifacts/list", faults.status(403), times=None)
+        with MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=PATIENT) as tracker:
+            for number in range(2):
+                with tracker.start_run() as run:
+                    assert run.log_text(f"text {number}", "notes/text.txt")
+            eventually(lambda: 2 == tracker.counters.get("runs_verified", 0), 30)
+            assert 0 == tracker.counters.get("parked", 0)
+    assert 1 == caplog.text.count("may not be listed by this user")
+    held = [run.info.run_id for run in runs(mlflow_server.url, experiment_name)]
+    assert ["text 0", "text 1"] == sorted(artifact_text(mlflow_server.url, run_id, "notes/text.txt") for run_id in held)

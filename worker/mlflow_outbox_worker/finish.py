@@ -8,7 +8,7 @@ differences named.
 Artifacts are told apart (``verification``). One that is absent is sent again like all else, once: a store that has lost
 a file that it had taken looks like one in which somebody has deleted it, and a file too many does less harm. One that
 is another now is not, as it may be what somebody has put there since. What stays absent or other is counted and said,
-and parks no run.
+and parks no run. Nor does a storage in which this user may put files and not list them: that is said, too.
 
 A run that was left by its programs, killed before they could end it, is read back, filed and reclaimed like any other.
 MLflow shows it as running, as it would without an outbox. Whoever goes on with it later finds it as one that has ended.
@@ -16,19 +16,21 @@ MLflow shows it as running, as it would without an outbox. Whoever goes on with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from http import HTTPStatus
 from pathlib import Path
 
-from mlflow_outbox.counters import Counters
+from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.writer import has_ended
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.courier import Turn
+from mlflow_outbox_worker.gate import is_admitted
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import Outcome, classify
-from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.records import DeadLetter, RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.requeue import bring_back, is_whole
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -79,7 +81,7 @@ def finish(
             reader = RunReader(*source.everywhere(record.run_id))  # with what was filed while the run went on
             found = differences(sink, record.remote_id, turn.view, letters, settings.verify, reader=reader)
             asked = settings.verify != "off"
-            altered = altered_artifacts(sink, record.remote_id, turn.view, letters) if asked else []
+            altered = _altered(sink, record, turn.view, letters, counters) if asked else []
         except SinkError as error:
             outcome = classify(error, "verify")
             if outcome.kind == "retry":
@@ -98,6 +100,24 @@ def finish(
     record.state = "done"
     ledger.commit(record)
     return True
+
+
+def _altered(
+    sink: Sink, record: RunRecord, view: RunView, letters: Collection[DeadLetter], counters: Counters
+) -> list[Altered]:
+    """Return which artifacts are not as they were stored; none where this user may store them and not list them."""
+    try:
+        return altered_artifacts(sink, record.remote_id, view, letters)
+    except SinkError as error:
+        if error.status != HTTPStatus.FORBIDDEN or not is_admitted(sink):
+            raise
+        counters.add("artifacts_unlisted")
+        counters.warn_once(
+            ("unlisted", "artifacts"),
+            f"mlflow-outbox: the artifacts of run {record.run_id}, which were all stored, may not be listed by this "
+            f"user, and are not read back, nor are those of others like it: {printable(error, 300)}",
+        )
+        return []
 
 
 def _is_left(reader: RunReader) -> bool:

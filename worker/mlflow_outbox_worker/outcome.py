@@ -7,7 +7,7 @@ and a login page as the same INTERNAL_ERROR. The rules, in the order in which th
   to act.
 * An answer that no MLflow server gives (login page, redirect, unknown URL): *parked*.
 * 408, 425, 429, 5xx, and MLflow's codes for "later": *retry*. Two answers look like that and are not: 501, and the
-  503 of a server that serves no artifacts; both are *parked*.
+  503 of a server that serves no artifacts; both are *parked*. Nor does a NUL pass that a server's database never takes.
 * 401, 403, 407, and a run or an experiment that is gone or deleted: *parked*.
 * 413: *split*. The caller halves the batch; a single event that is still too large is a dead letter.
 * An experiment that exists already: *already applied*.
@@ -50,6 +50,10 @@ _DELETED = re.compile(r"must be in (the )?'active'|non-active experiment")
 _NO_ARTIFACTS = re.compile(r"--no-serve-artifacts")
 #: What a tracking server on a file store says to a param of another value, as an INTERNAL_ERROR.
 _OTHER_VALUE = "Changing param values is not allowed"
+#: What psycopg2 says to a text with a NUL in it, and a server on PostgreSQL, as an INTERNAL_ERROR, after it.
+_NUL = "cannot contain NUL"
+#: What a server says as an INTERNAL_ERROR when it has met a row four times as it set tags.
+_TAGS_MET = "Failed to set tags with given within"
 #: Two requests wrote the same row at once; the loser's whole transaction was rolled back and succeeds when repeated.
 _ROW_RACE = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry", re.IGNORECASE)
 
@@ -95,7 +99,8 @@ def is_deleted(error: SinkError) -> bool:
 
 def met_a_row(error: SinkError) -> bool:
     """Return whether a database refused something for a row that is there, as when two requests write it at once."""
-    return error.code == "BAD_REQUEST" and _ROW_RACE.search(str(error)) is not None
+    said = str(error)
+    return (error.code == "BAD_REQUEST" and _ROW_RACE.search(said) is not None) or _TAGS_MET in said
 
 
 def remedy(error: SinkError, record: RunRecord, outbox: Path) -> str:
@@ -123,6 +128,8 @@ def _answered(error: SinkError, status: int, operation: str) -> Outcome:
         return Outcome("parked", reason)
     if operation == "log_batch" and error.code == "INTERNAL_ERROR" and _OTHER_VALUE in reason:
         return Outcome("dead_letter", reason)
+    if error.code == "INTERNAL_ERROR" and _NUL in reason:
+        return Outcome("dead_letter" if operation in EVENT_OPERATIONS else "parked", reason)
     if status in _LATER_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.code in _LATER_CODES:
         return Outcome("retry", reason, error.retry_after)
     # A name is taken for good.

@@ -149,7 +149,8 @@ class Requests:
             tags = {key: self._calls.ids.tag(key, value, of=record.run_id) for key, value in batch.tags.items()}
             self._sink.log_batch(record.remote_id, batch.points, batch.params, tags)
         except SinkError as error:
-            outcome = self._answered(error, "log_batch")
+            outcome = self._collisions.judged_batch(record.run_id, batch, error, classify(error, "log_batch"))
+            outcome = self._about_events(error, outcome)
             if outcome.kind == "already_applied":
                 return
             if len(batch) > 1:
@@ -159,6 +160,8 @@ class Requests:
                 return
             event = batch.event()
             refused.add(event, self._letter(record, event, error, outcome))
+        else:
+            self._collisions.passed_batch(record.run_id, batch)
 
     def _upload(self, record: RunRecord, step: Upload, refused: Refused) -> None:
         artifact = step.artifact

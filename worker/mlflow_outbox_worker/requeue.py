@@ -52,8 +52,11 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
         ledger = Ledger.open(source.ledger_in(settings.ledger_dir))
         with contextlib.closing(ledger):
             for run_id in run_ids:
-                for letter in list(ledger.dead_letters(run_id)):
-                    ledger.drop_dead_letter(letter.id)  # what is refused again comes again
+                letters, record = list(ledger.dead_letters(run_id)), ledger.record(run_id)
+                known = record.cursors if record is not None else {}
+                if letters and is_whole(RunReader(*source.everywhere(run_id)), known):  # else one may be the last copy
+                    for letter in letters:
+                        ledger.drop_dead_letter(letter.id)  # what is refused again comes again
                 ledger.forget(run_id)
                 if filed is not None:
                     bring_back(filed, run_id)

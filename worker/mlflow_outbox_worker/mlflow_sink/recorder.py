@@ -150,7 +150,9 @@ class Recorder:
     @_translated
     def search_runs(self, experiment_id: str) -> list[RemoteRun]:
         """Return every active run of an experiment, newest first."""
-        return [_remote(run) for run in self._search(experiment_id, "", ViewType.ACTIVE_ONLY)]
+        found = self._search(experiment_id, "", ViewType.ACTIVE_ONLY)
+        # One that begins between two pages moves the last run of the first to the second, where it comes again.
+        return [*{run.info.run_id: _remote(run) for run in found}.values()]
 
     @_translated
     def log_batch(

@@ -10,9 +10,11 @@ a thousand points, during which the experiment's own threads wait). A batch with
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from http import HTTPStatus
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import msgspec
@@ -34,6 +36,13 @@ from mlflow_outbox_worker.sink import MetricPoint, SinkError
 
 #: Statuses that proxies and load balancers give on a server's behalf, with any body.
 _ANYBODYS_STATUSES = frozenset({401, 403, 407, 408, 413, 425, 429})
+#: What MLflow's server (since 3.5) says who is asked by a name that it was not told, whatever the login.
+_OTHER_HOST = "Invalid Host header"
+_ALLOW_HOST = "the server has to be told of this host name, by --allowed-hosts or MLFLOW_SERVER_ALLOWED_HOSTS"
+#: How what SQLAlchemy says of a database's errors ends where they are about no content: a connection, a pool without
+#: one, a deadlock, a transaction that may only read, as after a failover. MLflow's server answers all but operational
+#: errors with 400, as it does where a row is refused.
+_OF_THE_DATABASE: Final = re.compile(r"sqlalche\.me/e/\w+/(?:rvf5|4xp6|e3q8|2j85|dbapi|3o7r|8s2b)\)\s*\Z")
 
 
 def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dict[str, Any]:
@@ -68,9 +77,13 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
     code = str((found or {}).get("error_code", ""))
     text = str(found["message"]) if found and "message" in found else _excerpt(body, secrets)
     message = clean(f"{what}: {status} {code}: {text}" if code else f"{what}: {status}: {text}", secrets)
+    if status == 403 and _OTHER_HOST in text:  # noqa: PLR2004 - forbidden
+        login = _ALLOW_HOST
     if status < 500 and not _is_mlflows(status, code, found):  # noqa: PLR2004 - server errors come from anybody
         code = code or ("ENDPOINT_NOT_FOUND" if status == 404 else "")  # noqa: PLR2004 - not found
         raise SinkError(message, kind="not_mlflow", status=status, code=code, login=login)
+    if code == "BAD_REQUEST" and _OF_THE_DATABASE.search(text):
+        status, code = HTTPStatus.SERVICE_UNAVAILABLE, "TEMPORARILY_UNAVAILABLE"  # as ``boundary`` has it
     wait = _retry_after(headers)
     raise refused(SinkError(message, kind="answer", status=status, code=code, retry_after=wait, login=login))
 
