@@ -162,6 +162,32 @@ def test_an_interrupt_while_a_worker_is_told_reaches_the_program(
     tracker.close(0)
 
 
+@pytest.mark.parametrize("kind", [TimeoutError, Limit, KeyboardInterrupt])
+def test_an_interrupt_while_mlflow_is_asked_reaches_the_program(
+    kind: type[BaseException], install: Install, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for MLflow's silence, for which there is an answer from the disk."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    from mlflow_outbox_worker.mlflow_sink import stores
+
+    tracker = MLflowTracker("e", sqlite_uri, outbox_dir=tmp_path / "outbox", worker="none")
+    tracker.start_run("r").end()
+    install(raising(kind)["function"])
+    calls: list[Callable[[], object]] = [
+        tracker.get_all_runs,
+        lambda: tracker.get_best_run("m"),
+        lambda: tracker.experiment_id,
+        lambda: tracker.client,
+    ]
+    for call in calls:
+        with monkeypatch.context() as patch, pytest.raises(kind):
+            patch.setattr(SqlAlchemyStore, "get_experiment_by_name", interrupt)
+            patch.setattr(stores, "MlflowClient", interrupt)
+            call()
+    assert ["r"] == [run["run_name"] for run in tracker.get_all_runs()]
+
+
 @pytest.mark.parametrize("kind", [TimeoutError, Limit])
 def test_an_error_of_an_object_is_a_refusal_also_while_an_interrupt_is_handled(
     kind: type[Exception], kit: Kit, install: Install

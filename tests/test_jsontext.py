@@ -111,6 +111,19 @@ def test_two_keys_of_one_name_keep_the_first_and_are_listed() -> None:
     assert ["data_profile.json.numeric_stats.1"] == [what for what, _ in content.refused]
 
 
+def test_a_series_of_polars_is_a_list() -> None:
+    """It has no ``tolist``, and an ``item`` that raises unless there is one value."""
+
+    class Series:
+        def to_list(self) -> list[int]:
+            return [1, 2]
+
+        def item(self) -> Any:
+            return throw(ValueError("can only call '.item()' if the Series is of length 1"))
+
+    assert {"value": [1, 2]} == strict(json_text({"value": Series()}))
+
+
 @dataclasses.dataclass
 class WithSerialiser:
     """A class with a serialiser of its own."""
@@ -215,7 +228,10 @@ def test_cycles_depth_and_size_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     "large",
-    [np.zeros((10, 51)), pd.DataFrame(np.zeros((51, 10))), pd.Series(np.zeros(501)), pd.RangeIndex(501), range(10**12)],
+    [
+        *(np.zeros((10, 51)), np.zeros((51, 10)), pd.DataFrame(np.zeros((51, 10)))),
+        *(pd.Series(np.zeros(501)), pd.RangeIndex(501), range(10**12)),
+    ],
     ids=lambda large: type(large).__name__,
 )
 def test_the_data_set_itself_is_left_out_of_what_describes_it(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from mlflow_outbox import MLflowTracker, TrackingUnavailable
 from mlflow_outbox.spool import disk
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
-from mlflow_outbox_worker import reading
+from mlflow_outbox_worker import mlflow_sink, reading
 from servers import MlflowServer, eventually
 
 
@@ -139,6 +139,33 @@ def test_down_from_the_start_the_answer_is_local(experiment_name: str, tmp_path:
     with pytest.raises(TrackingUnavailable, match=r"http://127\.0\.0\.1:9"):
         _ = tracker.experiment_id
     with pytest.raises(TrackingUnavailable, match=r"http://127.0.0.1:9"):
+        _ = tracker.client
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ModuleNotFoundError("No module named 'mlflow'"), TypeError("Descriptors cannot be created directly.")],
+    ids=["it is not there", "a library that does not fit"],
+)
+def test_where_mlflow_cannot_be_imported_the_answer_is_local(
+    error: Exception, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is down: a session is not ended for it when it asks for its best run."""
+    tracker = MLflowTracker(experiment_name, NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    log_three(tracker)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(reading, "_sinks", {})
+    monkeypatch.setattr(mlflow_sink, "_import_mlflow", fail)
+    assert EXPECTED == summary(tracker.get_all_runs())
+    best = tracker.get_best_run("f1", ascending=False)
+    assert best is not None
+    assert ("run2", "outbox") == (best["run_name"], best["source"])
+    with pytest.raises(TrackingUnavailable, match="cannot be imported"):
+        _ = tracker.experiment_id
+    with pytest.raises(TrackingUnavailable, match="cannot be imported"):
         _ = tracker.client
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlflow_outbox import jsontext
 from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.run import Run
 from mlflow_outbox.settings import Settings
@@ -109,6 +110,17 @@ def test_a_mapping_is_kept_as_json_or_yaml(kit: Kit) -> None:
     yaml = pytest.importorskip("yaml")
     assert found == yaml.safe_load(kit.content("c.YAML"))
     assert [1, 2] == json.loads(kit.content("list.json"))
+    assert {} == kit.counters.snapshot()
+
+
+def test_a_document_with_more_values_than_a_description_may_have_is_whole(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictions for each of many rows, say."""
+    monkeypatch.setattr(jsontext, "MAX_VALUES", 100)
+    predictions = {str(row): [row, 0.5] for row in range(200)}
+    assert kit.run.log_dict(predictions, "predictions.json")
+    assert predictions == json.loads(kit.content("predictions.json"))
     assert {} == kit.counters.snapshot()
 
 

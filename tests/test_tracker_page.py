@@ -12,7 +12,7 @@ import pytest
 
 from contents import QUICK, artifact_text, artifacts, client, runs
 from mlflow_outbox import MLflowTracker, Settings, create_tracker
-from mlflow_outbox.errors import InvalidSettings
+from mlflow_outbox.errors import ArtifactRefused, InvalidSettings
 from servers import MlflowServer
 
 
@@ -187,6 +187,20 @@ def test_visualizations_before_the_summary_go_to_the_same_run(sqlite_uri: str, t
     listed = runs(sqlite_uri, "e")
     assert ["final_summary"] == [run.info.run_name for run in listed]
     assert ["final_state.json", "plot.png"] == artifacts(sqlite_uri, listed[0].info.run_id)
+
+
+def test_runs_of_a_strict_session_end_although_something_of_them_is_refused(tmp_path: Path) -> None:
+    """Whoever catches the error and goes on would see them RUNNING for ever."""
+    tracker = MLflowTracker(
+        "e", "http://127.0.0.1:9", outbox_dir=tmp_path / "o", worker="none", settings=Settings(strict=True)
+    )
+    gone = Result("x", 1, tmp_path / "gone.py", success=False, error_message="no code")
+    for call in (lambda: tracker.log_experiment(gone), lambda: tracker.log_visualizations([tmp_path / "gone.png"])):
+        with pytest.raises(ArtifactRefused):
+            call()
+    assert {"x": "FAILED", "final_summary": "FINISHED"} == {
+        run["run_name"]: run["status"] for run in tracker.get_all_runs()
+    }
 
 
 def test_the_default_is_a_local_store_in_mlruns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,8 @@ from mlflow_outbox.interrupts import forward
 MAX_DEPTH: Final = 64
 #: Values after which no more containers are opened: some ten megabytes of text; a bound for lists that share parts.
 MAX_VALUES: Final = 1_000_000
+#: Times as many values may be in a document that is itself what is to be kept.
+_WHOLE: Final = 20
 #: Refusals that are listed one by one; further ones are counted in a last entry.
 MAX_REFUSED: Final = 50
 #: Bits of the largest integer written as a number; Python refuses to print more than about 14,000.
@@ -76,7 +78,7 @@ class Reader:
         self.refused: list[tuple[str, str]] = []
         self._unlisted = 0
         self._values = 0
-        self._full = self._whole = False
+        self._most, self._full = MAX_VALUES, False
         self._open_ids: set[int] = set()
 
     def refuse(self, what: str, reason: str) -> None:
@@ -139,10 +141,11 @@ class Reader:
         Args:
             thing: a mapping, a model, or any object with fields.
             what: how refusals name the document.
-            whole: arrays and tables are what is to be written, however large they are; in what else has some, such as
-                a profile that keeps its data set, a large one is left out.
+            whole: it is what is to be kept, and may have twenty times the values; of what describes something, such as
+                a profile that keeps its data set, a large array or table is left out.
         """
-        self._values, self._full, self._whole, self._open_ids = 0, False, whole, set()
+        self._values, self._full, self._open_ids = 0, False, set()
+        self._most = MAX_VALUES * (_WHOLE if whole else 1)
         is_array = hasattr(type(thing), "dtype") or hasattr(type(thing), "dtypes")  # what pandas writes has ten digits
         document = self._serialised(thing, what, _SERIALISERS[: -1 if is_array else None])
         if document is _UNREADABLE:
@@ -180,10 +183,10 @@ class Reader:
             return value if math.isfinite(value) else None
         if kind is int:
             return value if value.bit_length() <= _MAX_INT_BITS else hex(value)
-        if self._values > MAX_VALUES:
+        if self._values > self._most:
             if not self._full:
                 self._full = True
-                self.refuse(what, f"the document has more than {MAX_VALUES} values; the rest was left out")
+                self.refuse(what, f"the document has more than {self._most} values; the rest was left out")
             return "<left out>"
         if id(value) in self._open_ids:
             self.refuse(what, "the value contains itself")
@@ -191,8 +194,8 @@ class Reader:
         if depth > MAX_DEPTH:
             self.refuse(what, f"the value is nested deeper than {MAX_DEPTH} levels")
             return "<nested too deep>"
-        if not self._whole and self.attempt(what, _elements, value, default=0) > MAX_VALUES:
-            self.refuse(what, f"a {kind.__name__} of more than {MAX_VALUES} values was left out")
+        if self.attempt(what, _elements, value, default=0) > self._most:
+            self.refuse(what, f"a {kind.__name__} of more than {self._most} values was left out")
             return "<left out>"
         self._open_ids.add(id(value))
         try:
@@ -352,7 +355,7 @@ def _by_offer(value: Any) -> Any:
     """Return what a value of numpy or pandas, or one like them, offers as itself; the value when it offers nothing."""
     if getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m") and hasattr(value, "astype"):
         return _times(value.astype(str).tolist())  # .item() of nanosecond times would be a bare integer
-    for name in ("to_dict", "tolist", "item", "isoformat"):
+    for name in ("to_dict", "tolist", "to_list", "item", "isoformat"):  # Polars has the third
         method = getattr(value, name, None)
         if callable(method):
             return method()

@@ -42,18 +42,20 @@ def content_of(
 
 
 def log(content: autopilot.RunContent, run: Run) -> None:
-    """Log all of it to a run, and end that."""
-    if content.params:
-        run.log_params(content.params)
-    if content.metrics:
-        run.log_metrics(content.metrics, timestamp=content.end_time_ms)
-    if content.tags:
-        run.set_tags(content.tags)
-    for name, text in content.texts.items():
-        run.log_text(text, name)
-    for path, folder in content.files:
-        run.log_artifact(path, folder)
-    run.end(content.status, content.end_time_ms)
+    """Log all of it to a run, and end that, also where a refusal is raised, or what a signal handler raises."""
+    try:
+        if content.params:
+            run.log_params(content.params)
+        if content.metrics:
+            run.log_metrics(content.metrics, timestamp=content.end_time_ms)
+        if content.tags:
+            run.set_tags(content.tags)
+        for name, text in content.texts.items():
+            run.log_text(text, name)
+        for path, folder in content.files:
+            run.log_artifact(path, folder)
+    finally:
+        run.end(content.status, content.end_time_ms)
 
 
 def paths_of(plots: Iterable[str | os.PathLike[str]], refusals: Refusals) -> list[str | os.PathLike[str]] | None:

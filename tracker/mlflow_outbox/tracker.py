@@ -277,9 +277,11 @@ class MLflowTracker(handles.Handle):
         if paths is None:
             return
         run = self._summary_run(None)
-        for path in paths:
-            run.log_artifact(path)
-        run.end()
+        try:
+            for path in paths:
+                run.log_artifact(path)
+        finally:
+            run.end()
 
     def _summary_run(self, start_time: int | None) -> Run:
         with _summarizing.alone():

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.counters import described
-from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable, TrackingUnavailable
+from mlflow_outbox.errors import LedgerUnavailable, OutboxError, OutboxUnusable, TrackingUnavailable
+from mlflow_outbox.interrupts import forward
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.disk import is_foreign
 from mlflow_outbox.spool.events import NAME_TAG, Event, RunStarted
@@ -91,6 +92,7 @@ class Reading:
         try:
             return self._sink().experiment_id(name)
         except SinkError as error:
+            forward(error)
             raise self._unavailable("the id of an experiment is known to MLflow alone", error) from None
 
     def client(self) -> Any:
@@ -100,11 +102,13 @@ class Reading:
             TrackingUnavailable: MLflow cannot be reached now.
         """
         try:
-            return open_client(
-                self._destination.secret_uri or self._destination.uri,
-                artifact_root=self._destination.artifact_root or None,
-            )
-        except TrackingUnavailable as error:
+            with _importing():
+                return open_client(
+                    self._destination.secret_uri or self._destination.uri,
+                    artifact_root=self._destination.artifact_root or None,
+                )
+        except (SinkError, TrackingUnavailable) as error:
+            forward(error)
             raise self._unavailable("MLflow's client asks MLflow alone", error) from None
 
     def runs(self, experiment: str) -> list[dict[str, Any]]:
@@ -114,7 +118,8 @@ class Reading:
             sink = self._sink()
             experiment_id = sink.find_experiment(experiment)
             remote = sink.search_runs(experiment_id) if experiment_id is not None else []
-        except SinkError:
+        except SinkError as error:
+            forward(error)  # a time limit of the program's may have ended while MLflow was asked
             local += self.local_runs(experiment, besides={run.run_id for run in local})
             entries = [run.as_dict() for run in local]
         else:
@@ -244,7 +249,8 @@ class Reading:
         key = (self._destination.secret_uri or self._destination.uri, self._destination.artifact_root)
         with _sinks_lock:
             if key not in _sinks:
-                _sinks[key] = open_sink(key[0], artifact_root=key[1] or None, timeout=self._timeout)
+                with _importing():
+                    _sinks[key] = open_sink(key[0], artifact_root=key[1] or None, timeout=self._timeout)
             return _sinks[key]
 
     def _unavailable(self, what: str, error: Exception) -> TrackingUnavailable:
@@ -263,6 +269,19 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Raise a SinkError where MLflow cannot be imported: it is not there, or a library does not fit the others."""
+    try:
+        yield
+    except (SinkError, OutboxError):
+        raise
+    except Exception as error:  # noqa: BLE001 - protobuf raises a TypeError, NumPy others; the answer says so
+        forward(error)
+        msg = f"MLflow cannot be imported: {described(error)}"
+        raise SinkError(msg, kind="not_mlflow", sent=False) from None
 
 
 def _merged(remote: Iterable[RemoteRun], local: list[LocalRun]) -> list[dict[str, Any]]:
