@@ -20,6 +20,7 @@ import stat
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
@@ -75,6 +76,7 @@ class ProcessWorker:
         self._telling = threading.Lock()
         self._pid = os.getpid()
         os.set_blocking(pipe.fileno(), False)
+        weakref.finalize(self, pipe.close).atexit = False  # of one that ended, and was replaced
 
     def __repr__(self) -> str:
         return f"<ProcessWorker {self._process.pid}, {'alive' if self.is_alive() else 'ended'}>"
@@ -154,8 +156,13 @@ def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | Thr
         note = note_of(outbox, linger, deputy)
     pipe = process.stdin
     assert pipe is not None  # noqa: S101 - for the type checker: PIPE was asked for
-    pipe.write(note)
-    pipe.flush()
+    try:
+        pipe.write(note)
+        pipe.flush()
+    except OSError:  # raised again: it is gone already
+        with contextlib.suppress(OSError):
+            pipe.close()
+        raise
     return ProcessWorker(process, pipe, deputy, environment)
 
 

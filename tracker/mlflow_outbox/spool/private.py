@@ -15,7 +15,7 @@ from mlflow_outbox.errors import OutboxUnusable
 #: The first descriptor that is no standard stream's.
 _FIRST: Final = 3
 #: What helps where modes cannot be set, as on Windows' disks under WSL, and those of its servers.
-_ELSEWHERE: Final = "; if that changes nothing, set MLFLOW_OUTBOX_DIR to a directory of a file system that keeps modes"
+_ELSEWHERE: Final = "(if its file system keeps no modes, set MLFLOW_OUTBOX_DIR to a directory of another one)"
 
 
 def create_private(path: Path, flags: int = os.O_WRONLY) -> int:
@@ -117,8 +117,9 @@ def check_parent(root: Path) -> None:
     """
     found = os.stat(root)
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-        msg = f"{root} can be written by everybody, who could swap the outbox in it; run: chmod o-w {_quoted(root)}"
-        raise OutboxUnusable(msg + _ELSEWHERE)
+        what = f"{root} can be written by everybody, who could swap the outbox in it"
+        msg = f"{what} {_ELSEWHERE}; run: chmod o-w {_quoted(root)}"
+        raise OutboxUnusable(msg)
 
 
 def check_private(path: Path) -> os.stat_result:
@@ -143,8 +144,8 @@ def check_private(path: Path) -> os.stat_result:
         raise OutboxUnusable(msg)
     if found.st_mode & 0o077:
         mode = f"{stat.S_IMODE(found.st_mode):04o}"
-        msg = f"{path} has mode {mode}, so others can enter it; run: chmod 700 {_quoted(path)}"
-        raise OutboxUnusable(msg + _ELSEWHERE)
+        msg = f"{path} has mode {mode}, so others can enter it {_ELSEWHERE}; run: chmod 700 {_quoted(path)}"
+        raise OutboxUnusable(msg)
     return found
 
 
