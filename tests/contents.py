@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,11 @@ def artifacts(uri: str, run_id: str, path: str | None = None) -> list[str]:
 
 def artifact_text(uri: str, run_id: str, path: str) -> str:
     """Return the content of a text artifact."""
-    with client(uri) as mlflow, open(mlflow.download_artifacts(run_id, path), encoding="utf-8") as file:
+    with (
+        client(uri) as mlflow,
+        tempfile.TemporaryDirectory() as folder,
+        open(mlflow.download_artifacts(run_id, path, folder), encoding="utf-8") as file,
+    ):
         return file.read()
 
 

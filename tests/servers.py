@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,28 +20,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nursery import PORTS
+
 T = TypeVar("T")
 
 #: Seconds in which a forked server answers; the first one of a session waits for the import of MLflow before.
 START_TIMEOUT = 60.0
 
 
-def eventually(condition: Callable[[], T], timeout: float = 15.0, message: str | Callable[[], str] = "") -> T:
+def eventually(condition: Callable[[], T], timeout: float = 60.0, message: str | Callable[[], str] = "") -> T:
     """Wait until a condition is true and return its value.
 
     Args:
         condition: called again and again, at first after milliseconds; its exceptions are the test's.
-        timeout: seconds after which the test fails.
+        timeout: seconds after which the test fails, from the end of the first look: that may be the one that imports
+            MLflow, for half a minute where others do so too.
         message: what the test waited for, when the condition's name does not tell; or what says so at the end.
 
     Raises:
         AssertionError: the condition was still false at the end.
     """
-    deadline = time.monotonic() + timeout
+    deadline = math.inf
     pause = 0.002
     never = threading.Event()
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        deadline = min(deadline, now + timeout)
+        if now > deadline:
             what = (message if isinstance(message, str) else message()) or getattr(
                 condition, "__name__", repr(condition)
             )
@@ -51,9 +58,16 @@ def eventually(condition: Callable[[], T], timeout: float = 15.0, message: str |
 
 
 def unused_port() -> int:
-    """Return a port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port on which nobody listens, and which no outgoing connection is given.
+
+    Raises:
+        OSError: there is none.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    message = f"no port could be bound, of {PORTS}"
+    raise OSError(message)
 
 
 class NurseryClient:

@@ -162,13 +162,13 @@ def test_a_child_that_hangs_is_given_up_a_while_after_it_was_told_to_end(tmp_pat
     child = Child([sys.executable, "-c", _SILENT], tmp_path, lock)
     stopped = threading.Event()
     stopped.set()
-    used = time.process_time()
+    used = time.thread_time()  # of other threads there may be some that other tests have left
     try:
         assert [READY] == list(child.messages(stopped))
     finally:
         child.close()
         os.close(lock)
-    assert time.process_time() - used < 1
+    assert time.thread_time() - used < 1
 
 
 _PROMPT = """

@@ -114,10 +114,11 @@ def test_commands_about_runs_and_their_files_take_the_id_that_a_run_began_with(
             proxy.up()
             deliver(uri)
         at = terminal(uri, tmp_path / "terminal")
-        assert '"out.txt"' in at.mlflow("artifacts", "list", "-r", run.info.run_id)
         (at.folder / "more.txt").write_text("more")
         at.mlflow("artifacts", "log-artifact", "-l", "more.txt", "-r", run.info.run_id)
-        assert '"more.txt"' in at.mlflow("artifacts", "list", "-r", run.info.run_id)
+        listed = at.mlflow("artifacts", "list", "-r", run.info.run_id)
+        assert '"out.txt"' in listed
+        assert '"more.txt"' in listed
         at.mlflow("runs", "delete", "--run-id", run.info.run_id)
         with tracking(uri, tmp_path / "outbox") as mlflow:
             deliver(uri)

@@ -406,8 +406,8 @@ def test_a_run_is_followed_while_it_is_written_and_until_it_has_ended(
     for step in range(1, 4):
         run.log_metric("loss", step / 2, step=step)
         before = contents_of(written)
-        run_id = eventually(lambda: runs(uri, experiment_name), 20)[0].info.run_id
-        eventually(lambda s=step, r=run_id: numbered(s + 1) == points(uri, r, "loss"), 20)  # type: ignore[misc]  # mypy infers no default
+        run_id = eventually(lambda: runs(uri, experiment_name))[0].info.run_id
+        eventually(lambda s=step, r=run_id: numbered(s + 1) == points(uri, r, "loss"))  # type: ignore[misc]  # mypy infers no default
         assert before == contents_of(written)
     assert not follower.is_over()
     assert any("writing" in note for note in follower.notes)
@@ -438,8 +438,8 @@ def test_a_run_that_ends_between_the_last_turn_and_the_look_at_its_writer_is_sen
 
     monkeypatch.setattr(replay, "life_of", life_of)
     follower = Follower(tmp_path / "outbox", uri)
-    run_id = eventually(lambda: runs(uri, experiment_name), 20)[0].info.run_id
-    eventually(lambda: numbered(1) == points(uri, run_id, "loss"), 20)
+    run_id = eventually(lambda: runs(uri, experiment_name))[0].info.run_id
+    eventually(lambda: numbered(1) == points(uri, run_id, "loss"))
     ending.set()
     assert "" == follower.join().cut_short
     assert ("FINISHED", numbered(2)) == (the_run(uri, experiment_name).info.status, points(uri, run_id, "loss"))

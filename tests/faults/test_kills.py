@@ -258,9 +258,11 @@ def test_a_kill_during_the_recovery_from_a_kill_is_harmless(
         folder, kept = tmp_path / "now", tmp_path / "kept"
         folder.mkdir()
         scene, outbox = Scene(nest, WORKS[number % 2], folder, empty_database), folder / "outbox"
-        scene.run("", folder / "whole", "whole")
+        whole = scene.run("", folder / "whole", "whole")
+        assert (0, set(EVENTS)) == (whole.process.exitcode, whole.acked()), whole.lines()
         points, crashed, experiment = changes(scene.trace), None, ""
         while crashed is None or not crashed.acked():
+            assert experiment.count("twice") < 30, f"nothing was logged before any kill: {crashed and crashed.lines()}"
             shutil.rmtree(outbox, ignore_errors=True)
             experiment += "twice "
             crashed = scene.killed(rng.choice(points), outbox, experiment)
