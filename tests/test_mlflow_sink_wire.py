@@ -375,6 +375,8 @@ def test_an_answer_is_judged_by_status_and_by_who_gave_it(wire: Callable[..., Wi
         ("(pymysql.err.InterfaceError) (0, '')", "rvf5", "retry"),
         ("(psycopg2.DatabaseError) SSL SYSCALL error: EOF detected", "4xp6", "retry"),
         ("QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00", "3o7r", "retry"),
+        ("(mysql.connector.errors.DatabaseError) 1205 (HY000): Lock wait timeout exceeded", "4xp6", "retry"),
+        ("(mysql.connector.errors.DatabaseError) 1366 (HY000): Incorrect string value", "4xp6", "dead_letter"),
         ("(psycopg2.errors.StringDataRightTruncation) value too long", "9h9h", "dead_letter"),
         ("(psycopg2.errors.NotNullViolation) null value in https://sqlalche.me/e/20/2j85)", "gkpj", "dead_letter"),
     ],

@@ -43,6 +43,9 @@ _ALLOW_HOST = "the server has to be told of this host name, by --allowed-hosts o
 #: one, a deadlock, a transaction that may only read, as after a failover. MLflow's server answers all but operational
 #: errors with 400, as it does where a row is refused.
 _OF_THE_DATABASE: Final = re.compile(r"sqlalche\.me/e/\w+/(?:rvf5|4xp6|e3q8|2j85|dbapi|3o7r|8s2b)\)\s*\Z")
+#: What MySQL's own driver says in the same way, since MySQL gives it no state: a text that a column or its collation
+#: cannot hold, such as an emoji where it is not utf8mb4. No later moment changes that.
+_OF_A_TEXT: Final = re.compile(r"\(mysql\.connector\.errors\.DatabaseError\) (?:1366|1267|3988) ")
 
 
 def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
     if status < 500 and not _is_mlflows(status, code, found):  # noqa: PLR2004 - server errors come from anybody
         code = code or ("ENDPOINT_NOT_FOUND" if status == 404 else "")  # noqa: PLR2004 - not found
         raise SinkError(message, kind="not_mlflow", status=status, code=code, login=login)
-    if code == "BAD_REQUEST" and _OF_THE_DATABASE.search(text):
+    if code == "BAD_REQUEST" and _OF_THE_DATABASE.search(text) and not _OF_A_TEXT.search(text):
         status, code = HTTPStatus.SERVICE_UNAVAILABLE, "TEMPORARILY_UNAVAILABLE"  # as ``boundary`` has it
     wait = _retry_after(headers)
     raise refused(SinkError(message, kind="answer", status=status, code=code, retry_after=wait, login=login))
