@@ -165,14 +165,17 @@ class Outbox:
                 return  # the first: a signal handler, or a __del__, logs while this very thread starts it
             if self.stands_back and is_being_written(self.directory.lock):
                 return  # if that one ends, the background looks again
-            if self._worker is not None:
-                self.restarts.ended(self._worker.end)
+            before = self._worker
+            if before is not None:
+                self.restarts.ended(before.end)
             if not asked and not self.restarts.is_due():
                 return
             self._is_starting = True
             try:
                 self._worker = delivery.start(self)
                 self.restarts.begun()
+                if before is not None:
+                    self.counters.add("workers_replaced")
             except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
                 forward(error)
                 self.counters.add("worker_not_started")
@@ -197,11 +200,7 @@ class Outbox:
         worker = self._worker
         if worker is not None and worker.is_alive():
             worker.look()
-        elif worker is not None:
-            self._wake()
-            if self._worker is not worker:
-                self.counters.add("workers_replaced")
-        elif self.worker_kind != "none" and self._caretaker.is_watching:
+        elif worker is not None or (self.worker_kind != "none" and self._caretaker.is_watching):
             self._wake()
 
     def _is_relieved(self, segments: tuple[str, ...]) -> bool:
