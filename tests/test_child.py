@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from contents import QUICK, numbered, points, runs, the_run
-from mlflow_outbox import MLflowTracker
+from mlflow_outbox import MLflowTracker, restarts
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.destination import resolve
@@ -366,6 +366,7 @@ def test_children_that_end_again_and_again_are_said_and_started_more_rarely(
 ) -> None:
     """As for want of memory: to begin takes the program's processor for seconds, and nobody knew why nothing came."""
     monkeypatch.setattr(keeper, "_STAND_BY", 0.01)
+    monkeypatch.setattr(restarts, "_PAUSE", 0.02)
     monkeypatch.setattr(child_process, "_HEED", 0.01)
     begun = list[float]()
     start = subprocess.Popen
@@ -391,9 +392,13 @@ def test_who_asks_to_hurry_does_not_wait_for_the_pause_between_two_children(
 ) -> None:
     """As a flush does, and a program's end, when the memory may be there that the children lacked."""
     monkeypatch.setattr(keeper, "_STAND_BY", 0.05)
-    monkeypatch.setattr(keeper, "_PAUSE_MOST", 600.0)
+    monkeypatch.setattr(restarts, "_PAUSE", 600.0)
+    monkeypatch.setattr(restarts, "_PAUSE_MOST", 600.0)
     delivery = ChildDelivery(outbox, lambda: pytest.fail("not here"))
-    delivery._brief = 20
+    for _ in range(3):
+        delivery._restarts.begun()
+        delivery._restarts.ended("signal 9")
+    assert delivery._restarts.are_vain
     rests = threading.Thread(target=delivery._rest, daemon=True)
     rests.start()
 

@@ -1,4 +1,4 @@
-"""When a worker that has ended is begun anew: at once, but for one of several in a row that ended soon.
+"""When a worker, or a worker's child, that has ended is begun anew: at once, but for one of several that ended soon.
 
 What ends each of them, such as a lack of memory, a broken library or a directory that others may enter, ends the next
 one too; and to begin takes a processor for seconds, which the program would be without for as long as it runs.
@@ -22,7 +22,9 @@ _PAUSE_MOST: Final = 30.0
 
 
 class Restarts:
-    """Knows of the workers of one outbox in this process, of which there is one at a time; used under a lock.
+    """Knows of the workers of one outbox in this process, or of one's children, of which there is one at a time.
+
+    Used under a lock, or by one thread.
 
     Args:
         path: the outbox.

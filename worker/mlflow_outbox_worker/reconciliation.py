@@ -92,7 +92,7 @@ def packed(point: MetricPoint) -> bytes:
 
 
 #: Writers of nothing, and the one where nobody tells whose points they are.
-_NOBODY: Final[AbstractSet[str]] = frozenset()
+_NO_WRITERS: Final[AbstractSet[str]] = frozenset()
 _ONE: Final = frozenset({""})
 #: What a store has of a run, by key; None for more than are held.
 _History = dict[str, Collection[bytes] | None]
@@ -234,7 +234,7 @@ class Reconciliation:
         return list(_without(steps, {}))
 
     def _is_certain(self, run_id: str, writers: AbstractSet[str]) -> bool:
-        known = self._certain.get(run_id, _NOBODY)
+        known = self._certain.get(run_id, _NO_WRITERS)
         return known is None or writers <= known
 
     def _unanswered(self, record: RunRecord, steps: list[Step]) -> list[Step]:
@@ -265,7 +265,7 @@ class Reconciliation:
     def _compared(self, record: RunRecord, steps: list[Step], writers: AbstractSet[str]) -> list[Step]:
         """Return steps without the points that a store has which would have them twice."""
         run_id, points = record.run_id, _points(steps)
-        kept = self._kept.pop(run_id, None) or _Kept(record, _NOBODY, {})
+        kept = self._kept.pop(run_id, None) or _Kept(record, _NO_WRITERS, {})
         is_good = kept.is_of(record) and (not kept.rested or writers <= kept.writers)
         history = self._read(record, points, kept.history if is_good else {})
         held = {key: some for key, some in history.items() if some is not None}

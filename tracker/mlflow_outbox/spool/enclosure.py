@@ -43,33 +43,20 @@ def append_enclosing(
     if not journal.takes(size):
         return False
     try:
-        return _append_copied(journal, sync, size, copy, event)
-    except BaseException:  # raised again
-        journal.takes_back(size)
-        raise
-
-
-def _append_copied(
-    journal: Journal,
-    sync: SyncLevel,
-    size: int,
-    copy: Callable[[SnapshotStore, Hold], Snapshot],
-    event: Callable[[Snapshot], Event],
-) -> bool:
-    store = store_of(journal, sync)
-    with store.held() as hold:
-        try:
+        store = store_of(journal, sync)
+        with store.held() as hold:
             kept = copy(store, hold)
-        except ArtifactRefused as refused:
-            if refused.reason == NO_ROOM:
-                demand.tell(journal.directory.path, size)
-            raise
-        if sync == "interval":
-            journal.sync_later(store, kept.sha256)
-        if not journal.append(event(kept)):
-            hold.discard(kept.sha256)
-            return False
-        journal.keep_held(hold)
+            if sync == "interval":
+                journal.sync_later(store, kept.sha256)
+            if not journal.append(event(kept)):
+                hold.discard(kept.sha256)
+                return False
+            journal.keep_held(hold)
+    except BaseException as error:  # raised again
+        journal.takes_back(size)
+        if isinstance(error, ArtifactRefused) and error.reason == NO_ROOM:
+            demand.tell(journal.directory.path, size)
+        raise
     return True
 
 

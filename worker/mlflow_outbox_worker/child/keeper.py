@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
-from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import printable, say
 from mlflow_outbox.courtesy import courtesy
+from mlflow_outbox.restarts import Restarts
 from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.child.process import Child, NoChild
 from mlflow_outbox_worker.deputy import Deputy, passed_on
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 
 #: Seconds between two tries of a standing-by thread for the lock.
 _STAND_BY: Final = 1.0
-#: Seconds that a child lives at least unless something ends each of them, such as a lack of memory or a broken library:
-#: to begin takes a processor for seconds, which the program would be without for as long as it runs.
-_BRIEF: Final = 30.0
-#: Children in a row that ended so soon after which that is said and the next ones wait longer, and the longest pause.
-_SEVERAL: Final = 3
-_PAUSE_MOST: Final = 30.0
 
 
 class Loop(Protocol):
@@ -75,7 +69,7 @@ class ChildDelivery:
         self._deputy: Deputy | None = None
         self._first: tuple[Child, Deputy | None] | None = None
         self._started = 0
-        self._brief = 0  # children in a row that ended soon
+        self._restarts = Restarts(outbox.directory.path, outbox.counters)
 
     def __repr__(self) -> str:
         return f"<ChildDelivery of {str(self._outbox.directory.path)!r}, {self._started} children so far>"
@@ -142,18 +136,11 @@ class ChildDelivery:
 
     def _rest(self) -> None:
         """Wait until the next try; a long pause ends when somebody asks to hurry, as a flush does, and the exit."""
-        if self._brief < _SEVERAL:
+        directory = self._outbox.directory
+        asked, is_over = directory.hurry_asked(), False
+        while not is_over:
             courtesy.sleeps(_STAND_BY)
-            self._stopped.wait(_STAND_BY)
-            return
-        asked = self._outbox.directory.hurry_asked()
-        left = min(_PAUSE_MOST, _STAND_BY * 2.0 ** min(self._brief - _SEVERAL + 1, 10))
-        while left > 0 and not self._stopped.is_set():
-            courtesy.sleeps(_STAND_BY)
-            self._stopped.wait(_STAND_BY)
-            left -= _STAND_BY
-            if self._outbox.directory.hurry_asked() != asked:
-                return
+            is_over = self._stopped.wait(_STAND_BY) or self._restarts.is_due() or directory.hurry_asked() != asked
 
     def _trouble(self, reason: str, error: Exception) -> None:
         self._counters.add(reason)
@@ -207,7 +194,7 @@ class ChildDelivery:
     def _deliver_by_child(self) -> None:
         first, self._first = self._first, None
         child, deputy = first or self._new_child()
-        begun = stopwatch.seconds()
+        self._restarts.begun()
         with contextlib.closing(deputy or contextlib.ExitStack()), contextlib.closing(child):
             with self._changing:
                 if self._stopped.is_set():
@@ -226,7 +213,7 @@ class ChildDelivery:
                     self._connection = self._deputy = None
         if not self._stopped.is_set():
             self._counters.add("children_lost")
-            self._note_end(child, stopwatch.seconds() - begun)
+            self._restarts.ended(child.end)
 
     def _pass_on(self, level: int, text: str) -> None:
         """Log what a child logs; of what several say one after the other, what the first one said."""
@@ -235,14 +222,3 @@ class ChildDelivery:
             return
         self._counters.warn_once(("child", text), text)
         self._counters.forget(("child", text))
-
-    def _note_end(self, child: Child, lived: float) -> None:
-        self._brief = self._brief + 1 if lived < _BRIEF else 0
-        if not self._brief:
-            self._counters.forget("children")
-        if self._brief >= _SEVERAL:
-            self._counters.warn_once(
-                "children",
-                f"mlflow-outbox: the process that delivers {self._outbox.directory.path} ends again and again soon "
-                f"after its start ({child.end}); events stay on disk, and it is started more rarely",
-            )
