@@ -352,6 +352,26 @@ def test_where_no_child_can_be_started_this_process_delivers(
     assert "delivery happens in this process instead" in caplog.text
 
 
+_BROKEN = """
+import json, socket
+said = socket.socket(fileno=0)
+for message in ({"ready": "mlflow-outbox"}, {"log": [40, "it is broken"]}):
+    said.sendall(json.dumps(message).encode() + bytes([10]))
+while said.recv(4096):
+    pass
+"""
+
+
+def test_an_error_that_a_child_logs_is_logged_as_one(outbox: Outbox, caplog: pytest.LogCaptureFixture) -> None:
+    """A program may look at nothing less."""
+    delivery = ChildDelivery(outbox, lambda: pytest.fail("not here"), [sys.executable, "-c", _BROKEN])
+    worker = thread.ThreadWorker(lambda: delivery, outbox.counters)
+    worker.start()
+    eventually(lambda: "it is broken" in caplog.text, 60)
+    worker.stop(60)
+    assert ["ERROR"] == [record.levelname for record in caplog.records if "it is broken" in record.getMessage()]
+
+
 _KILLED = """
 import json, os, signal, socket
 said = socket.socket(fileno=0)

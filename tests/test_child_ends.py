@@ -92,6 +92,33 @@ def test_a_process_that_is_forked_while_the_child_is_started_does_not_hide_the_c
         os.waitpid(forked[0], 0)
 
 
+def test_a_signal_handler_that_stops_the_process_while_it_is_told_something_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that closes the tracker during a flush; the pipe is closed once nothing more is written to it."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as told:
+        assert told.stdin is not None
+        assert told.stdout is not None
+        worker, handled = process.ProcessWorker(told, told.stdin, None, {}), list[bool]()
+
+        def stop(_number: int, _frame: object) -> None:
+            worker.stop(0)
+            handled.append(worker._pipe.closed)
+
+        def changed() -> dict[str, str]:
+            signal.raise_signal(signal.SIGUSR1)
+            return {"MLFLOW_TRACKING_TOKEN": "new"}
+
+        monkeypatch.setattr(process, "environment_for_child", changed)
+        before = signal.signal(signal.SIGUSR1, stop)
+        try:
+            worker.look()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert ([False], True) == (handled, worker._pipe.closed)
+        assert [process.line_of({}, {"MLFLOW_TRACKING_TOKEN": "new"})] == told.stdout.readlines()
+
+
 _LOST = """
 import sys
 from pathlib import Path

@@ -73,6 +73,22 @@ def test_list_and_show_say_what_and_why(here: Here, tmp_path: Path) -> None:
     assert here("dead", "show", "000000000002", "-d", tmp_path).out == shown.out
 
 
+def test_letters_of_several_outboxes_are_listed_with_the_name_of_each(here: Here, tmp_path: Path) -> None:
+    """Their numbers are the same ones; of one outbox alone the name would only take room."""
+    with_letters(tmp_path / "a", Params({"lr": "0.1"}, 5))
+    assert "outbox" not in here("dead", "list", "-d", tmp_path / "a").out
+    with_letters(tmp_path / "b", Params({"lr": "0.2"}, 5))
+    for name in ("a", "b"):
+        (found,) = (tmp_path / name).iterdir()
+        found.rename(tmp_path / f"{name}-{found.name}")
+        (tmp_path / name).rmdir()
+    listed = here("dead", "list", "-d", tmp_path).out
+    for name, value in (("a-", "0.1"), ("b-", "0.2")):
+        (line,) = [line for line in listed.splitlines() if f"lr = {value}" in line]
+        assert name in line
+        assert ["1"] == line.split()[:1]
+
+
 def test_a_letter_is_found_beside_an_outbox_whose_ledger_is_damaged(here: Here, tmp_path: Path) -> None:
     """It is one of those that are listed; where it is not, the damage is what is said."""
     with_letters(tmp_path, Params({"lr": "0.1"}, 5))

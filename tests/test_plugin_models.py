@@ -425,6 +425,33 @@ def test_a_history_that_is_copied_to_a_model_stays_as_it_was(
     assert [(0, 4.5), (1, 9.5), (2, 14.5)] == held
 
 
+def test_a_history_that_is_copied_in_parts_which_meet_within_a_millisecond_has_no_dead_letter(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow's client sends a thousand points at a time; the model's point of that millisecond is the first part's."""
+    from mlflow.entities import Metric
+
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        api = mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        run_id = api.create_run(number).info.run_id
+        model = api.create_logged_model(number, name="m", source_run_id=run_id).model_id
+        now = int(time.time() * 1000)
+        points = [(index // 10, index / 2) for index in range(30)]
+        for later, value in points:
+            api.log_metric(run_id, "loss", value, timestamp=now + later)
+        copies = [Metric("loss", value, now + later, 0, model) for later, value in points]
+        for part in (copies[:15], copies[15:]):
+            api.log_batch(run_id, metrics=part)
+        deliver(uri)  # with no dead letter
+    with client(mlflow_server.url) as api:
+        history = [(point.timestamp - now, point.value) for point in api.get_metric_history(run_id, "loss")]
+        (found,) = api.search_logged_models([number])
+    assert points == history
+    assert [(0, 4.5), (1, 7.0), (2, 14.5)] == sorted((point.timestamp - now, point.value) for point in found.metrics)
+
+
 def test_a_model_whose_run_is_gone_for_good_is_read_and_changed(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

@@ -118,13 +118,14 @@ def test_what_opentelemetry_says_of_the_program_is_there_as_tags_of_its_traces(
 def test_a_span_comes_back_from_json_with_what_opentelemetry_says_of_the_program(
     experiment_name: str, tmp_path: Path
 ) -> None:
-    """But for what it says of itself, which no store keeps."""
+    """But for what it says of itself, and bytes, which no store keeps."""
     from opentelemetry.sdk.resources import Resource
 
     with tracking(NOWHERE, tmp_path, worker="none", exit_timeout=0) as mlflow:
         mlflow.set_experiment(experiment_name)
         with mlflow.start_span("span") as span:
-            span._span._resource = Resource({"service.name": "shop", "zones": [1, 2], "telemetry.sdk.name": "us"})
+            told = {"service.name": "shop", "zones": [1, 2], "telemetry.sdk.name": "us", "keys": [b"1"], "key": b"2"}
+            span._span._resource = Resource(told)
         (found,) = codec.loads(codec.dumps({"spans": [span]}))["spans"]
     assert {"service.name": "shop", "zones": (1, 2)} == dict(found._span.resource.attributes)
 

@@ -63,8 +63,8 @@ class Counters:
         with self._lock:
             return self._counts[reason]
 
-    def warn_once(self, about: Hashable, message: str) -> None:
-        """Log a warning unless one about the same thing was logged before."""
+    def warn_once(self, about: Hashable, message: str, level: int = logging.WARNING) -> None:
+        """Log a warning, or what is worse than one, unless one about the same thing was logged before."""
         now = self._clock()
         with self._lock:
             if about in self._said and (about not in self._over or now < self._said[about] + _AGAIN):
@@ -74,7 +74,7 @@ class Counters:
                 self._over.clear()
             self._said[about] = now
             self._over.discard(about)
-        if not say(message):
+        if not say(message, level):
             self.add("warnings_not_written")
 
     def forget(self, about: Hashable) -> None:

@@ -73,7 +73,8 @@ class ProcessWorker:
         self._deputy = deputy
         self._environment = environment
         self._unsent = b""
-        self._telling = threading.Lock()
+        self._telling = threading.RLock()  # a signal handler may stop this while its thread is at it
+        self._is_telling = self._is_over = False
         self._pid = os.getpid()
         os.set_blocking(pipe.fileno(), False)
         weakref.finalize(self, pipe.close).atexit = False  # of one that ended, and was replaced
@@ -103,7 +104,10 @@ class ProcessWorker:
         """Tell the process what has changed in the environment."""
         if not self._telling.acquire(blocking=False):
             return  # another thread is at it
+        is_within, self._is_telling = self._is_telling, True
         try:
+            if is_within:  # a signal handler, in the middle of this
+                return
             now, before = environment_for_child(), self._environment
             if now != before:
                 self._unsent += line_of(before, now)
@@ -113,6 +117,9 @@ class ProcessWorker:
         except (OSError, ValueError):  # no room, and later; or it is gone; or this is the end, and the pipe is closed
             pass
         finally:
+            self._is_telling = is_within
+            if self._is_over:
+                self._close()
             self._telling.release()
 
     def syncs(self, segments: tuple[str, ...]) -> bool:
@@ -121,10 +128,16 @@ class ProcessWorker:
 
     def stop(self, timeout: float) -> None:  # noqa: ARG002 - the process decides by itself when it is done
         """Tell the process that this one is done; it goes on until everything is delivered or its time is up."""
-        with self._telling, contextlib.suppress(OSError):  # or its number may be another file's when it is written to
-            self._pipe.close()
+        self._is_over = True
+        with self._telling:
+            self._close()
         if self._deputy is not None:
             self._deputy.close()
+
+    def _close(self) -> None:
+        if not self._is_telling:  # or its number may be another file's when it is written to
+            with contextlib.suppress(OSError):
+                self._pipe.close()
 
 
 def start(outbox: Outbox, *, linger: float | None = None) -> ProcessWorker | ThreadWorker:

@@ -48,6 +48,8 @@ _SHORT: Final = 4096
 _MARKS: Final = {"$", "v"}
 #: What OpenTelemetry says of itself with each span, and no store keeps.
 _OF_THE_SDK: Final = "telemetry.sdk."
+#: Of what else it says, bytes are left out: there is no word for them in JSON, and no store shows them.
+_PLAIN: Final = (str, bool, int, float)
 _METRIC: Final = ("key", "value", "timestamp", "step", "model_id", "dataset_name", "dataset_digest", "run_id")
 
 
@@ -125,7 +127,8 @@ def _with_resource(span: Span) -> dict[str, Any]:
     given = {
         key: value
         for key, value in (resource.attributes.items() if resource is not None else ())
-        if not key.startswith(_OF_THE_SDK) and isinstance(value, (str, bool, int, float, tuple))
+        if not key.startswith(_OF_THE_SDK)
+        and all(isinstance(one, _PLAIN) for one in (value if isinstance(value, tuple) else (value,)))
     }
     return {**form, "resource": given} if given else form
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Sequence
 from typing import Any, Final
@@ -24,7 +23,7 @@ from mlflow.utils.validation import (
     _validate_tag,
 )
 
-from mlflow_outbox.plugin import links, reads
+from mlflow_outbox.plugin import links, model_points, reads
 from mlflow_outbox.plugin.base import LATER, not_active
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun, now_ms, say_once
@@ -35,8 +34,6 @@ from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics, Params, RunEnded, RunStarted, Tags
 
 _GOING_ON: Final = frozenset({"RUNNING", "SCHEDULED"})
-#: Milliseconds within which a point's time is that of the call, and not one that the program has chosen.
-_JUST_NOW: Final = 1000
 
 
 class Runs(RunReads):
@@ -239,8 +236,8 @@ class Runs(RunReads):
         linked: list[Metric] = []
         groups: dict[tuple[int, int], dict[str, float]] = {}
         for metric in metrics:
-            if _is_linked(metric):
-                linked.append(_with_float(metric))
+            if model_points.is_linked(metric):
+                linked.append(model_points.with_float(metric))
                 continue
             group = groups.setdefault((metric.timestamp, metric.step), {})
             if metric.key in group:
@@ -255,44 +252,9 @@ class Runs(RunReads):
                 run.append(Metrics(values, time_ms, step))
         if linked:
             self._models_have_metrics = True
-            taken = self._taken(run, linked)
+            keeps_all = self.outbox.destination.scheme == "file"
+            taken = linked if keeps_all else model_points.taken(run, linked)
             run.request("log_batch", run_id=run.run_id, metrics=taken, params=[], tags=[])
-
-    def _taken(self, run: OpenRun, metrics: list[Metric]) -> list[Metric]:
-        """Return those points of one call that models take, and log the others to the run alone.
-
-        A history that MLflow copies to a new model may have several of one step and millisecond. The run has them
-        already, with the times that they have; a database keeps one of them for a model, as which the last is taken.
-        """
-        if self.outbox.destination.scheme == "file":  # which keeps all
-            return metrics
-        last = {(one.model_id, one.key, one.step, one.timestamp): one for one in metrics if one.model_id}
-        taken = []
-        for metric in metrics:
-            place = metric.model_id, metric.key, metric.step, metric.timestamp
-            if last.get(place, metric) is metric:
-                taken.append(metric)
-            else:
-                run.append(MetricEvent(metric.key, metric.value, metric.timestamp, metric.step))
-        if len({metric.timestamp for metric in taken}) > 1:  # they have times of their own, and not that of the call
-            return taken
-        return [self._apart(run, metric) for metric in taken]
-
-    def _apart(self, run: OpenRun, metric: Metric) -> Metric:
-        """Return a point of a model that was logged just now with a time that no other one of its step has.
-
-        A database keeps one of them for each millisecond. Calls that wait for a server come further apart than that.
-        """
-        if not getattr(metric, "model_id", None):
-            return metric
-        key, time_ms = (metric.model_id, metric.key), metric.timestamp
-        step, first, last = run.linked.get(key, (0, 0, -1))
-        if step == metric.step and first <= time_ms <= last and time_ms > now_ms() - _JUST_NOW:
-            time_ms = metric._timestamp = last + 1
-        else:
-            first = time_ms
-        run.linked[key] = metric.step, first, time_ms
-        return metric
 
     def log_metric(self, run_id: str, metric: Metric) -> None:
         """Log one metric point; see ``log_batch``."""
@@ -303,7 +265,7 @@ class Runs(RunReads):
             raise
         _validate_metric(metric.key, metric.value, metric.timestamp, metric.step)
         run = self.active(run_id)
-        if _is_linked(metric):
+        if model_points.is_linked(metric):
             if metric.model_id:
                 self.name_of_model_home(metric.model_id)  # refuses one that is not there
             self._log_points(run, [metric])
@@ -395,14 +357,3 @@ def _check_tags_of_datasets(datasets: Any) -> None:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-def _is_linked(metric: Metric) -> bool:
-    return bool(getattr(metric, "model_id", None) or getattr(metric, "dataset_name", None))
-
-
-def _with_float(metric: Metric) -> Metric:
-    """Return a metric with a value of Python's own, which a journal can hold."""
-    taken = copy.copy(metric)
-    taken._value = float(metric.value)
-    return taken

@@ -220,5 +220,5 @@ class ChildDelivery:
         if level < logging.WARNING:
             say(text, level)
             return
-        self._counters.warn_once(("child", text), text)
+        self._counters.warn_once(("child", text), text, level)
         self._counters.forget(("child", text))

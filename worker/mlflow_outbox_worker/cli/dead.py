@@ -86,8 +86,10 @@ def listed(
         if not unread:
             terminal.say("there are no dead letters")
         return code
+    is_shared = len({directory.path for directory, _ in found}) > 1  # a number is an outbox's own
     columns = [
         Column("id", right=True),
+        *([Column("outbox", cut=True)] if is_shared else []),
         Column("run", rank=2),
         Column("event", cut=True),
         Column("refused", rank=3),
@@ -96,12 +98,13 @@ def listed(
     rows: list[list[Cell]] = [
         [
             letter.number,
+            *([directory.path.name] if is_shared else []),
             short(letter.run_id),
             in_words(letter),
             wording.moment(letter.time_ms),
             Styled(letter.reason, "magenta"),
         ]
-        for _, letter in found
+        for directory, letter in found
     ]
     if not quiet:
         terminal.table(columns, rows)
