@@ -1,4 +1,4 @@
-"""Keras with MLflow's callback."""
+"""Keras with a callback of one's own that logs each epoch to MLflow."""
 
 import os
 

@@ -7,13 +7,15 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from contents import QUICK, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
+from mlflow_outbox_worker import thread
 from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.thread import ThreadWorker
 from servers import eventually
@@ -89,6 +91,24 @@ def test_a_loop_that_cannot_be_made_is_counted_and_said(caplog: pytest.LogCaptur
     assert "no module named diskcache" in caplog.text
     worker.wake()
     worker.stop(1.0)
+
+
+def test_what_cannot_be_imported_beforehand_is_said_with_what_becomes_of_the_events(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tracker is made all the same, and the worker that comes with the first event tries again."""
+
+    def broken(_name: str) -> None:
+        msg = "no module named diskcache"
+        raise ImportError(msg)
+
+    outbox: Any = SimpleNamespace(counters=Counters())
+    monkeypatch.setattr(thread, "is_mlflow_imported", lambda: True)
+    monkeypatch.setattr(thread, "importlib", SimpleNamespace(import_module=broken))
+    thread.prepare(outbox)
+    assert 1 == outbox.counters["worker_not_prepared"]
+    assert "no module named diskcache" in caplog.text
+    assert "events stay on disk" in caplog.text
 
 
 def test_a_loop_that_is_stopped_before_it_is_made_never_runs() -> None:

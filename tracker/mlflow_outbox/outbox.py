@@ -50,10 +50,10 @@ _AGAIN: Final = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class FlushResult:
-    """What delivery of an outbox has come to, in events; true when nothing is left to deliver.
+    """What delivery of an outbox has come to, in events; true when nothing is left to deliver but dead letters.
 
     Attributes:
-        delivered: have arrived in MLflow, of all events that the outbox still knows.
+        delivered: have arrived in MLflow in all, as far as the ledger knows.
         pending: wait on disk and are sent as soon as MLflow takes them; in memory too, while the disk takes none, from
             where ``close`` gives them up; 1 also where the disk does not tell.
         parked: wait on disk for a person, because MLflow refuses their run or the whole outbox.

@@ -1,7 +1,8 @@
 """The options of an outbox, and the only place that reads environment variables.
 
-Every option has a default that is right for a training job on a workstation or a cluster node. Values given in code
-win over the environment, the environment wins over the defaults. ``Settings`` is frozen: two parts of the program can
+Every option has a default that is right for a training job on a workstation or a cluster node. In
+``Settings.from_environment(...)`` values given in code win over the environment, which wins over the defaults;
+``Settings(...)`` reads no environment variable. ``Settings`` is frozen: two parts of the program can
 never disagree about an option, and a test states in one line what it changes.
 """
 
@@ -31,6 +32,8 @@ _FALSE = frozenset({"", "0", "false", "no", "off"})
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Options of one outbox; ``Settings.from_environment()`` fills them from ``MLFLOW_OUTBOX_<NAME>`` variables.
+
+    ``Settings(...)`` itself reads no variable: what is not given has its default.
 
     Raises:
         InvalidSettings: an option has a value outside its range; the message names option and range.

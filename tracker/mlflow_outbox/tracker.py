@@ -49,11 +49,12 @@ class MLflowTracker(handles.Handle):
     Args:
         experiment_name: name of the MLflow experiment; made at the first delivery.
         tracking_uri: where to deliver; None means ``MLFLOW_TRACKING_URI``, else the local ``mlruns`` directory.
-        outbox_dir: directory under which outboxes are made, one per destination; None means ``MLFLOW_OUTBOX_DIR``, else
-            ``./.mlflow-outbox``.
+        outbox_dir: directory under which outboxes are made, one per destination; None means the setting ``root``
+            (``MLFLOW_OUTBOX_DIR`` without ``settings``), else ``./.mlflow-outbox``.
         worker: "thread" delivers in the background of this process, "process" in one of its own that outlives this
             one, "none" only writes: offline, to be delivered later; None is the setting ``worker``, a thread.
-        settings: the options; None reads them from the environment.
+        settings: the options; None reads them from the environment. Options made by ``Settings(...)`` take the place of
+            all environment variables, those by ``Settings.from_environment(...)`` only of some.
 
     Raises:
         InvalidSettings: an option, an environment variable or the experiment's name is wrong.
@@ -315,8 +316,10 @@ class MLflowTracker(handles.Handle):
     def get_all_runs(self) -> list[dict[str, Any]]:
         """Return all runs of the experiment, newest first, what has not arrived in MLflow yet included.
 
-        Each is a dict of ``run_id`` (MLflow's when it has one), ``run_name``, ``metrics``, ``params``, ``status``,
-        and ``source``: "mlflow", "outbox", or "mlflow+outbox" when the outbox knows more than MLflow.
+        Each is a dict of ``run_id`` (MLflow's when it has one), ``run_name``, ``metrics``, ``params``, ``tags``,
+        ``status``, ``start_time`` and ``end_time`` (milliseconds since the epoch; None while it goes on), and
+        ``source``: "mlflow", "outbox", or "mlflow+outbox" when the outbox knows more than MLflow. Where MLflow cannot
+        be asked, those that are on disk are returned.
         """
         if self._outbox is None:
             return []
@@ -329,10 +332,11 @@ class MLflowTracker(handles.Handle):
         """Deliver what has been logged until now.
 
         Args:
-            timeout: seconds to wait; None waits until nothing is pending.
+            timeout: seconds to wait; None waits until nothing is pending, as long as somebody delivers. With
+                ``worker="none"`` nothing is waited for.
 
         Returns:
-            Counts of events; true when nothing is left.
+            Counts of events; true when nothing is left but dead letters.
         """
         return self._outbox.flush(timeout) if self._outbox is not None else FlushResult()
 
@@ -378,6 +382,9 @@ def create_tracker(
         outbox_dir: the directory of the outbox, as for ``MLflowTracker``.
         worker: where delivery runs, as for ``MLflowTracker``.
         settings: as for ``MLflowTracker``.
+
+    Raises:
+        OutboxError: as for ``MLflowTracker``.
     """
     return MLflowTracker(
         f"autopilot_{dataset_name}_{session_id}", tracking_uri, outbox_dir=outbox_dir, worker=worker, settings=settings

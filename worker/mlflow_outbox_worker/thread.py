@@ -133,7 +133,9 @@ def prepare(outbox: Outbox) -> None:
     except Exception as error:  # noqa: BLE001 - whatever an import raises; counted and said, the worker tries again
         outbox.counters.add("worker_not_prepared")
         outbox.counters.warn_once(
-            ("prepare", type(error)), f"mlflow-outbox: not everything is there ({printable(repr(error), 300)})"
+            ("prepare", type(error)),
+            f"mlflow-outbox: what delivers cannot be imported ({printable(repr(error), 300)}); it is tried again "
+            "with the first event, and events stay on disk",
         )
 
 

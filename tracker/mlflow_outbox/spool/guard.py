@@ -126,7 +126,8 @@ class DiskGuard:
         if free is None or free >= self._settings.free_bytes:
             return None
         kept = self._settings.free_bytes
-        return f"{free:,} bytes are free on the disk of {self._directory.path}, the setting free_bytes keeps {kept:,}"
+        found = f"{free:,} bytes are free on the disk of {self._directory.path}, the setting free_bytes keeps {kept:,}"
+        return f"{found}; make room there, or lower it"
 
     def _budget(self, free: int | None, *, patiently: bool) -> str | None:
         is_measuring = self._thread is not None and self._thread.is_alive()  # in a forked child it is not
@@ -143,7 +144,8 @@ class DiskGuard:
 
     def _over(self, used: int) -> str:
         allowed = self._settings.outbox_bytes
-        return f"{self._directory.path} holds {used:,} bytes, the setting outbox_bytes allows {allowed:,}"
+        found = f"{self._directory.path} holds {used:,} bytes, the setting outbox_bytes allows {allowed:,}"
+        return f"{found}; what is delivered makes room (mlflow-outbox flush), or raise it"
 
     def _measure(self, free: int, *, patiently: bool) -> None:
         directory, begin, at, used = self._directory, self._clock(), self._wall(), 0

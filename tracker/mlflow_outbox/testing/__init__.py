@@ -1,4 +1,4 @@
-"""Doubles for the tests of programs that log through an outbox."""
+"""Doubles for the tests of programs that log through an outbox; ``testing.faults`` has what a ``FaultProxy`` can do."""
 
 from mlflow_outbox.testing.disk import FailingDisk
 from mlflow_outbox.testing.proxy import FaultProxy
