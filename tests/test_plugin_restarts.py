@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from mlflow_outbox.plugin.mentions import Mentions
+from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import NOWHERE, WAYS, away, deliver, store, the_runs, tracking
-from servers import MlflowServer
+from servers import MlflowServer, eventually
 from test_plugin_processes import program
 
 
@@ -81,6 +83,41 @@ def test_an_experiment_that_was_met_by_its_runs_alone_is_known_too(
             with pytest.raises(MlflowException, match="already exists"):
                 mlflow.create_experiment(experiment_name)
             assert number != mlflow.set_experiment(f"{experiment_name}-other").experiment_id
+
+
+@pytest.mark.parametrize("is_started_again", [False, True])
+def test_a_run_is_gone_on_with_while_the_server_is_away_whatever_its_experiment_was_called(
+    is_started_again: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow compares its id with that of the experiment which was set; this one began offline, and has two."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.down()
+        uri = f"outbox+{proxy.url}"
+        with contextlib.ExitStack() as stack:
+            mlflow = stack.enter_context(tracking(uri, tmp_path, create_timeout=20))
+            number = mlflow.set_experiment(experiment_name).experiment_id
+            with mlflow.start_run() as offline:
+                pass
+            proxy.up()
+            deliver(uri)
+            eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+            if is_started_again:
+                stack.close()
+                mlflow = stack.enter_context(tracking(uri, tmp_path, create_timeout=20))
+                number = mlflow.set_experiment(experiment_name).experiment_id
+            assert provisional.is_provisional(number) is not is_started_again
+            with mlflow.start_run() as online:
+                pass
+            assert [True, False] == [provisional.is_provisional(run.info.run_id) for run in (offline, online)]
+            deliver(uri)
+            proxy.down()
+            for run in (offline, online):
+                with mlflow.start_run(run_id=run.info.run_id):
+                    mlflow.log_metric("m", 1.0)
+                assert number == mlflow.get_run(run.info.run_id).info.experiment_id
+            proxy.up()
+            deliver(uri)
+    assert [{"m": 1.0}] * 2 == [run.data.metrics for run in the_runs(mlflow_server.url, experiment_name)]
 
 
 def test_a_search_in_an_experiment_that_the_server_may_know_says_that_it_is_away(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from contents import client
+from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.mlflow_sink import transport
 from mlflow_outbox_worker.reading import Reading
 from plugin_world import away, deliver, store, tracking
@@ -83,3 +84,26 @@ def test_the_size_of_a_page_is_refused_wherever_it_is_cut(
             assert is_up + 1 == len(api.search_runs([number], max_results=50_000))
             proxy.up()
             eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+
+
+def test_a_filter_finds_what_has_arrived_beside_what_has_not(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """One run that it names by a provisional id is still on its way; the other one has an id of the server's."""
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        made: list[str] = []
+        for worker in ("thread", "none"):
+            proxy.down()
+            with tracking(uri, tmp_path, worker=worker) as mlflow:
+                api = mlflow.MlflowClient()
+                made.append(api.create_run(number).info.run_id)
+                proxy.up()
+                if worker == "thread":
+                    deliver(uri)
+                    continue
+                eventually(lambda: not store(uri).server.is_away(), message="the pause after the outage is over")
+                found = api.search_runs([number], f"attributes.run_id IN ('{made[0]}', '{made[1]}')")
+    assert {*made} == {run.info.run_id for run in found}

@@ -179,3 +179,25 @@ def test_at_the_cap_the_outbox_copies_nothing(tmp_path: Path) -> None:
             client.log_text(run.info.run_id, str(number) * 100_000, f"{number}.txt")
         assert 3 == outbox.counters["refused_full"]
         assert 3 == len(list(outbox.directory.runs.glob("*/files/*")))
+
+
+def test_at_the_cap_a_run_begins_that_takes_nothing(tmp_path: Path) -> None:
+    """With the server away its beginning can be kept nowhere; each call is refused and counted, and none raises."""
+    with tracking(
+        NOWHERE, tmp_path / "outbox", worker="none", outbox_bytes=300_000, free_bytes=0, exit_timeout=0
+    ) as mlflow:
+        mlflow.set_experiment("e")
+        outbox = store(NOWHERE).outbox
+        with mlflow.start_run():
+            for number in range(4):
+                mlflow.log_text(str(number) * 100_000, f"{number}.txt")
+            outbox.guard.look()
+            assert outbox.guard.reason()
+            before = outbox.counters["refused_full"]
+            with mlflow.start_run(run_name="child", nested=True, tags={"a": "b"}) as child:
+                mlflow.log_metric("m", 1.0)
+                mlflow.log_text("text", "text.txt")
+            found = mlflow.get_run(child.info.run_id)
+            assert ("child", "b") == (found.info.run_name, found.data.tags["a"])
+            assert child.info.experiment_id == found.info.experiment_id
+            assert before + 4 == outbox.counters["refused_full"]  # its beginning, a point, a file, its end

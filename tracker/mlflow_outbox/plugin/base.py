@@ -328,13 +328,19 @@ class Base:
         return self._experiment_names.get(experiment_id, experiment_id)
 
     def shown_experiment(self, experiment_id: str) -> str:
-        """Return the id by which this process knows an experiment; MLflow compares ids, so a given one stays."""
+        """Return the id by which this process knows an experiment; MLflow compares ids, so a given one stays.
+
+        A provisional one that another process was given is what it has become: this one finds it by its name so.
+        """
         for local in [*self._handed_out]:  # other threads hand out more meanwhile
             try:
                 if self.ids.remote(local) == experiment_id:
                     return local
             except NotYet:
                 continue
+        if provisional.is_provisional(experiment_id) and experiment_id not in self._handed_out:
+            with contextlib.suppress(NotYet):
+                return self.ids.remote(experiment_id)
         return experiment_id
 
     def know_experiment(self, experiment_id: str, name: str) -> None:

@@ -140,6 +140,17 @@ class Ids:
         found: str | None = self.outgoing(text)
         return found
 
+    def partly_outgoing(self, text: str) -> str:
+        """Return a text with MLflow's ids in place of those provisional ones that have become one."""
+
+        def become(found: re.Match[str]) -> str:
+            try:
+                return self.remote(found.group())
+            except NotYet:
+                return found.group()
+
+        return provisional.PATTERN.sub(become, text)
+
     def outgoing(self, value: Any) -> Any:
         """Return a value (texts, lists and mappings of them) with MLflow's ids in place of provisional ones.
 

@@ -15,7 +15,7 @@ from mlflow_outbox.errors import ArtifactRefused
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import frame, provisional
 from mlflow_outbox.spool.enclosure import append_enclosing
-from mlflow_outbox.spool.events import Event, Request
+from mlflow_outbox.spool.events import Event, Request, RunStarted
 from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import Hold, Snapshot, SnapshotStore
@@ -39,6 +39,7 @@ class OpenRun:
     """One run, or room, that this process writes to.
 
     Attributes:
+        begun: how it began, if it did here and without the server; a full disk may not have taken that.
         params: those that it is known to have, for MLflow's rule that a param never changes.
         outputs: models that this process logged as outputs, which a database takes once.
         linked: of each metric of each model its last step, and from when to when in ms it has points of that.
@@ -48,6 +49,7 @@ class OpenRun:
         self.run_id = run_id
         self.journal = journal
         self._outbox = outbox
+        self.begun: RunStarted | None = None
         self.params: dict[str, str] = {}
         self.outputs: set[str] = set()
         self.linked: dict[tuple[str, str], tuple[int, int, int]] = {}

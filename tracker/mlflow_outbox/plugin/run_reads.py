@@ -23,6 +23,7 @@ from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
+from mlflow_outbox.views import RunView
 
 if TYPE_CHECKING:
     from mlflow_outbox_worker.reading import LocalRun
@@ -87,7 +88,7 @@ class RunReads(Experiments):
             if found is not None:
                 return found
             if away is None:
-                raise no_such("Run", run_id)
+                return self._unwritten(local_id, run_id, local)
             if not patient:
                 raise self.server.needed(f"the run {run_id}", away)
             theirs = self.ask_alone(f"the run {run_id}", local_id, lambda store, remote: store.get_run(remote))
@@ -133,7 +134,29 @@ class RunReads(Experiments):
             while len(self._offline_runs) > _OFFLINE:
                 self._offline_runs.pop(next(iter(self._offline_runs)), None)
             run = reads.local_run_of(local, run_id, self._uri(local_id), theirs=theirs, bounded=self._bounded)
-            return self._placed(run) if theirs is not None else self._staged(run)
+            if theirs is not None:
+                return self._placed(run)
+            if run.info.experiment_id not in self._handed_out:  # else it is called so, and the ledger need not be asked
+                run.info._experiment_id = self.shown_experiment(run.info.experiment_id)
+            return self._staged(run)
+
+    def _unwritten(self, local_id: str, run_id: str, local: LocalRun | None) -> Run:
+        """Return a run that began in this process when there was no room to write so.
+
+        Args:
+            local_id: the id under which the outbox keeps it.
+            run_id: as it was asked for.
+            local: what was written of it later.
+
+        Raises:
+            MlflowException: it began nowhere.
+        """
+        held = self.journals.get(local_id)
+        if held is None or held.begun is None:
+            raise no_such("Run", run_id)
+        view = local.view if local is not None else RunView()
+        view.fold(held.begun, "")
+        return self._staged(reads.run_of(view, run_id, self._uri(local_id), bounded=self._bounded))
 
     def _waiting(self, local_id: str) -> LocalRun | None:
         """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""
@@ -348,8 +371,8 @@ class RunReads(Experiments):
     def _outgoing_filter(self, text: str | None) -> str | None:
         try:
             return self.ids.searched(text)
-        except NotYet:
-            return text
+        except NotYet:  # of one; the server has the others
+            return self.ids.partly_outgoing(text or "")
 
     def _local_entity(self, run: Any) -> Run:
         return self._staged(reads.local_run_of(run, run.run_id, self._uri(run.run_id), bounded=self._bounded))

@@ -121,18 +121,17 @@ class Runs(RunReads):
         texts = {str(tag.key): _text(tag.value) for tag in tags}
         texts.setdefault(MLFLOW_RUN_NAME, name)
         opened = self.journals.open(local, self.experiment_name(experiment_id))
-        opened.append(
-            RunStarted(
-                now_ms(),
-                name,
-                texts.get(MLFLOW_USER, ""),
-                texts,
-                False,
-                experiment_id,
-                attempted,
-                start_time or None,
-            )
+        opened.begun = RunStarted(
+            now_ms(),
+            name,
+            texts.get(MLFLOW_USER, ""),
+            texts,
+            False,
+            experiment_id,
+            attempted,
+            start_time or None,
         )
+        opened.append(opened.begun)
         say_once(
             self.outbox,
             "provisional",
