@@ -25,7 +25,7 @@ from commands import (
     waited,
     withhold,
 )
-from contents import QUICK, numbered, points, runs, the_run
+from contents import QUICK, artifacts, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
@@ -170,6 +170,38 @@ def test_a_hung_server_holds_up_no_flush(seconds: float, silent: str, tmp_path: 
     assert 3 == done.code, done
     assert "0 events delivered, 13 left, on disk" in done.out
     assert spent < seconds + 1.0
+
+
+def test_a_flush_without_a_time_out_does_not_give_up_in_the_middle_of_a_file(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one takes more than a minute, here more than four seconds; the next flush would begin with it anew."""
+    monkeypatch.setattr("mlflow_outbox_worker.cli.flush._PATIENCE", 4.0)
+    open_sink(mlflow_server.url).close()  # imports mlflow, which may take longer than that
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lambda method, _: method == "PUT", delay(8.0), times=None)
+        tracker = MLflowTracker(
+            experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=Settings(sync="os")
+        )
+        with tracker.start_run("large") as one:
+            one.log_text("weights", "model.txt")
+        tracker.close()
+        done = here("flush", "-d", tmp_path)
+    assert (0, True) == (done.code, "3 events delivered" in done.out), done
+    assert ["model.txt"] == artifacts(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id)
+
+
+def test_a_flush_without_a_time_out_gives_up_where_a_server_is_silent(
+    here: Here, silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a request is under way is no reason to wait once such a request has failed."""
+    monkeypatch.setattr("mlflow_outbox_worker.cli.flush._PATIENCE", 4.0)
+    monkeypatch.setenv("MLFLOW_OUTBOX_REQUEST_TIMEOUT", "2")
+    open_sink(silent).close()  # imports mlflow, which may take longer than that
+    offline(tmp_path, silent)
+    done = here("flush", "-d", tmp_path)
+    assert 3 == done.code, done
+    assert "0 events delivered, 13 left, on disk" in done.out
 
 
 def test_a_flush_that_is_over_reads_no_run_a_second_time(

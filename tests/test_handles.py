@@ -118,6 +118,27 @@ def test_of_two_handles_in_one_millisecond_the_later_one_has_the_last_word(tmp_p
         assert ["second"] * 60 == [run["tags"]["task"] for run in tracker.get_all_runs()]
 
 
+def test_the_tasks_of_a_pool_s_process_are_one_writer_of_their_run(tmp_path: Path) -> None:
+    """Each gets the run anew, and lets go of it: a thousand were as many to look at, at each look, while it went on."""
+    with offline(tmp_path) as tracker, tracker.start_run("shared") as run:
+        data = pickle.dumps(run)
+        for number in range(20):
+            assert pickle.loads(data).log_metric(f"m{number}", float(number))
+        assert tracker.outbox_path is not None
+        segments = (tracker.outbox_path / "runs" / run.run_id).glob("*.log")
+        assert 2 == len({path.name.partition("-")[0] for path in segments})
+        [shown] = tracker.get_all_runs()
+        assert {f"m{number}": float(number) for number in range(20)} == shown["metrics"]
+
+
+def test_pickles_of_more_runs_than_are_remembered_are_written_to(tmp_path: Path) -> None:
+    """By other writers then."""
+    with offline(tmp_path) as tracker:
+        data = [pickle.dumps(tracker.start_run(f"r{number}")) for number in range(130)]
+        assert all(pickle.loads(one).log_metric("m", turn) for turn in (1.0, 2.0) for one in data)
+        assert [2.0] * 130 == [run["metrics"]["m"] for run in tracker.get_all_runs()]
+
+
 def test_no_two_writers_have_one_id_however_many_there_are() -> None:
     """And each comes after the one before, but for one in 65,536."""
     ids = [new_writer() for _ in range(150_000)]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,15 @@ from pathlib import Path
 import pytest
 
 from contents import QUICK, numbered, points, the_run
-from mlflow_outbox import MLflowTracker
+from mlflow_outbox import FlushResult, MLflowTracker, stopwatch
+from mlflow_outbox.outbox import Outbox
 from mlflow_outbox.spool import filesystem
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox_worker import host_lease
+from mlflow_outbox_worker import flush, host_lease
+from mlflow_outbox_worker.child import ChildDelivery
 from mlflow_outbox_worker.host_lease import HostLease, described, worker_of
-from mlflow_outbox_worker.lease import Holder
+from mlflow_outbox_worker.lease import Holder, Lease
 from replays import command, log_offline, the_outbox
 from servers import MlflowServer, eventually
 
@@ -453,3 +456,65 @@ def test_a_live_writer_on_a_share_is_never_taken_for_dead_at_once(share: Path, e
     after = reader.window(window.cursors)
     assert (True, [], window.cursors) == (after.live, after.broken, after.cursors)
     tracker.close(0)
+
+
+def test_a_flush_without_a_time_does_not_wait_for_ever_for_what_only_another_machine_can_tell(
+    share: Path, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on, as that of a training on several machines does: nothing of it is filed that would show."""
+    monkeypatch.setattr(flush, "_UNSEEN", 0.5)
+    tracker = MLflowTracker(experiment_name, "http://127.0.0.1:9", outbox_dir=share, settings=QUICK)
+    child = other_machine(the_outbox(share) / "host.lease", tmp_path / "state of node7", "node7", beat=host_lease.BEAT)
+    found: list[FlushResult] = []
+    try:
+        run = tracker.start_run("on two machines")
+        run.log_metric("loss", 0.5, step=1)
+        waiting = threading.Thread(target=lambda: found.append(tracker.flush()), daemon=True)
+        waiting.start()
+        waiting.join(60)
+        assert [FlushResult(0, 2, 0, 0)] == found
+    finally:
+        tracker.close(0)
+        child.kill()
+        child.communicate()
+
+
+def test_the_thread_of_a_program_makes_the_state_directory_for_the_user_alone(
+    share: Path, experiment_name: str, tmp_path: Path
+) -> None:
+    """With any umask, as on a cluster where one group has all users; also the directories on the way there."""
+    log_offline(experiment_name, "http://127.0.0.1:9", share)
+    directory = OutboxDirectory.open(the_outbox(share))
+    outbox = Outbox(directory, directory.destination, QUICK, "thread")
+    loop = ChildDelivery(outbox, lambda: pytest.fail("nothing is delivered here"))
+    umask = os.umask(0)
+    try:
+        assert loop._is_free()
+    finally:
+        os.umask(umask)
+        loop._lease.release()
+    made = [tmp_path / "state", *(tmp_path / "state").rglob("*")]
+    assert directory.lock in made
+    assert {} == {path: mode for path in made if (mode := path.lstat().st_mode & 0o077)}
+
+
+def test_a_process_that_only_writes_sees_who_delivers_where_its_home_is_on_the_network_too(
+    share: Path, experiment_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those are that a training gives its tracker to: it says nothing of what the training delivers."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(share / "home"))
+    tracker = MLflowTracker(experiment_name, "http://127.0.0.1:9", outbox_dir=share, worker="none", settings=QUICK)
+    with tracker.start_run("of a process") as run:
+        run.log_metric("loss", 0.5, step=1)
+    outbox = tracker._outbox
+    assert outbox is not None
+    lock = outbox.directory.lock
+    lock.parent.mkdir(mode=0o700, parents=True)
+    assert filesystem.is_network(lock.parent)
+    training = Lease(lock, "thread")
+    assert training.acquire()
+    outbox.at_exit(stopwatch.seconds())
+    assert "events wait" not in caplog.text
+    training.release()
+    outbox.at_exit(stopwatch.seconds())
+    assert "3 events wait in" in caplog.text

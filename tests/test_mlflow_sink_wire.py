@@ -416,6 +416,20 @@ def test_a_redirect_is_not_followed_and_gets_no_credentials(wire: Callable[..., 
     assert [] == other.requests
 
 
+@pytest.mark.parametrize(
+    ("location", "said"),
+    [
+        (f"https://ada:{SECRET}@login.example:8443/{SECRET}?state={SECRET}", "https://login.example:8443"),
+        (f"/oauth2/sign_in?rd={SECRET}", "a page of its own"),
+    ],
+)
+def test_a_redirect_is_told_with_its_host_and_nothing_else(location: str, said: str, wire: Callable[..., Wire]) -> None:
+    """Whoever reads it knows a login page by that, or the address that the tracking URI has to have."""
+    with closing(open_sink(wire(says(302, Location=location)).url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert (True, False) == (f"redirects (302) to {said}," in str(error), SECRET in str(error)), error
+
+
 def run_json(artifact_uri: str) -> str:
     """What a server answers to a question for a run."""
     info = {"run_id": "a" * 32, "experiment_id": "1", "status": "RUNNING", "artifact_uri": artifact_uri}

@@ -8,8 +8,11 @@ directory.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,14 @@ from mlflow_outbox.plugin.tracking_store import OutboxStore
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.faults import accept_hang
 from mlflow_outbox.testing.proxy import FaultProxy
-from mlflow_outbox_worker.mlflow_sink import calls
+from mlflow_outbox_worker.mlflow_sink import calls, open_sink
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore
+from mlflow_outbox_worker.outcome import classify
+from mlflow_outbox_worker.sink import MetricPoint
 from plugin_world import deliver, differences, picture, store, tracking
 from servers import MlflowServer, eventually
+from sink_contract import closing, fails
+from wires import Wire
 
 _TOKEN = "dapi-5ecret-t0ken"
 
@@ -128,3 +135,41 @@ def test_what_a_workspace_refuses_is_an_answer(
             assert "yes" == mlflow.get_run(run.info.run_id).data.tags["seen"]
         with pytest.raises(ValueError, match="the store has no log_spans"):
             calls.call(store(uri).server.opened().store, "log_spans", '{"location": "1", "spans": []}')
+
+
+def refuses(line: str, body: str) -> Callable[[Wire, socket.socket, bytes], None]:
+    """Answer to a batch with this; the SDK's question for the workspace finds nothing."""
+
+    def behave(_: Wire, connection: socket.socket, request: bytes) -> None:
+        status, said = (line, body) if b"log-batch" in request.partition(b"\r\n")[0] else ("404 Not Found", "")
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(said)}\r\nConnection: close\r\n\r\n"
+        connection.sendall(f"{head}{said}".encode())
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "outcome"),
+    [
+        ("403 Forbidden", '{"error_code": 403, "message": "JWT has expired"}', "parked"),
+        ("401 Unauthorized", "", "parked"),
+        ("403 Forbidden", "<title>Error 403 Invalid access token.</title>", "parked"),
+        ("400 Bad Request", "<pre>    io.jsonwebtoken.ExpiredJwtException: JWT expired</pre>", "parked"),
+        ("400 Bad Request", '{"error_code": 400, "message": "io.jsonwebtoken.ExpiredJwtException"}', "parked"),
+        ("413 Request Entity Too Large", "<title>413 Request Entity Too Large</title>", "split"),
+        ("400 Bad Request", '{"error_code": "MALFORMED_REQUEST", "message": "bad"}', "dead_letter"),
+        ("400 Bad Request", '{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad"}', "dead_letter"),
+        ("400 Bad Request", "INVALID_PARAMETER_VALUE: bad", "dead_letter"),
+        ("502 Bad Gateway", "<title>502 Bad Gateway</title>", "retry"),
+    ],
+)
+def test_a_workspace_is_judged_by_its_answer_and_not_by_what_mlflow_makes_of_it(
+    line: str, body: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login that is over does not pass by waiting, and is no fault of an event, however the gateway says so."""
+    with contextlib.closing(Wire(refuses(line, body))) as wire:
+        profile(wire.url, tmp_path, monkeypatch)
+        with closing(open_sink("databricks://work")) as sink:
+            error = fails(lambda: sink.log_batch("a" * 32, [MetricPoint("m", 1.0, 1, 0)], {}, {}))
+    assert (int(line[:3]), outcome) == (error.status, classify(error, "log_batch").kind), error
+    assert 1 == sum(b"log-batch" in request for request in wire.requests)

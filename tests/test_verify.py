@@ -88,6 +88,27 @@ def test_a_delivered_run_is_held_in_full_to_the_last_point_and_byte(
     assert before == contents_of(filed)
 
 
+@pytest.mark.parametrize("store", ["server", "sqlite", "file"])
+def test_a_zero_with_a_sign_is_held_where_a_database_keeps_none(
+    store: str,
+    mlflow_server: MlflowServer,
+    sqlite_uri: str,
+    file_uri: str,
+    experiment_name: str,
+    tmp_path: Path,
+    verified: Callable[..., tuple[int, list[dict[str, object]]]],
+) -> None:
+    """SQLite keeps none; the point was called missing, and with ``verify="full"`` its run waited for a person."""
+    uri = {"server": mlflow_server.url, "sqlite": sqlite_uri, "file": file_uri}[store]
+    tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", worker="none", settings=QUICK)
+    with tracker, tracker.start_run() as run:
+        for step, value in enumerate([0.5, -0.0, 0.25, -0.0]):
+            assert run.log_metric("loss", value, step=step)
+    assert 0 == command("flush", "--outbox-dir", tmp_path / "outbox", "--timeout", "60")
+    code, [said] = verified("--deep")
+    assert (0, "same", []) == (code, said["state"], said["differences"])
+
+
 def test_a_point_in_the_middle_is_missed_by_a_deep_look_only(
     delivered: str, sqlite_uri: str, verified: Callable[..., tuple[int, list[dict[str, object]]]]
 ) -> None:

@@ -8,6 +8,7 @@ import pickle
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from mlflow_outbox_worker.mlflow_sink import open_sink
 from mlflow_outbox_worker.outcome import classify
 from mlflow_outbox_worker.sink import MetricPoint
 from sink_contract import closing, fails
-from wires import Wire
+from wires import Wire, says
 
 SECRET = "canary"
 
@@ -67,6 +68,51 @@ def test_a_server_without_workspaces_is_told_a_person(monkeypatch: pytest.Monkey
         error = fails(lambda: sink.log_batch("a" * 32, [MetricPoint("m", 1.0, 1, 0)], {}, {}))
     assert ("parked", True) == (classify(error, "log_batch").kind, "no workspaces" in str(error)), error
     assert [] == batches(wire)
+
+
+@pytest.mark.parametrize("named_by", ["destination", "environment"])
+@pytest.mark.parametrize(
+    ("behave", "outcome"),
+    [
+        (says(404, "404 page not found"), "parked"),
+        (says(401, "You are not authenticated"), "parked"),
+        (says(302, Location="http://127.0.0.1:9/login"), "parked"),
+        (says(200, "<html>please log in</html>"), "parked"),
+        (says(502, "<html>bad gateway</html>"), "retry"),
+    ],
+    ids=["a proxy without the server", "login", "redirect", "portal", "away"],
+)
+def test_a_server_that_does_not_say_whether_it_has_workspaces_is_judged_by_its_answer(
+    behave: Any, outcome: str, named_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No event is to blame for that; a proxy answers 404 while the server behind it is deployed anew."""
+    monkeypatch.delenv("MLFLOW_WORKSPACE", raising=False)
+    if named_by == "environment":
+        monkeypatch.setenv("MLFLOW_WORKSPACE", "team-a")
+    with contextlib.closing(Wire(behave)) as wire:
+        uri = f"{wire.url}#workspace=team-a" if named_by == "destination" else wire.url
+        with closing(open_sink(uri)) as sink:
+            error = fails(lambda: sink.log_batch("a" * 32, [MetricPoint("m", 1.0, 1, 0)], {}, {}))
+        assert outcome == classify(error, "log_batch").kind, error
+        assert [] == batches(wire)
+
+
+def test_a_server_that_is_given_workspaces_is_sent_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started anew with them, as its user was told to; the process that delivers goes on meanwhile."""
+    monkeypatch.delenv("MLFLOW_WORKSPACE", raising=False)
+    held = {"workspaces_enabled": False}
+
+    def behave(wire: Wire, connection: socket.socket, request: bytes) -> None:
+        asked = request.partition(b"\r\n")[0]
+        says(200, json.dumps(held if b"server-info" in asked else {}))(wire, connection, request)
+
+    with contextlib.closing(Wire(behave)) as wire, closing(open_sink(f"{wire.url}#workspace=team-a")) as sink:
+        assert "no workspaces" in str(fails(lambda: sink.log_batch("a" * 32, [MetricPoint("m", 1.0, 1, 0)], {}, {})))
+        held["workspaces_enabled"] = True
+        for _ in range(2):
+            sink.log_batch("a" * 32, [MetricPoint("m", 1.0, 1, 0)], {}, {})
+    assert 2 == len(batches(wire))
+    assert 2 == sum(b"server-info" in request for request in wire.requests)
 
 
 def test_a_tracker_remembers_the_workspace_in_its_outbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ outbox already: whoever delivers that outbox delivers what it writes too. So the
 a tracker pickled, though it may never log anything itself. Where the outbox is not there, on another machine above all,
 nothing is kept, which is said and counted: reading a checkpoint must not fail for it.
 
+The tasks of a pool get their run anew each time. In one process they are one writer all the same: whoever delivers
+looks at every writer of a run that goes on, at each look.
+
 Nothing of an outbox is ever read by ``pickle``; these are the program's own, and hold plain values.
 """
 
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
     from mlflow_outbox.spool.journal import Journal
 
 _NAMES: Final = frozenset(field.name for field in dataclasses.fields(Settings))
+#: Runs of pickles whose journals are kept for the next pickle of the same run.
+_MOST: Final = 100
+#: Those journals, by outbox, which they keep, and run.
+_rejoined: dict[tuple[int, RunIdentity], Journal] = {}
 
 
 class Handle:
@@ -98,4 +105,10 @@ def rejoined(path: str, run: tuple[Any, ...], note: dict[str, Any]) -> tuple[Jou
         counters = Counters()
         counters.add("disabled_runs")
         return None, settings, counters
-    return outbox.journal(RunIdentity(*run)), settings, outbox.counters
+    identity = RunIdentity(*run)
+    journal = _rejoined.get((id(outbox), identity))
+    if journal is None:
+        if len(_rejoined) >= _MOST:
+            _rejoined.clear()
+        journal = _rejoined[id(outbox), identity] = outbox.journal(identity)
+    return journal, settings, outbox.counters

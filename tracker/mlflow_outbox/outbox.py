@@ -32,7 +32,7 @@ from mlflow_outbox.remainder import say_what_is_left
 from mlflow_outbox.restarts import Restarts
 from mlflow_outbox.settings import Settings, WorkerKind
 from mlflow_outbox.spool.caretaker import Caretaker
-from mlflow_outbox.spool.disk import is_being_written
+from mlflow_outbox.spool.disk import is_being_written, is_locked
 from mlflow_outbox.spool.guard import DiskGuard
 from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.journal import Journal
@@ -163,7 +163,7 @@ class Outbox:
         with self._lock:
             if self._is_starting or (self._worker is not None and self._worker.is_alive()):
                 return  # the first: a signal handler, or a __del__, logs while this very thread starts it
-            if self.stands_back and is_being_written(self.directory.lock):
+            if self.stands_back and is_locked(self.directory.lock):
                 return  # if that one ends, the background looks again
             before = self._worker
             if before is not None:
@@ -221,7 +221,8 @@ class Outbox:
         """Deliver what has been logged until now, as far as possible within a time.
 
         Args:
-            timeout: seconds; None waits until nothing is pending, but not for a disk that goes on failing.
+            timeout: seconds; None waits until nothing is pending, but not for a disk that goes on failing, and for
+                minutes only where another machine delivers, and what it has delivered is not seen here.
             settled: wait too until no second run can come of a create that the server did not answer in time.
         """
         if sys.is_finalizing():  # nothing can be started or imported any more, and what is left was said at the exit
@@ -317,7 +318,7 @@ class Outbox:
                 self._note_written(journal)
             own = sum(events for run_id, events in self._written.values() if self._is_left(run_id))
             # None of them wait if there is who delivers, in another process.
-            return (0 if is_being_written(self.directory.lock) else own), 0
+            return (0 if is_locked(self.directory.lock) else own), 0
         # A signal to all of the program's processes, as systemd sends, has ended it, and the background starts no more.
         is_lost = self._worker is not None and not self._worker.is_alive()
         if (of_children or is_lost) and not only_writes:

@@ -146,6 +146,10 @@ class Delivery:
         """Return whether a run has its turn, or may have one at once."""
         return self._lease.is_held() and bool(self._schedule.busy() or (len(self._schedule) and self._gate.is_open()))
 
+    def is_sending(self) -> bool:
+        """Return whether a run has its turn, and the last attempt, if there was one, says nothing against it."""
+        return self._lease.is_held() and self._schedule.busy() > 0 and self._gate.notes.state in {"", "ok"}
+
     def is_settling(self) -> bool:
         """Return whether a run of which everything was sent may still get a twin."""
         return self._lease.is_held() and self._schedule.is_settling()

@@ -21,7 +21,7 @@ from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.outbox import FlushResult
 from mlflow_outbox.spool.disk import is_foreign
 from mlflow_outbox_worker.backlog import Targets, counted, left, targets, total
-from mlflow_outbox_worker.host_lease import worker_of
+from mlflow_outbox_worker.host_lease import delivers_elsewhere, worker_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.notes import destination_note, last_tried_ms
 from mlflow_outbox_worker.records import RunRecord
@@ -48,6 +48,9 @@ _BEGINS: Final = 60.0
 _STILL_PARKED: Final = 30.0
 #: Seconds for which a flush without a time waits for what the disk does not let be read, when all else is delivered.
 _BLIND: Final = 5.0
+#: Seconds for which it waits while another machine delivers and nothing is filed: what that has delivered of a run that
+#: goes on stands in its own ledger. Longer than it takes to succeed one that died.
+_UNSEEN: Final = 180.0
 
 
 def flush(outbox: Outbox, timeout: float | None, *, settled: bool) -> FlushResult:
@@ -88,7 +91,8 @@ class Watch:
         """Wait until everything that is on disk now has been delivered, or time is up.
 
         Args:
-            timeout: seconds; None waits without limit, as long as there is a worker, and runs can be read.
+            timeout: seconds; None waits without limit, as long as there is a worker, and runs can be read, and it is
+                not another machine's, of which nothing is seen.
             hurry: cut the worker's back-offs short.
             settled: wait for runs to settle too (``twins``): the worker is to end afterwards.
         """
@@ -96,7 +100,8 @@ class Watch:
         started = stopwatch.seconds()
         deadline = None if timeout is None else started + timeout
         ends: Targets | None = None
-        look, next_hurry, seen_worker, seen = _LOOK, started, started, started
+        look, next_hurry, seen_worker, seen, changed = _LOOK, started, started, started, started
+        before: FlushResult | None = None
         while True:
             now, begun = stopwatch.seconds(), stopwatch.processor_seconds()
             result, ends = self.measure(ends)
@@ -112,6 +117,10 @@ class Watch:
                 seen = now
             elif deadline is None and now - seen > _BLIND:
                 return result  # what the disk does not give nobody can deliver
+            if result != before or deadline is not None or not delivers_elsewhere(self._directory):
+                before, changed = result, now
+            elif now - changed > _UNSEEN:
+                return result
             if worker_of(self._directory) is not None:
                 seen_worker = now
             elif now - seen_worker > (_BEGINS if self._is_coming() else _NO_WORKER):

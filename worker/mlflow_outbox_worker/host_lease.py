@@ -290,6 +290,12 @@ def worker_of(directory: OutboxDirectory) -> Holder | None:
     return holder(directory.lock) or (_other(directory.host_lease, directory.lock) if directory.network else None)
 
 
+def delivers_elsewhere(directory: OutboxDirectory) -> bool:
+    """Return whether another machine has the lease, or a container with a state of its own, and so the ledger too."""
+    seen = _look(directory.host_lease) if directory.network else None
+    return seen is not None and seen.note is not None and not _is_here(seen.note, directory.lock)
+
+
 def is_elsewhere(found: Holder) -> bool:
     """Return whether whoever holds a lease is on another machine, so that its ledger is there too."""
     return found.host not in {"", socket.gethostname()}
@@ -367,7 +373,14 @@ def _other(path: Path, lock: Path) -> Holder | None:
         return None
     if seen.note is None:
         return Holder("", 0, "")
-    with contextlib.suppress(OSError):
-        if seen.note.boot_id == boot_id() != "" and seen.note.lock == _identity(lock):
-            return holder(lock)  # of this machine, where the lock tells whether its process lives
+    if _is_here(seen.note, lock):
+        return holder(lock)  # where the lock tells whether its process lives
     return Holder(seen.note.host, seen.note.pid, seen.note.kind)
+
+
+def _is_here(note: HostNote, lock: Path) -> bool:
+    """Return whether a lease belongs to whoever has, or had, this local lock."""
+    try:
+        return note.boot_id == boot_id() != "" and note.lock == _identity(lock)
+    except OSError:  # nobody has taken it yet
+        return False

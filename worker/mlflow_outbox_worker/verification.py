@@ -4,7 +4,8 @@
 artifacts with their sizes; "full" compares every point of every metric too. What others did to the run in the
 meantime is no difference: a later point, another value of a tag, further params, what a program has added to a file in
 its place (``placement``). What MLflow changes by rule is none
-either: it cuts long values, and its SQL stores hold infinities as the largest finite number (facts, 2a).
+either: it cuts long values, and its SQL stores hold infinities as the largest finite number (facts, 2a), and zero
+without its sign.
 
 Artifacts are told apart from the rest. Delivery goes on only when an upload was answered with success, so one that is
 absent or another later was changed by others, or lost by the store: nothing there says which. What becomes of either is
@@ -316,4 +317,4 @@ def _identity(value: float, time_ms: int, step: int) -> _Identity:
         return "nan", time_ms, step
     if abs(value) > 1e308:  # noqa: PLR2004 - infinities, which SQL stores hold as the largest double
         return ("inf" if value > 0 else "-inf"), time_ms, step
-    return repr(value), time_ms, step
+    return repr(value + 0.0), time_ms, step  # SQLite keeps zero without its sign

@@ -69,13 +69,20 @@ def _lock(fd: int) -> None:
 
 
 def is_being_written(path: Path) -> bool:
-    """Return whether a living process of this machine holds a segment open for writing, or the lock of a worker.
+    """Return whether a living process of this machine holds a segment open for writing.
 
     On a network file system nobody can tell, and the answer is False; see ``writer.writer_state``. Where it cannot be
     told at this moment, for want of descriptors or of an answer of the disk, the answer is True.
     """
-    if is_network(path.parent):
-        return False
+    return not is_network(path.parent) and is_locked(path)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a living process holds the lock of a file, as a worker does wherever its lock file lies.
+
+    A home may lie on a network file system, and with it the state directory. Where it cannot be told at this moment,
+    the answer is True.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from mlflow_outbox.counters import printable, say
 from mlflow_outbox.courtesy import courtesy
 from mlflow_outbox.restarts import Restarts
+from mlflow_outbox.spool.private import make_all_private
 from mlflow_outbox_worker import interpreter
 from mlflow_outbox_worker.child.process import Child, NoChild
 from mlflow_outbox_worker.deputy import Deputy, passed_on
@@ -160,7 +160,7 @@ class ChildDelivery:
                         f"mlflow-outbox: {described(found)} delivers {directory.path}; this one stands by",
                     )
                 return False
-            os.makedirs(directory.lock.parent, 0o700, exist_ok=True)
+            make_all_private(directory.lock.parent)
         return self._lease.acquire()
 
     def _deliver(self) -> None:

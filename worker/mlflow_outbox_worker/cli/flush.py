@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox_worker.records import RunRecord
 
-#: Seconds without any progress after which a flush without a time-out gives up.
+#: Seconds without any progress after which a flush without a time-out gives up, unless it is sending something.
 _PATIENCE: Final = 60.0
 #: Seconds between two looks at the ledger: at first, and at most.
 _LOOK: Final = 0.02
@@ -75,7 +75,7 @@ def flush(
     """Deliver what is there now, and say what is left.
 
     A worker that has the outbox already is asked to hurry; otherwise this command delivers. Without --timeout it
-    gives up after a minute in which nothing arrived.
+    gives up after a minute in which nothing arrived and nothing was being sent.
 
     \b
     Examples:
@@ -120,19 +120,21 @@ def _until_done(flushes: list[Flush], started: float, timeout: float | None, end
             if timeout is not None and now - started + max(0.0, took - _LATE) >= timeout:
                 ending.wait(max(0.0, started + timeout - now))
                 return
-            if timeout is None and now - changed > _PATIENCE:
-                return
             if now >= next_hurry:
                 for one in flushes:
                     one.hurry()
                 next_hurry = now + _HURRY
-            before = [one.left for one in flushes]
+            before = [one.rest for one in flushes]
+            # Large files arrive after minutes. Asked before the look, which then tells what has come of it.
+            sends = any(one.is_sending() for one in flushes)
             begun = stopwatch.processor_seconds()
             for one in flushes:
                 one.look()
             took = stopwatch.seconds() - now
-            if before != [one.left for one in flushes]:
+            if before != [one.rest for one in flushes]:
                 changed = stopwatch.seconds()
+            elif timeout is None and not sends and now - changed > _PATIENCE:
+                return
             show(_progress(flushes))
             # A large backlog takes time to measure: most of it is the worker's.
             pause = max(look, 4 * (stopwatch.processor_seconds() - begun))
@@ -226,6 +228,11 @@ class Flush:
         """Events that have not arrived yet."""
         return self._seen.pending + self._seen.parked
 
+    @property
+    def rest(self) -> tuple[int, int]:
+        """Events that have not arrived yet, and runs that were not read back."""
+        return self.left, self._seen.unread_back
+
     def start(self) -> None:
         """Begin to deliver, unless there is nothing to do; while another worker has the outbox, stand by."""
         if not self.is_done() and not self.read_only:
@@ -240,6 +247,10 @@ class Flush:
     def is_at_work(self) -> bool:
         """Return whether the worker of this flush sends at this moment."""
         return self._worker is not None and self._worker.delivery.is_at_work()
+
+    def is_sending(self) -> bool:
+        """Return whether the worker of this flush is in the middle of something that may well arrive."""
+        return self._worker is not None and self._worker.delivery.is_sending()
 
     def conclude(self) -> None:
         """Let the delivery end after the requests under way, and see what stood in its way."""

@@ -10,25 +10,33 @@ import lock while it asks the finders of ``sys.meta_path``. MLflow's finder ther
 * what that provider says is found out once in the life of a process (``prepare`` of the package sees to it that this
   is in a thread of the program's own): its notebook, job and cluster do not change;
 * every other provider, above all those of plugins, is asked at each request: their tokens expire.
+
+What the Databricks SDK raises for a refusal MLflow makes an answer of, with status 500 where it does not know the code.
+A workspace's gateway gives the status for a code, or a page: a login that is over would be a failure that passes, and a
+page with status 400 MLflow's verdict on the events. So what was answered is returned as it came.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
+import re
+import traceback
 import types
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
+import requests
 from mlflow.tracking.request_header import registry
 from mlflow.tracking.request_header.databricks_request_header_provider import DatabricksRequestHeaderProvider
 from mlflow.utils import rest_utils
 
-if TYPE_CHECKING:
-    import requests
-
 _TRANSPORT_NAME = "_get_http_response_with_retries"
 _REGISTRY_NAME = "_request_header_provider_registry"
+#: MLflow's function that makes a request by the Databricks SDK, and again.
+_SDK_NAME: Final = "_retry_databricks_sdk_call_with_exponential_backoff"
+#: A refusal in plain text, of which MLflow makes as good an answer as there is.
+_IN_WORDS: Final = re.compile(rb"[A-Z_]+: ")
 
 
 @functools.cache
@@ -90,6 +98,27 @@ def _import(name: str, *details: Any, **more: Any) -> Any:
     return builtins.__import__(name, *details, **more)
 
 
+def _by_sdk(call_func: Callable[[], requests.Response], **_policy: Any) -> requests.Response:
+    """Make a request by the Databricks SDK once; return what was answered where it raises that."""
+    try:
+        return call_func()
+    except OSError as error:  # all of the SDK's own are
+        answer = _answered(error)
+        if answer is None or _IN_WORDS.match(answer.content):
+            raise
+        return answer
+
+
+def _answered(error: OSError) -> requests.Response | None:
+    """Return the answer of which the Databricks SDK made an error, which does not hold it; the SDK's frame does."""
+    if type(error).__module__.startswith("databricks.sdk.errors"):
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            held = frame.f_locals.get("response")
+            if isinstance(held, requests.Response):
+                return held
+    return None
+
+
 def http_request_over(perform: Callable[..., requests.Response]) -> Callable[..., Any]:
     """Return MLflow's ``http_request`` with another function in the place of its transport.
 
@@ -101,5 +130,6 @@ def http_request_over(perform: Callable[..., requests.Response]) -> Callable[...
     if not _has(original, _TRANSPORT_NAME):
         return original
     builtin = {**vars(builtins), "__import__": _import}
-    rebound: Callable[..., Any] = _rebound(original, **{_TRANSPORT_NAME: perform, "__builtins__": builtin})
+    names = {_TRANSPORT_NAME: perform, _SDK_NAME: _by_sdk, "__builtins__": builtin}
+    rebound: Callable[..., Any] = _rebound(original, **names)
     return rebound

@@ -34,6 +34,8 @@ from mlflow_outbox_worker.mlflow_sink.workspace import WorkspaceTransport
 from mlflow_outbox_worker.retry import parse_retry_after
 from mlflow_outbox_worker.sink import MetricPoint, SinkError
 
+#: Where a server says whether it has workspaces; the first that had them knows the second alone.
+_SERVER_INFO: Final = ("/api/3.0/mlflow/server-info", "/api/3.0/mlflow/server-features")
 #: Statuses that proxies and load balancers give on a server's behalf, with any body.
 _ANYBODYS_STATUSES = frozenset({401, 403, 407, 408, 413, 425, 429})
 #: What MLflow's server (since 3.5) says who is asked by a name that it was not told, whatever the login.
@@ -75,10 +77,15 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
             raise SinkError(msg, kind="not_mlflow", status=status)
         return found
     if 300 <= status < 400:  # noqa: PLR2004 - redirects
-        msg = f"{what}: the server redirects ({status}), which is not followed; use the URL that it redirects to"
+        msg = (
+            f"{what}: the server redirects ({status}) to {_place(headers, secrets)}, which is not followed: it wants a "
+            "login, or the tracking URI has to be that address (mlflow-outbox replay DIR --to URI sends what waits)"
+        )
         raise SinkError(msg, kind="not_mlflow", status=status)
     code = str((found or {}).get("error_code", ""))
     text = str(found["message"]) if found and "message" in found else _excerpt(body, secrets)
+    if code == str(status):  # a gateway's words in JSON, as those of Databricks' about a token, and none of MLflow's
+        code, found = "", None
     message = clean(f"{what}: {status} {code}: {text}" if code else f"{what}: {status}: {text}", secrets)
     if status == 403 and _OTHER_HOST in text:  # noqa: PLR2004 - forbidden
         login = _ALLOW_HOST
@@ -101,6 +108,25 @@ class _OneAttempt:
     """Replaces how MLflow's stores call a server."""
 
     transport: Transport
+    _has_workspaces = False
+
+    @property
+    def supports_workspaces(self) -> bool:
+        """Whether the server has workspaces; asked like all else, until it has.
+
+        MLflow's own question says of a 404, as a proxy gives while a server is deployed anew, that a parameter is
+        wrong, and of a refused login that it passes. The first would be the fault of the events.
+        """
+        if self._has_workspaces:
+            return True
+        store: Any = self
+        for path in _SERVER_INFO:
+            answer = self.transport.request(store.get_host_creds(), "GET", path)
+            if answer.status != HTTPStatus.NOT_FOUND:
+                self._has_workspaces = bool(checked(answer, f"GET {path}").get("workspaces_enabled"))
+                return self._has_workspaces
+        msg = f"GET {_SERVER_INFO[0]}: 404: the server is none of MLflow's, or is older than workspaces"
+        raise SinkError(msg, kind="not_mlflow", status=HTTPStatus.NOT_FOUND, code="ENDPOINT_NOT_FOUND")
 
     def _call_endpoint(
         self,
@@ -241,6 +267,13 @@ def _json_object(body: bytes) -> dict[str, Any] | None:
 
 def _excerpt(body: bytes, secrets: tuple[str, ...]) -> str:
     return clean(body[:2000].decode("utf-8", "replace"), secrets)[:200]
+
+
+def _place(headers: Mapping[str, str], secrets: tuple[str, ...]) -> str:
+    """Return which host a redirect leads to; its path and query may hold more than is to be told."""
+    parts = urlsplit(headers.get("Location") or "")
+    host = clean(f"{parts.scheme}://{parts.netloc}", secrets)
+    return host if parts.scheme and parts.netloc else "a page of its own"
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -35,11 +35,12 @@ class WorkspaceTransport(Transport):
         """Refuse a server without workspaces, which takes no notice of their names: all would go to the same place.
 
         Args:
-            store: MLflow's store of the server; an older version does not know of workspaces, and the server judges.
+            store: MLflow's store of the server, as ``rest`` has it.
 
         Raises:
             MlflowException: the server has none.
+            SinkError: it could not be asked.
         """
-        if not getattr(store, "supports_workspaces", True):
+        if not store.supports_workspaces:
             msg = f"the server has no workspaces, and what was logged is for {self._workspace!r}"
             raise MlflowException(msg, error_code=FEATURE_DISABLED)
