@@ -9,6 +9,7 @@ import gzip
 import io
 import os
 import shutil
+import socket
 import tarfile
 import threading
 import tracemalloc
@@ -208,6 +209,20 @@ def test_two_imports_at_once_put_each_run_there_once(
         assert ["new"] * 2 == list(import_bundle(tmp_path / "runs.tar", directory).values())
         assert ["unchanged"] * 2 == list(second[0].result(60).values())
     assert views(tmp_path / "from") == views(tmp_path / "to")
+
+
+def test_a_bundle_that_another_machine_sends_is_no_leftover(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have one home on the network, where no machine sees another's lock of a directory."""
+    monkeypatch.setattr(filesystem, "read_mountinfo", lambda: f"1 1 0:1 / {tmp_path} rw - nfs4 filer:/ rw")
+    monkeypatch.setattr(filesystem, "_known", {})
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(socket, "gethostname", lambda: "login1")
+    with unpacking.unpacked(bundle) as first:
+        monkeypatch.setattr(socket, "gethostname", lambda: "login2")
+        with unpacking.unpacked(bundle) as second:
+            assert (2, 2) == (len(find_runs(first).runs), len(find_runs(second).runs))
 
 
 def test_a_run_that_is_written_goes_in_as_far_as_it_is_and_the_rest_later(tmp_path: Path, experiment_name: str) -> None:

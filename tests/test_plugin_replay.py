@@ -100,6 +100,72 @@ def test_a_database_that_was_lost_is_filled_again(
             assert [] == differences(before, picture(sqlite_uri, name)), state
 
 
+@pytest.mark.parametrize("command_line", [("replay",), ("flush", "-d")], ids=lambda words: words[0])
+def test_what_was_begun_to_be_sent_once_more_is_sent_so_to_its_end_whoever_goes_on_with_it(
+    command_line: tuple[str, ...],
+    own_mlflow_server: Callable[..., MlflowServer],
+    experiment_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that was wiped knows neither run nor model, and what it has by the experiment's id is another one."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    server = own_mlflow_server()
+    with tracking(f"outbox+{server.url}", tmp_path / "outbox", worker="none") as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run(run_name="r"):
+            mlflow.log_metric("m", 1.0)
+            mlflow.initialize_logged_model(name="m")
+    outbox = the_outbox(tmp_path / "outbox")
+    assert 0 == command("replay", outbox)
+    before = picture(server.url, experiment_name)
+    server.wipe()
+    server.start()
+    with client(server.url) as api:
+        api.create_experiment(f"{experiment_name} of somebody else")
+    assert 3 == command("replay", outbox, "--again", "--timeout", 0)
+    assert 0 == command(*command_line, outbox, "--timeout", 60)
+    assert [] == differences(before, picture(server.url, experiment_name))
+    assert [] == the_runs(server.url, f"{experiment_name} of somebody else")
+
+
+@pytest.mark.parametrize("how", ["imported", "as a bundle", "elsewhere", "from a directory"])
+def test_a_run_that_is_taken_alone_from_what_began_offline_arrives_in_the_experiment_of_its_name(
+    how: str,
+    mlflow_server: MlflowServer,
+    sqlite_uri: str,
+    experiment_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What says how the experiment is called is not taken along, and its provisional id is nobody's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.down()
+        with tracking(f"outbox+{proxy.url}", tmp_path / "outbox", worker="none", create_timeout=0) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run(run_name="alone") as run:
+                mlflow.log_metric("m", 1.0)
+                mlflow.initialize_logged_model(name="m")
+            with mlflow.start_run(run_name="another"):
+                mlflow.log_metric("m", 2.0)
+        proxy.up()
+        outbox, bundle = the_outbox(tmp_path / "outbox"), tmp_path / "run.tar"
+        assert 0 == command("export", run.info.run_id, "-d", outbox, "-o", bundle)
+        if how == "imported":
+            assert 0 == command("import", bundle, "-d", tmp_path / "here")
+            assert 0 == command("flush", "-d", tmp_path / "here", "--timeout", 60)
+        elif how == "from a directory":
+            outbox.chmod(0o755)  # somebody else's is only read, too
+            assert 0 == command("replay", outbox / "runs" / run.info.run_id, "--timeout", 60)
+        else:
+            to = ("--to", sqlite_uri) if how == "elsewhere" else ()
+            assert 0 == command("replay", bundle, *to, "--timeout", 60)
+    found = picture(sqlite_uri if how == "elsewhere" else mlflow_server.url, experiment_name)
+    assert ["alone"] == [one["name"] for one in found["runs"]]
+    assert ["m"] == [one["name"] for one in found["models"]]
+
+
 @pytest.mark.parametrize("same_process", [True, False])
 def test_a_run_that_was_sent_again_goes_on_under_the_id_that_its_program_knows(
     same_process: bool,

@@ -97,6 +97,25 @@ def test_a_flush_counts_the_children_of_a_parked_run_as_parked(
     assert {"child": "parent", "grandchild": "child"} == parents_of(mlflow_server.url, experiment_name)
 
 
+@pytest.mark.usefixtures("own_state")
+def test_a_child_that_is_taken_alone_does_not_wait_for_its_parent(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not in a bundle cannot come; of a run that is on disk and was left out a person is told."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.down()
+        with tracking(f"outbox+{proxy.url}", tmp_path / "outbox", worker="none", create_timeout=0) as mlflow:
+            parent, child = log_family(mlflow, f"{experiment_name}-parents", experiment_name)
+        proxy.up()
+        outbox, bundle = the_outbox(tmp_path / "outbox"), tmp_path / "child.tar"
+        assert 4 == command("replay", outbox / "runs" / child, "--timeout", 60)
+        assert f"run {child} was skipped: it waits for {parent}, which is not among" in capsys.readouterr().err
+        assert 0 == command("export", child, "-d", outbox, "-o", bundle)
+        assert 0 == command("replay", bundle, "--timeout", 60)
+    (sent,) = runs(mlflow_server.url, experiment_name)
+    assert ("child", parent) == (sent.info.run_name, sent.data.tags[_PARENT])
+
+
 def log_model_and_user(mlflow: Any, makers: str, users: str) -> tuple[str, str]:
     """Make a model in a run of one experiment and name it in one of another; return the ids of the two runs."""
     number = mlflow.create_experiment(makers)

@@ -320,14 +320,21 @@ class Courier:
         """Return whether an experiment is made from what is delivered: its name may be another's by then."""
         if not provisional.is_provisional(experiment_id) or self._source.experiment(""):
             return False
-        return any(folder.is_dir() for folder in self._source.everywhere(provisional.room_of(experiment_id)))
+        return not self._is_orphan(experiment_id)
+
+    def _is_orphan(self, experiment_id: str) -> bool:
+        """Return whether a provisional id's room, which says what it is called, is not here: runs were taken alone."""
+        if not provisional.is_provisional(experiment_id):
+            return False
+        return not any(folder.is_dir() for folder in self._source.everywhere(provisional.room_of(experiment_id)))
 
     def _find_or_create(self, record: RunRecord, started: RunStarted | None, header: SegmentHeader | None) -> None:
         name = record.experiment
         # An id of another server's experiment says nothing here; its name does.
         by_name = self._source.elsewhere or self._source.again or (header is not None and name != header.experiment)
-        given = "" if started is None else started.experiment_id
-        if by_name and not self._is_made_here(given):
+        logged = given = "" if started is None else started.experiment_id
+        orphan = name not in {"", logged} and self._is_orphan(logged)
+        if (by_name and not self._is_made_here(given)) or (orphan and not self._ledger.meta(f"experiment/{logged}")):
             given = ""
         if given:
             record.experiment_id = ask("create_experiment", lambda: self._calls.ids.resolved(given))
@@ -379,6 +386,8 @@ class Courier:
                     self._ledger.commit(record)
                 raise
             record.creating = unknown
+        if orphan and not given:  # what else names the experiment, a model for one, is of this one
+            self._ledger.set_meta(f"experiment/{logged}", record.experiment_id.encode())
         if record.creating and self._sink.parallel:  # what is embedded here carries nothing out later
             record.settles_ms = self._now_ms() + settling(self._settings.request_timeout)
 

@@ -45,6 +45,7 @@ from mlflow_outbox_worker.precedence import Waits
 from mlflow_outbox_worker.recollection import Recollection
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
+from mlflow_outbox_worker.requeue import resume
 from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -295,6 +296,7 @@ class Delivery:
         self._sink = self._opener.open(self._ledger)
         if self._sink is None:
             return False
+        resume(self._source, self._ledger)
         self._courier = Courier(
             self._source,
             cast("Sink", self._sink),
@@ -387,6 +389,9 @@ class Delivery:
             self._park_run(ledger, run_id, standing.reason, began_ms)
         elif other.state == "broken" and other.failures >= TRIES:
             standing = Standing("broken", f"it waits for {waits.on}, which cannot be read: {other.reason}", TRIES)
+        elif waits.on and self._source.lacks(waits.on):
+            reason = f"it waits for {waits.on}, which is not among what is sent; send both"
+            standing = Standing("broken", reason, TRIES)
         else:
             self._schedule.again(run_id, self._settings.poll_interval)
             return

@@ -127,7 +127,7 @@ class RemoteIds:
             return found[0]
         if stopwatch.seconds() - self._since.setdefault(local, stopwatch.seconds()) > _PATIENCE:
             return ""
-        raise Waits(local, "")
+        raise Waits(local, local if self._source.lacks(local) else "")
 
     def _has(self, run_id: str) -> bool:
         return any(folder.is_dir() for folder in self._source.everywhere(run_id))
@@ -187,7 +187,8 @@ class RemoteIds:
         if local.startswith("m-") and waited > _SEARCH:
             home = self._origins.of(local)
         explained = bool(home) and any(folder.is_dir() for folder in self._source.folders(home))
-        if waited > _PATIENCE and not explained:
+        patience = 2 * _SEARCH if self._source.lacks(home or local) else _PATIENCE
+        if waited > patience and not explained:
             return local
         raise Waits(local, home if explained else "")
 

@@ -3,6 +3,9 @@
 The ledger forgets first, the files move second: a kill in between leaves a run that is found by the same command again.
 Points, params and files that the server has after all do no harm: the run is found by its tag, and what it holds is not
 doubled.
+
+A server that lost runs may have other experiments by their ids, and lacks what was made there at the call. So whoever
+goes on with such runs, when the command was ended before them, sends them as it would have (``resume``).
 """
 
 from __future__ import annotations
@@ -13,10 +16,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from mlflow_outbox.errors import LeaseHeld
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.frame import SEQUENCE_MASK
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.copies import Copies
@@ -27,6 +33,8 @@ from mlflow_outbox_worker.sources import Source
 
 #: The worker's note that ids which MLflow gave may have become others.
 MOVED: Final = "moved"
+#: Its note on a run: the number behind the last event of each writer, up to which all is sent once more.
+_AGAIN: Final = "again/"
 
 
 def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[str], settings: Settings) -> None:
@@ -51,19 +59,54 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
     try:
         ledger = Ledger.open(source.ledger_in(settings.ledger_dir))
         with contextlib.closing(ledger):
+            ledger.set_meta(MOVED, b"yes")
             for run_id in run_ids:
                 letters, record = list(ledger.dead_letters(run_id)), ledger.record(run_id)
                 known = record.cursors if record is not None else {}
                 if letters and is_whole(RunReader(*source.everywhere(run_id)), known):  # else one may be the last copy
                     for letter in letters:
                         ledger.drop_dead_letter(letter.id)  # what is refused again comes again
+                with contextlib.suppress(OSError):  # it cannot be read, and is named when its turn comes
+                    ends = RunReader(*source.everywhere(run_id)).next_numbers(known)
+                    ledger.set_meta(_AGAIN + run_id, msgspec.msgpack.encode(ends))
                 ledger.forget(run_id)
                 if filed is not None:
                     bring_back(filed, run_id)
             _forget_ids(source, ledger, run_ids)
-            ledger.set_meta(MOVED, b"yes")
     finally:
         lease.release()
+
+
+def resume(source: Source, ledger: Ledger) -> None:
+    """Have everything of a source sent once more, as long as that was begun for some of its runs and has not ended.
+
+    Args:
+        source: its lease is held.
+        ledger: its ledger.
+
+    Raises:
+        LedgerUnavailable: the ledger could not be read.
+        OSError: the disk does not tell which runs there are.
+    """
+    if not source.again and ledger.meta(MOVED):
+        source.again = any(_is_begun(source, ledger, run_id) for run_id in source.run_ids())
+
+
+def _is_begun(source: Source, ledger: Ledger, run_id: str) -> bool:
+    """Return whether something of a run that was to be sent once more has not been."""
+    note = ledger.meta(_AGAIN + run_id)
+    if not note:
+        return False
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        ends = msgspec.msgpack.decode(note, type=dict[str, int])
+        record = ledger.record(run_id)
+        cursors = record.cursors if record is not None else {}
+        return any(
+            0 < (ends[writer] - cursors.get(writer, Cursor()).seq) & SEQUENCE_MASK < 1 << 31
+            for writer in RunReader(*source.folders(run_id)).segments()  # others were sent, and filed or reclaimed
+            if writer in ends
+        )
+    return False
 
 
 def _forget_ids(source: Source, ledger: Ledger, run_ids: Collection[str]) -> None:

@@ -77,6 +77,10 @@ class Source(Protocol):
         """Return all directories in which something of a run may be, filed as delivered or not."""
         ...
 
+    def lacks(self, run_id: str) -> bool:
+        """Return whether a run is not among these and never will be, so that it is waited for in vain."""
+        ...
+
     def experiment(self, name: str) -> str:
         """Return the experiment to which a run goes that was logged for the one called name."""
         ...
@@ -154,6 +158,10 @@ class OutboxSource:
         """Return a run's directory and that of its filed segments."""
         return self._directory.run(run_id), self._directory.delivered / run_id
 
+    def lacks(self, run_id: str) -> bool:
+        """Return whether it waits in the outbox, and only others were chosen."""
+        return self._chosen is not None and run_id not in self._chosen and self._directory.run(run_id).is_dir()
+
     def experiment(self, name: str) -> str:
         """Return the name itself."""
         return name
@@ -227,6 +235,10 @@ class RunsSource:
     def everywhere(self, run_id: str) -> tuple[Path, ...]:
         """Return the same directories."""
         return self.folders(run_id)
+
+    def lacks(self, run_id: str) -> bool:
+        """Return whether there is no directory of it, where none is looked for later."""
+        return self._look is None and not self.folders(run_id)
 
     def experiment(self, name: str) -> str:
         """Return the chosen experiment, or the run's own."""

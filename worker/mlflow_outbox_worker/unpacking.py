@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final, Literal
@@ -26,6 +27,7 @@ from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import OutOfTime
 from mlflow_outbox.settings import state_directory
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.filesystem import is_network
 from mlflow_outbox.spool.private import create_private, make_all_private, sync_directory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import SnapshotStore
@@ -245,6 +247,8 @@ def unpacked(path: Path, deadline: float | None = None) -> Iterator[Path]:
     """
     manifest = read_manifest(path)
     parent = state_directory() / "bundles"
+    if is_network(parent):  # a home that machines share: the lock below is this one's alone, so each has its own place
+        parent /= hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
     make_all_private(parent)
     remove_drafts(parent / "bundle", "directory")
     place = draft_of(parent / "bundle")
