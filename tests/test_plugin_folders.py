@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from plugin_world import WAYS, world
+from contents import client
+from plugin_world import WAYS, deliver, tracking, world
 from servers import MlflowServer
 
 
@@ -49,3 +50,36 @@ def test_a_folder_below_a_file_has_nothing_in_it(
             here.kill()
             here.mlflow.log_text("a", "a.txt")
             assert [] == here.mlflow.MlflowClient().list_artifacts(run.info.run_id, "a.txt/x")
+
+
+@pytest.mark.parametrize("deleted", ["before", "by this process"])
+@pytest.mark.parametrize("prefix", ["", "outbox+"])
+def test_a_version_in_the_registry_has_the_files_of_a_model_that_was_deleted(
+    prefix: str, deleted: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """They are there until ``mlflow gc``, and the version says where; the model itself is not found any more."""
+    from mlflow.exceptions import MlflowException
+
+    files = {"x.txt": "x", "data/y.txt": "y"}
+    for name, text in files.items():
+        place = tmp_path / "model" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    with client(mlflow_server.url) as api:
+        number = api.create_experiment(experiment_name)
+        model = api.create_logged_model(number, name="m").model_id
+        api.log_model_artifacts(model, str(tmp_path / "model"))
+        api.create_registered_model(experiment_name)
+        api.create_model_version(experiment_name, f"models:/{model}", model_id=model)
+        if deleted == "before":
+            api.delete_logged_model(model)
+    uri = f"{prefix}{mlflow_server.url}"
+    with tracking(uri, tmp_path / "outbox") as mlflow:
+        if deleted != "before":
+            mlflow.MlflowClient().delete_logged_model(model)
+            deliver(uri)
+        found = Path(mlflow.artifacts.download_artifacts(f"models:/{experiment_name}/1"))
+        assert files == {name: (found / name).read_text() for name in files}
+        with pytest.raises(MlflowException, match="not found") as raised:
+            mlflow.artifacts.download_artifacts(f"models:/{model}")
+        assert "RESOURCE_DOES_NOT_EXIST" == raised.value.error_code

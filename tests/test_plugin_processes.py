@@ -9,10 +9,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from plugin_world import deliver, picture, store, the_runs, tracking
+from contents import client
+from plugin_world import away, deliver, picture, store, the_runs, tracking
 from servers import MlflowServer
 
 
@@ -49,6 +51,44 @@ def test_child_processes_log_to_the_run(
         deliver(uri)
     (found,) = the_runs(mlflow_server.url, experiment_name)
     assert {"parent": 1.0, "child-0": 0.0, "child-1": 1.0} == found.data.metrics
+
+
+def _make_model_in_child(experiment_id: str, run_id: str | None, parent: Any) -> None:
+    import mlflow
+
+    model = mlflow.MlflowClient().create_logged_model(experiment_id, name="child's", source_run_id=run_id)
+    parent.send(model.model_id)
+
+
+@pytest.mark.parametrize("home", ["run", "experiment"])
+def test_a_model_that_a_child_makes_offline_is_named_by_its_parent(
+    home: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Journals of one run, or of what belongs to no run, are read one after the other, and the parent's began first."""
+    context = multiprocessing.get_context("fork")
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        with mlflow.start_run() as run:
+            mlflow.log_metric("before", 1.0)
+            here, there = context.Pipe()
+            of = run.info.run_id if home == "run" else None
+            child = context.Process(target=_make_model_in_child, args=(number, of, there))
+            child.start()
+            assert here.poll(30)
+            model_id = here.recv()
+            child.join(30)
+            mlflow.set_tag("best", model_id)
+            mlflow.MlflowClient().set_experiment_tag(number, "best", model_id)
+            mlflow.log_metric("after", 2.0)
+        proxy.up()
+        deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    with client(mlflow_server.url) as api:
+        experiment = api.get_experiment_by_name(experiment_name)
+        (model,) = api.search_logged_models([experiment.experiment_id])
+    assert ("child's", found.info.run_id if home == "run" else None) == (model.name, model.source_run_id or None)
+    assert (model.model_id, model.model_id) == (found.data.tags["best"], experiment.tags["best"])
+    assert {"before": 1.0, "after": 2.0} == found.data.metrics
 
 
 def _begin_in_child(experiment: str) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from contents import client, runs
 from mlflow_outbox.spool import provisional
+from mlflow_outbox.testing.faults import status
 from mlflow_outbox.testing.proxy import FaultProxy
-from plugin_world import store, tracking
+from plugin_world import away, store, tracking
 from replays import command, the_outbox
 from servers import MlflowServer, eventually
 
@@ -177,3 +178,35 @@ def test_a_model_of_a_parked_run_is_waited_for_longer_than_one_that_nobody_makes
             restore(mlflow_server.url, deleted)
             eventually(lambda: store(uri).outbox.flush(1), 30, "both are delivered")
     assert "net" == model_named(mlflow_server.url, experiment_name)
+
+
+@pytest.mark.parametrize("home", ["run", "experiment"])
+def test_a_model_that_mlflow_refuses_to_make_holds_nothing_up(
+    home: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It began while the server was away. What was to be done to it is refused with it, and all else arrives."""
+    words = '{"error_code": "INVALID_PARAMETER_VALUE", "message": "there are no models like this"}'
+    (tmp_path / "x.txt").write_text("x")
+    with away(mlflow_server, tmp_path / "outbox") as (mlflow, proxy, uri):
+        api = mlflow.MlflowClient()
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        with mlflow.start_run() as run:
+            source = run.info.run_id if home == "run" else None
+            model = api.create_logged_model(number, name="net", source_run_id=source).model_id
+            mlflow.set_tag("made", f"by {model}")
+            api.log_model_artifact(model, str(tmp_path / "x.txt"))
+            api.finalize_logged_model(model, "READY")
+            mlflow.log_metric("m", 1.0)
+        api.set_experiment_tag(number, "behind", "it")
+        proxy.on(
+            lambda method, path: method == "POST" and path.endswith("mlflow/logged-models"),
+            status(400, {"Content-Type": "application/json"}, words),
+            times=None,
+        )
+        proxy.up()
+        left = store(uri).outbox.flush(30)
+        assert (0, 0, 3) == (left.pending, left.parked, left.dead)
+    (found,) = runs(mlflow_server.url, experiment_name)
+    assert ({"m": 1.0}, f"by {model}") == (found.data.metrics, found.data.tags["made"])
+    with client(mlflow_server.url) as plain:
+        assert "it" == plain.get_experiment_by_name(experiment_name).tags["behind"]

@@ -24,6 +24,7 @@ from mlflow_outbox.spool.events import Request, arguments_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.precedence import Precedence, Waits
 from mlflow_outbox_worker.remote_ids import RemoteIds
+from mlflow_outbox_worker.requeue import REFUSED
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
@@ -33,6 +34,11 @@ _ONE_BY_ONE: Final = {"log_outputs": "models", "log_logged_model_params": "param
 _OF_EXPERIMENTS: Final = frozenset(
     {"create_experiment", "set_experiment_tag", "delete_experiment_tag"}
     | {"rename_experiment", "delete_experiment", "restore_experiment"}
+)
+#: What is done to a model that is there.
+_OF_MODELS: Final = frozenset(
+    {"finalize_logged_model", "set_logged_model_tags", "delete_logged_model_tag"}
+    | {"log_logged_model_params", "delete_logged_model"}
 )
 #: The table, or a rule of it, that names itself where a model has a point of that time and step.
 _POINTS_OF_MODELS: Final = "logged_model_metrics"
@@ -75,6 +81,7 @@ class Calls:
 
         Raises:
             Waits: something that it names is not there yet.
+            SinkError: it is about a model that MLflow refused to make.
             LedgerUnavailable: the ledger could not be used.
         """
         if request.operation in _OF_EXPERIMENTS and self._source.experiment(""):
@@ -85,6 +92,8 @@ class Calls:
             return self._create_experiment(request, refuse, of)
         if request.known:
             return True
+        if request.operation in _OF_MODELS:
+            self.ids.check_model(_text(request.arguments, "model_id"))
         if request.operation == "delete_experiment":
             self._await_runs(request, of)
         if request.operation == "rename_experiment":
@@ -239,6 +248,8 @@ class Calls:
         remote = self._asked(request, refuse, create)
         if remote:
             self._ledger.set_meta(f"model/{local}", remote.encode())
+        else:  # what names it is not to wait for it
+            self._ledger.set_meta(f"{REFUSED}/{local}", b"yes")
         return bool(remote)
 
     def _add_params(

@@ -106,8 +106,8 @@ class Courier:
         self._creation = Creation(ledger, self._count_letters, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)
-        requests = Requests(source, sink, self._calls, now_ms=now_ms)
-        self._volley = Volley(requests, self._reconciliation.answered, sink, settings.parallel_runs)
+        self._requests = Requests(source, sink, self._calls, now_ms=now_ms)
+        self._volley = Volley(self._requests, self._reconciliation.answered, sink, settings.parallel_runs)
         self._intake = Intake(settings.batch_points, counters)
         #: The writer of a run that used up its last turn.
         self._after: dict[str, str] = {}
@@ -145,7 +145,8 @@ class Courier:
             if window.cursors == record.cursors and not window.events and not window.broken:
                 return Turn("live" if window.live else "idle", record, view, reader, window.waits)
             try:
-                self._deliver(record, view, reader, window)
+                if not self._delivered(record, view, reader, window):
+                    continue
             except Later as later:
                 if later.partly and self._sink.deduplicates_metrics:
                     self._intake.failed(run_id)
@@ -170,6 +171,23 @@ class Courier:
             batches = min(share, self._volley.width())
         self._after[run_id] = after
         return Turn("more", record, view, reader)
+
+    def _delivered(self, record: RunRecord, view: RunView, reader: RunReader, window: Window) -> bool:
+        """Deliver a window; return False when it can be now, for what it waited for is in a journal that began later.
+
+        Raises:
+            Later: as ``turn``.
+            Parked: as ``turn``.
+            Waits: as ``turn``.
+        """
+        try:
+            self._deliver(record, view, reader, window)
+        except Waits as waits:
+            is_own = waits.on == record.run_id and bool(record.remote_id)
+            if not is_own or not self._requests.make_ahead(record, reader, waits.what):
+                raise
+            return False
+        return True
 
     def _known(self, run_id: str, window: Window) -> Window:
         """Return a window of which nothing is missing that was filed: another machine has delivered that, perhaps."""

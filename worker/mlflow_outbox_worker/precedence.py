@@ -24,11 +24,13 @@ class Waits(Exception):
     """Raised when something of another run or room has to be delivered first; try again soon.
 
     Attributes:
+        what: its id, or what it is called in a message.
         on: that run or room; "" when it is not known.
     """
 
     def __init__(self, what: str, on: str) -> None:
         super().__init__(f"waits for {what}")
+        self.what = what
         self.on = on
 
 

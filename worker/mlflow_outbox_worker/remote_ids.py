@@ -2,8 +2,13 @@
 
 Provisional ids are replaced when a request is made, not when it is logged: a run that was started offline gets
 MLflow's id only then. What names a run whose turn has not come waits for it (``Waits``), and with it what follows in
-the same journal. Since an id is given before it is used, nothing can wait for itself. The tag that names a run's
-parent is treated so whatever the id in it looks like: the tracker's own ids do not look provisional.
+the same journal. Since an id is given before it is used, nothing can wait for itself, but for a run or room to which
+several programs write: their journals are read one after the other, and the first may name a model of the second, which
+is made at once then (``Requests.make_ahead``). The tag that names a run's parent is treated so whatever the id in it
+looks like: the tracker's own ids do not look provisional.
+
+A model that MLflow has refused to make is waited for by nobody: its id is sent as it is, for MLflow to judge, and what
+was to be done to the model is refused with it.
 
 A replay to another place than the one something was logged for replaces MLflow's own ids in it too: see ``copies``.
 """
@@ -29,7 +34,7 @@ from mlflow_outbox_worker import copies
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.origins import Origins
 from mlflow_outbox_worker.precedence import Precedence, Waits
-from mlflow_outbox_worker.requeue import MOVED
+from mlflow_outbox_worker.requeue import MOVED, REFUSED
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 
@@ -182,6 +187,8 @@ class RemoteIds:
             self._known[local] = remote
             self._since.pop(local, None)
             return remote
+        if self._is_refused(local):
+            return local
         waited = stopwatch.seconds() - self._since.setdefault(local, stopwatch.seconds())
         home = provisional.room_of(local) if local.isdigit() else local
         if local.startswith("m-") and waited > _SEARCH:
@@ -191,6 +198,24 @@ class RemoteIds:
         if waited > patience and not explained:
             return local
         raise Waits(local, home if explained else "")
+
+    def check_model(self, model_id: str) -> None:
+        """Refuse what is to be done to a model that MLflow has refused to make.
+
+        Args:
+            model_id: as in the journals.
+
+        Raises:
+            SinkError: it has.
+            LedgerUnavailable: the ledger could not be read.
+        """
+        if self._is_refused(model_id) and not self._looked_up(model_id):
+            msg = f"MLflow has refused to make the model {model_id}, see the dead letter about that"
+            raise SinkError(msg, kind="answer", status=HTTPStatus.BAD_REQUEST, code="INVALID_PARAMETER_VALUE")
+
+    def _is_refused(self, local: str) -> bool:
+        may_be = local.startswith("m-") and (provisional.is_provisional(local) or self.copies is not None)
+        return may_be and bool(self._ledger.meta(f"{REFUSED}/{local}"))
 
     def _looked_up(self, local: str) -> str:
         if local.isdigit():

@@ -21,7 +21,7 @@ from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.spool import placement
 from mlflow_outbox.spool.artifact_path import checked_artifact_path, stored_names
-from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnded, encode
+from mlflow_outbox.spool.events import Artifact, Event, FileFor, Request, RunEnded, argument_of, encode
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.snapshot import is_digest
 from mlflow_outbox.views import Register, wins
@@ -138,6 +138,27 @@ class Requests:
             self._upload_for(record, step.file, refused)
         else:
             self._set_status(record, step, refused)
+
+    def make_ahead(self, record: RunRecord, reader: RunReader, model_id: str) -> bool:
+        """Make a model that is named before its creation: another program that writes to the same run has logged that.
+
+        Args:
+            record: the run.
+            reader: of the run.
+            model_id: as in the journals.
+
+        Returns:
+            Whether its creation is among what is pending. In its turn it finds the model, or is refused once more.
+
+        Raises:
+            Later: try again after a pause.
+            Parked: a person is needed.
+        """
+        for _, event in reader.each(Request, record.cursors):
+            if event.operation == "create_logged_model" and argument_of(event.arguments, "model_id") == model_id:
+                self._call(record, event, Refused())
+                return True
+        return False
 
     def _send(self, record: RunRecord, batch: Batch, refused: Refused) -> None:
         if len(batch.points) == 1 and not fits(batch.points[0]):  # then it is alone
@@ -279,6 +300,8 @@ class Requests:
             return
         try:
             path = checked_artifact_path(file.path, served=False)
+            if kind == "model":
+                self._calls.ids.check_model(owner)
             with self._calls.ids.content(copy, path, of=record.run_id) as content:
                 given, owner = owner, self._calls.ids.rewritten(owner, of=record.run_id)
                 if kind == "uri":

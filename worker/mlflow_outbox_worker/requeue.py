@@ -33,6 +33,8 @@ from mlflow_outbox_worker.sources import Source
 
 #: The worker's note that ids which MLflow gave may have become others.
 MOVED: Final = "moved"
+#: Under which it notes the models that MLflow has refused to make.
+REFUSED: Final = "refused_model"
 #: Its note on a run: the number behind the last event of each writer, up to which all is sent once more.
 _AGAIN: Final = "again/"
 
@@ -111,7 +113,7 @@ def _is_begun(source: Source, ledger: Ledger, run_id: str) -> bool:
 
 def _forget_ids(source: Source, ledger: Ledger, run_ids: Collection[str]) -> None:
     """Forget what has become of models and experiments; empty is as good as nothing."""
-    names = [f"model/{model}" for model in Copies(source).models]
+    names = [f"{kind}/{model}" for model in Copies(source).models for kind in ("model", REFUSED)]
     names += [f"experiment/{provisional.experiment_of(name)}" for name in run_ids if provisional.is_room(name)]
     for name in names:
         if ledger.meta(name):

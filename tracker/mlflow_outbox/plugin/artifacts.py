@@ -278,7 +278,9 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
 
     def _local(self) -> tuple[dict[str, File], dict[str, File]]:
         """Return the files that the outbox knows of, and those of them that the server does not have yet."""
-        home = self._store.home_of(self._kind, self._id).run_id
+        home = self._store.home_of_files(self._kind, self._id)
+        if home is None:
+            return {}, {}
         return self._store.files(home, "" if self._kind == "run" else self._owner_name())
 
     def _remote_list(self, folder: str) -> list[FileInfo]:

@@ -106,9 +106,25 @@ class Homes(Base):
                     raise
         return provisional.room_of(theirs.experiment_id)
 
+    def home_of_files(self, kind: str, subject: str) -> str | None:
+        """Return the run or room whose journal has files of an owner; None for a model that the server does not know.
+
+        It may be deleted, and a version in the registry have its files: they are the server's to show.
+
+        Raises:
+            MlflowException: there is no such run, or model of this outbox.
+        """
+        try:
+            return self.home_of(kind, subject).run_id
+        except MlflowException as error:
+            if kind != "model" or error.error_code != UNKNOWN or provisional.is_provisional(subject):
+                raise
+            return None
+
     def began_here(self, kind: str, subject: str) -> bool:
         """Return whether a run or model was made through this outbox, so that what is on disk is all there is of it."""
-        return self.made_here.began(kind, subject, self.home_of(kind, subject).run_id)
+        home = self.home_of_files(kind, subject)
+        return home is not None and self.made_here.began(kind, subject, home)
 
     def files(self, home: str, owner: str) -> tuple[dict[str, File], dict[str, File]]:
         """Return the files of an owner ("" is the run) that the outbox knows, and those not delivered."""
@@ -135,7 +151,12 @@ class Homes(Base):
                 held = self.ask_about(subject, lambda store, remote: store.get_run(remote), quick=quick)
                 return str(held.info.artifact_uri)
             if kind == "model":
-                found = self.ask_about(subject, lambda store, remote: store.get_logged_model(remote), quick=quick)
+                try:
+                    found = self.ask_about(subject, lambda store, remote: store.get_logged_model(remote), quick=quick)
+                except MlflowException as error:
+                    if error.error_code != UNKNOWN or get_uri_scheme(uri) == provisional.ARTIFACT_SCHEME:
+                        raise
+                    return uri  # it is deleted, and its files are where they were
                 return str(found.artifact_location)
             if get_uri_scheme(uri) != provisional.ARTIFACT_SCHEME:  # it says itself where it is
                 self.server.ask(lambda store: store.search_experiments(max_results=1), quick=quick)
