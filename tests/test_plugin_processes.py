@@ -56,7 +56,7 @@ def test_child_processes_log_to_the_run(
 def _make_model_in_child(experiment_id: str, run_id: str | None, parent: Any) -> None:
     import mlflow
 
-    model = mlflow.MlflowClient().create_logged_model(experiment_id, name="child's", source_run_id=run_id)
+    model = mlflow.MlflowClient().create_logged_model(experiment_id, name="of-a-child", source_run_id=run_id)
     parent.send(model.model_id)
 
 
@@ -86,7 +86,7 @@ def test_a_model_that_a_child_makes_offline_is_named_by_its_parent(
     with client(mlflow_server.url) as api:
         experiment = api.get_experiment_by_name(experiment_name)
         (model,) = api.search_logged_models([experiment.experiment_id])
-    assert ("child's", found.info.run_id if home == "run" else None) == (model.name, model.source_run_id or None)
+    assert ("of-a-child", found.info.run_id if home == "run" else None) == (model.name, model.source_run_id or None)
     assert (model.model_id, model.model_id) == (found.data.tags["best"], experiment.tags["best"])
     assert {"before": 1.0, "after": 2.0} == found.data.metrics
 
