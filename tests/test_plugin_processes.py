@@ -191,6 +191,56 @@ def test_a_program_that_ends_without_ending_its_run_delivers_the_end_too(
     assert 1 == len(shown["traces"]), output
 
 
+@pytest.mark.parametrize("prefix", ["", "outbox+"])
+def test_a_handler_of_the_exit_logs_to_the_run_that_is_active(
+    prefix: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """One that was registered before the first call of MLflow's; it would begin a run of its own without that one."""
+    text = textwrap.dedent(f"""
+        import atexit
+        atexit.register(lambda: mlflow.log_metric("last", 1.0))
+        mlflow.set_experiment({experiment_name!r})
+        mlflow.start_run(run_name="left open")
+        mlflow.log_metric("first", 0.5)
+    """)
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"{prefix}{mlflow_server.url}")
+    output, _ = child.communicate(timeout=60)
+    assert 0 == child.returncode, output
+    assert [("FINISHED", {"first": 0.5, "last": 1.0})] == [
+        (run.info.status, run.data.metrics) for run in the_runs(mlflow_server.url, experiment_name)
+    ], output
+
+
+def test_a_program_whose_outbox_rests_when_it_ends_delivers_the_end_of_its_run(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Nothing was logged for a while, and MLflow ends the run at the exit, where Python 3.12 starts no thread."""
+    text = textwrap.dedent(f"""
+        import threading, time
+        from mlflow.tracking import _tracking_service
+        start = threading.Thread.start
+        def as_python_3_12_does(thread):
+            if not threading.main_thread().is_alive():
+                raise RuntimeError("can't create new thread at interpreter shutdown")
+            start(thread)
+        threading.Thread.start = as_python_3_12_does
+        mlflow.set_experiment({experiment_name!r})
+        mlflow.start_run(run_name="left open")
+        mlflow.log_metric("m", 1.0)
+        while not _tracking_service.utils._get_store().pulse.rests:
+            time.sleep(0.1)
+    """)
+    wants = {"MLFLOW_OUTBOX_IDLE_TIMEOUT": "0", "MLFLOW_OUTBOX_EXIT_TIMEOUT": "60"}
+    child = program(tmp_path, text, MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}", **wants)
+    output, _ = child.communicate(timeout=120)
+    assert 0 == child.returncode, output
+    assert "no worker could be started" not in output
+    assert "events wait" not in output
+    assert [("FINISHED", {"m": 1.0})] == [
+        (run.info.status, run.data.metrics) for run in the_runs(mlflow_server.url, experiment_name)
+    ], output
+
+
 def test_the_last_traces_of_a_program_with_a_tracer_provider_of_its_own_are_delivered_too(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:

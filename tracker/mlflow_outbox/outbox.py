@@ -114,7 +114,7 @@ class Outbox:
     def _begin(self) -> None:
         self._lock = threading.RLock()
         self._worker: delivery.Worker | None = None
-        self._is_starting = False
+        self._is_starting = self._is_without_worker = False
         self.restarts = Restarts(self.directory.path, self.counters)
         self._journals: Living[Journal] = Living()
         self._has_written = self._has_forked = False
@@ -170,18 +170,20 @@ class Outbox:
                 self.restarts.ended(before.end)
             if not asked and not self.restarts.is_due():
                 return
-            self._is_starting = True
+            self._is_starting = self._is_without_worker = True
             try:
                 self._worker = delivery.start(self)
+                self._is_without_worker = False
                 self.restarts.begun()
                 if before is not None:
                     self.counters.add("workers_replaced")
             except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
                 forward(error)
                 self.counters.add("worker_not_started")
-                self.counters.warn_once(
-                    "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
-                )
+                if threading.main_thread().is_alive():  # else the exit has begun, which tries a process, and says more
+                    self.counters.warn_once(
+                        "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
+                    )
             finally:
                 self._is_starting = False
 
@@ -320,7 +322,8 @@ class Outbox:
             # None of them wait if there is who delivers, in another process.
             return (0 if is_locked(self.directory.lock) else own), 0
         # A signal to all of the program's processes, as systemd sends, has ended it, and the background starts no more.
-        is_lost = self._worker is not None and not self._worker.is_alive()
+        # Or the exit's own events came when it rested, or first of all: since Python 3.12 no thread is started then.
+        is_lost = self._is_without_worker or (self._worker is not None and not self._worker.is_alive())
         if (of_children or is_lost) and not only_writes:
             try:
                 self._worker = delivery.start_at_exit(self)

@@ -9,7 +9,9 @@ looked at where they are loaded, and ``outbox+databricks:`` is what ``databricks
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
 from typing import Any
 
 from mlflow_outbox.settings import tracking_uri_from_environment
@@ -28,6 +30,20 @@ def _warn_of_no_scheme() -> None:
 
 
 _warn_of_no_scheme()
+
+
+def _at_exit() -> None:
+    """End what MLflow has begun, where a store was made.
+
+    Handlers run in reverse order of their registration. This one is registered before those that a program has, so
+    that they log to the run that is active, as without an outbox, and behind the outbox's own, which delivers last.
+    """
+    stores: Any = sys.modules.get("mlflow_outbox.plugin.tracking_store")
+    if stores is not None:
+        stores.at_exit()
+
+
+atexit.register(_at_exit)
 
 
 def _plain(uri: str) -> str:

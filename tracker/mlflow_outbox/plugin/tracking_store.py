@@ -9,7 +9,6 @@ says so, while the server is away.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
@@ -68,11 +67,11 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _at_exit() -> None:
+def at_exit() -> None:
     """Bring what MLflow would only say later at the exit into the journals, before the outbox's last delivery.
 
-    Handlers run in reverse order of their registration: MLflow's end of an active run was registered before the
-    outbox, and would come after its last delivery.
+    MLflow's end of an active run has come already, unless MLflow was imported before the plugin was registered. Called
+    by ``entry``, which says when.
     """
     if not _stores:
         return
@@ -147,7 +146,6 @@ def _handled(task: Any) -> None:
     task.handle()
 
 
-atexit.register(_at_exit)
 with contextlib.suppress(RuntimeError):  # the exit has begun
     # Handlers of atexit are too late: OpenTelemetry's, which was registered last, is the first of them.
     threading._register_atexit(_before_the_exit)  # type: ignore[attr-defined]  # as concurrent.futures does
