@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import DestinationError, TrackingUnavailable
 from mlflow_outbox_worker.mlflow_sink import open_client, open_sink
 from mlflow_outbox_worker.outcome import classify
@@ -142,6 +143,19 @@ class TestSqlite(SinkContract):
         with engine.connect() as connection:
             assert 1 == connection.exec_driver_sql("SELECT 1").scalar()
         sink.close()
+
+    def test_a_forked_child_has_connections_of_its_own(self, sqlite_uri: str) -> None:
+        """Those of its parent stay in use there."""
+        with closing(open_sink(sqlite_uri)) as sink:
+            sink.find_experiment("Default")
+            engine = sink._store.engine  # type: ignore[attr-defined]  # the only Sink that there is
+            pool = engine.pool
+            assert pool.checkedin()
+            child = os.fork()
+            if child == 0:
+                os._exit(7 if engine.pool is not pool and not engine.pool.checkedin() else 1)
+            assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert engine.pool is pool
 
     def test_a_locked_database_is_retried(self, sqlite_uri: str, experiment_name: str) -> None:
         """Another writer goes away; nothing about the events is wrong."""
@@ -364,3 +378,10 @@ def test_a_name_that_a_server_refuses_is_a_dead_letter(
         error = fails(lambda: sink.upload(run_id, tmp_path / "copy", "a#b.txt"))
         assert "dead_letter" == classify(error, "upload").kind
         assert {} == sink.list_artifacts(run_id, "")
+
+
+def test_a_database_that_is_reached_by_a_socket_is_so_too_by_what_an_outbox_remembers(tmp_path: Path) -> None:
+    """That names no host, and whoever delivers later may have nothing else."""
+    error = fails(lambda: open_sink(resolve(f"postgresql+psycopg2:///mlflow?host={tmp_path}").uri))
+    assert "retry" == classify(error, "open").kind
+    assert str(tmp_path) in str(error)

@@ -62,3 +62,18 @@ def test_several_that_make_one_database_all_get_it(tmp_path: Path) -> None:
     opened = open_store(uri, artifact_root=None, timeout=10, username=None, password=None)
     opened.close()
     assert ["new.db"] == [path.name for path in tmp_path.iterdir()]
+
+
+@pytest.mark.compatibility
+@pytest.mark.parametrize("folder", ["lr=0.1, depth=3", "100% (\N{LATIN SMALL LETTER U WITH DIAERESIS}ber) #1"])
+def test_a_database_in_a_directory_of_any_name_is_made_there_and_nowhere_else(
+    folder: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """A URI has another spelling of it, which SQLAlchemy 2.0 does not read, and by which MLflow makes a directory."""
+    uri = f"sqlite:///{tmp_path}/store/{folder}/mlflow.db"
+    with MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
+        tracker.start_run("there").log_metric("m", 1.0)
+        assert tracker.flush(60)
+        assert [{"m": 1.0}] == [run["metrics"] for run in tracker.get_all_runs()]
+    assert {"m": 1.0} == the_run(uri, experiment_name).data.metrics
+    assert [folder] == [path.name for path in (tmp_path / "store").iterdir()]

@@ -203,6 +203,18 @@ def test_a_database_whose_driver_is_named_is_the_same_one(
     assert [{"m": 1.0}] == [run.data.metrics for run in the_runs(sqlite_uri, experiment_name)]
 
 
+def test_the_registry_of_a_database_is_in_it_whatever_its_directory_is_called(
+    experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow's own store of the registry is given the path as it reads it."""
+    plain = f"sqlite:///{tmp_path}/store/lr=0.1 (1)/mlflow.db"
+    with tracking(f"outbox+{plain}", tmp_path / "outbox") as mlflow:
+        mlflow.MlflowClient().create_registered_model(experiment_name)
+    with client(plain) as api:
+        assert experiment_name == api.get_registered_model(experiment_name).name
+    assert ["lr=0.1 (1)"] == [path.name for path in (tmp_path / "store").iterdir()]
+
+
 @pytest.mark.parametrize(
     "database",
     ["postgresql+psycopg2", "postgresql+psycopg", "mysql+pymysql", "mysql+mysqldb", "mssql+pyodbc", "mssql+pymssql"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,24 @@ class TestPostgreSQL(SinkContract):
     def test_requests_for_several_runs_may_be_under_way_at_once(self, sink: Sink) -> None:
         """A database server is there for many."""
         assert sink.parallel
+
+
+def test_a_forked_child_has_a_connection_of_its_own(postgresql: PostgreSQL) -> None:
+    """Two processes at one connection read each other's answers, or wait for ever for one that the other has read."""
+    with contextlib.closing(open_sink(postgresql.uri)) as sink:
+        engine = sink._store.engine  # type: ignore[attr-defined]  # the only Sink that there is
+
+        def backend() -> int:
+            with engine.connect() as connection:
+                return int(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+
+        mine = backend()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(7 if backend() != mine else 1)
+        assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert mine == backend()
 
 
 @pytest.mark.parametrize("name", ["fluent", "datasets", "model", "traces"])

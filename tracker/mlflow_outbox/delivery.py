@@ -105,6 +105,11 @@ def open_store(destination: Destination, timeout: float) -> Any:
     )
 
 
+def database_url(destination: Destination) -> str:
+    """Return the URL of a database as MLflow's own stores have to be given it, with credentials if there are any."""
+    return str(_half("mlflow_sink.database").as_mlflow_reads(destination.secret_uri or destination.uri))
+
+
 def using_store() -> AbstractContextManager[None]:
     """Hold back forks of other threads while the block uses a store that may be an SQLite file."""
     return cast("AbstractContextManager[None]", _half("forking").using_store())

@@ -13,6 +13,7 @@ from typing import Any
 from mlflow.tracking._model_registry.utils import _get_store as get_registry_store
 from mlflow.tracking._tracking_service.utils import _get_store as get_tracking_store
 
+from mlflow_outbox import delivery
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.wrapped import Away
 
@@ -33,7 +34,10 @@ class OutboxRegistry:
             raise AttributeError(name)
         tracking = get_tracking_store(self._uri)
         destination = tracking.outbox.destination
-        theirs = getattr(get_registry_store(destination.secret_uri or destination.uri), name)
+        uri = destination.secret_uri or destination.uri
+        if destination.scheme == "sqlite":
+            uri = delivery.database_url(destination)
+        theirs = getattr(get_registry_store(uri), name)
         if not callable(theirs):
             return theirs
 

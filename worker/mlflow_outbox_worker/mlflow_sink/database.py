@@ -8,10 +8,12 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import unquote
 
 import sqlalchemy.engine
 import sqlalchemy.event
+import sqlalchemy.pool
 from mlflow.store.db import utils as database
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -20,6 +22,8 @@ from mlflow_outbox_worker.mlflow_sink.migrations import take_turns
 from mlflow_outbox_worker.mlflow_sink.point_rows import PointRows
 from mlflow_outbox_worker.sink import SinkError
 
+#: SQLAlchemy reads "%41" in the path of a database as "A", which it does since 2.1.
+_DECODES: Final = sqlalchemy.engine.make_url("sqlite:///%41").database == "A"
 #: Stores of SQLite files that are in use, by URI, artifact root and file: worker and plugin share them, because
 #: building one (or, for a new file, the tables) takes long.
 _in_use: weakref.WeakValueDictionary[tuple[str, str, int, int], PointRows] = weakref.WeakValueDictionary()
@@ -31,11 +35,18 @@ _ours: set[Path] = set()
 _opened: set[Path] = set()
 #: The file of each store, and which one it was when the store was opened.
 _files: weakref.WeakKeyDictionary[SqlAlchemyStore, tuple[Path, tuple[int, int]]] = weakref.WeakKeyDictionary()
+#: What holds the connections of the stores that were opened; MLflow keeps one for each URL.
+_engines: weakref.WeakSet[sqlalchemy.engine.Engine] = weakref.WeakSet()
+#: Connections of parents, which go on with them: to collect one would close it.
+_parents: list[sqlalchemy.pool.Pool] = []
 
 
 def _after_fork_in_child() -> None:
     global _in_use  # noqa: PLW0603 - the child's own: connections are those of the parent's threads
     _in_use = weakref.WeakValueDictionary()
+    for engine in _engines:  # two processes at one connection read each other's answers, or wait for one for ever
+        _parents.append(engine.pool)
+        engine.dispose(close=False)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -56,7 +67,7 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
         Exception: whatever SQLAlchemy and MLflow raise, for ``boundary`` to translate.
     """
     url = _absolute(uri)
-    uri = url.render_as_string(hide_password=False)
+    uri = _text(url)
     file = _file(url)
     store = _in_use.get((uri, root, *_identity(file))) if file else None
     if store is None:
@@ -75,6 +86,7 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
         finally:
             engine.dispose()
         store = PointRows(uri, root)
+        _engines.add(store.engine)
         if file:
             _opened.add(file)
             key = (uri, root, *_identity(file))
@@ -82,6 +94,15 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
             sqlalchemy.event.listen(store.engine, "before_cursor_execute", _bounded, retval=True)
             _files[store] = file, _identity(file)
     return uri, store, url.get_backend_name() != "sqlite"
+
+
+def as_mlflow_reads(uri: str) -> str:
+    """Return the URL of a database, with an absolute path, as MLflow has to be given it.
+
+    Raises:
+        SinkError: there is no such form.
+    """
+    return _text(_absolute(uri))
 
 
 @contextlib.contextmanager
@@ -164,9 +185,30 @@ def _closed(connection: Any, _: object) -> None:
 
 def _absolute(uri: str) -> sqlalchemy.engine.URL:
     """Return a database URL whose file, if any, does not depend on the working directory."""
-    url = sqlalchemy.engine.make_url(uri)
+    scheme, _, rest = uri.partition(":")
+    # A destination that is reached by a socket of this machine names no host, and is written without its slashes.
+    url = sqlalchemy.engine.make_url(uri if rest.startswith("//") else f"{scheme}://{rest}")
     file = _file(url)
-    return url.set(database=str(file.absolute())) if file else url
+    if file is None:
+        return url
+    return url.set(database=str((file if _DECODES else Path(unquote(str(file)))).absolute()))
+
+
+def _text(url: sqlalchemy.engine.URL) -> str:
+    """Return a database URL as text, the path of a file as it is where that is read so: MLflow makes its directory.
+
+    Raises:
+        SinkError: this version of SQLAlchemy has no way to write it.
+    """
+    file = _file(url)
+    text = url.render_as_string(hide_password=False)
+    if file is None:
+        return text
+    for spelling in (f"{url.drivername}:///{file}", text):
+        if sqlalchemy.engine.make_url(spelling) == url:
+            return spelling
+    msg = f"the database {file} has a name that SQLAlchemy {sqlalchemy.__version__} cannot be given; 2.1 can"
+    raise SinkError(msg, kind="not_mlflow", sent=False)
 
 
 def _file(url: sqlalchemy.engine.URL) -> Path | None:
