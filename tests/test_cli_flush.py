@@ -191,6 +191,25 @@ def test_a_flush_without_a_time_out_does_not_give_up_in_the_middle_of_a_file(
     assert ["model.txt"] == artifacts(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id)
 
 
+def test_a_flush_without_a_time_out_does_not_give_up_while_a_program_sends_a_file(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program's own worker has the outbox, and says every few seconds that it is sending."""
+    monkeypatch.setattr("mlflow_outbox_worker.cli.flush._PATIENCE", 6.0)
+    open_sink(mlflow_server.url).close()  # imports mlflow, which may take longer than that
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lambda method, _: method == "PUT", delay(14.0), times=None)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=Settings(sync="os"))
+        with tracker.start_run("large") as one:
+            one.log_text("weights", "model.txt")
+        eventually(lambda: any(request.method == "PUT" for request in proxy.requests), message="it is being sent")
+        assert worker_of(OutboxDirectory.open(outbox_of(tmp_path))) is not None
+        done = here("flush", "-d", tmp_path)
+        tracker.close()
+    assert 0 == done.code, done
+    assert ["model.txt"] == artifacts(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id)
+
+
 def test_a_flush_without_a_time_out_gives_up_where_a_server_is_silent(
     here: Here, silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

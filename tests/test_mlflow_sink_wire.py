@@ -421,6 +421,7 @@ def test_a_redirect_is_not_followed_and_gets_no_credentials(wire: Callable[..., 
     [
         (f"https://ada:{SECRET}@login.example:8443/{SECRET}?state={SECRET}", "https://login.example:8443"),
         (f"/oauth2/sign_in?rd={SECRET}", "a page of its own"),
+        (f"http://[portal/{SECRET}", "what is no address"),
     ],
 )
 def test_a_redirect_is_told_with_its_host_and_nothing_else(location: str, said: str, wire: Callable[..., Wire]) -> None:
@@ -428,6 +429,7 @@ def test_a_redirect_is_told_with_its_host_and_nothing_else(location: str, said: 
     with closing(open_sink(wire(says(302, Location=location)).url)) as sink:
         error = fails(lambda: log_one(sink))
     assert (True, False) == (f"redirects (302) to {said}," in str(error), SECRET in str(error)), error
+    assert "parked" == classify(error, "log_batch").kind
 
 
 def run_json(artifact_uri: str) -> str:

@@ -161,6 +161,9 @@ def refuses(line: str, body: str) -> Callable[[Wire, socket.socket, bytes], None
         ("400 Bad Request", '{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad"}', "dead_letter"),
         ("400 Bad Request", "INVALID_PARAMETER_VALUE: bad", "dead_letter"),
         ("502 Bad Gateway", "<title>502 Bad Gateway</title>", "retry"),
+        ("429 Too Many Requests", '{"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "slow down"}', "retry"),
+        ("429 Too Many Requests", "REQUEST_LIMIT_EXCEEDED: slow down", "retry"),
+        ("503 Service Unavailable", "<title>503 Service Unavailable</title>", "retry"),
     ],
 )
 def test_a_workspace_is_judged_by_its_answer_and_not_by_what_mlflow_makes_of_it(

@@ -129,6 +129,40 @@ def test_what_was_begun_to_be_sent_once_more_is_sent_so_to_its_end_whoever_goes_
     assert [] == the_runs(server.url, f"{experiment_name} of somebody else")
 
 
+def test_what_is_logged_to_the_new_server_meanwhile_is_no_copy(
+    own_mlflow_server: Callable[..., MlflowServer],
+    experiment_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its experiment has the number that another one had at the wiped server: a second model went into that one."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    server, other = own_mlflow_server(), f"{experiment_name}-new"
+    uri = f"outbox+{server.url}"
+    with tracking(uri, tmp_path / "outbox", worker="none") as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run(run_name="old"):
+            mlflow.initialize_logged_model(name="old")
+    outbox = the_outbox(tmp_path / "outbox")
+    assert 0 == command("replay", outbox)
+    server.wipe()
+    server.start()
+    with client(server.url) as api:
+        api.create_experiment(other)
+    assert 3 == command("replay", outbox, "--again", "--timeout", 0)
+    with tracking(uri, tmp_path / "outbox", worker="none", create_timeout=20) as mlflow:
+        mlflow.set_experiment(other)
+        with mlflow.start_run(run_name="new"):
+            mlflow.initialize_logged_model(name="new")
+    assert 0 == command("flush", "-d", outbox, "--timeout", 60)
+    found: dict[str, list[str]] = {}
+    with client(server.url) as api:
+        for name in (experiment_name, other):
+            number = api.get_experiment_by_name(name).experiment_id
+            found[name] = [model.name for model in api.search_logged_models([number])]
+    assert {experiment_name: ["old"], other: ["new"]} == found
+
+
 @pytest.mark.parametrize("how", ["imported", "as a bundle", "elsewhere", "from a directory"])
 def test_a_run_that_is_taken_alone_from_what_began_offline_arrives_in_the_experiment_of_its_name(
     how: str,

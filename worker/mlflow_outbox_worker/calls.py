@@ -56,17 +56,18 @@ class Calls:
         source: where the runs come from.
         sink: the tracking store.
         ledger: where ids are recorded.
+        precedence: of others that make requests of the same outbox; None makes one.
 
     Attributes:
         precedence: what waits for what.
         ids: what ids in a request have become.
     """
 
-    def __init__(self, source: Source, sink: Sink, ledger: Ledger) -> None:
+    def __init__(self, source: Source, sink: Sink, ledger: Ledger, precedence: Precedence | None = None) -> None:
         self._source = source
         self._sink = sink
         self._ledger = ledger
-        self.precedence = Precedence(source, ledger)
+        self.precedence = precedence or Precedence(source, ledger)
         self.ids = RemoteIds(source, sink, ledger, self.precedence)
 
     # -- requests

@@ -80,6 +80,7 @@ class Courier:
         counters: what happened, by reason.
         now_ms: wall-clock milliseconds since the epoch.
         stopped: asked between windows whether to leave off.
+        beside: delivers other runs of the same outbox.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Courier:
         *,
         now_ms: Callable[[], int],
         stopped: Callable[[], bool] = lambda: False,
+        beside: Courier | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -102,7 +104,8 @@ class Courier:
         self._stopped = stopped
         #: By name and program: the one that asked goes on in an experiment that was renamed since, and no other does.
         self._experiments: dict[tuple[str, str, str, int], str] = {}
-        self._calls = Calls(source, sink, ledger)
+        precedence = beside._calls.precedence if beside is not None else None  # noqa: SLF001 - its own class's
+        self._calls = Calls(source, sink, ledger, precedence)
         self._creation = Creation(ledger, self._count_letters, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)

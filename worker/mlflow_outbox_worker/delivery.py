@@ -17,6 +17,7 @@ the same. It works while it holds the lease; without it, it stands by and takes 
 from __future__ import annotations
 
 import contextlib
+import copy
 import socket
 import threading
 import time
@@ -45,7 +46,7 @@ from mlflow_outbox_worker.precedence import Waits
 from mlflow_outbox_worker.recollection import Recollection
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
-from mlflow_outbox_worker.requeue import resume
+from mlflow_outbox_worker.requeue import begun
 from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
@@ -109,6 +110,9 @@ class Delivery:
         self._ledger: Ledger | None = None
         self._sink: AskedSink | None = None
         self._courier: Courier | None = None
+        #: Runs of which a replay had begun to send everything once more, and who goes on with those alone.
+        self._begun: frozenset[str] = frozenset()
+        self._resender: Courier | None = None
 
     def __repr__(self) -> str:
         state = "delivering" if self._lease.is_held() else "standing by"
@@ -236,7 +240,8 @@ class Delivery:
                     self._stop.set()
                     return
                 self._source.check_unchanged()
-                self._gate.notes.pace(self._ledger, self._counters["delivered"], now, self._now_ms())
+                delivered, sending = self._counters["delivered"], self.is_sending()
+                self._gate.notes.pace(self._ledger, delivered, now, self._now_ms(), sending=sending)
                 self._room.look(self._ledger)
                 next_check = now + _STAND_BY
             self._upkeep.reclaim(self._ledger)
@@ -251,7 +256,7 @@ class Delivery:
             )
         if not lanes_quiet:
             self._counters.add("lanes_abandoned")
-        self._courier = None
+        self._courier = self._resender = None
         sink, self._sink = self._sink, None
         if sink is not None:
             with contextlib.suppress(SinkError):
@@ -296,17 +301,23 @@ class Delivery:
         self._sink = self._opener.open(self._ledger)
         if self._sink is None:
             return False
-        resume(self._source, self._ledger)
-        self._courier = Courier(
-            self._source,
-            cast("Sink", self._sink),
-            self._ledger,
-            self._settings,
-            self._counters,
+        self._begun = begun(self._source, self._ledger)
+        courier = self._made(self._source)
+        if self._begun:
+            again = copy.copy(self._source)
+            again.again = True
+            self._resender = self._made(again, beside=courier)
+        self._courier = courier
+        return True
+
+    def _made(self, source: Source, *, beside: Courier | None = None) -> Courier:
+        sink, ledger = cast("Sink", self._sink), cast("Ledger", self._ledger)
+        return Courier(
+            *(source, sink, ledger, self._settings, self._counters),
             now_ms=self._now_ms,
             stopped=self.is_stopped,
+            beside=beside,
         )
-        return True
 
     # -- lanes
 
@@ -322,7 +333,8 @@ class Delivery:
             self._take_turn(run_id)
 
     def _take_turn(self, run_id: str) -> None:
-        courier, ledger, asked = self._courier, self._ledger, self._sink
+        courier = self._resender if run_id in self._begun else self._courier
+        ledger, asked = self._ledger, self._sink
         assert courier is not None and ledger is not None and asked is not None  # noqa: S101, PT018 - opened before any lane
         sink, before = cast("Sink", asked), asked.calls
         began_ms = self._now_ms()

@@ -4,7 +4,7 @@ How the destination stands is noted when it changes, and again with the first at
 to hurry: whoever asked learns that the attempt was made. One that was under way then says what was so before, so the
 time of an attempt is that of its beginning. Since when it stands so is taken over from the note of the worker
 before: a server is not away for a shorter time because somebody flushed. How fast events arrive is noted every few
-seconds while they do.
+seconds while they do, and while none do, that something is being sent: a large file takes minutes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _PACE_HOLDS: Final = 15_000
 
 _DESTINATION: Final = "destination"
 _PACE: Final = "pace"
+_SENDING: Final = "sending"
 
 
 class DestinationNote(msgspec.Struct):
@@ -105,14 +106,15 @@ class Notes:
         with contextlib.suppress(LedgerUnavailable):  # as above
             ledger.set_meta(_DESTINATION, msgspec.msgpack.encode(self._noted))
 
-    def pace(self, ledger: Ledger, delivered: int, now: float, now_ms: int) -> None:
-        """Note the pace, when it is time to and something has arrived.
+    def pace(self, ledger: Ledger, delivered: int, now: float, now_ms: int, *, sending: bool = False) -> None:
+        """Note the pace, when it is time to and something has arrived; or that something is being sent.
 
         Args:
             ledger: where to.
             delivered: events delivered so far.
             now: seconds of a clock that never goes back.
             now_ms: wall-clock milliseconds since the epoch.
+            sending: a request is under way that may well succeed.
         """
         if now - self._paced < _PACE_EVERY:
             return
@@ -121,6 +123,9 @@ class Notes:
         if events > 0:
             with contextlib.suppress(LedgerUnavailable):  # as above
                 ledger.set_meta(_PACE, msgspec.msgpack.encode(Pace(events, seconds, now_ms)))
+        elif sending:
+            with contextlib.suppress(LedgerUnavailable):  # as above
+                ledger.set_meta(_SENDING, str(now_ms).encode())
 
 
 def last_tried_ms(note: DestinationNote, record: RunRecord | None) -> int:
@@ -149,6 +154,15 @@ def destination_note(ledger: Ledger) -> DestinationNote:
         if data is not None:
             return msgspec.msgpack.decode(data, type=DestinationNote)
     return DestinationNote("ok")
+
+
+def sending_note(ledger: Ledger) -> bytes:
+    """Return what changes every few seconds while a worker sends something that takes long.
+
+    Raises:
+        LedgerUnavailable: the ledger cannot be read now.
+    """
+    return ledger.meta(_SENDING) or b""
 
 
 def noted_pace(ledger: Ledger) -> Pace | None:

@@ -5,7 +5,8 @@ Points, params and files that the server has after all do no harm: the run is fo
 doubled.
 
 A server that lost runs may have other experiments by their ids, and lacks what was made there at the call. So whoever
-goes on with such runs, when the command was ended before them, sends them as it would have (``resume``).
+goes on with such runs, when the command was ended before them, sends them as it would have (``begun``). What programs
+log to the new server meanwhile has ids of that one, and is sent as ever.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
         lease.release()
 
 
-def resume(source: Source, ledger: Ledger) -> None:
-    """Have everything of a source sent once more, as long as that was begun for some of its runs and has not ended.
+def begun(source: Source, ledger: Ledger) -> frozenset[str]:
+    """Return the runs of a source that were to be sent once more and have not been; none where everything is.
 
     Args:
         source: its lease is held.
@@ -90,8 +91,9 @@ def resume(source: Source, ledger: Ledger) -> None:
         LedgerUnavailable: the ledger could not be read.
         OSError: the disk does not tell which runs there are.
     """
-    if not source.again and ledger.meta(MOVED):
-        source.again = any(_is_begun(source, ledger, run_id) for run_id in source.run_ids())
+    if source.again or not ledger.meta(MOVED):
+        return frozenset()
+    return frozenset(run_id for run_id in source.run_ids() if _is_begun(source, ledger, run_id))
 
 
 def _is_begun(source: Source, ledger: Ledger, run_id: str) -> bool:

@@ -187,6 +187,8 @@ class _Look(NamedTuple):
     reason: str = ""
     #: All that is parked was tried since the flush began.
     parked_for_sure: bool = False
+    #: Changes while a worker, whichever it is, sends something that takes long.
+    sending: bytes = b""
 
 
 class Flush:
@@ -229,9 +231,9 @@ class Flush:
         return self._seen.pending + self._seen.parked
 
     @property
-    def rest(self) -> tuple[int, int]:
-        """Events that have not arrived yet, and runs that were not read back."""
-        return self.left, self._seen.unread_back
+    def rest(self) -> tuple[int, int, bytes]:
+        """Events that have not arrived yet, runs that were not read back, and the worker's note that it is sending."""
+        return self.left, self._seen.unread_back, self._seen.sending
 
     def start(self) -> None:
         """Begin to deliver, unless there is nothing to do; while another worker has the outbox, stand by."""
@@ -297,12 +299,12 @@ class Flush:
     def look(self) -> None:
         """Find out how far it is."""
         from mlflow_outbox_worker.backlog import left, targets
-        from mlflow_outbox_worker.notes import destination_note, last_tried_ms
+        from mlflow_outbox_worker.notes import destination_note, last_tried_ms, sending_note
 
         try:
             with outboxes.ledger_of(self._directory, self._settings) as ledger:
                 records = {record.run_id: record for record in ledger.records()}
-                note = destination_note(ledger)
+                note, sending = destination_note(ledger), sending_note(ledger)
                 letters = ledger.dead_letter_counts()
             self._trouble = ""
         except (LedgerUnavailable, OutboxUnusable) as error:
@@ -310,7 +312,7 @@ class Flush:
             self._trouble = str(error)
             if self._ends is not None:
                 return
-            records, note, letters = {}, None, {}
+            records, note, letters, sending = {}, None, {}, b""
         only = None if self._run_id is None else [self._run_id]
         try:
             suspects = self._suspects or set()
@@ -340,6 +342,7 @@ class Flush:
             refused=sum(records[run].refused for run in self._ends if run in records),
             reason=_reason(records, parked, note.reason if note is not None and note.state != "ok" else ""),
             parked_for_sure=sure,
+            sending=sending,
         )
         self.total = max(self.total, self.left)
         if self._refused_before is None:

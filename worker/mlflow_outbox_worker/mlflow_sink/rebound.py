@@ -13,7 +13,8 @@ import lock while it asks the finders of ``sys.meta_path``. MLflow's finder ther
 
 What the Databricks SDK raises for a refusal MLflow makes an answer of, with status 500 where it does not know the code.
 A workspace's gateway gives the status for a code, or a page: a login that is over would be a failure that passes, and a
-page with status 400 MLflow's verdict on the events. So what was answered is returned as it came.
+page with status 400 MLflow's verdict on the events. So what was answered is returned as it came. At 429 and 503 the SDK
+waits by itself until its time is up, and raises a TimeoutError, as if nobody had answered.
 """
 
 from __future__ import annotations
@@ -104,15 +105,16 @@ def _by_sdk(call_func: Callable[[], requests.Response], **_policy: Any) -> reque
         return call_func()
     except OSError as error:  # all of the SDK's own are
         answer = _answered(error)
-        if answer is None or _IN_WORDS.match(answer.content):
+        if answer is None or (not isinstance(error, TimeoutError) and _IN_WORDS.match(answer.content)):
             raise
         return answer
 
 
 def _answered(error: OSError) -> requests.Response | None:
     """Return the answer of which the Databricks SDK made an error, which does not hold it; the SDK's frame does."""
-    if type(error).__module__.startswith("databricks.sdk.errors"):
-        for frame, _ in traceback.walk_tb(error.__traceback__):
+    raised = error.__cause__ if isinstance(error, TimeoutError) else error
+    if raised is not None and type(raised).__module__.startswith("databricks.sdk.errors"):
+        for frame, _ in traceback.walk_tb(raised.__traceback__):
             held = frame.f_locals.get("response")
             if isinstance(held, requests.Response):
                 return held

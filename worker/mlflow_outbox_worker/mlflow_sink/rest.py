@@ -271,7 +271,10 @@ def _excerpt(body: bytes, secrets: tuple[str, ...]) -> str:
 
 def _place(headers: Mapping[str, str], secrets: tuple[str, ...]) -> str:
     """Return which host a redirect leads to; its path and query may hold more than is to be told."""
-    parts = urlsplit(headers.get("Location") or "")
+    try:
+        parts = urlsplit(headers.get("Location") or "")
+    except ValueError:  # what is no address must not be taken for the fault of the events
+        return "what is no address"
     host = clean(f"{parts.scheme}://{parts.netloc}", secrets)
     return host if parts.scheme and parts.netloc else "a page of its own"
 
