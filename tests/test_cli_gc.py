@@ -64,6 +64,18 @@ def test_runs_past_retention_go(here: Here, tmp_path: Path) -> None:
     assert [] == outbox.delivered_ids()
 
 
+def test_nothing_outside_goes_because_an_outbox_of_somebody_else_s_says_so(here: Here, tmp_path: Path) -> None:
+    """F90: its ledger calls a directory a delivered run, and a link leads to where there is one of that name."""
+    (run_id,) = delivered(tmp_path / "given", 1)
+    path, home = outbox_of(tmp_path / "given"), tmp_path / "home"
+    (path / "delivered").rename(home)
+    (path / "delivered").symlink_to(home)
+    done = here("gc", "-d", path)
+    assert (True, True) == (done.code != 0, "symbolic link" in done.out + done.err), done
+    assert here("flush", "--timeout", "5", "-d", path).code != 0
+    assert (home / run_id).is_dir()
+
+
 def test_what_must_stay_stays(here: Here, tmp_path: Path) -> None:
     """Too young, not read back, unknown to the ledger, going on, or with a dead letter: all kept."""
     young, unread, unknown, resumed, refused, old = delivered(tmp_path, 6)

@@ -18,7 +18,8 @@ import pytest
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import OutboxMismatch, OutboxUnusable
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes, is_run_id
-from spools import make_outbox
+from mlflow_outbox_worker.sources import find_runs
+from spools import make_journal, make_outbox, metric
 
 HERE = resolve("http://user:canary-secret@127.0.0.1:9")
 
@@ -169,6 +170,40 @@ def test_an_outbox_that_cannot_be_trusted_is_refused_and_left_alone(
     for opened in (lambda: OutboxDirectory.open(path), lambda: make_outbox(tmp_path)):
         with pytest.raises(OutboxUnusable, match=str(tmp_path)):
             opened()
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("runs", "delivered", "refused", "quarantine"),
+        *("worker.lock", "host.lease", "doorbell", "size", "hurry", "wanted"),
+    ],
+)
+def test_an_outbox_whose_part_leads_elsewhere_is_refused(part: str, kind: str, tmp_path: Path) -> None:
+    """F90: who packed it may have made it so, and it is unpacked as the user's own; nobody waits for a pipe."""
+    path = make_outbox(tmp_path / "root").path
+    if (path / part).is_dir():
+        (path / part).rmdir()
+    if kind == "a link":
+        (path / part).symlink_to(tmp_path)
+    else:
+        os.mkfifo(path / part)
+    for opened in (lambda: OutboxDirectory.open(path), lambda: make_outbox(tmp_path / "root")):
+        with pytest.raises(OutboxUnusable, match=part):
+            opened()
+
+
+def test_runs_of_another_outbox_to_which_a_link_leads_are_not_replayed(tmp_path: Path) -> None:
+    """F90: what is private would be sent to wherever the outbox with the link goes."""
+    mine, given = make_outbox(tmp_path / "mine"), make_outbox(tmp_path / "given")
+    journal = make_journal(mine)
+    assert journal.append(metric(1))
+    journal.close()
+    given.runs.rmdir()
+    given.runs.symlink_to(mine.runs)
+    found = find_runs(given.path)
+    assert ({}, True) == (found.runs, "symbolic link" in found.problems[0]), found
 
 
 def test_a_root_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None:
@@ -349,6 +384,23 @@ def test_the_doorbell_tells_each_run_once_and_survives_being_emptied(tmp_path: P
     found = outbox.rung(0)
     assert found is not None
     assert "../evil" not in found[0]
+
+
+def test_the_doorbell_leads_to_nothing_outside(tmp_path: Path) -> None:
+    """F90: neither a run that is a link nor a file that the bell itself is a link to."""
+    outbox = make_outbox(tmp_path)
+    (outbox.runs / "linked").symlink_to(tmp_path)
+    outbox.ring("linked")
+    outbox.ring("a" * 32)
+    found = outbox.rung(0)
+    assert found is not None
+    assert {"a" * 32} == found[0]
+    victim = tmp_path / "thesis"
+    victim.write_bytes(b"x" * 300_000)
+    (outbox.path / "doorbell").unlink()
+    (outbox.path / "doorbell").symlink_to(victim)
+    outbox.answer_doorbell()
+    assert 300_000 == victim.stat().st_size
 
 
 def test_hurry_is_seen_each_time(tmp_path: Path) -> None:

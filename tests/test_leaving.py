@@ -138,6 +138,40 @@ def test_a_program_that_ends_by_the_signal_that_ended_its_worker_too_delivers_wh
     assert numbered(200) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
 
 
+def test_what_is_logged_first_at_the_exit_is_delivered_where_no_thread_can_be_started_then(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """As with Python 3.12; of a worker that could not be started nothing need be said then."""
+    ending = program(
+        """
+        import atexit, sys, threading
+        from mlflow_outbox import MLflowTracker, Settings
+
+        start = threading.Thread.start
+
+        def start_before_the_exit(thread):
+            if not threading.main_thread().is_alive():
+                raise RuntimeError("can't create new thread at interpreter shutdown")
+            start(thread)
+
+        threading.Thread.start = start_before_the_exit
+        settings = Settings(exit_timeout=60.0)
+        tracker = MLflowTracker(*sys.argv[1:3], outbox_dir=sys.argv[3], settings=settings)
+
+        def log():
+            with tracker.start_run("last") as run:
+                for i in range(200):
+                    run.log_metric("loss", i / 2, step=i)
+
+        atexit.register(log)
+        """,
+        *(experiment_name, sqlite_uri, str(tmp_path / "outbox")),
+    )
+    _, said = ending.communicate(timeout=120)
+    assert "" == said
+    assert numbered(200) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
+
+
 _CHILDREN = """
 import os, sys
 from mlflow_outbox import MLflowTracker, Settings

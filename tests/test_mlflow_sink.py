@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import DestinationError, TrackingUnavailable
@@ -241,6 +242,28 @@ class TestFileStore(SinkContract):
         stored = Path(sink.get_run(run_id).artifact_uri.removeprefix("file://"), "folder", "name.txt")
         modes = [stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "any new file", stored, tmp_path / "copy")]
         assert [modes[0], modes[0], 0o600] == modes
+
+    def test_a_link_in_the_place_of_a_copy_is_not_followed_into_a_directory(
+        self, sink: Sink, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may come when the copy was looked at, or while it is being stored; others can read what is there."""
+        run_id = new_run(sink, sink.experiment_id(experiment_name))
+        secret, copy, name = tmp_path / "private", tmp_path / "copy", LocalArtifactRepository.log_artifact
+        secret.write_text(SECRET)
+        copy.symlink_to(secret)
+        fails(lambda: sink.upload(run_id, copy, "early.txt"))
+
+        def swapped(*args: Any) -> None:
+            copy.unlink()
+            copy.symlink_to(secret)
+            name(*args)
+
+        copy.unlink()
+        copy.write_text("content")
+        monkeypatch.setattr(LocalArtifactRepository, "log_artifact", swapped)
+        sink.upload(run_id, copy, "late.txt")
+        stored = Path(sink.get_run(run_id).artifact_uri.removeprefix("file://"))
+        assert {"late.txt": "content"} == {path.name: path.read_text() for path in stored.iterdir()}
 
     def test_mlflow_itself_still_asks_before_it_opens_a_file_store(self, sink: Sink, file_uri: str) -> None:
         """What is allowed to the sink is not allowed to the rest of the program."""

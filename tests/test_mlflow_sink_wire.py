@@ -493,6 +493,18 @@ def test_a_link_in_the_place_of_a_copy_is_not_followed(wire: Callable[..., Wire]
     assert [] == [request for request in server.requests if request.startswith(b"PUT")]
 
 
+@pytest.mark.parametrize(
+    "location", ["http://evil.example/x", "https://a@evil.example", "mlflow-artifacts://evil.example/x"]
+)
+def test_no_experiment_of_a_journal_sends_the_login_to_another_host(location: str, wire: Callable[..., Wire]) -> None:
+    """It may be a bundle's, which anybody may have written; a person can make the experiment, which is taken then."""
+    server = wire(says(404, json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"})))
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: sink.create_experiment("e", location, {}))
+    assert ("parked", True) == (classify(error, "create_experiment").kind, "evil.example" in str(error)), error
+    assert [] == [request for request in server.requests if request.startswith(b"POST")]
+
+
 class S3UploadFailedError(Exception):
     """As boto3's, which it raises in the place of an answer, with that as its context."""
 

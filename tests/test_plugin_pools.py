@@ -91,6 +91,30 @@ def test_a_process_that_ends_without_handlers_of_its_exit_says_what_is_left(tmp_
     assert "nothing is lost. To send them: mlflow-outbox flush" in output
 
 
+def test_a_process_that_has_forgotten_the_handlers_of_its_program_says_what_is_left(tmp_path: Path) -> None:
+    """As Python 3.13 begins and ends one that was forked; the program has imported all that registers handlers."""
+    body = """
+        import atexit
+        from multiprocessing import popen_fork
+
+        def newer(number):
+            atexit._clear()
+            task(number)
+            atexit._run_exitfuncs()
+
+        does_so = hasattr(popen_fork, "atexit")
+        popen_fork.atexit = atexit
+        child = forked.Process(target=task if does_so else newer, args=(0,))
+        child.start()
+        child.join()
+    """
+    settings = {"MLFLOW_OUTBOX_EXIT_TIMEOUT": "0.1", "MLFLOW_OUTBOX_LINGER": "0"}
+    child = program(tmp_path, _pooled("away", body), MLFLOW_TRACKING_URI=NOWHERE, **settings)
+    output, _ = child.communicate(timeout=60)
+    assert 0 == child.returncode, output
+    assert 1 == output.count("nothing is lost. To send them: mlflow-outbox flush"), output
+
+
 @pytest.mark.parametrize("method", ["spawn", "loky"])
 def test_only_a_process_of_which_handlers_of_its_exit_are_run_is_left_to_them(
     method: str, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from contents import QUICK
+from contents import QUICK, client
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -98,6 +98,29 @@ def test_what_somebody_wrote_into_a_journal_puts_no_file_elsewhere(form: str, sq
     writer.close()
     with delivering(outbox, sqlite_uri, QUICK) as counters:
         eventually(lambda: (1, 2) == (counters["dead_letters"], counters["delivered"]), 60)
+    assert [] == list(tmp_path.rglob("authorized_keys"))
+
+
+@pytest.mark.parametrize("owner", ["experiment:{}", "run:{}", "anything:{}", "{}"])
+def test_only_models_and_traces_are_given_files(owner: str, sqlite_uri: str, tmp_path: Path) -> None:
+    """A journal may make an experiment with any directory for its place, and would put files right there."""
+    elsewhere, content = tmp_path / "home" / ".ssh", b"ssh-ed25519 AAAA"
+    with client(sqlite_uri) as api:
+        number = api.create_experiment("of a journal", artifact_location=elsewhere.as_uri())
+    outbox = OutboxDirectory.create(tmp_path / "outbox", resolve(sqlite_uri), now_ms=1)
+    digest = hashlib.sha256(content).hexdigest()
+    writer = make_journal(outbox)
+    assert writer.append(RunStarted(1_700_000_000_000, "r", "me", {}, False))
+    files = outbox.run(RUN) / "files"
+    files.mkdir(0o700, exist_ok=True)
+    (files / digest).write_bytes(content)
+    file = FileFor(owner.format(number), "authorized_keys", digest, len(content), 1_700_000_000_001)
+    assert writer.append(file)
+    assert writer.append(metric(1))
+    writer.close()
+    with delivering(outbox, sqlite_uri, QUICK) as counters:
+        eventually(lambda: 3 == counters["dead_letters"] + counters["delivered"], 60)
+        assert (1, 2) == (counters["dead_letters"], counters["delivered"])
     assert [] == list(tmp_path.rglob("authorized_keys"))
 
 

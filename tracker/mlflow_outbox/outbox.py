@@ -421,4 +421,6 @@ def _after_fork_in_child() -> None:
 
 
 atexit.register(_at_exit)
+#: The process that has the handler: Python 3.13 takes it from one that ``multiprocessing`` forks afterwards.
+HANDLER_OF: Final = os.getpid()
 os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -105,7 +105,7 @@ class Courier:
         #: By name and program: the one that asked goes on in an experiment that was renamed since, and no other does.
         self._experiments: dict[tuple[str, str, str, int], str] = {}
         precedence = beside._calls.precedence if beside is not None else None  # noqa: SLF001 - its own class's
-        self._calls = Calls(source, sink, ledger, precedence)
+        self._calls: Calls = Calls(source, sink, ledger, precedence)
         self._creation = Creation(ledger, self._count_letters, now_ms=now_ms)
         self._quarantine = Quarantine(source.quarantine, counters)
         self._reconciliation = Reconciliation(sink, ledger)

@@ -42,6 +42,10 @@ T = TypeVar("T")
 #: Raised for a call that is not as a journal of ours has it: a newer or damaged one, or one that somebody wrote.
 _UNREADABLE: Final = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
+#: What calls give files to. A journal that somebody wrote may make an experiment with any place for its files, such as
+#: a directory of this machine, and only the folders of its runs and models keep what is put there apart from all else.
+_OWNERS: Final = frozenset({"model", "uri"})
+
 
 class Later(Exception):
     """Raised when a request failed in a way that passes; nothing was recorded, send the same again.
@@ -292,6 +296,10 @@ class Requests:
 
     def _upload_for(self, record: RunRecord, file: FileFor, refused: Refused) -> None:
         kind, _, owner = file.owner.partition(":")
+        if kind not in _OWNERS:
+            reason = f"{printable(file.owner)!r} is neither a model nor a trace's place; no call gives it a file"
+            refused.add(file, self._own_letter(record, file, reason))
+            return
         copy = RunReader(*self._source.everywhere(record.run_id)).file(file.sha256)
         if not is_digest(file.sha256) or copy.is_symlink() or not copy.is_file():
             refused.add(

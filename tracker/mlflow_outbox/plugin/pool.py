@@ -1,17 +1,20 @@
 """Programs of many processes: those that ``multiprocessing`` starts, for a pool as a rule, may end without a word.
 
-A pool that is left ends its processes by a signal, and Python runs no handlers of ``atexit`` in one that was forked. So
-what such a process logs is delivered by a process that outlives it, where no other one delivers, and it waits at its
-end as any program does, if it comes to that. One that was forked from a program which uses the outbox needs neither:
-the program delivers.
+A pool that is left ends its processes by a signal, and in one that was forked Python runs no handlers of ``atexit``;
+from 3.13 on those that it has registered itself, and ours was registered where ``import mlflow`` was. So what such a
+process logs is delivered by a process that outlives it, where no other one delivers, and it waits at its end as any
+program does, if it comes to that. One that was forked from a program which uses the outbox needs neither: the program
+delivers.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+from mlflow_outbox.outbox import HANDLER_OF
 from mlflow_outbox.remainder import say_what_is_left
 
 if TYPE_CHECKING:
@@ -50,7 +53,8 @@ def _has_handlers() -> bool:
 
     if multiprocessing.get_start_method(allow_none=True) not in _FORKED:
         return True
-    return hasattr(importlib.import_module("multiprocessing.popen_fork"), "atexit")  # newer ones run them
+    # Newer ones run those that the process itself has registered.
+    return hasattr(importlib.import_module("multiprocessing.popen_fork"), "atexit") and os.getpid() == HANDLER_OF
 
 
 def _wait(store: Base) -> None:

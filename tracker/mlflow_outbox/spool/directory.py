@@ -19,7 +19,7 @@ On a network file system the ledger and the lock lie in the local state director
 which machine delivers (see ``mlflow_outbox_worker.host_lease``).
 
 The directory is a trust boundary: whoever may write to it decides what is sent under the user's name. So it is
-refused when it belongs to somebody else, when group or others may enter it, or when it is a symbolic link; and
+refused when it belongs to somebody else, when group or others may enter it, or when it or a part of it is a link; and
 ``outbox.json`` alone says where events go, never a segment (rows F90 and F92 of the fault list).
 """
 
@@ -44,6 +44,7 @@ from mlflow_outbox.spool import reserve
 from mlflow_outbox.spool.filesystem import is_network
 from mlflow_outbox.spool.private import (
     check_parent,
+    check_parts,
     check_private,
     create_private,
     make_private,
@@ -56,6 +57,12 @@ FORMAT: Final = 1
 #: Run ids: what MLflow itself accepts (mlflow/utils/validation.py), and safe as a directory name.
 _RUN_ID: Final = re.compile(r"[a-zA-Z0-9][\w\-]{0,255}", re.ASCII)
 _IDENTITY: Final = "outbox.json"
+#: What is an outbox's own, and no way to another place: somebody else may have packed or copied it. The ledger looks at
+#: its files itself.
+_PARTS: Final = (
+    *("runs", "delivered", "refused", "quarantine"),
+    *("worker.lock", "host.lease", "doorbell", "size", "hurry", "wanted"),
+)
 #: What a disk or a network file system may answer once and not again, and the seconds after which it is asked again:
 #: a whole training would go untracked for it.
 _PASSING: Final = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ENFILE, errno.EMFILE}
@@ -273,12 +280,13 @@ class OutboxDirectory:
         finally:
             os.close(fd)
         ids = {line.decode("ascii", "replace") for line in lines[:-1]}
-        return {run_id for run_id in ids if is_run_id(run_id)}, offset + sum(len(line) + 1 for line in lines[:-1])
+        found = {run_id for run_id in ids if is_run_id(run_id) and not os.path.islink(self.runs / run_id)}
+        return found, offset + sum(len(line) + 1 for line in lines[:-1])
 
     def answer_doorbell(self) -> None:
         """Begin the doorbell anew when it has grown long; the caller looks at all runs afterwards."""
         try:
-            if os.stat(self._doorbell).st_size > _DOORBELL_BYTES:
+            if os.stat(self._doorbell, follow_symlinks=False).st_size > _DOORBELL_BYTES:
                 os.truncate(self._doorbell, 0)
         except OSError:
             return
@@ -296,10 +304,11 @@ def read_identity(path: Path) -> OutboxIdentity:
     """Return what an outbox is, also one that is not safe to deliver from: somebody else's, or on read-only media.
 
     Raises:
-        OutboxUnusable: it has no ``outbox.json`` that can be read.
+        OutboxUnusable: it has no ``outbox.json`` that can be read, or a part of it is a link.
         OutboxMismatch: a newer version made it.
     """
     try:
+        check_parts(path, _PARTS)
         identity = msgspec.json.decode(read_regular(path / _IDENTITY), type=OutboxIdentity)
     except OutboxUnusable:
         raise

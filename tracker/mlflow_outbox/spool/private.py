@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -147,6 +147,24 @@ def check_private(path: Path) -> os.stat_result:
         msg = f"{path} has mode {mode}, so others can enter it {_ELSEWHERE}; run: chmod 700 {_quoted(path)}"
         raise OutboxUnusable(msg)
     return found
+
+
+def check_parts(path: Path, names: Iterable[str]) -> None:
+    """Check that what has one of some names in a directory is a file or a directory there.
+
+    Raises:
+        OutboxUnusable: one is a link, which leads elsewhere, or a pipe or device, which is waited for.
+        OSError: one cannot be looked at.
+    """
+    for name in names:
+        try:
+            mode = os.stat(path / name, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a directory"
+            msg = f"{path / name} is {what}, which no outbox holds under that name; move it away"
+            raise OutboxUnusable(msg)
 
 
 def _quoted(path: Path) -> str:

@@ -235,13 +235,20 @@ def _opened(file: Path) -> io.BufferedReader:
 
 @contextlib.contextmanager
 def _named(file: Path, name: str) -> Iterator[Path]:
-    """Give a file another name, in a directory that nobody else can read, without copying where that is possible."""
-    with tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
+    """Give a file another name, in a directory that nobody else can read, without copying where that is possible.
+
+    It leads to what was opened: to the file's path would be to a link, once one is put there (``_opened``).
+    """
+    with _opened(file) as content, tempfile.TemporaryDirectory(prefix="mlflow-outbox-") as private:
         alias = Path(private, name)
         try:
-            alias.symlink_to(file.absolute())
+            alias.symlink_to(f"/proc/{os.getpid()}/fd/{content.fileno()}")
+            if not os.path.samestat(alias.stat(), os.fstat(content.fileno())):  # another one's processes
+                raise FileNotFoundError
         except OSError:
-            shutil.copyfile(file, alias)
+            alias.unlink(missing_ok=True)
+            with alias.open("xb") as copy:
+                shutil.copyfileobj(content, copy)
         yield alias
 
 

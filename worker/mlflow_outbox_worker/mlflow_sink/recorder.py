@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 from mlflow.entities import ExperimentTag, Metric, Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -32,6 +33,8 @@ RUNS_PER_PAGE = 200
 #: Points in one page of a metric's history. Always asked for: some servers page without an end when it is left open.
 POINTS_PER_PAGE = 25_000
 _REPEATED: Final = "the server repeats a page of its answer"
+#: Where the login goes along with a file.
+_WITH_LOGIN: Final = frozenset({"http", "https", "mlflow-artifacts"})
 #: Runs whose artifact URI is remembered, which saves one request for each file.
 _REMEMBERED_RUNS = 1024
 
@@ -188,6 +191,7 @@ class Recorder:
     def create_experiment(self, name: str, artifact_location: str | None, tags: Mapping[str, str]) -> str:
         """Return the id of the experiment called name, which is created with location and tags when there is none."""
         if self._store.get_experiment_by_name(name) is None:
+            self._check_location(name, artifact_location or "")
             labels = [ExperimentTag(key, value) for key, value in tags.items()]
             try:
                 made = self._store.create_experiment(name, artifact_location=artifact_location or None, tags=labels)
@@ -196,6 +200,25 @@ class Recorder:
                 if translate(error).code != "RESOURCE_ALREADY_EXISTS":
                     raise
         return self.experiment_id(name)
+
+    def _check_location(self, name: str, location: str) -> None:
+        """Refuse to make an experiment whose files, and the login with them, go to another host than the server.
+
+        A journal says so, which may be one that somebody else wrote (see ``trace_places``). One that a person has made
+        is taken.
+
+        Raises:
+            SinkError: they do.
+        """
+        parts = urlsplit(location)
+        host = parts.netloc.rpartition("@")[2].lower()
+        own = self._opened.host.netloc.lower() if self._opened.host is not None else ""
+        if parts.scheme in _WITH_LOGIN and host not in {"", own}:
+            msg = (
+                f"the experiment {printable(name, 60)!r} is to keep its files at another host, {printable(host)}, "
+                "which would get the login for this one; if that is meant, make the experiment by hand"
+            )
+            raise SinkError(msg, kind="answer", status=400, code="INVALID_PARAMETER_VALUE", sent=False)
 
     @_translated
     def call(self, operation: str, arguments: str) -> str:
