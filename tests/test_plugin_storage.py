@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from contents import client
 from mlflow_outbox.plugin.places import owner_by_look
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import NOWHERE, deliver, store, tracking
+from replays import command, the_outbox
 from servers import MlflowServer
 
 
@@ -201,3 +203,41 @@ def test_at_the_cap_a_run_begins_that_takes_nothing(tmp_path: Path) -> None:
             assert ("child", "b") == (found.info.run_name, found.data.tags["a"])
             assert child.info.experiment_id == found.info.experiment_id
             assert before + 4 == outbox.counters["refused_full"]  # its beginning, a point, a file, its end
+
+
+def test_at_the_cap_an_experiment_and_a_model_begin_and_are_written_when_there_is_room(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the server away too. No call raises; what was refused is lost, and what comes later has its beginning."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with tracking(
+        NOWHERE, tmp_path / "outbox", worker="none", outbox_bytes=300_000, free_bytes=0, exit_timeout=0
+    ) as mlflow:
+        mlflow.set_experiment("e")
+        api, outbox = mlflow.MlflowClient(), store(NOWHERE).outbox
+        with mlflow.start_run():
+            for number in range(4):
+                mlflow.log_text(str(number) * 100_000, f"{number}.txt")
+            outbox.guard.look()
+            assert outbox.guard.reason()
+            with mlflow.start_run(nested=True):
+                mlflow.log_table({"n": [1]}, "table.json")
+            made = mlflow.set_experiment(experiment_name)
+            assert made.experiment_id == api.get_experiment_by_name(experiment_name).experiment_id
+            model = api.create_logged_model(made.experiment_id, name="net", params={"depth": "3"}).model_id
+            assert ("net", []) == (api.get_logged_model(model).name, api.list_logged_model_artifacts(model))
+            assert "net" == api.finalize_logged_model(model, "READY").name
+            room = f"experiment-{made.experiment_id}"
+            assert 2 == len(store(NOWHERE).journals.unwritten(room))
+            monkeypatch.setattr(outbox.guard, "_settings", dataclasses.replace(outbox.settings, outbox_bytes=10**9))
+            outbox.guard.look()
+            assert outbox.guard.reason() is None
+            api.set_experiment_tag(made.experiment_id, "key", "value")
+            api.set_logged_model_tags(model, {"key": "value"})
+            assert 0 == len(store(NOWHERE).journals.unwritten(room))
+    assert 0 == command("replay", the_outbox(tmp_path / "outbox"), "--to", sqlite_uri, "--timeout", 60)
+    with client(sqlite_uri) as api:
+        found = api.get_experiment_by_name(experiment_name)
+        assert "value" == found.tags["key"]
+        (held,) = api.search_logged_models([found.experiment_id])
+    assert ("net", "3", "value") == (held.name, held.params["depth"], held.tags["key"])

@@ -213,6 +213,18 @@ class RemoteIds:
             msg = f"MLflow has refused to make the model {model_id}, see the dead letter about that"
             raise SinkError(msg, kind="answer", status=HTTPStatus.BAD_REQUEST, code="INVALID_PARAMETER_VALUE")
 
+    def give_up(self, model_id: str) -> None:
+        """Have nobody wait for a model that is not there after its creation, which could not be read then.
+
+        Args:
+            model_id: as in the journals.
+
+        Raises:
+            LedgerUnavailable: the ledger could not be used.
+        """
+        if not self._looked_up(model_id):
+            self._ledger.set_meta(f"{REFUSED}/{model_id}", b"yes")
+
     def _is_refused(self, local: str) -> bool:
         may_be = local.startswith("m-") and (provisional.is_provisional(local) or self.copies is not None)
         return may_be and bool(self._ledger.meta(f"{REFUSED}/{local}"))

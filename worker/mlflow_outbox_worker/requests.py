@@ -161,6 +161,7 @@ class Requests:
         for _, event in reader.each(Request, record.cursors):
             if event.operation == "create_logged_model" and argument_of(event.arguments, "model_id") == model_id:
                 self._call(record, event, Refused())
+                self._calls.ids.give_up(model_id)
                 return True
         return False
 

@@ -145,6 +145,7 @@ class Experiments(Homes):
         requests: Any = local.view.requests if local is not None else []
         if local is not None and theirs is not None:  # it has what was delivered, and what others did later
             requests = [event for _, event in local.pending if isinstance(event, Request)]
+        requests = [*self.journals.unwritten(provisional.room_of(given)), *requests]
         return reads.experiment_of(requests, theirs, given, self.own_uri("experiment", given))
 
     def get_experiment_by_name(self, experiment_name: str) -> Experiment | None:

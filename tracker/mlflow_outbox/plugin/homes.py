@@ -16,6 +16,7 @@ from mlflow_outbox.plugin.journals import OpenRun
 from mlflow_outbox.plugin.places import Places
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
+from mlflow_outbox.spool.events import argument_of
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -124,7 +125,16 @@ class Homes(Base):
     def began_here(self, kind: str, subject: str) -> bool:
         """Return whether a run or model was made through this outbox, so that what is on disk is all there is of it."""
         home = self.home_of_files(kind, subject)
-        return home is not None and self.made_here.began(kind, subject, home)
+        if home is None:
+            return False
+        return self.made_here.began(kind, subject, home) or self._began_unwritten(kind, subject, home)
+
+    def _began_unwritten(self, kind: str, subject: str, home: str) -> bool:
+        """Return whether a run or model began in this process when there was no room to write so."""
+        if kind == "run":
+            held = self.journals.get(home)
+            return held is not None and held.begun is not None and not delivery.reading(self.outbox).remote_id(home)
+        return any(argument_of(call.arguments, "model_id") == subject for call in self.journals.unwritten(home))
 
     def files(self, home: str, owner: str) -> tuple[dict[str, File], dict[str, File]]:
         """Return the files of an owner ("" is the run) that the outbox knows, and those not delivered."""

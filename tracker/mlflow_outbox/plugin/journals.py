@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 _MOST: Final = 512
 #: Bytes of the arguments of a call that stand in its event; larger ones, of spans with images say, become a file.
 MOST_INLINE: Final = frame.MAX_PAYLOAD - 64 * 1024
+#: Calls that begin something, without which all others about it are for nothing.
+_BEGINNINGS: Final = frozenset({"create_experiment", "create_logged_model"})
+#: Of those for which there was no room, how many of a journal are kept in memory until there is.
+_UNWRITTEN: Final = 100
 
 
 def now_ms() -> int:
@@ -43,6 +48,8 @@ class OpenRun:
         params: those that it is known to have, for MLflow's rule that a param never changes.
         outputs: models that this process logged as outputs, which a database takes once.
         linked: of each metric of each model its last step, and from when to when in ms it has points of that.
+        unwritten: calls that begin something here, without the server, and for which there was no room; they are
+            written before the next call, if there is some then.
     """
 
     def __init__(self, run_id: str, journal: Journal, outbox: Outbox) -> None:
@@ -53,6 +60,7 @@ class OpenRun:
         self.params: dict[str, str] = {}
         self.outputs: set[str] = set()
         self.linked: dict[tuple[str, str], tuple[int, int, int]] = {}
+        self.unwritten: list[Request] = []
 
     def append(self, event: Event) -> bool:
         """Write one event; return whether it was kept. What is refused is counted and said by the journal."""
@@ -89,10 +97,15 @@ class OpenRun:
             MlflowException: they cannot be written, or are larger than the outbox takes; counted, because MLflow's
                 exporter of traces keeps it to itself.
         """
+        if self.unwritten:
+            self._catch_up()
         try:
             content = codec.dumps(arguments)
             if len(content) <= MOST_INLINE:
-                self.append(Request(operation, content, now_ms(), known))
+                call = Request(operation, content, now_ms(), known)
+                if not self.append(call) and operation in _BEGINNINGS and not known:
+                    self.unwritten.append(call)
+                    del self.unwritten[:-_UNWRITTEN]
                 return len(content)
             short, limit = codec.short(arguments), self._outbox.settings.artifact_bytes
             self.append_with(
@@ -106,6 +119,15 @@ class OpenRun:
             reason = f"{operation} cannot be kept: {printable(error, 300)}"
             say_once(self._outbox, f"refused {operation} {type(error).__name__}", reason)
             raise MlflowException.invalid_parameter_value(reason) from error
+
+    def _catch_up(self) -> None:
+        """Write what began here when there was no room, if there is some now; twice, by two threads, is no harm."""
+        if self._outbox.guard.reason() is not None:
+            return
+        for call in list(self.unwritten):
+            if self.append(call):
+                with contextlib.suppress(ValueError):  # another thread has written it too
+                    self.unwritten.remove(call)
 
 
 class Journals:
@@ -177,6 +199,11 @@ class Journals:
     def runs(self) -> list[str]:
         """Return the ids of the runs that this process writes to."""
         return [run_id for run_id in list(self._open) if not provisional.is_room(run_id)]
+
+    def unwritten(self, run_id: str) -> list[Request]:
+        """Return the calls that begin something in a run or room of this process, and found no room on disk."""
+        held = self._open.get(run_id)
+        return list(held.unwritten) if held is not None else []
 
     def wrote(self) -> bool:
         """Return whether this process has written anything."""

@@ -100,7 +100,7 @@ class Models(AsynchronousRuns):
     def _folded(
         self, local: LocalRun | None, model_id: str, theirs: LoggedModel | None, *, allow_deleted: bool = False
     ) -> LoggedModel:
-        requests: Any = local.view.requests if local is not None else []
+        requests: Any = self._calls_about(local, model_id)
         is_deleted = not allow_deleted and reads.is_deleted(requests, model_id)
         if local is not None and theirs is not None:  # it has what was delivered, and what others did later
             requests = [event for _, event in local.pending if isinstance(event, Request)]
@@ -108,6 +108,11 @@ class Models(AsynchronousRuns):
         if found is None or is_deleted:
             raise no_such("Logged model", model_id)
         return found
+
+    def _calls_about(self, local: LocalRun | None, model_id: str) -> list[Any]:
+        """Return the calls of the journal of a model, its creation also where there was no room to write it."""
+        unwritten = self.journals.unwritten(self._model_homes.get(model_id, ""))
+        return [*unwritten, *(local.view.requests if local is not None else ())]
 
     def get_logged_model(self, model_id: str, allow_deleted: bool = False) -> LoggedModel:
         """Return a logged model.
@@ -156,9 +161,7 @@ class Models(AsynchronousRuns):
     def _after(self, model_id: str) -> LoggedModel:
         home = self.model_home(model_id)
         local = self.local_run(home.run_id)
-        found = reads.model_of(
-            local.view.requests if local is not None else [], model_id, None, self._location(model_id)
-        )
+        found = reads.model_of(self._calls_about(local, model_id), model_id, None, self._location(model_id))
         return found if found is not None else self._model(model_id)
 
     def _location(self, model_id: str) -> str:
@@ -209,8 +212,7 @@ class Models(AsynchronousRuns):
         """Return the params of a model as far as this outbox knows them; the server is not asked for a write."""
         held = self._model_params.get(model_id)
         if held is None:
-            local = self.local_run(home.run_id)
-            requests = local.view.requests if local is not None else []
+            requests = self._calls_about(self.local_run(home.run_id), model_id)
             found = reads.model_of(requests, model_id, None, "")
             held = self._model_params[model_id] = dict(found.params) if found is not None else {}
             while len(self._model_params) > _MODELS:

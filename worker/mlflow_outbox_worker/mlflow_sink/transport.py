@@ -178,6 +178,13 @@ def _within_deadline(pool: Any) -> Any:
     return type(pool.__name__, (pool,), {"ConnectionCls": kept})
 
 
+class _Session(requests.Session):
+    """Reads no address of a redirect, which is not followed: one that is none would be an error of ours."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Return that there is none."""
+
+
 class _Adapter(requests.adapters.HTTPAdapter):
     """requests' adapter, with connections that keep to the deadline, also through a proxy."""
 
@@ -294,7 +301,7 @@ class Transport:
         with self._lock:
             if self._session is None or self._session_pid != os.getpid():
                 # Connections are not shared with a parent process: both would read the other's answers.
-                self._session = requests.Session()
+                self._session = _Session()
                 self._session_pid = os.getpid()
                 for prefix in ("http://", "https://"):
                     self._session.mount(prefix, _Adapter(max_retries=0, pool_maxsize=_POOL_SIZE))
