@@ -31,7 +31,7 @@ QUICK_ENVIRONMENT = {
 
 
 #: Seconds after which a command that does not end fails its test.
-_PATIENCE = 120.0
+_PATIENCE = 280.0
 
 
 class Done(NamedTuple):
@@ -105,15 +105,31 @@ def waited(*words: object) -> tuple[Done, float]:
     process = subprocess.Popen(
         command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
-    ended, busy = os.pidfd_open(process.pid), 0.0
+    at_work = busy_until_it_ends(process.pid)
+    spent = time.monotonic() - started
+    out, err = process.communicate()
+    return Done(process.returncode, out, err), spent - at_work
+
+
+def busy(pid: int) -> float:
+    """Return for how many seconds the main thread of a process has computed, or could not for want of a processor."""
+    computed, kept_waiting, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
+    return (int(computed) + int(kept_waiting)) / 1e9
+
+
+def busy_until_it_ends(pid: int, before: float = 0.0) -> float:
+    """Wait for the end of a process that says little until then, a child of this one; return how busy it was.
+
+    Args:
+        pid: the process.
+        before: how busy it had been when it was looked at last.
+    """
+    ended, found = os.pidfd_open(pid), before
     while not select.select([ended], [], [], 0.01)[0]:
         with contextlib.suppress(OSError):  # it has ended just now
-            computed, kept_waiting, _ = Path(f"/proc/{process.pid}/task/{process.pid}/schedstat").read_text().split()
-            busy = max(busy, (int(computed) + int(kept_waiting)) / 1e9)
-    spent = time.monotonic() - started
+            found = max(found, busy(pid))
     os.close(ended)
-    out, err = process.communicate()
-    return Done(process.returncode, out, err), spent - busy
+    return found
 
 
 class Here:

@@ -34,7 +34,7 @@ def script(text: str, *arguments: object) -> list[str]:
 
 def run(text: str, *arguments: object) -> str:
     """Run such a script to its end and return what it printed."""
-    done = subprocess.run(script(text, *arguments), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(script(text, *arguments), capture_output=True, text=True, timeout=240, check=False)
     assert (0, "") == (done.returncode, done.stderr)
     return done.stdout
 

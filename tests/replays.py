@@ -120,7 +120,7 @@ def run_with_kills(
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_KILLER), note],
         capture_output=True,
-        timeout=120,
+        timeout=280,
         check=False,
         env={**os.environ, **(env or {})},
     )

@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 #: Seconds in which a forked server answers; the first one of a session waits for the import of MLflow before.
 START_TIMEOUT = 60.0
+#: Seconds in which the nursery answers: it does one thing at a time, and begins with importing MLflow and making
+#: databases.
+_ASK_TIMEOUT = 240.0
 
 
 def eventually(condition: Callable[[], T], timeout: float = 60.0, message: str | Callable[[], str] = "") -> T:
@@ -98,14 +101,14 @@ class NurseryClient:
         def end() -> None:
             if process.stdin:
                 process.stdin.close()
-            process.wait(30)
+            process.wait(120)
 
         return cls(str(directory / "nursery")), end
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """Send one request and return the nursery's answer."""
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(START_TIMEOUT)
+            connection.settimeout(_ASK_TIMEOUT)
             connection.connect(self.address)
             connection.sendall(json.dumps({"do": do, **request}).encode() + b"\n")
             with connection.makefile("rb") as stream:

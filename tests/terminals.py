@@ -15,10 +15,10 @@ import time
 from types import TracebackType
 from typing import final
 
-from commands import command, environment, take_interrupts
+from commands import busy, command, environment, take_interrupts
 
 #: Seconds after which a command that does not do what is waited for fails its test.
-_PATIENCE = 90.0
+_PATIENCE = 200.0
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 
@@ -87,6 +87,19 @@ class Terminal:
         while self._read(deadline):
             pass
         return self._process.wait(max(0.0, deadline - time.monotonic()))
+
+    def end_waiting(self) -> tuple[int, float]:
+        """Do as ``end``; return also for how many seconds it waited meanwhile: see ``commands.waited``."""
+        started = time.monotonic()
+        before = at_work = busy(self.pid)
+        ended = os.pidfd_open(self.pid)
+        while time.monotonic() - started < _PATIENCE and not select.select([ended], [], [], 0.01)[0]:
+            with contextlib.suppress(OSError):  # it has ended just now
+                at_work = max(at_work, busy(self.pid))
+            self._read(time.monotonic() + 0.001)  # or it would wait for room
+        waits = time.monotonic() - started - (at_work - before)
+        os.close(ended)
+        return self.end(), waits
 
     def _read(self, deadline: float) -> bool:
         """Read what comes; False when nothing more will, or too late."""

@@ -299,7 +299,7 @@ def test_only_what_is_synced_in_the_background_is_left_to_another_process(
     for number in range(3):
         done.clear()
         writer.append(metric(number))
-        assert done.wait(15)
+        assert done.wait(60)
     assert [] == rounds.asked
 
 

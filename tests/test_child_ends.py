@@ -45,7 +45,7 @@ def test_no_socket_to_a_child_takes_the_place_of_a_standard_stream_that_is_close
     """What the libraries of a daemon print would be told to the child, which ends at what it does not understand."""
     command = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", _DAEMON]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([*command, experiment_name, sqlite_uri, str(tmp_path)], timeout=120, check=False, env=found)
+    ended = subprocess.run([*command, experiment_name, sqlite_uri, str(tmp_path)], timeout=280, check=False, env=found)
     assert 0 == ended.returncode
     assert numbered(1) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
 
@@ -80,9 +80,9 @@ def test_a_process_that_is_forked_while_the_child_is_started_does_not_hide_the_c
     heeds = threading.Thread(target=lambda: heard.extend(child.messages(stopped)))
     heeds.start()
     try:
-        eventually(lambda: heard, 30, "the child is there")
+        eventually(lambda: heard, message="the child is there")
         os.kill(child._process.pid, signal.SIGKILL)
-        eventually(lambda: not heeds.is_alive(), 15, "the death of the child is noticed")
+        eventually(lambda: not heeds.is_alive(), message="the death of the child is noticed")
     finally:
         stopped.set()
         heeds.join()
@@ -184,7 +184,7 @@ def test_a_process_that_has_no_thread_for_delivery_waits_for_one(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     counters = Counters()
     assert process.started(threading.Thread(target=begun.set), counters) is not is_gone
-    assert is_gone or begun.wait(10)
+    assert is_gone or begun.wait(60)
     assert (1 if is_gone else 3) == len(tried)
     assert (1 if is_gone else 2) == counters["threads_not_started"]
     assert 1 == sum("waits for a thread" in said for said in warnings(caplog))

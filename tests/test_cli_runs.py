@@ -95,7 +95,7 @@ def test_following_goes_on_until_the_run_ends(tmp_path: Path) -> None:
         assert f'"step": {step}' in following.stdout.readline()
     one.end()
     tracker.close()
-    rest, _ = following.communicate(timeout=30)
+    rest, _ = following.communicate(timeout=120)
     assert '"kind": "run_ended"' in rest
     assert 0 == following.returncode
 
@@ -128,7 +128,7 @@ def test_following_ends_with_its_writer(tmp_path: Path) -> None:
         tracker.start_run("dies").log_metric("loss", 0.0)
         signal.pause()
     try:
-        (segment,) = eventually(lambda: list(tmp_path.glob("*/runs/*/*.log")), 30)
+        (segment,) = eventually(lambda: list(tmp_path.glob("*/runs/*/*.log")))
         following = start("show", segment.parent.name, "--json", "--follow", "-d", tmp_path)
         assert following.stdout is not None
         assert "run_started" in following.stdout.readline()
@@ -136,7 +136,7 @@ def test_following_ends_with_its_writer(tmp_path: Path) -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    rest, _ = following.communicate(timeout=30)
+    rest, _ = following.communicate(timeout=120)
     assert "nobody writes to this run any more, although it has not ended" in rest
     assert 0 == following.returncode
 
@@ -149,6 +149,7 @@ def test_hostile_keys_are_escaped(here: Here, tmp_path: Path) -> None:
     tracker.close()
     for words in (["runs"], ["show", one.run_id], ["status"]):
         out = here(*words, "-d", tmp_path).out
+        assert out, words
         assert all(character == "\n" or character.isprintable() for character in out), (words, out)
     assert "[red]x[/red]" in here("runs", "-d", tmp_path).out
 

@@ -80,18 +80,24 @@ def test_ten_million_events_are_counted_quickly(here: Here, tmp_path: Path) -> N
     folder = directory.run(run_id)
     writer, total, per_segment = "ab" * 8, 10_000_000, 220_000
     event = encode(Metric("loss", 0.5, 1_700_000_000_000, 1))
-    for ordinal, first in enumerate(range(0, total, per_segment)):
+    alone = 0.0
+    for ordinal, first in reversed([*enumerate(range(0, total, per_segment))]):
         header = SegmentHeader(run_id, "experiment", writer, ordinal, first, 7, 1_700_000_000_000)
         last = first + per_segment >= total
         # Segments that nobody reads need no frames; the last one is as a writer leaves it.
         frames = [pack(event, seq, 7) for seq in range(first, total)] if last else []
         end = pack(encode(SegmentClosed(not last)), min(first + per_segment, total), 7)
         (folder / f"{writer}-{ordinal:06d}.log").write_bytes(b"".join([pack_header(header), *frames, end]))
+        if last:
+            survey(directory, Settings())  # the first time it imports what it needs
+            started = time.thread_time()
+            survey(directory, Settings())
+            alone = time.thread_time() - started
     started = time.thread_time()
     found = survey(directory, Settings())
     spent = time.thread_time() - started
     assert total + 4 == found.pending
-    assert spent < 0.3, f"{spent:.3f} s of CPU"
+    assert spent < 2 * alone + 0.1, f"{spent:.3f} s of CPU, {alone:.3f} s with the last segment alone"
 
 
 def test_it_counts_while_a_program_logs(here: Here, tmp_path: Path) -> None:
@@ -117,7 +123,7 @@ def test_who_delivers_and_why_nothing_arrives(here: Here, tmp_path: Path, monkey
     def noted() -> bool:
         return bool(here("status", "-d", tmp_path, "--json").data["outboxes"][0]["destination_state"] == "away")
 
-    eventually(noted, 30)
+    eventually(noted)
     (outbox,) = here("status", "-d", tmp_path, "--json").data["outboxes"]
     assert {"kind": "thread", "pid": os.getpid()}.items() <= outbox["worker"].items()
     assert "refused" in outbox["last_error"]
@@ -227,7 +233,7 @@ def test_watching_ends_with_the_interrupt(tmp_path: Path) -> None:
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(2)]
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=30)
+    rest, _ = process.communicate(timeout=120)
     assert all('"pending": 13' in line for line in lines)
     assert 130 == process.returncode
     assert "Traceback" not in rest

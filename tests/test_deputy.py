@@ -244,7 +244,7 @@ Caretaker._intervals = told
 given = Settings(sync_interval=0.1, exit_timeout=0.0, linger=0.0)
 tracker = MLflowTracker("deputy", sys.argv[1], outbox_dir=sys.argv[2], worker=sys.argv[3], settings=given)
 run = tracker.start_run("steady")
-for step in range(60_000):
+for step in range(200_000):
     run.log_metric("loss", 0.5, step=step)
     time.sleep(0.001)
 """
@@ -271,8 +271,9 @@ def test_a_worker_that_is_stopped_is_made_up_for_and_believed_again_later(kind: 
             assert RELIEVED in rounds, "it ended before"
             worker = worker_of(program.pid)
             os.kill(worker, signal.SIGSTOP)
-            assert 1 in rounds
-            assert [1] * 5 == [next(rounds) for _ in range(5)]
+            in_a_row = 0
+            while in_a_row < 6:  # what was said before it was stopped comes first, and may be any of them
+                in_a_row = in_a_row + 1 if next(rounds) == 1 else 0
             os.kill(worker, signal.SIGCONT)
             assert RELIEVED in rounds
         finally:

@@ -51,7 +51,7 @@ def test_ten_thousand_points_survive_kill_9_right_after_the_last_call(
         uri,
         str(tmp_path / "outbox"),
     )
-    child.communicate(timeout=60)
+    child.communicate(timeout=200)
     assert -signal.SIGKILL == child.returncode
     with MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
         tracker.start_run("wakes the worker").end()
@@ -84,7 +84,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_nothing_doubles(
     )
     assert child.stdout is not None
     assert b"logged\n" == child.stdout.readline()
-    eventually(lambda: runs(mlflow_server.url, experiment_name), 30)
+    eventually(lambda: runs(mlflow_server.url, experiment_name), 120)  # the program imports MLflow
     child.kill()
     child.communicate()
     with MLflowTracker(experiment_name, mlflow_server.url, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
@@ -133,7 +133,7 @@ def test_eight_processes_and_eight_threads_log_to_one_run_and_to_their_own(
     for worker in [*processes, *threads]:
         worker.start()
     for worker in [*processes, *threads]:
-        worker.join(60)
+        worker.join(120)
     shared.end()
     assert tracker.close(60)
     by_name = {run.info.run_name: run for run in runs(uri, experiment_name)}
@@ -164,7 +164,7 @@ def test_an_exit_without_close_delivers_within_its_time(
         mlflow_server.url,
         str(tmp_path / "outbox"),
     )
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=200)
     assert 0 == child.returncode
     assert b"" == said
     run = the_run(mlflow_server.url, experiment_name)
@@ -176,21 +176,28 @@ def test_an_exit_with_the_server_away_is_bounded_and_says_what_is_left(experimen
     child = program(
         """
         import atexit, sys, time
-        atexit.register(lambda: print(time.monotonic() - logged))  # registered first, so it runs last
+        def busy():  # seconds in which this thread has computed, or could not because the processors had others
+            return sum(map(int, open("/proc/thread-self/schedstat").read().split()[:2])) / 1e9
+        def say():
+            took = time.monotonic() - logged
+            print(took, took - (busy() - before))
+        atexit.register(say)  # registered first, so it runs last
         from mlflow_outbox import MLflowTracker, Settings
         settings = Settings(exit_timeout=1.0)
         tracker = MLflowTracker(sys.argv[1], "http://127.0.0.1:9", outbox_dir=sys.argv[2], settings=settings)
         run = tracker.start_run("offline")
         for i in range(300):
             run.log_metric("loss", i / 2, step=i)
-        logged = time.monotonic()
+        logged, before = time.monotonic(), busy()
         """,
         experiment_name,
         str(tmp_path / "outbox"),
     )
-    took, said = child.communicate(timeout=30)
+    spent, said = child.communicate(timeout=120)
     assert 0 == child.returncode
-    assert 1.0 <= float(took) < 1.0 + 4.0, "the time that was set, and some for a busy machine"
+    took, waited = map(float, spent.split())
+    assert 1.0 <= took, "the time that was set"
+    assert waited < 1.0 + 4.0, "and some for a busy machine"
     lines = [line for line in said.decode().splitlines() if "To send them" in line]
     assert 1 == len(lines), said
     assert "301 events wait" in lines[0]
@@ -217,7 +224,7 @@ def test_however_a_program_ends_its_events_are_delivered_later(
         sqlite_uri,
         str(tmp_path / "outbox"),
     )
-    child.communicate(timeout=30)
+    child.communicate(timeout=120)
     with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
         assert tracker.flush(60)
     run = the_run(sqlite_uri, experiment_name)
@@ -245,7 +252,7 @@ def test_logging_from_del_and_atexit_is_kept(
         str(tmp_path / "outbox"),
         worker,
     )
-    _, said = child.communicate(timeout=30)
+    _, said = child.communicate(timeout=120)
     assert 0 == child.returncode, said
     with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
         assert tracker.flush(60)
@@ -277,7 +284,7 @@ def test_a_worker_process_outlives_a_killed_program(
         ],
         start_new_session=True,
     )
-    child.wait(30)
+    child.wait(120)
     eventually(
         lambda: (
             runs(mlflow_server.url, experiment_name)
@@ -310,7 +317,8 @@ def test_a_program_in_development_mode_is_not_warned_of_the_worker_process_that_
     assert 0 == done.returncode, done.stderr
     assert "Warning" not in done.stderr
     names = ("closed", "open")
-    eventually(lambda: [{"m": 1.0}] * 2 == [run.data.metrics for name in names for run in runs(sqlite_uri, name)], 60)
+    # Both import MLflow, and stand back for all else on this machine.
+    eventually(lambda: [{"m": 1.0}] * 2 == [run.data.metrics for name in names for run in runs(sqlite_uri, name)], 200)
 
 
 def test_two_trackers_with_different_destinations_never_share_a_queue(tmp_path: Path) -> None:
@@ -336,14 +344,14 @@ def test_an_offline_program_says_at_its_exit_what_waits_and_not_what_was_deliver
             for i in range(20):
                 run.log_metric("loss", 0.5, step=i)
         with MLflowTracker(sys.argv[1], sys.argv[2], outbox_dir=sys.argv[3], worker="thread") as tracker:
-            assert tracker.flush(60)
+            assert tracker.flush(200)
         offline.start_run("waits").log_param("depth", 3)
         """,
         experiment_name,
         sqlite_uri,
         str(tmp_path / "outbox"),
     )
-    _, said = child.communicate(timeout=90)
+    _, said = child.communicate(timeout=250)
     assert 0 == child.returncode, said
     assert "mlflow-outbox: 2 events wait in" in said.decode()
 
@@ -376,7 +384,7 @@ def test_an_exit_without_close_delivers_a_run_whose_journal_is_gone(
     sqlite_uri: str, experiment_name: str, tmp_path: Path
 ) -> None:
     """What a function logged and ended long before the end of the program is delivered as well."""
-    _, said = dropping(experiment_name, sqlite_uri, tmp_path / "outbox", 60, "thread").communicate(timeout=90)
+    _, said = dropping(experiment_name, sqlite_uri, tmp_path / "outbox", 60, "thread").communicate(timeout=200)
     assert b"" == said
     assert numbered(50) == points(sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "loss")
 
@@ -387,6 +395,6 @@ def test_an_exit_says_what_is_left_of_a_run_whose_journal_is_gone(
 ) -> None:
     """With the server away as offline: the number of its events, and how to send them."""
     child = dropping(experiment_name, "http://127.0.0.1:9", tmp_path / "outbox", 0.5, worker)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=200)
     assert 0 == child.returncode, said
     assert 1 == said.decode().count("mlflow-outbox: 52 events wait in"), said

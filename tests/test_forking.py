@@ -34,7 +34,7 @@ os._exit(os.waitstatus_to_exitcode(status))
 def test_a_fork_in_the_middle_of_the_import_leaves_no_locked_module(tmp_path: Path) -> None:
     """The child imports a store, which its parent's worker thread was importing at the fork, and ends."""
     command = [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", _PROGRAM, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=250, check=False)
     assert 0 == done.returncode, done.stderr
 
 
@@ -50,7 +50,7 @@ def test_a_fork_waits_until_no_other_thread_uses_a_store() -> None:
 
     thread = threading.Thread(target=use)
     thread.start()
-    inside.wait(10)
+    inside.wait(60)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what this is about
         child = os.fork()
@@ -58,7 +58,7 @@ def test_a_fork_waits_until_no_other_thread_uses_a_store() -> None:
         with forking.using_store():
             os._exit(0 if left else 1)
     _, status = os.waitpid(child, 0)
-    thread.join(10)
+    thread.join(60)
     assert 0 == os.waitstatus_to_exitcode(status)
     with forking.using_store():
         assert [threading.get_ident()] == list(forking._uses._users)

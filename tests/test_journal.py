@@ -75,10 +75,10 @@ def test_an_append_does_not_wait_for_a_sync_that_hangs(outbox: OutboxDirectory, 
     with disk.held("datasync") as entered:
         background = threading.Thread(target=writer.sync)
         background.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         assert all(writer.append(metric(number)) for number in range(1, 500))
         assert background.is_alive()
-    background.join(10)
+    background.join(60)
     assert list(range(500)) == read(outbox).steps
 
 
@@ -92,12 +92,12 @@ def test_an_event_whose_copied_file_came_too_late_for_a_sync_is_not_made_durable
     with disk.held("datasync") as entered:
         background = threading.Thread(target=writer.sync)
         background.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         kept = store.add_bytes(b"late", limit=100)
         writer.sync_later(store, kept.sha256)
         assert writer.append(Artifact("late.txt", kept.sha256, kept.size, 1))
         assert writer.append(metric(2))
-    background.join(10)
+    background.join(60)
     assert 3 == len(read(outbox).events)
     _, unsynced = sorted(outbox.run(RUN).glob("*.log"))
     unsynced.unlink()

@@ -79,12 +79,12 @@ def test_a_sync_that_fails_after_rotation_loses_nothing_to_a_power_cut(
     with disk.held("datasync", error=errno.EIO) as entered:
         background = threading.Thread(target=writer.sync)
         background.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         number = 10
         while writer._sequence.ordinal <= rotations:
             writer.append(metric(number))
             number += 1
-    background.join(10)
+    background.join(60)
     writer.close()
     writer.sync()
     os.truncate(failed, header)
@@ -179,11 +179,11 @@ def test_a_call_that_is_broken_off_while_a_sync_fails_gives_no_number_twice(
     with disk.held("datasync", error=errno.EIO) as entered:
         background = threading.Thread(target=writer.sync)
         background.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         live = writer._sequence.live
         os.write(live.fd, frame.pack(encode(metric(1)), 1, live.seed))
         writer._sequence.suspect = True  # as an exception leaves it that comes right behind the write
-    background.join(10)
+    background.join(60)
     assert writer.append(metric(2))
     writer.close()
     found = read(outbox)
@@ -201,10 +201,10 @@ def test_no_call_waits_for_the_sync_of_what_is_written_again(outbox: OutboxDirec
     with disk.held("datasync") as entered:
         background = threading.Thread(target=writer.sync)
         background.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         for more in range(number, number + 100):
             assert writer.append(metric(more))
-    background.join(10)
+    background.join(60)
     assert 0 not in [segment.first_seq for segment in writer._sequence.retired]
     writer.close()
     assert list(range(number + 100)) == read(outbox).steps
@@ -221,13 +221,13 @@ def test_a_sync_that_takes_long_costs_a_bounded_number_of_descriptors(
     with disk.held("datasync") as entered:
         background = threading.Thread(target=writer.sync)
         background.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         for number in range(1, 3000):
             assert writer.append(metric(number))
         assert writer._sequence.ordinal > 60
         assert len(os.listdir("/proc/self/fd")) < before + 20
         assert counters["unprotected_by_sync"] > 1000
-    background.join(10)
+    background.join(60)
     writer.close()
     assert list(range(3000)) == read(outbox).steps
 

@@ -16,8 +16,10 @@ from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.rows import put
 
 
-def test_threads_commit_and_read_side_by_side(ledger: Ledger) -> None:
+def test_threads_commit_and_read_side_by_side(directory: Path) -> None:
     """Eight threads write their runs and read all runs; nothing is lost and nobody fails."""
+    # Each of them waits for the others, who wait for the disk.
+    ledger = Ledger.open(directory, timeout=60, report=pytest.fail)
     failures: list[BaseException] = []
 
     def work(name: str) -> None:
@@ -37,6 +39,7 @@ def test_threads_commit_and_read_side_by_side(ledger: Ledger) -> None:
     assert [] == failures
     assert 400 == len({found.id for found in ledger.dead_letters()})
     assert [50] * 8 == [found.cursors["w"].seq for found in ledger.records()]
+    ledger.close()
 
 
 def test_a_second_opening_in_a_process_leaves_the_locks_of_the_first_alone(directory: Path, ledger: Ledger) -> None:
@@ -199,7 +202,7 @@ class TestReadingBesideAWriter:
         before = {path.name: path.read_bytes() for path in directory.iterdir()}
         started = time.monotonic()
         assert record("a", 1) == Ledger.open(directory, read_only=True).record("a")
-        assert 3 > time.monotonic() - started
+        assert 8 > time.monotonic() - started
         assert before == {path.name: path.read_bytes() for path in directory.iterdir()}
         ledger = Ledger.open(directory, report=pytest.fail)
         assert_works(ledger)
@@ -214,7 +217,7 @@ class TestReadingBesideAWriter:
         (directory / "cache.db-wal").write_bytes(header)
         assert record("a", 1) == Ledger.open(directory, read_only=True).record("a")
         asks = "import fcntl; fcntl.lockf(open(directory / 'cache.db', 'rb+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        done = subprocess.run(script(asks, directory), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(script(asks, directory), capture_output=True, text=True, timeout=120, check=False)
         assert "BlockingIOError" in done.stderr
         ledger.close()
 
@@ -309,7 +312,9 @@ print(ledger._source.query("PRAGMA integrity_check"))
         """Three threads commit while the main thread forks fifty children, which use the ledger and end."""
         output = run(
             """
-ledger = Ledger.open(directory, report=sys.exit)
+from mlflow_outbox_worker import database, dbdoor
+database.FORK_PATIENCE = dbdoor.FORK_PATIENCE = 60.0  # the threads wait for a disk that may be busy
+ledger = Ledger.open(directory, timeout=60, report=sys.exit)
 stop = threading.Event()
 counts = [0, 0, 0]
 def work(number):
@@ -321,7 +326,7 @@ for thread in threads: thread.start()
 for index in range(50):
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # a deadlock ends by signal
+        signal.alarm(100)  # a deadlock ends by signal
         if index % 2:
             ledger.commit(RunRecord(f"child{index}"))
             assert ledger.record(f"child{index}")
@@ -354,7 +359,9 @@ thread = threading.Thread(target=ledger.commit, args=(RunRecord("a"),))
 thread.start()
 while ledger._source._lock.acquire(blocking=False):
     ledger._source._lock.release()
-start = time.monotonic()
+def busy():  # seconds in which this thread has computed, or could not because the processors had others
+    return sum(map(int, Path("/proc/thread-self/schedstat").read_text().split()[:2])) / 1e9
+start, before = time.monotonic(), busy()
 child = os.fork()
 if child == 0:
     try:
@@ -362,7 +369,8 @@ if child == 0:
     except LedgerUnavailable as error:
         os._exit(7 if "forked" in str(error) else 1)
     os._exit(2)
-print(0.9 < time.monotonic() - start < 5, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+took = time.monotonic() - start
+print(0.9 < took and took - (busy() - before) < 5, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 other.execute("ROLLBACK")
 thread.join()
 print(ledger.record("a") == RunRecord("a"))

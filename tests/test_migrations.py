@@ -48,7 +48,7 @@ def test_a_program_opens_a_new_database_of_its_own_while_delivery_opens_another(
     with ThreadPoolExecutor() as pool:
         delivery = pool.submit(open_store, f"sqlite:///{ours}", str(tmp_path))
         program = pool.submit(SqlAlchemyStore, f"sqlite:///{its}", str(tmp_path))
-        stores = [delivery.result(60)[1], program.result(60)]
+        stores = [delivery.result(240)[1], program.result(240)]
     for store in stores:
         store._dispose_engine()
     assert [1, 1] == most

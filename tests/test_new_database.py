@@ -39,7 +39,7 @@ def test_what_is_killed_while_it_makes_a_database_leaves_none_that_is_half_made(
     folder = tmp_path / "store"
     folder.mkdir()
     uri = f"sqlite:///{folder}/new.db"
-    killed = subprocess.run([sys.executable, "-c", _KILLED, uri, str(steps)], timeout=120, check=False)
+    killed = subprocess.run([sys.executable, "-c", _KILLED, uri, str(steps)], timeout=250, check=False)
     assert 9 == killed.returncode
     with MLflowTracker(experiment_name, uri, outbox_dir=tmp_path / "outbox", settings=QUICK) as tracker:
         tracker.start_run("after").log_metric("m", 1.0)
@@ -54,7 +54,7 @@ def test_several_that_make_one_database_all_get_it(tmp_path: Path) -> None:
     code = _KILLED.replace("int(sys.argv[2])", "-1")
     others = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]
     try:
-        assert [0, 0, 0] == [other.wait(120) for other in others]
+        assert [0, 0, 0] == [other.wait(250) for other in others]
     finally:
         for other in others:
             other.kill()

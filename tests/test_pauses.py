@@ -120,7 +120,7 @@ def test_a_server_that_wants_a_pause_each_time_when_points_come_gets_them_too(
         counted = ("set-experiment-tag", "log-batch")
         proxy.on(lambda _method, path: path.endswith(counted), Action("tired", tired), times=None)
         with delivering(outbox, proxy.url, QUICK) as counters:
-            eventually(lambda: 6 == counters["delivered"], 30)
+            eventually(lambda: 6 == counters["delivered"])
         tags = mlflow.get_experiment(number).tags
     assert {label: label for label in map(str, range(5))}.items() <= tags.items()
     run = the_run(mlflow_server.url, experiment_name)

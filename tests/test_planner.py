@@ -65,7 +65,9 @@ def test_no_request_is_over_any_limit_of_mlflow() -> None:
 
 def test_params_travel_apart_from_everything_else() -> None:
     """F65: one conflict must not sink a batch of points."""
-    for step in batches(planned(Params({"p": "1"}, 1), Metric("k", 1.0, 1, 1), Tags({"t": "1"}, 1)).steps):
+    steps = batches(planned(Params({"p": "1"}, 1), Metric("k", 1.0, 1, 1), Tags({"t": "1"}, 1)).steps)
+    assert [{"p": "1"}] == [step.params for step in steps if step.params]
+    for step in steps:
         assert not (step.params and (step.points or step.tags))
 
 

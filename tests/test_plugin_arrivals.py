@@ -89,7 +89,7 @@ def test_a_server_that_hangs_costs_one_wait_and_not_one_for_each_write(
                 proxy.on("", accept_hang(), times=None)
                 begin = time.monotonic()
                 mlflow.log_metric("m", 0.0, step=0, synchronous=False)
-                assert time.monotonic() - begin < 1.0
+                assert time.monotonic() - begin < 2.0
                 for step in range(1, 100):
                     mlflow.log_metric("m", step / 2, step=step)
                 assert 2.0 <= time.monotonic() - begin < 60.0, "a wait for each would be 198 s"

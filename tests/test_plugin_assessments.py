@@ -61,10 +61,12 @@ def test_an_assessment_waits_for_the_trace_that_is_on_its_way_from_here(
         proxy.up()
         mlflow.set_experiment(experiment_name)
         if parked:
-            with mlflow.start_run() as run, client(mlflow_server.url) as api:
-                api.delete_run(run.info.run_id)
+            with mlflow.start_run(), client(mlflow_server.url) as api:
+                deliver(uri)
+                (there,) = the_runs(mlflow_server.url, experiment_name)  # it may have taken longer than is waited for
+                api.delete_run(there.info.run_id)
                 mlflow.log_metric("late", 1.0)
-            assert 0 < store(uri).outbox.flush(20).parked
+            assert 0 < store(uri).outbox.flush(60).parked
         proxy.on(lambda method, path: method == "POST" and path.endswith("/traces"), delay(1.5), times=None)
         with mlflow.start_span("span") as span:
             pass

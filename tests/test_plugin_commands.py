@@ -45,7 +45,7 @@ class Terminal(NamedTuple):
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=280,
             check=False,
         )
         assert 0 == done.returncode, done.stderr

@@ -114,7 +114,7 @@ def test_what_was_logged_after_an_experiment_was_restored_waits_for_that(
 
     def then(event: threading.Event, *, after: threading.Event | None = None) -> Action:
         def run(exchange: Exchange) -> None:
-            assert after is None or after.wait(30)
+            assert after is None or after.wait(60)
             exchange.forward()
             event.set()
 
@@ -229,7 +229,7 @@ def test_a_deletion_that_waits_for_a_parked_run_is_parked_with_it_and_holds_up_n
             assert "active" == plain.get_experiment(number).lifecycle_stage
             assert [{"m": 2.0}] == [run.data.metrics for run in the_runs(mlflow_server.url, f"{experiment_name}-other")]
             plain.restore_run(run_id)
-            eventually(lambda: store(uri).outbox.flush(1), 30, "both are delivered")
+            eventually(lambda: store(uri).outbox.flush(1), 60, "both are delivered")
         assert "deleted" == plain.get_experiment(number).lifecycle_stage
         assert [1.0] == [point.value for point in plain.get_metric_history(run_id, "m")]
 

@@ -97,17 +97,18 @@ def test_what_somebody_else_has_done_to_an_experiment_meanwhile_holds_up_nothing
             if operation == "restore":
                 api.delete_experiment(number)
             deliver(uri)
+            there = theirs.get_experiment_by_name(experiment_name).experiment_id  # it may not have named it in time
             proxy.down()
             if operation == "restore":
                 api.restore_experiment(number)
-                theirs.restore_experiment(number)
+                theirs.restore_experiment(there)
                 api.set_experiment_tag(number, "after", "1")
             else:
                 api.delete_experiment(number)
-                theirs.delete_experiment(number)
+                theirs.delete_experiment(there)
             proxy.up()
             deliver(uri)
-        found = theirs.get_experiment(number)
+        found = theirs.get_experiment(there)
         expected = ("active", {"before": "1", "after": "1"}) if operation == "restore" else ("deleted", {"before": "1"})
         assert expected == (found.lifecycle_stage, dict(found.tags))
 

@@ -43,7 +43,7 @@ def said_by(program: str, uri: str, experiment: str, outbox: Path, **environment
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
         done = subprocess.run(  # the time-out is the watchdog: what waits for a lock of its own making, never ends
-            [sys.executable, "-c", code, uri, experiment], capture_output=True, check=False, timeout=120, text=True
+            [sys.executable, "-c", code, uri, experiment], capture_output=True, check=False, timeout=280, text=True
         )
     assert 0 == done.returncode, done.stderr
     return [line for line in done.stdout.splitlines() if line.startswith(": ")]
@@ -63,7 +63,7 @@ def test_autologging_begins_while_the_outbox_delivers(
             from mlflow.utils import import_hooks
             with import_hooks._post_import_hooks_lock, import_hooks._import_error_hooks_lock:
                 mlflow.log_metric("m", 1.0)
-                delivered = store.outbox.flush(60)
+                delivered = store.outbox.flush(120)
         print(": delivered", bool(delivered), flush=True)
         os._exit(0)
     """

@@ -54,9 +54,10 @@ def test_what_a_pool_has_logged_arrives_although_its_processes_are_ended_by_a_si
     """
     _make(mlflow_server, experiment_name)
     child = program(tmp_path, _pooled(experiment_name, body), MLFLOW_TRACKING_URI=f"outbox+{mlflow_server.url}")
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=250)
     assert 0 == child.returncode, output
-    eventually(lambda: _ALL == _held(mlflow_server, experiment_name), 30, "all has arrived")
+    # By a process that imports MLflow, and stands back for all else on this machine.
+    eventually(lambda: _ALL == _held(mlflow_server, experiment_name), 200, "all has arrived")
 
 
 def test_a_process_that_ends_without_handlers_of_its_exit_waits_for_delivery(
@@ -71,7 +72,7 @@ def test_a_process_that_ends_without_handlers_of_its_exit_waits_for_delivery(
     text = _pooled(experiment_name, body)
     _make(mlflow_server, experiment_name)
     child = program(tmp_path, text, MLFLOW_TRACKING_URI=uri, MLFLOW_OUTBOX_EXIT_TIMEOUT="60")
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=250)
     assert 0 == child.returncode, output
     assert _ALL == _held(mlflow_server, experiment_name)
 
@@ -85,7 +86,7 @@ def test_a_process_that_ends_without_handlers_of_its_exit_says_what_is_left(tmp_
     """
     settings = {"MLFLOW_OUTBOX_EXIT_TIMEOUT": "0.1", "MLFLOW_OUTBOX_LINGER": "0"}
     child = program(tmp_path, _pooled("away", body), MLFLOW_TRACKING_URI=NOWHERE, **settings)
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=250)
     assert 0 == child.returncode, output
     assert "events wait in " in output
     assert "nothing is lost. To send them: mlflow-outbox flush" in output

@@ -34,7 +34,7 @@ def first_program(directory: Path, uri: str, experiment: str, *, exit_timeout: i
         MLFLOW_OUTBOX_EXIT_TIMEOUT=str(exit_timeout),
         MLFLOW_OUTBOX_CREATE_TIMEOUT="20",
     )
-    output, _ = child.communicate(timeout=90)
+    output, _ = child.communicate(timeout=250)
     assert 0 == child.returncode, output
     return next(line for line in output.splitlines() if line.startswith("ids ")).split()[1:]
 
@@ -189,7 +189,7 @@ def test_a_subprocess_in_another_directory_goes_on_with_a_run_that_began_offline
         with mlflow.start_run() as run:
             text = f"import os; os.chdir({str(elsewhere)!r}); _log({run.info.run_id!r}, 1)"
             child = program(Path(os.environ["MLFLOW_OUTBOX_DIR"]), text)
-            output, _ = child.communicate(timeout=60)
+            output, _ = child.communicate(timeout=200)
             assert 0 == child.returncode, output
             assert {"child-1": 1.0} == mlflow.get_run(run.info.run_id).data.metrics
         monkeypatch.chdir(elsewhere)

@@ -19,7 +19,7 @@ def test_a_search_reads_no_run_that_is_filed_as_delivered(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a week they stay on disk, thousands in a sweep; the answer shows them as before, whatever they began as."""
-    with away(mlflow_server, tmp_path, create_timeout=0.5) as (mlflow, proxy, uri):
+    with away(mlflow_server, tmp_path, create_timeout=20) as (mlflow, proxy, uri):
         mlflow.set_experiment(experiment_name)
         with mlflow.start_run(run_name="offline") as begun:
             mlflow.log_metric("m", 1.0)

@@ -36,7 +36,7 @@ def test_processes_append_to_one_table_while_the_server_is_away(
                         MLFLOW_OUTBOX_DIR=str(tmp_path / "outbox"),
                         MLFLOW_OUTBOX_EXIT_TIMEOUT="0",
                     )
-                    output, _ = other.communicate(timeout=60)
+                    output, _ = other.communicate(timeout=200)
                     assert 0 == other.returncode, output
                 assert 3 == len(mlflow.load_table("deep/table.json", run_ids=[made]))
             proxy.up()

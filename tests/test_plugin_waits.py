@@ -94,7 +94,7 @@ def test_a_flush_counts_the_children_of_a_parked_run_as_parked(
             assert 0 == left.pending
             assert [] == runs(mlflow_server.url, experiment_name)
             restore(mlflow_server.url, deleted)
-            eventually(lambda: store(uri).outbox.flush(1), 30, "the family is delivered")
+            eventually(lambda: store(uri).outbox.flush(1), 60, "the family is delivered")
     assert {"child": "parent", "grandchild": "child"} == parents_of(mlflow_server.url, experiment_name)
 
 
@@ -176,7 +176,7 @@ def test_a_model_of_a_parked_run_is_waited_for_longer_than_one_that_nobody_makes
             (other,) = runs(mlflow_server.url, f"{experiment_name}-other")
             assert nobodys == other.data.tags["made"]
             restore(mlflow_server.url, deleted)
-            eventually(lambda: store(uri).outbox.flush(1), 30, "both are delivered")
+            eventually(lambda: store(uri).outbox.flush(1), 60, "both are delivered")
     assert "net" == model_named(mlflow_server.url, experiment_name)
 
 
@@ -204,7 +204,7 @@ def test_a_model_that_mlflow_refuses_to_make_holds_nothing_up(
             times=None,
         )
         proxy.up()
-        left = store(uri).outbox.flush(30)
+        left = store(uri).outbox.flush(60)
         assert (0, 0, 3) == (left.pending, left.parked, left.dead)
     (found,) = runs(mlflow_server.url, experiment_name)
     assert ({"m": 1.0}, f"by {model}") == (found.data.metrics, found.data.tags["made"])

@@ -35,5 +35,5 @@ def test_a_process_that_delivers_stands_back_and_the_experiment_does_not(
             found = worker_of(outbox)
             return found.pid if found is not None and found.pid != os.getpid() else 0
 
-        assert (os.SCHED_BATCH, min(19, ours[1] + 5)) == _standing(eventually(deliverer, 30))
+        assert (os.SCHED_BATCH, min(19, ours[1] + 5)) == _standing(eventually(deliverer, 120))
         assert ours == _standing(0)

@@ -82,16 +82,35 @@ class TestForwarding:
             assert [200, 200] == [request.backend_status for request in proxy.requests]
 
     def test_the_proxy_costs_less_than_two_milliseconds(self, proxy: FaultProxy) -> None:
-        """The median overhead of the proxy itself is small enough not to disturb what is measured through it."""
+        """The median overhead of the proxy itself is small enough not to disturb what is measured through it.
+
+        Where the processors are slow or busy it may be ten times what a server costs that does nothing at all.
+        """
         proxy.on(HEALTH, faults.status(200), times=None)
-        durations = []
-        with closing(connect(proxy)) as connection:
-            for _ in range(200):
-                start = time.perf_counter()
-                connection.request("GET", HEALTH)
-                connection.getresponse().read()
-                durations.append(time.perf_counter() - start)
-        assert statistics.median(durations) < 0.002
+
+        def answer_all(listener: socket.socket) -> None:
+            with listener.accept()[0] as client, client.makefile("rb") as heard:
+                for line in heard:
+                    if line == b"\r\n":
+                        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            bare = threading.Thread(target=answer_all, args=(listener,), daemon=True)
+            bare.start()
+            port = listener.getsockname()[1]
+            with (
+                closing(connect(proxy)) as through,
+                closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as beside,
+            ):
+                took: dict[http.client.HTTPConnection, list[float]] = {through: [], beside: []}
+                for _ in range(200):
+                    for connection, durations in took.items():
+                        start = time.perf_counter()
+                        connection.request("GET", HEALTH)
+                        connection.getresponse().read()
+                        durations.append(time.perf_counter() - start)
+            bare.join(60)
+        assert statistics.median(took[through]) < max(0.002, 10 * statistics.median(took[beside]))
 
     def test_many_connections_are_served_at_once(self, proxy: FaultProxy) -> None:
         """Requests of several threads are all forwarded and all recorded."""

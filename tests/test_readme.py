@@ -75,7 +75,7 @@ def shell(script: str, folder: Path, server: str, program: str = "bash") -> subp
         env=surroundings(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=280,
         check=False,
     )
 
@@ -131,7 +131,7 @@ def test_a_batch_job_whose_time_is_over_flushes(offline: Path, mlflow_server: Ml
     assert job.stdout is not None
     assert "logged\n" == job.stdout.readline()
     job.send_signal(signal.SIGTERM)
-    out, _ = job.communicate(timeout=120)
+    out, _ = job.communicate(timeout=250)
     assert 0 == job.returncode
     assert "the training ended with 143" in out
     assert "203 events delivered" in out

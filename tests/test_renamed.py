@@ -40,7 +40,7 @@ def test_an_experiment_that_was_renamed_gets_no_run_of_a_program_that_begins_aft
             mlflow.rename_experiment(mlflow.get_experiment_by_name(experiment_name).experiment_id, old)
         tracker.start_run("second").end()
         eventually(lambda: {"first", "second"} == names(old), 60)
-        subprocess.run([sys.executable, "-c", PROGRAM, experiment_name, sqlite_uri, str(root)], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", PROGRAM, experiment_name, sqlite_uri, str(root)], check=True, timeout=200)
         eventually(lambda: {"third"} == names(experiment_name), 60)
     tracker.close(0)
     assert {"first", "second"} == names(old)

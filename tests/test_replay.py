@@ -41,7 +41,7 @@ def replayed(*paths: Path, **wish: object) -> list[JobResult]:
     prepared = prepare(list(paths), wanted)
     assert [] == prepared.problems
     stopped = threading.Event()
-    return [Replay(job, QUICK, wanted, stopped=stopped).run(lambda _: None, timeout=60) for job in prepared.jobs]
+    return [Replay(job, QUICK, wanted, stopped=stopped).run(lambda _: None, timeout=240) for job in prepared.jobs]
 
 
 def states(results: list[JobResult]) -> list[str]:
@@ -226,7 +226,7 @@ def test_delivered_runs_that_cannot_be_sent_once_more_are_left(
     outbox = the_outbox(tmp_path / "outbox")
     wish, told = Wish(again=True), threading.Event()
     [job] = prepare([outbox / "delivered" / run_id], wish).jobs
-    result = Replay(job, QUICK, wish, stopped=told).run(lambda shown: told.set() if shown.note else None, timeout=60)
+    result = Replay(job, QUICK, wish, stopped=told).run(lambda shown: told.set() if shown.note else None, timeout=240)
     assert ("interrupted", ["left"]) == (result.cut_short, states([result]))
     assert 3 == command("replay", outbox, "--again", "--timeout", "0.5")
     said = capsys.readouterr().out
@@ -379,7 +379,7 @@ class Follower:
         self._thread.start()
 
     def _run(self) -> None:
-        self.result = self._replay.run(lambda progress: self.notes.append(progress.note), timeout=60)
+        self.result = self._replay.run(lambda progress: self.notes.append(progress.note), timeout=240)
 
     def is_over(self) -> bool:
         """Tell whether it came to its end."""
@@ -387,7 +387,7 @@ class Follower:
 
     def join(self) -> JobResult:
         """Wait for its end."""
-        self._thread.join(60)
+        self._thread.join(240)
         assert self.result is not None
         return self.result
 
@@ -460,7 +460,7 @@ def test_a_writer_that_died_ends_the_following_and_not_the_run(
     try:
         eventually(lambda: list(tmp_path.glob("outbox/*/runs/*/*.log")))
         follower = Follower(tmp_path / "outbox", uri)
-        eventually(lambda: any("writing" in note for note in follower.notes), 30)
+        eventually(lambda: any("writing" in note for note in follower.notes))
         assert not follower.is_over()
     finally:
         os.kill(child, signal.SIGKILL)
@@ -488,7 +488,7 @@ def test_a_writer_on_another_machine_may_be_silent_for_long(
         ten_minutes_ago = seen.stat().st_mtime - 600
         os.utime(seen, (ten_minutes_ago, ten_minutes_ago))
         follower = Follower(tmp_path / "share", uri)
-        eventually(lambda: any("silent" in note for note in follower.notes), 30)
+        eventually(lambda: any("silent" in note for note in follower.notes))
         assert not follower.is_over()
         run.log_metric("loss", 0.5, step=1)
         run.end()
@@ -523,7 +523,7 @@ def test_a_run_that_is_filed_meanwhile_arrives_whole(
     wish = Wish(to=file_uri)
     [job] = prepare([tmp_path / "outbox"], wish).jobs
     assert ["sent"] == states(replayed(tmp_path / "outbox"))
-    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=60)
+    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=240)
     assert ["sent"] == states([result])
     assert numbered(100) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")
 
@@ -536,7 +536,7 @@ def test_a_run_that_is_named_by_its_directory_and_filed_meanwhile_arrives_whole(
     wish = Wish(to=file_uri)
     [job] = prepare([the_outbox(tmp_path / "outbox") / "runs" / run_id], wish).jobs
     assert ["sent"] == states(replayed(tmp_path / "outbox"))
-    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=60)
+    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=240)
     assert ["sent"] == states([result])
     assert numbered(100) == points(file_uri, the_run(file_uri, experiment_name).info.run_id, "loss")
 
@@ -576,5 +576,5 @@ def test_a_run_that_is_reclaimed_before_it_is_sent_again_is_skipped_and_named(
     wish = Wish(again=True)
     [job] = prepare([tmp_path / "outbox"], wish).jobs
     assert 0 == command("gc", "--older-than", "0", "-d", tmp_path / "outbox")
-    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=60)
+    result = Replay(job, QUICK, wish, stopped=threading.Event()).run(lambda _: None, timeout=240)
     assert [("skipped", True)] == [(run.state, run.gone) for run in result.runs]

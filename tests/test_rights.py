@@ -96,9 +96,9 @@ def test_a_run_that_a_user_may_not_log_holds_up_no_other(shared: MlflowServer, t
     hers = log(shared.url, "hers", tmp_path, "forbidden")
     eventually(lambda: hers.counters.get("parked", 0))
     his = log(shared.url, "his", tmp_path, "first")
-    eventually(lambda: ["first"] == whole(shared.url, "his"), 30)
+    eventually(lambda: ["first"] == whole(shared.url, "his"))
     log(shared.url, "his", tmp_path, "second")
-    eventually(lambda: ["first", "second"] == whole(shared.url, "his"), 30)
+    eventually(lambda: ["first", "second"] == whole(shared.url, "his"))
     result = his.flush(60)
     assert (0, 0) == (result.pending, result.dead)
     assert result.parked > 20
@@ -198,7 +198,7 @@ def test_an_answer_that_is_not_mlflows_to_one_run_holds_up_no_other(
         eventually(lambda: 2 == tracker.flush(0).parked)
         for number, name in enumerate(("first", "second"), 1):
             log(proxy.url, experiment_name, tmp_path, name)
-            eventually(lambda number=number: number == len(whole(mlflow_server.url, experiment_name)), 30)
+            eventually(lambda number=number: number == len(whole(mlflow_server.url, experiment_name)))
         assert "ok" == standing(tracker)
         proxy.clear()
         assert tracker.flush(60)
@@ -215,7 +215,7 @@ def test_a_user_who_may_store_files_and_not_list_them_has_runs_that_are_done(
             for number in range(2):
                 with tracker.start_run() as run:
                     assert run.log_text(f"text {number}", "notes/text.txt")
-            eventually(lambda: 2 == tracker.counters.get("runs_verified", 0), 30)
+            eventually(lambda: 2 == tracker.counters.get("runs_verified", 0))
             assert 0 == tracker.counters.get("parked", 0)
     assert 1 == caplog.text.count("may not be listed by this user")
     held = [run.info.run_id for run in runs(mlflow_server.url, experiment_name)]

@@ -268,7 +268,7 @@ def test_workers_keep_away_from_a_copy_whose_event_waits_in_memory(kit: Kit) -> 
     with alone(files) as is_alone:
         assert not is_alone
     kit.disk.clear()
-    eventually(lambda: kit.journal.sync() or not kit.journal.in_memory, 10)
+    eventually(lambda: kit.journal.sync() or not kit.journal.in_memory)
     kit.journal.sync()
     with alone(files) as is_alone:
         assert is_alone

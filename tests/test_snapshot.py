@@ -208,7 +208,7 @@ def test_a_copy_is_made_while_a_worker_takes_its_directory_away(store: SnapshotS
     with ThreadPoolExecutor() as pool:
         taking = pool.submit(take)
         kept = [store.add_bytes(str(number).encode(), limit=9) for number in range(2000)]
-        eventually(lambda: not store.path.exists(), 30)
+        eventually(lambda: not store.path.exists())
         done.set()
         taking.result()
     assert 2000 == len({one.sha256 for one in kept}) == len(list(moved.iterdir())) == len(seen)

@@ -31,7 +31,7 @@ _PR_SET_PTRACER = 0x59616D61
 #: its threads that holds the interpreter's lock, the calls of all others would wait, and the library be blamed.
 _NICENESS = -10
 #: Seconds in which the processes of a child that has ended end too, on a busy machine.
-_PATIENCE = 30.0
+_PATIENCE = 60.0
 
 
 class Child:
@@ -156,7 +156,7 @@ class Child:
             self.process.join()
             failure = f"the child {self.process} did not end within {timeout} s; it said {self.lines()[-3:]}"
             raise AssertionError(failure)
-        self._thread.join(10)
+        self._thread.join(60)
         return int(self.process.exitcode)
 
     def report(self, timeout: float = 120.0) -> dict[str, Any]:

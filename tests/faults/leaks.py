@@ -22,7 +22,7 @@ from mlflow_outbox import outbox
 #: prctl: who loses its parent becomes a child of this process, instead of vanishing out of its sight.
 _PR_SET_CHILD_SUBREAPER: Final = 36
 #: Seconds in which what is ending has ended, on a busy machine.
-_PATIENCE: Final = 15.0
+_PATIENCE: Final = 60.0
 #: How the names of the product's threads and of its temporary directories begin.
 _OURS: Final = "mlflow-outbox"
 #: Processes of the nest, which live as long as the session.

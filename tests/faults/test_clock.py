@@ -154,7 +154,7 @@ def suspended(
             if number == 20:
                 eventually(Path(signs, "suspend").exists, 60)
                 if asked == "refused":
-                    eventually(lambda: is_away(tracker), 30, "the server has refused something")
+                    eventually(lambda: is_away(tracker), 60, "the server has refused something")
                 clocks.gap, clocks.wall = gap, NIGHT
             if workload.log_event(run, number):
                 workload.ack(fd, number)
@@ -181,7 +181,7 @@ def test_a_suspended_machine_goes_on_at_once_and_has_lost_nothing(
             outbox = str(tmp_path / f"outbox{turn}")
             child = nest.start(suspended, proxy.url, outbox, experiment, gap, str(signs), changed, asked)
             child.wait_for_lines(20)
-            eventually(lambda proxy=proxy: proxy.requests, 30, "the server is asked, and is away")
+            eventually(lambda proxy=proxy: proxy.requests, 60, "the server is asked, and is away")
             proxy.clear()
             (signs / "suspend").touch()
             child.wait_for_lines(30)

@@ -230,7 +230,7 @@ def test_a_worker_that_stands_still_keeps_its_lease_and_harms_nothing(
     for number in range(row.pick(1, 10, 50)):
         first = (number + 1) * 100_000
         holder = nest.start(workload.log_forever, sqlite_uri, outbox, "still", first, 1, "thread", {}, 0.01)
-        eventually(lambda holder=holder: workload.lease_pid(outbox, sqlite_uri) == holder.pid, 30)
+        eventually(lambda holder=holder: workload.lease_pid(outbox, sqlite_uri) == holder.pid)
         os.kill(holder.pid, signal.SIGSTOP)
         row.pause()
         other = nest.start(workload.log_forever, sqlite_uri, outbox, "still", first + 50_000, 1, "thread", {}, 0.01)

@@ -85,13 +85,13 @@ def fork_while(  # noqa: PLR0912 - one state after the other
     for thread in threads:
         thread.start()
     if state == "while the worker delivers":
-        eventually(lambda: tracker.counters.get("delivered"), 30)
+        eventually(lambda: tracker.counters.get("delivered"))
     if state == "after close":
         tracker.close(0.5)
     parent, child = os.getpid(), os.fork()
     if child == 0:
         inherited = segments_written(parent)
-        faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs shows where
+        faulthandler.dump_traceback_later(100, exit=True)  # a child that hangs shows where
         for n in range(base + 40_000, base + 40_200):
             if workload.log_event(run, n):
                 workload.ack(fd, n)
@@ -100,7 +100,7 @@ def fork_while(  # noqa: PLR0912 - one state after the other
             mine, inherited = ({Path(name).name for name in names} for names in (mine, inherited))
             os.writev(fd, [f"shared: {mine} and {inherited}\n".encode()])
         if first_out == "parent":
-            eventually(lambda: os.getppid() != parent, 30, "the parent has ended")
+            eventually(lambda: os.getppid() != parent, 60, "the parent has ended")
         os._exit(0)
     for n in range(base + 50_000, base + 50_200):
         if workload.log_event(run, n):
@@ -129,7 +129,7 @@ def test_a_fork_in_any_state_loses_and_doubles_nothing(
             base = 100_000 * number
             child = nest.start(fork_while, uri, str(outbox), state, first_out, base)
             child.join()
-            eventually(lambda child=child: not child.is_heard(), 40, "the grandchild is gone")
+            eventually(lambda child=child: not child.is_heard(), 120, "the grandchild is gone")
             assert [] == [line for line in child.lines() if line.startswith("shared")], "descriptors of the parent"
             said = child.acked()
             assert {*range(base + 40_000, base + 40_200), *range(base + 50_000, base + 50_200)} <= said, state

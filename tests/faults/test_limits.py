@@ -86,7 +86,7 @@ def log_without_threads(fd: int, uri: str, outbox: str, experiment: str, when: s
         Said(said)
         if run is not None:
             log_timed(fd, run, range(20), took, raised)
-            eventually(lambda: tracker.counters.get("delivered"), 30)
+            eventually(lambda: tracker.counters.get("delivered"))
         starts, refusals = threading.Thread.start, []
 
         def no_threads(_: threading.Thread) -> None:
@@ -100,7 +100,7 @@ def log_without_threads(fd: int, uri: str, outbox: str, experiment: str, when: s
         other = tracker.start_run("another")  # would have a lane of its own
         log_timed(fd, other, range(1000, 1100), took, raised)
         if when == "while delivering":
-            eventually(lambda: refusals, 30, "a thread was wanted")
+            eventually(lambda: refusals, 60, "a thread was wanted")
         threading.Thread.start = starts  # type: ignore[method-assign]  # put back
         log_timed(fd, run, range(200, 220), took, raised)
         run.end()

@@ -28,7 +28,7 @@ def test_a_refused_connection_is_retried_until_it_is_accepted(
         proxy.down()
         before = len(connects.to(proxy.url))
         session.log(20)
-        eventually(lambda before=before: len(connects.to(proxy.url)) >= before + 20, 30, "twenty refusals")
+        eventually(lambda before=before: len(connects.to(proxy.url)) >= before + 20, 60, "twenty refusals")
         proxy.up()
         session.settle(row)
         row.done()
@@ -57,7 +57,7 @@ def test_no_segment_is_moved_or_deleted_before_its_events_are_answered(
     proxy.on("runs/log-batch", faults.status(503), times=None)
     each.log(60)
     # So many, that a pause which doubles without an end would be longer by now than a fresh event may take.
-    eventually(lambda: 12 <= sum("log-batch" in request.path for request in proxy.requests), 30, "twelve refusals")
+    eventually(lambda: 12 <= sum("log-batch" in request.path for request in proxy.requests), 60, "twelve refusals")
     assert each.tracker.outbox_path is not None
     ordinals = sorted(int(path.stem.rpartition("-")[2]) for path in each.tracker.outbox_path.glob("runs/*/*.log"))
     assert list(range(len(ordinals))) == ordinals
@@ -75,7 +75,7 @@ def test_an_answer_lost_at_any_request_doubles_nothing(
 ) -> None:
     """Also the create: there is one run, with every event once."""
     session.log(60)
-    assert session.tracker.flush(30)
+    assert session.tracker.flush(60)
     count = len(proxy.requests)
     assert count > 5
     create = next(place for place, request in enumerate(proxy.requests) if request.path.endswith("runs/create"))
@@ -90,12 +90,12 @@ def test_an_answer_lost_at_any_request_doubles_nothing(
         def met_by(before: int = before, lost: Action = lost) -> list[Request]:
             return [request for request in proxy.requests[before:] if request.action == lost.name and request.ended]
 
-        eventually(lambda each=each: each.tracker.flush(5), 30)
+        eventually(lambda each=each: each.tracker.flush(5))
         if not met_by():  # it is the read-back, or this session took fewer requests than the first one
             each.log(10)
-        (met,) = eventually(met_by, 30, "an answer was lost")
+        (met,) = eventually(met_by, 60, "an answer was lost")
         each.arrives(row)
-        eventually(lambda each=each: each.tracker.flush(5), 30)
+        eventually(lambda each=each: each.tracker.flush(5))
         each.judge(row)
         assert met.backend_status in {200, 404}, "it was carried out: what the session asks for first is not there yet"
         assert met.status is None, "nobody was told"

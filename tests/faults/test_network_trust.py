@@ -31,7 +31,7 @@ def test_a_refused_login_parks_and_goes_on_when_it_works(session: Session, proxy
     for status in (401, 403) * row.pick(1, 10, 100):
         proxy.on("/", faults.status(status), times=None)
         session.log(10)
-        eventually(lambda: session.tracker.flush(2).parked, 20, "parked")
+        eventually(lambda: session.tracker.flush(2).parked, 60, "parked")
         proxy.clear()
         session.arrives(row)
         row.done()
@@ -103,7 +103,7 @@ def test_a_tls_peer_that_cannot_be_trusted_gets_nothing(
         outbox = tmp_path / f"outbox{number}"
         session = Session(mlflow_server, f"https://localhost:{port}", f"{experiment_name}-{number}", outbox, HURRIED)
         session.log(20)
-        eventually(lambda peer=peer: len(peer.heard) >= 3, 30, "it was tried again and again")
+        eventually(lambda peer=peer: len(peer.heard) >= 3, 60, "it was tried again and again")
         left = session.tracker.flush(0.5)
         assert (0, 0, 22) == (left.delivered, left.dead, left.pending + left.parked)
         peer.port.release()
@@ -129,7 +129,7 @@ def test_credentials_are_never_sent_to_the_host_of_a_redirect(
         given = proxy.url.replace("http://", "http://user:canary-password@")
         each = Session(mlflow_server, given, experiment_name, tmp_path / "outbox")
         each.log(10)
-        eventually(lambda: each.tracker.flush(1).parked, 20, "parked")
+        eventually(lambda: each.tracker.flush(1).parked, 60, "parked")
         assert [] == other.requests
         proxy.clear()
         each.settle(row)

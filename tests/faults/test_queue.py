@@ -106,7 +106,7 @@ def test_no_damage_of_the_ledger_loses_or_doubles_anything_in_mlflow(
         folder, older = workload.directory_of(outbox, uri) / "delivery", tmp_path / "older"
         child = nest.start(workload.drain, uri, str(outbox), "ledger", first + 900, workload.TINY)
         enough = len(held(uri, "ledger").events) + rng.randrange(40)
-        eventually(lambda uri=uri, enough=enough: len(held(uri, "ledger").events) > enough, 30)
+        eventually(lambda uri=uri, enough=enough: len(held(uri, "ledger").events) > enough)
         shutil.rmtree(older, ignore_errors=True)
         child.kill()
         acked |= set(range(first + 900, first + 910)) & set(held(uri, "ledger").events)

@@ -64,8 +64,8 @@ def test_a_wiped_server_never_makes_a_run_vanish_in_silence(
         new.end()
         assert {*range(40), *range(100, 120)} == lost | acked
         caplog.clear()
-        eventually(lambda acked=acked, server=server: acked <= set(held(server.database_uri, "wiped").events), 30)
-        eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending, 30)
+        eventually(lambda acked=acked, server=server: acked <= set(held(server.database_uri, "wiped").events))
+        eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending)
         left = tracker.flush(0)
         assert (20, 0) == (left.parked, left.dead), "what was not delivered before"
         held(server.database_uri, "wiped").check(acked)
@@ -97,13 +97,13 @@ def test_a_deleted_run_waits_and_holds_up_no_other(
             mlflow.delete_run(ids["gone"])
             mlflow.set_terminated(ids["ended"], "KILLED")
         acked |= {n for n in range(30, 60) if workload.log_event((gone, ended, other)[n % 3], n)}
-        eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending, 30)
+        eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending)
         left = tracker.flush(0)
         assert (10, 0) == (left.parked, left.dead)
         held(mlflow_server.database_uri, experiment).check({n for n in acked if n % 3})
         with client(mlflow_server.url) as mlflow:
             mlflow.restore_run(ids["gone"])
-        eventually(lambda tracker=tracker: tracker.flush(2), 30, "the restored run is delivered")
+        eventually(lambda tracker=tracker: tracker.flush(2), 60, "the restored run is delivered")
         held(mlflow_server.database_uri, experiment).check(acked)
         tracker.close(1)
         row.done()
@@ -129,14 +129,14 @@ def test_a_deleted_experiment_waits_and_holds_up_no_other(
         new = tracker.start_run("new")
         acked |= {n for n in range(40, 60) if workload.log_event(new, n)}
         at_other = {n for n in range(100, 120) if workload.log_event(others, n)}
-        eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending, 30)
+        eventually(lambda tracker=tracker: 0 == tracker.flush(2).pending)
         left = tracker.flush(0)
         assert (41, 0) == (left.parked, left.dead), "twenty of the old run, the new one's start and its twenty"
         held(mlflow_server.database_uri, f"{gone}-other").check(at_other)
         assert (60, 20) == (len(acked), len(at_other))
         with client(mlflow_server.url) as mlflow:
             mlflow.restore_experiment(experiment.experiment_id)
-        eventually(lambda tracker=tracker: tracker.flush(2), 30, "the restored experiment's runs are delivered")
+        eventually(lambda tracker=tracker: tracker.flush(2), 60, "the restored experiment's runs are delivered")
         held(mlflow_server.database_uri, gone).check(acked)
         tracker.close(1)
         other.close(1)
@@ -213,7 +213,7 @@ def test_a_404_that_is_not_about_an_event_makes_no_dead_letter(
     for _ in range(row.pick(1, 5, 50)):
         proxy.on("runs/log-batch", faults.status(404, {}, said), times=None)
         session.log(100)
-        eventually(lambda: session.tracker.flush(2).parked, 30, "it waits")
+        eventually(lambda: session.tracker.flush(2).parked, 60, "it waits")
         assert 0 == session.tracker.flush(0).dead
         proxy.clear()
         session.arrives(row)
