@@ -129,6 +129,34 @@ def test_what_was_begun_to_be_sent_once_more_is_sent_so_to_its_end_whoever_goes_
     assert [] == the_runs(server.url, f"{experiment_name} of somebody else")
 
 
+def test_a_model_that_was_sent_once_more_before_an_interruption_is_named_by_its_new_id_after_it(
+    own_mlflow_server: Callable[..., MlflowServer],
+    experiment_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its run is filed by then, and not among those that are still to be sent."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    server = own_mlflow_server()
+    with tracking(f"outbox+{server.url}", tmp_path / "outbox", worker="none", create_timeout=20) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run(run_name="trained") as run:
+            model = mlflow.initialize_logged_model(name="m")
+        with mlflow.start_run(run_name="judged"):
+            mlflow.set_tag("best", model.model_id)
+    outbox = the_outbox(tmp_path / "outbox")
+    assert 0 == command("replay", outbox)
+    server.wipe()
+    server.start()
+    assert 3 == command("replay", outbox, "--again", "--timeout", 0)
+    assert 0 == command("replay", outbox / "runs" / run.info.run_id, "--timeout", 60)
+    assert 0 == command("flush", "-d", outbox, "--timeout", 60)
+    with client(server.url) as api:
+        (made,) = api.search_logged_models([api.get_experiment_by_name(experiment_name).experiment_id])
+    found = {run.info.run_name: run.data.tags.get("best") for run in the_runs(server.url, experiment_name)}
+    assert {"trained": None, "judged": made.model_id} == found
+
+
 def test_what_is_logged_to_the_new_server_meanwhile_is_no_copy(
     own_mlflow_server: Callable[..., MlflowServer],
     experiment_name: str,

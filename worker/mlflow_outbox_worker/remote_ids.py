@@ -66,8 +66,9 @@ class RemoteIds:
         self._ledger = ledger
         self._precedence = precedence
         self.copies = copies.Copies(source) if copies.copying(source) else None
-        #: Runs were sent once more, so that an id which MLflow gave may have become another one.
-        self._moved = self.copies is None and bool(ledger.meta(MOVED))
+        #: Runs were sent once more, so that an id which MLflow gave may have become another one, also of what was filed
+        #: since and is not among the copies.
+        self._moved = bool(ledger.meta(MOVED))
         self._origins = Origins(source, ledger)
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
