@@ -121,7 +121,7 @@ MUTANTS: Final = [
     Mutant(
         "an event goes along with a sync that its copied file missed",
         "tracker/mlflow_outbox/spool/sync_round.py",
-        "        if self._sequence.live in (self._syncing, self._lent):\n"
+        "        if self._sequence.live in (self._sequence.syncing, self._lent):\n"
         "            self._sequence.end(rotated=True)\n",
         "",
         "tests/test_journal.py::test_an_event_whose_copied_file_came_too_late_for_a_sync_is_not_made_durable_by_it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -138,3 +139,37 @@ def test_a_store_is_not_put_to_rest_before_it_is_all_there(
         assert store(uri).pulse in rest._watched
         eventually(lambda: not threads("mlflow-outbox"), message="it rests")
     assert [0] == watched
+
+
+def _log_and_rest(uri: str, run_id: str) -> None:
+    import mlflow
+
+    looks = store(uri).pulse
+    looks.timeout = float
+    mlflow.MlflowClient().log_metric(run_id, "child", 1.0)
+    eventually(lambda: looks.rests, message="it rests")
+    eventually(lambda: not threads("mlflow-outbox"), message="its threads end")
+
+
+def test_a_child_that_is_forked_from_a_program_in_the_middle_of_its_work_rests_too(
+    sqlite_uri: str, tmp_path: Path
+) -> None:
+    """The thread that puts stores to rest is the parent's; one of its own begins when the child uses a store."""
+    uri = f"outbox+{sqlite_uri}"
+    with tracking(uri, tmp_path / "outbox", idle_timeout=3600) as mlflow:
+        with mlflow.start_run() as run:
+            mlflow.log_metric("parent", 1.0)
+            assert not store(uri).pulse.rests
+            context = multiprocessing.get_context("fork")
+            child = context.Process(target=_log_and_rest, args=(uri, run.info.run_id))
+            child.start()
+            child.join(150)
+            code = child.exitcode
+            if code is None:
+                child.kill()
+            assert 0 == code
+            assert not store(uri).pulse.rests
+        deliver(uri)
+        store(uri).pulse.rests = True
+    with client(sqlite_uri) as api:
+        assert {"parent": 1.0, "child": 1.0} == api.get_run(run.info.run_id).data.metrics

@@ -125,6 +125,8 @@ def end() -> None:
 def _after_fork_in_child() -> None:
     global _thread, _lock  # the child's own: the thread, and who may have held the lock, are not there
     _thread, _lock = None, threading.RLock()
+    for pulse in _watched:
+        pulse.rests = True  # the parent has its threads and connections; where the child uses it, it is looked after
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

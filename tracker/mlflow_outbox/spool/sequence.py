@@ -67,6 +67,7 @@ class EventSequence:
         ring: events that the disk has not taken.
         retired: segments that are complete, and neither synced nor closed yet.
         syncer: makes them durable.
+        syncing: what a round is about to sync by its descriptor, which nobody else gives back then.
         suspect: an exception arrived in the middle; nothing but the file says what was written.
         unannounced: a segment was begun that the background or the worker was not told of.
         unsynced_names: a segment was begun whose name a power cut may take.
@@ -84,6 +85,7 @@ class EventSequence:
         self.ring = MemoryRing(self._settings.memory_bytes)
         self.retired: list[Segment] = []
         self.syncer = Syncer(self._disk, self._counters, self._run.run_id, wanted=self._settings.sync != "os")
+        self.syncing: Segment | None = None
         self.suspect = False
         self.unannounced = False
         self.unsynced_names = False
@@ -273,6 +275,8 @@ class EventSequence:
         old, newest, place = self.live, self._newest(), self._place(self.live.seq)
         retired = [*self.retired, old]
         self.retired, self._newest_first, self.live = retired, newest, place
+        if old is self.syncing:
+            return  # the next round closes it
         if len(retired) > _MOST_RETIRED:
             old.close()
             self.retired = retired[:-1]
@@ -345,7 +349,7 @@ class EventSequence:
         """Leave the segment without another sync, and write again what may be lost with it."""
         old, newest, place = self.live, self._newest(), self._place(self.live.seq)
         self._newest_first, self.live = newest, place
-        if old.fd >= 0:
+        if old.fd >= 0 and old is not self.syncing:
             old.close()
         self._rewrite(old.unsynced, old.first_unsynced, again=again)
 

@@ -59,7 +59,6 @@ class SyncRound:
         self._folders = folders
         self._lock = threading.RLock()  # a signal handler may ask for a round in the middle of one
         self._running = False
-        self._syncing: Segment | None = None
         #: The one that another process may sync at any time.
         self._lent: Segment | None = None
         self._copies: list[tuple[SnapshotStore, str]] = []
@@ -95,7 +94,7 @@ class SyncRound:
     def add_copy(self, store: SnapshotStore, sha256: str) -> None:
         """Leave a copied file to the next round; to be called alone with the events, before the one that names it."""
         self._copies.append((store, sha256))
-        if self._sequence.live in (self._syncing, self._lent):
+        if self._sequence.live in (self._sequence.syncing, self._lent):
             self._sequence.end(rotated=True)
 
     def run(self, alone: Alone, prepare: Callable[[], None]) -> None:
@@ -116,7 +115,9 @@ class SyncRound:
             try:
                 self._sync(alone, prepare)
             finally:
-                self._running, self._syncing = False, None
+                self._running = False
+                if self._sequence.syncing is not None:  # something was raised in the middle
+                    alone(self._let_go)
 
     def _sync(self, alone: Alone, prepare: Callable[[], None]) -> None:
         def note() -> _Dirt:
@@ -150,7 +151,7 @@ class SyncRound:
         is_dirty = live.fd >= 0 and live.offset > live.synced and not live.tainted
         dirt = _Dirt(live, live.offset, live.seq, len(live.unsynced), is_dirty, copies, names, sequence.retired[:])
         sequence.unsynced_names = False
-        self._syncing = live if is_dirty else None
+        sequence.syncing = live if is_dirty else None
         return dirt
 
     def _finish(self, alone: Alone, old: Segment) -> None:
@@ -181,13 +182,26 @@ class SyncRound:
     def _sync_live(self, alone: Alone, dirt: _Dirt) -> None:
         segment = dirt.segment
         held = segment.unsynced
+
+        def failed() -> None:
+            self._let_go()
+            self._sequence.sync_failed(segment)
+
         if not self._sequence.syncer.data(segment.fd):
-            self._with_what_is_written_again(alone, lambda: self._sequence.sync_failed(segment), dirt.number)
+            self._with_what_is_written_again(alone, failed, dirt.number)
             return
 
         def note() -> None:
             segment.synced = max(segment.synced, dirt.offset)
             if held is segment.unsynced:
                 del held[: dirt.events]
+            self._let_go()
 
         alone(note)
+
+    def _let_go(self) -> None:
+        """Need the segment's descriptor no more; close one that was replaced meanwhile, which nobody else would."""
+        sequence, segment = self._sequence, self._sequence.syncing
+        if segment is not None and segment is not sequence.live and segment not in sequence.retired:
+            segment.close()
+        sequence.syncing = None
