@@ -217,6 +217,12 @@ def test_an_unreadable_tag_is_not_replaced_by_its_default() -> None:
     assert ("best_experiment", "RuntimeError: broken") in content.refused
 
 
+def test_an_empty_text_is_no_best_experiment_and_no_reason() -> None:
+    """Sessions begin with one; a tag without a text says nothing."""
+    content = of_summary({"best_experiment": "", "termination_reason": ""})
+    assert {"best_experiment": "none", "termination_reason": "completed"} == content.tags
+
+
 def test_unprintable_params_are_listed_and_the_others_logged() -> None:
     """One bad model param does not lose its neighbours."""
     content = of_experiment({**RESULT, "model_params": {"a": Angry(), "b": 2}})

@@ -17,8 +17,10 @@ import pytest
 from contents import QUICK, artifact_text, points, runs, the_run
 from mlflow_outbox import MLflowTracker, Run, Settings
 from mlflow_outbox.errors import OutboxError, OutboxUnusable
+from mlflow_outbox.spool.events import Artifact
 from mlflow_outbox.spool.identity import new_writer
 from servers import eventually
+from spools import Everything
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -129,6 +131,20 @@ def test_the_tasks_of_a_pool_s_process_are_one_writer_of_their_run(tmp_path: Pat
         assert 2 == len({path.name.partition("-")[0] for path in segments})
         [shown] = tracker.get_all_runs()
         assert {f"m{number}": float(number) for number in range(20)} == shown["metrics"]
+
+
+def test_the_plots_of_a_pool_s_tasks_go_to_the_summary_that_the_program_has_logged(tmp_path: Path) -> None:
+    """Each task gets the tracker anew, and made a run of its own."""
+    with offline(tmp_path) as tracker:
+        tracker.log_final_summary({"current_iteration": 3})
+        data = pickle.dumps(tracker)
+        for name in ("a.png", "b.png"):
+            (tmp_path / name).write_bytes(name.encode())
+            pickle.loads(data).log_visualizations([tmp_path / name])
+        [shown] = tracker.get_all_runs()
+        assert tracker.outbox_path is not None
+        logged = Everything(tracker.outbox_path / "runs" / shown["run_id"]).events
+        assert {"a.png", "b.png", "final_state.json"} == {one.path for one in logged if isinstance(one, Artifact)}
 
 
 def test_pickles_of_more_runs_than_are_remembered_are_written_to(tmp_path: Path) -> None:

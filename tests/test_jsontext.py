@@ -226,9 +226,34 @@ def test_cycles_depth_and_size_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert ["ring", "deep", "shared"] == [what.rpartition(".")[2] for what, _ in content.refused]
 
 
+class Column:
+    """A series of Polars: it has a shape, and no size."""
+
+    dtype = "Float64"
+
+    def __init__(self, length: int) -> None:
+        self.shape = (length,)
+
+    def to_list(self) -> list[float]:
+        """Return its values."""
+        return [0.0] * self.shape[0]
+
+
+class Table:
+    """A table of Polars."""
+
+    dtypes = ("Float64",) * 10
+    shape = (51, 10)
+
+    def to_dict(self) -> dict[str, Column]:
+        """Return its columns."""
+        return {f"c{number}": Column(51) for number in range(10)}
+
+
 @pytest.mark.parametrize(
     "large",
     [
+        *(Column(501), Table()),
         *(np.zeros((10, 51)), np.zeros((51, 10)), pd.DataFrame(np.zeros((51, 10)))),
         *(pd.Series(np.zeros(501)), pd.RangeIndex(501), range(10**12)),
     ],

@@ -29,10 +29,11 @@ from mlflow_outbox.settings import WorkerKind
 from mlflow_outbox.spool import disk, journal, reader
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
+from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import flush
 from mlflow_outbox_worker.flush import Watch
 from mlflow_outbox_worker.lease import Holder
-from servers import eventually
+from servers import MlflowServer, eventually
 
 
 def left(outbox: Outbox) -> FlushResult:
@@ -95,6 +96,34 @@ def test_closing_one_tracker_leaves_another_of_its_outbox_the_worker(
     run.log_metric("loss", 0.5, step=2)
     eventually(lambda: left(outbox).pending == 0, 60, "the second tracker's events")
     assert second.close(60)
+
+
+def test_closing_one_tracker_leaves_the_flush_of_another_somebody_who_delivers(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The server is away while the first is closed; the flush of the second, in another thread, has time to wait."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.down()
+        first, second = (
+            MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, settings=QUICK) for _ in range(2)
+        )
+        outbox = first._outbox
+        assert outbox is not None
+        assert outbox is second._outbox
+        with first.start_run("run") as run:
+            run.log_metric("loss", 0.0, step=0)
+        results: list[FlushResult] = []
+        waiting = threading.Thread(target=lambda: results.append(second.flush(120)))
+        waiting.start()
+        ended = outbox._worker
+        eventually(outbox.directory.hurry_asked, 60, "the second tracker's flush is under way")
+        assert not first.close(0.1)
+        eventually(lambda: outbox._worker is not None and outbox._worker is not ended, 60, "another worker")
+        proxy.up()
+        waiting.join(180)
+        assert [True] == [bool(result) for result in results]
+        second.close(60)
+    assert numbered(1) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
 
 
 def test_closing_one_tracker_leaves_another_of_its_outbox_the_syncing(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sqlite3
 import threading
 import time
@@ -20,32 +19,9 @@ from mlflow_outbox.testing.faults import accept_hang, delay, status
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import away, deliver, store, tracking
 from servers import MlflowServer
+from wires import silent_host
 
 _WORKSPACE = "outbox+databricks://work"
-
-
-@contextmanager
-def silent_host() -> Iterator[int]:
-    """Yield the port of a host that takes connections and says nothing, as a database does that is stopped."""
-    taken: list[socket.socket] = []
-
-    def take(listener: socket.socket) -> None:
-        while True:
-            try:
-                taken.append(listener.accept()[0])
-            except OSError:
-                return
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=take, args=(listener,))
-        thread.start()
-        try:
-            yield int(listener.getsockname()[1])
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join()
-            for connection in taken:
-                connection.close()
 
 
 @contextmanager

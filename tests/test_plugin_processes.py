@@ -91,6 +91,79 @@ def test_a_model_that_a_child_makes_offline_is_named_by_its_parent(
     assert {"before": 1.0, "after": 2.0} == found.data.metrics
 
 
+def _make_models_in_child(number: str, run_id: str, parent: Any) -> None:
+    """Make a model that names another one, which a program makes whose journal begins later."""
+    import mlflow
+
+    api = mlflow.MlflowClient()
+    api.log_metric(run_id, "child", 1.0)
+    parent.send("its journal has begun")
+    assert parent.poll(120)
+    model = api.create_logged_model(number, name="second", source_run_id=run_id, tags={"base": parent.recv()})
+    parent.send(model.model_id)
+
+
+def test_a_model_made_by_one_child_that_names_one_of_another_is_named_by_their_parent(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Of three journals of one run each names what is made in the next one."""
+    context = multiprocessing.get_context("fork")
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        with mlflow.start_run() as run:
+            pipes = [context.Pipe() for _ in range(2)]
+            first = context.Process(target=_make_models_in_child, args=(number, run.info.run_id, pipes[0][1]))
+            first.start()
+            assert pipes[0][0].poll(120)
+            pipes[0][0].recv()
+            other = context.Process(target=_make_model_in_child, args=(number, run.info.run_id, pipes[1][1]))
+            other.start()
+            assert pipes[1][0].poll(120)
+            pipes[0][0].send(pipes[1][0].recv())
+            assert pipes[0][0].poll(120)
+            mlflow.set_tag("best", pipes[0][0].recv())
+            for child in (first, other):
+                child.join(120)
+        proxy.up()
+        deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    with client(mlflow_server.url) as api:
+        models = {model.name: model for model in api.search_logged_models([found.info.experiment_id])}
+    assert ["of-a-child", "second"] == sorted(models)
+    assert models["second"].model_id == found.data.tags["best"]
+    assert models["of-a-child"].model_id == models["second"].tags["base"]
+
+
+def test_two_runs_that_each_name_a_model_of_the_other_arrive(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Another program makes both, in journals that are read behind those that name them."""
+    context = multiprocessing.get_context("fork")
+    with away(mlflow_server, tmp_path) as (mlflow, proxy, uri):
+        number = mlflow.set_experiment(experiment_name).experiment_id
+        api, made = mlflow.MlflowClient(), list[str]()
+        ids = [api.create_run(number, run_name=name).info.run_id for name in ("one", "two")]
+        for run_id in ids:
+            here, there = context.Pipe()
+            child = context.Process(target=_make_model_in_child, args=(number, run_id, there))
+            child.start()
+            assert here.poll(120)
+            made.append(here.recv())
+            child.join(120)
+        for run_id, model_id in zip(ids, reversed(made), strict=True):
+            api.set_tag(run_id, "other", model_id)
+            api.set_terminated(run_id)
+        proxy.up()
+        deliver(uri)
+    runs = {run.info.run_id: run for run in the_runs(mlflow_server.url, experiment_name)}
+    with client(mlflow_server.url) as api:
+        models = api.search_logged_models([next(iter(runs.values())).info.experiment_id])
+    assert sorted(runs) == sorted(model.source_run_id for model in models), "each run has one"
+    for model in models:
+        (naming,) = [run_id for run_id, run in runs.items() if run.data.tags["other"] == model.model_id]
+        assert naming != model.source_run_id
+
+
 def _begin_in_child(experiment: str) -> None:
     import mlflow
 

@@ -20,6 +20,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import mlflow_sink, reading
 from servers import MlflowServer, eventually
+from wires import silent_host
 
 
 def summary(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, float], dict[str, str], str]]:
@@ -277,4 +278,51 @@ def test_a_fork_while_another_thread_opens_the_store_does_not_hang_the_child(
         os._exit(7 if tracker.get_best_run("loss") is not None else 1)
     may_go.set()
     asking.join()
+    assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_database_that_is_silent_is_waited_for_no_longer_than_any_server(
+    experiment_name: str, tmp_path: Path
+) -> None:
+    """Its driver waits for as long as the connection lasts; meanwhile the answer is on disk, or there is none."""
+    pytest.importorskip("psycopg2")
+    settings = dataclasses.replace(QUICK, request_timeout=1.0, exit_timeout=0.0)
+    with silent_host() as port:
+        uri = f"postgresql://u@127.0.0.1:{port}/db"
+        tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path, worker="none", settings=settings)
+        log_three(tracker)
+        answers: list[Any] = []
+
+        def program() -> None:
+            answers.append(summary(tracker.get_all_runs()))
+            for name in ("experiment_id", "client"):
+                try:
+                    answers.append(getattr(tracker, name))
+                except TrackingUnavailable as error:
+                    answers.append("has not answered in time" in str(error))
+
+        threading.Thread(target=program, daemon=True).start()
+        eventually(lambda: 3 == len(answers), 120, "the program goes on")
+        assert [EXPECTED, True, True] == answers
+
+
+def test_a_signal_handler_that_asks_while_the_store_is_opened_does_not_wait_for_itself(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes seconds, in which a program may be told to end, and say what its best run was."""
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", worker="none", settings=QUICK)
+    log_three(tracker)
+    heard: list[Any] = []
+    open_sink = reading.open_sink
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return open_sink(*given, **options)
+
+    monkeypatch.setattr(reading, "open_sink", interrupted)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        signal.signal(signal.SIGUSR1, lambda *_: heard.append(summary(tracker.get_all_runs())))
+        os._exit(7 if summary(tracker.get_all_runs()) == EXPECTED and heard == [EXPECTED] else 1)
     assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -171,6 +171,32 @@ def test_an_outbox_that_is_full_when_a_program_begins_takes_events_once_there_is
     assert tracker.close(60)
 
 
+def test_a_run_that_begins_without_room_has_its_name_and_tags_once_there_is_some(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Its first points are refused and counted; the later ones would be those of a run of a name that MLflow chose."""
+    settings = dataclasses.replace(QUICK, sync_interval=0.05)
+    with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", settings=settings) as before:
+        with before.start_run("before") as run:
+            assert run.log_text("x" * 3_000_000, "large.txt")
+        assert before.flush(60)
+    full = dataclasses.replace(settings, outbox_bytes=2_500_000)
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", settings=full)
+    run = tracker.start_run("after", tags={"team": "vision"}, start_time=1_700_000_000_000)
+    assert not run.log_metric("loss", 0.5)
+    eventually(lambda: run.log_text("later", "later.txt"), 25)
+    run.end()
+    assert tracker.close(60)
+    held = {run.info.run_name: run for run in runs(sqlite_uri, experiment_name)}
+    assert {"before", "after"} == held.keys()
+    after = held["after"]
+    assert ("vision", 1_700_000_000_000, "FINISHED") == (
+        after.data.tags["team"],
+        after.info.start_time,
+        after.info.status,
+    )
+
+
 class TestRoom:
     def test_what_was_verified_first_goes_first_and_only_as_much_as_is_needed(self, tmp_path: Path) -> None:
         """At the cap; it is counted and said."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,6 +210,27 @@ def test_a_run_whose_program_s_number_another_process_has_by_now_is_filed(
         eventually(lambda: counters["delivered"] == 2, 60)
         eventually(lambda: not ended or directory.run_ids() == [], 60)
     assert int(ended) == counters["runs_verified"]
+
+
+def test_a_run_that_nobody_has_ended_is_filed_when_its_program_ends_after_all_of_it_was_delivered(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had closed its journal by then, as at an exit that waits for delivery, so that no lock tells of its end."""
+    monkeypatch.setattr(upkeep, "_LOOK", 0.1)
+    directory = make_outbox(tmp_path / "outbox")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as program:
+        head = header(
+            host=os.uname().nodename, boot_id=boot_id(), pid=program.pid, created_ms=int((time.time() + 1) * 1000)
+        )
+        frames = [*packed([RunStarted(1, "left"), metric(0)], head), closing(2, head)]
+        write_segment(directory.run(RUN), head, frames)
+        with delivering(directory, sqlite_uri, QUICK) as counters:
+            eventually(lambda: counters["delivered"] == 2, 60)
+            assert not counters["runs_verified"]
+            program.communicate(b"\n", timeout=60)
+            eventually(lambda: directory.run_ids() == [], 60)
+    assert 1 == counters["runs_verified"]
+    assert [RUN] == directory.delivered_ids()
 
 
 @pytest.mark.parametrize("place", ["of this machine", "of the network"])

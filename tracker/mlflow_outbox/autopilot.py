@@ -167,12 +167,12 @@ def of_summary(state: Any) -> RunContent:
         "best_metric": reader.field(state, "best_metric"),
     }
     _put(content.metrics, metrics)
-    best = reader.field(state, "best_experiment", default="none")
+    best = _worded(reader, state, "best_experiment", "none")
     if not isinstance(best, str):  # sessions keep the name, or the whole result
         best = reader.field(best, "experiment_name", default=best, what="best_experiment")
     tags = {
         "best_experiment": best,
-        "termination_reason": reader.field(state, "termination_reason", default="completed"),
+        "termination_reason": _worded(reader, state, "termination_reason", "completed"),
         "phase": reader.field(state, "phase"),
     }
     _put_texts(reader, content.tags, tags)
@@ -220,6 +220,12 @@ def _text_field(reader: Reader, thing: Any, name: str) -> str | None:
     """Return a field as text, or None when it is missing, unreadable or empty."""
     value = reader.field(thing, name)
     return None if value is None else reader.text(value, name) or None
+
+
+def _worded(reader: Reader, thing: Any, name: str, without: str) -> Any:
+    """Return a field, or the word for its absence, also where it is an empty text."""
+    found = reader.field(thing, name, default=without)
+    return without if isinstance(found, str) and not found else found
 
 
 def _total(reader: Reader, missing: Any) -> int | None:

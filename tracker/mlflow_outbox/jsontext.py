@@ -346,9 +346,10 @@ def _elements(value: Any) -> int:
     if not hasattr(type(value), "dtype") and not hasattr(type(value), "dtypes"):
         return 0
     size = getattr(value, "size", None)
-    if not isinstance(size, int) and callable(getattr(value, "numel", None)):
-        size = value.numel()
-    return size if isinstance(size, int) else 0
+    if isinstance(size, int):
+        return size
+    shape = getattr(value, "shape", None)  # PyTorch's size is a method, and Polars has none
+    return math.prod(shape) if isinstance(shape, tuple) and all(isinstance(n, int) for n in shape) else 0
 
 
 def _by_offer(value: Any) -> Any:

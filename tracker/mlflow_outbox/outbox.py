@@ -188,7 +188,12 @@ class Outbox:
                 self._is_starting = False
 
     def has_worker(self) -> bool:
-        """Return whether a worker of this process is there, which may not have begun to deliver."""
+        """Return whether a worker of this process is there, which may not have begun to deliver.
+
+        Asked by a flush that sees nobody deliver. Another tracker's ``close`` may have ended the one that it waits for.
+        """
+        if self._worker is None:
+            self._wake()
         worker = self._worker
         return worker is not None and worker.is_alive()
 

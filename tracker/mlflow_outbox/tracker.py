@@ -112,7 +112,8 @@ class MLflowTracker(handles.Handle):
         path = str(self.outbox_path or "")
         if self._outbox is not None:
             self._outbox.hand_out()
-        return _reopened, (self.experiment_name, self._destination.uri, path, handles.noted(self._settings))
+        note = handles.noted(self._settings)
+        return _reopened, (self.experiment_name, self._destination.uri, path, note, self._summary)
 
     def __enter__(self) -> Self:
         return self
@@ -356,11 +357,14 @@ class MLflowTracker(handles.Handle):
         return self._outbox.close(seconds, self._journals.members())
 
 
-def _reopened(experiment_name: str, tracking_uri: str, path: str, note: dict[str, Any]) -> MLflowTracker:
+def _reopened(
+    experiment_name: str, tracking_uri: str, path: str, note: dict[str, Any], summary: Run | None = None
+) -> MLflowTracker:
     tracker = MLflowTracker.__new__(MLflowTracker)
     tracker.experiment_name, tracker._settings = experiment_name, handles.settings_of(note)  # noqa: SLF001 - its own class's
     tracker._destination = resolve(tracking_uri, default="")  # noqa: SLF001 - as above
     tracker._begin(handles.reopened(path, tracker._settings))  # noqa: SLF001 - as above
+    tracker._summary = summary  # noqa: SLF001 - as above
     return tracker
 
 

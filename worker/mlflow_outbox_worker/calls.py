@@ -246,11 +246,14 @@ class Calls:
                 self._add_params(request, found, body, refuse)
             return found or self._sink.call(request.operation, body)
 
-        remote = self._asked(request, refuse, create)
-        if remote:
-            self._ledger.set_meta(f"model/{local}", remote.encode())
-        else:  # what names it is not to wait for it
-            self._ledger.set_meta(f"{REFUSED}/{local}", b"yes")
+        with self.precedence.making(local):
+            if self._ledger.meta(f"model/{local}"):
+                return True
+            remote = self._asked(request, refuse, create)
+            if remote:
+                self._ledger.set_meta(f"model/{local}", remote.encode())
+            else:  # what names it is not to wait for it
+                self._ledger.set_meta(f"{REFUSED}/{local}", b"yes")
         return bool(remote)
 
     def _add_params(

@@ -186,11 +186,32 @@ class Courier:
         try:
             self._deliver(record, view, reader, window)
         except Waits as waits:
-            is_own = waits.on == record.run_id and bool(record.remote_id)
-            if not is_own or not self._requests.make_ahead(record, reader, waits.what):
+            if not self._made_ahead(record.run_id, waits):
                 raise
             return False
         return True
+
+    def _made_ahead(self, run_id: str, waits: Waits, *before: str) -> bool:
+        """Make a model at once that a run waits for in vain; return whether that was done.
+
+        Its creation is in a journal that is read later: of the same run, or of one that waits for this run itself.
+
+        Raises:
+            Later: as ``turn``.
+            Parked: as ``turn``.
+            Waits: for what its creation names, as ``turn``.
+        """
+        is_vain = waits.on == run_id or self._calls.precedence.waits_for(waits.on, run_id)
+        record = self._ledger.record(waits.on) if is_vain and waits.what not in before else None
+        if record is None or not record.remote_id:
+            return False
+        reader = RunReader(*self._source.folders(waits.on), whole=copying(self._source))
+        try:
+            return self._requests.make_ahead(record, reader, waits.what)
+        except Waits as further:
+            if not self._made_ahead(run_id, further, waits.what, *before):
+                raise
+            return True
 
     def _known(self, run_id: str, window: Window) -> Window:
         """Return a window of which nothing is missing that was filed: another machine has delivered that, perhaps."""

@@ -256,6 +256,8 @@ class Delivery:
             )
         if not lanes_quiet:
             self._counters.add("lanes_abandoned")
+            self._schedule = Schedule(self._settings, self._clock)  # what such a lane gives back is not its successor's
+            self._lookout = Lookout(self._source, self._schedule, self._gate, self._clock)
         self._courier = self._resender = None
         sink, self._sink = self._sink, None
         if sink is not None:
@@ -276,7 +278,9 @@ class Delivery:
         if self._courier is None and not self._open():
             return False
         parallel = self._sink is not None and self._sink.parallel and self._gate.is_proven()
-        chosen = self._schedule.take(self._settings.parallel_runs if parallel else 1)
+        # One that tries does so beside lanes that are in the middle of something, which may be an upload of an hour.
+        most = self._settings.parallel_runs
+        chosen = self._schedule.take(most if parallel else min(most, self._schedule.busy() + 1))
         if not parallel:
             for run_id in chosen:
                 self._take_turn(run_id)
@@ -333,6 +337,27 @@ class Delivery:
             self._take_turn(run_id)
 
     def _take_turn(self, run_id: str) -> None:
+        schedule = self._schedule
+        try:
+            self._attempt(run_id, schedule)
+        except (LedgerUnavailable, OSError) as error:
+            self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
+            schedule.again(run_id, _STAND_BY, Standing("broken", str(error)))
+            if isinstance(error, LedgerCorrupt):
+                self._counters.add("ledger_corrupt")
+                self._lease.release()  # ends _hold; the next one opens a new ledger
+        except Exception as error:  # noqa: BLE001 - one run's trouble must not end the others' delivery; counted and said
+            self._trouble("run_crashes", error)
+            schedule.again(run_id, self._settings.retry_max, Standing("broken", repr(error)))
+        except BaseException as error:  # this thread ends, and if it is a lane nobody else would return to the run
+            self._trouble("run_crashes", error)
+            schedule.again(run_id, self._settings.retry_max, Standing("broken", repr(error)))
+            raise
+        finally:
+            schedule.release(run_id)
+
+    def _attempt(self, run_id: str, schedule: Schedule) -> None:
+        """Give a run its turn, and note what came of it, which may fail as well."""
         courier = self._resender if run_id in self._begun else self._courier
         ledger, asked = self._ledger, self._sink
         assert courier is not None and ledger is not None and asked is not None  # noqa: S101, PT018 - opened before any lane
@@ -351,35 +376,20 @@ class Delivery:
             # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
             if asked.calls > before:
                 self._gate.succeeded(ledger)
-            self._turned(run_id, turn)
+            self._turned(schedule, run_id, turn)
             if complete:
-                self._schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
+                schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
                 self._room.look(ledger, measure=True)
         except Waits as waits:  # for another run's turn; nothing is wrong with the destination
-            self._waits(run_id, waits, ledger, began_ms)
+            self._waits(schedule, run_id, waits, ledger, began_ms)
         except Later as later:
             self._counters.add("retried")
-            self._schedule.failed(run_id, later.error, later.outcome.reason)
+            schedule.failed(run_id, later.error, later.outcome.reason)
             self._gate.failed(ledger, later.error, later.outcome, began_ms)
         except Parked as parked:
-            self._parked(run_id, parked, began_ms, asked, before)
-        except (LedgerUnavailable, OSError) as error:
-            self._trouble("ledger_errors" if isinstance(error, LedgerUnavailable) else "run_errors", error)
-            self._schedule.again(run_id, _STAND_BY, Standing("broken", str(error)))
-            if isinstance(error, LedgerCorrupt):
-                self._counters.add("ledger_corrupt")
-                self._lease.release()  # ends _hold; the next one opens a new ledger
-        except Exception as error:  # noqa: BLE001 - one run's trouble must not end the others' delivery; counted and said
-            self._trouble("run_crashes", error)
-            self._schedule.again(run_id, self._settings.retry_max, Standing("broken", repr(error)))
-        except BaseException as error:  # this thread ends, and if it is a lane nobody else would return to the run
-            self._trouble("run_crashes", error)
-            self._schedule.again(run_id, self._settings.retry_max, Standing("broken", repr(error)))
-            raise
-        finally:
-            self._schedule.release(run_id)
+            self._parked(schedule, run_id, parked, began_ms, asked, before)
 
-    def _turned(self, run_id: str, turn: Turn) -> None:
+    def _turned(self, schedule: Schedule, run_id: str, turn: Turn) -> None:
         tails: dict[Path, int] = {}
         if turn.progress == "live" or (self._source.remote and turn.progress == "idle"):
             for writer, held in turn.reader.segments().items():
@@ -389,13 +399,13 @@ class Delivery:
                         continue
                     offset = cursor.offset if cursor is not None and cursor.ordinal == segment.header.ordinal else 0
                     tails[segment.path] = offset
-        self._schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
+        schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
         if turn.waits:
-            self._schedule.again(run_id, _STAND_BY)
+            schedule.again(run_id, _STAND_BY)
 
-    def _waits(self, run_id: str, waits: Waits, ledger: Ledger, began_ms: int) -> None:
+    def _waits(self, schedule: Schedule, run_id: str, waits: Waits, ledger: Ledger, began_ms: int) -> None:
         """Give a run another turn, soon unless what it waits for cannot be delivered: then it stands as that does."""
-        other = self._schedule.standing(waits.on) if waits.on != run_id else Standing()
+        other = schedule.standing(waits.on) if waits.on != run_id else Standing()
         if other.state == "parked":
             standing = Standing("parked", f"it waits for {waits.on}, which is parked: {other.reason}")
             self._park_run(ledger, run_id, standing.reason, began_ms)
@@ -405,22 +415,24 @@ class Delivery:
             reason = f"it waits for {waits.on}, which is not among what is sent; send both"
             standing = Standing("broken", reason, TRIES)
         else:
-            self._schedule.again(run_id, self._settings.poll_interval)
+            schedule.waits(run_id, after=waits.on)
             return
-        self._schedule.again(run_id, self._settings.retry_max, standing, after=waits.on)
+        schedule.again(run_id, self._settings.retry_max, standing, after=waits.on)
 
-    def _parked(self, run_id: str, parked: Parked, began_ms: int, asked: AskedSink, before: int) -> None:
+    def _parked(
+        self, schedule: Schedule, run_id: str, parked: Parked, began_ms: int, asked: AskedSink, before: int
+    ) -> None:
         self._counters.add("parked")
         standing = Standing("parked", parked.outcome.reason)
         if concerns_destination(parked.error, cast("Sink", asked)):
             self._gate.park(self._ledger, parked.outcome.reason, began_ms, parked.error.login)
-            self._schedule.again(run_id, 0.0, standing)
+            schedule.again(run_id, 0.0, standing)
             return
         if asked.calls > before:
             self._gate.succeeded(self._ledger)  # MLflow has answered
         if self._ledger is not None:
             self._park_run(self._ledger, run_id, parked.outcome.reason, began_ms, parked.error)
-        self._schedule.again(run_id, self._settings.parked_retry, standing)
+        schedule.again(run_id, self._settings.parked_retry, standing)
 
     def _park_run(
         self, ledger: Ledger, run_id: str, reason: str, began_ms: int, error: SinkError | None = None

@@ -11,6 +11,10 @@ MLflow refuses it because the experiment is deleted: nothing is asked, then, for
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request, SegmentClosed
 from mlflow_outbox.spool.reader import RunReader
@@ -52,6 +56,9 @@ class Precedence:
         #: How far a run was delivered when MLflow refused what follows, because it or its experiment was deleted, and
         #: no restoration was on its way.
         self._refused_at: dict[str, dict[str, Cursor]] = {}
+        #: The models that are being made.
+        self._making: set[str] = set()
+        self._lock = threading.Lock()
 
     def waits(self, run_id: str, on: str) -> None:
         """Note that a run or room waits for another; for none that is known, if that is ""."""
@@ -61,6 +68,33 @@ class Precedence:
         """Note that a run or room waits for nothing."""
         self._waiting.pop(_name(run_id), None)
         self._refused_at.pop(run_id, None)
+
+    def waits_for(self, run_id: str, other: str) -> bool:
+        """Return whether a run or room waits for another, directly or by others."""
+        seen: set[str] = set()
+        name = _name(run_id)
+        while name and name not in seen:
+            seen.add(name)
+            name = self._waiting.get(name, "")
+            if name == _name(other):
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def making(self, model_id: str) -> Iterator[None]:
+        """Have nobody else make a model meanwhile, as who needs it ahead of its turn may (``Requests.make_ahead``).
+
+        Raises:
+            Waits: somebody is at it.
+        """
+        with self._lock:
+            if model_id in self._making:
+                raise Waits(model_id, "")
+            self._making.add(model_id)
+        try:
+            yield
+        finally:
+            self._making.discard(model_id)
 
     def run_before(self, room: str, time_ms: int, experiments: set[str]) -> str:
         """Return a run of an experiment of which something was logged before a time and is not delivered, or "".
@@ -77,7 +111,7 @@ class Precedence:
         if key not in self._before:
             self._before[key] = self._runs_of(room, experiments)
         runs = self._before[key]
-        while runs and (self._waits_for(runs[0], room) or not self.is_pending(runs[0], time_ms)):
+        while runs and (self.waits_for(runs[0], room) or not self.is_pending(runs[0], time_ms)):
             runs.pop(0)
         if runs:
             return runs[0]
@@ -177,15 +211,6 @@ class Precedence:
         if started is not None and started.experiment_id:
             return started.experiment_id in experiments
         return bool(name) and header is not None and header.experiment == name
-
-    def _waits_for(self, run_id: str, room: str) -> bool:
-        seen: set[str] = set()
-        while run_id and run_id not in seen:
-            seen.add(run_id)
-            run_id = self._waiting.get(run_id, "")
-            if run_id == _name(room):
-                return True
-        return False
 
 
 def _name(run_id: str) -> str:

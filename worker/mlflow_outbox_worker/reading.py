@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mlflow_outbox.counters import described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxError, OutboxUnusable, TrackingUnavailable
@@ -21,16 +21,21 @@ from mlflow_outbox.spool.events import NAME_TAG, Event, RunStarted
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.views import Latest, Register, RunView
+from mlflow_outbox_worker import aside
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.mlflow_sink import open_client, open_sink
+from mlflow_outbox_worker.mlflow_sink import open_client, open_sink, prepare
 from mlflow_outbox_worker.sink import RUN_ID_TAG, RemoteRun, Sink, SinkError
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
     from mlflow_outbox_worker.records import RunRecord
 
+T = TypeVar("T")
+
 #: Seconds that a reader waits for MLflow before it answers from the disk.
 _DEADLINE: Final = 10.0
+#: Times as long as that a database may take for an answer of many pages.
+_PAGES: Final = 6
 #: Seconds that the ledger is waited for, at least and at most; a query takes milliseconds.
 _LEDGER_PATIENCE: Final = (1.0, 5.0)
 #: What a ledger raises that is locked, or that is not safe to use: answers come from the journals alone then.
@@ -72,6 +77,7 @@ class Reading:
         self._directory = outbox.directory
         self._counters = outbox.counters
         self._destination = outbox.destination
+        self._key = (outbox.destination.secret_uri or outbox.destination.uri, outbox.destination.artifact_root)
         self._ledger_path = outbox.directory.ledger_in(outbox.settings.ledger_dir)
         self._timeout = min(_DEADLINE, outbox.settings.request_timeout)
         least, most = _LEDGER_PATIENCE
@@ -90,7 +96,7 @@ class Reading:
             TrackingUnavailable: MLflow cannot be reached now.
         """
         try:
-            return self._sink().experiment_id(name)
+            return self._asked(lambda sink: sink.experiment_id(name))
         except SinkError as error:
             forward(error)
             raise self._unavailable("the id of an experiment is known to MLflow alone", error) from None
@@ -101,12 +107,13 @@ class Reading:
         Raises:
             TrackingUnavailable: MLflow cannot be reached now.
         """
+
+        def opened() -> Any:
+            with _opening(self._key), _importing():
+                return open_client(self._key[0], artifact_root=self._key[1] or None)
+
         try:
-            with _importing():
-                return open_client(
-                    self._destination.secret_uri or self._destination.uri,
-                    artifact_root=self._destination.artifact_root or None,
-                )
+            return self._in_time(opened)
         except (SinkError, TrackingUnavailable) as error:
             forward(error)
             raise self._unavailable("MLflow's client asks MLflow alone", error) from None
@@ -115,9 +122,8 @@ class Reading:
         """Return all runs of an experiment, newest first; see ``MLflowTracker.get_all_runs``."""
         local = self.local_runs(experiment, filed=False)  # first, so that what is filed meanwhile is in one of both
         try:
-            sink = self._sink()
-            experiment_id = sink.find_experiment(experiment)
-            remote = sink.search_runs(experiment_id) if experiment_id is not None else []
+            found = self._asked(lambda sink: sink.find_experiment(experiment))
+            remote = self._asked(lambda sink: sink.search_runs(str(found)), _PAGES) if found is not None else []
         except SinkError as error:
             forward(error)  # a time limit of the program's may have ended while MLflow was asked
             local += self.local_runs(experiment, besides={run.run_id for run in local})
@@ -246,12 +252,31 @@ class Reading:
                 return run
 
     def _sink(self) -> Sink:
-        key = (self._destination.secret_uri or self._destination.uri, self._destination.artifact_root)
-        with _sinks_lock:
-            if key not in _sinks:
+        held = _sinks.get(self._key)
+        if held is not None:
+            return held
+        with _opening(self._key):
+            if self._key not in _sinks:
                 with _importing():
-                    _sinks[key] = open_sink(key[0], artifact_root=key[1] or None, timeout=self._timeout)
-            return _sinks[key]
+                    uri, root = self._key
+                    _sinks[self._key] = open_sink(uri, artifact_root=root or None, timeout=self._timeout)
+            return _sinks[self._key]
+
+    def _asked(self, question: Callable[[Sink], T], times: int = 1) -> T:
+        return self._in_time(lambda: question(self._sink()), times)
+
+    def _in_time(self, question: Callable[[], T], times: int = 1) -> T:
+        """Put a question to MLflow, in a thread of its own if nothing else ends the wait for an answer.
+
+        Raises:
+            SinkError: there was none.
+        """
+        if not aside.is_needed(self._destination.scheme):
+            return question()
+        if self._key not in _sinks:
+            with _importing():  # here, for no other thread should
+                prepare(self._key[0])
+        return aside.ask(question, self._timeout * times)
 
     def _unavailable(self, what: str, error: Exception) -> TrackingUnavailable:
         msg = f"{what}, and {self._destination.uri} cannot be asked now: {error}"
@@ -260,15 +285,36 @@ class Reading:
 
 #: Opening an embedded store costs a second, and an experiment asks more than once.
 _sinks: dict[tuple[str, str], Sink] = {}
-_sinks_lock = threading.Lock()
+#: Held while one is opened, by destination: one that is silent holds up no other.
+_locks: dict[tuple[str, str], threading.Lock] = {}
+_here = threading.local()
 
 
 def _after_fork_in_child() -> None:
-    global _sinks_lock  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
-    _sinks_lock = threading.Lock()
+    global _locks, _here  # the child's own: they may be held by threads that are not there
+    _locks, _here = {}, threading.local()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@contextlib.contextmanager
+def _opening(key: tuple[str, str]) -> Iterator[None]:
+    """Open a store once, whoever asks; a signal handler that asks while this thread opens one would wait for itself.
+
+    Raises:
+        SinkError: this thread opens one.
+    """
+    here = _here
+    if getattr(here, "opens", False):
+        msg = "the call that was interrupted is still opening its store"
+        raise SinkError(msg, kind="connection", sent=False)
+    try:
+        here.opens = True
+        with _locks.setdefault(key, threading.Lock()):
+            yield
+    finally:
+        here.opens = False
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ Provisional ids are replaced when a request is made, not when it is logged: a ru
 MLflow's id only then. What names a run whose turn has not come waits for it (``Waits``), and with it what follows in
 the same journal. Since an id is given before it is used, nothing can wait for itself, but for a run or room to which
 several programs write: their journals are read one after the other, and the first may name a model of the second, which
-is made at once then (``Requests.make_ahead``). The tag that names a run's parent is treated so whatever the id in it
-looks like: the tracker's own ids do not look provisional.
+is made at once then (``Requests.make_ahead``); so is one of another run that waits for this one in the same way. The
+tag that names a run's parent is treated so whatever the id in it looks like: the tracker's own ids do not look
+provisional.
 
 A model that MLflow has refused to make is waited for by nobody: its id is sent as it is, for MLflow to judge, and what
 was to be done to the model is refused with it.

@@ -25,6 +25,9 @@ from mlflow_outbox_worker.sink import SinkError
 _LIFE_CHECK: Final = 2.0
 #: Turns in a row at a run whose files cannot be read before it is given up for now.
 TRIES: Final = 3
+#: Seconds between two turns of a run that waits for another, at most, and how often the pause is doubled.
+_WAITS_MOST: Final = 5.0
+_DOUBLED: Final = 12
 
 Stamp = tuple[int, ...]
 
@@ -50,7 +53,7 @@ class _Slot:
 
     __slots__ = (
         *("busy", "due", "filed", "live", "next_life_check", "pending"),
-        *("retry", "settles", "stamp", "standing", "tails"),
+        *("retry", "settles", "stamp", "standing", "tails", "waited"),
     )
 
     def __init__(self) -> None:
@@ -58,6 +61,8 @@ class _Slot:
         self.busy = False
         self.due = 0.0
         self.retry: Backoff | None = None
+        #: Turns in a row in which it had to wait for another.
+        self.waited = 0
         #: Segments that may still grow, with the offset read up to.
         self.tails: dict[Path, int] = {}
         #: They are being written, so a missing writer is news.
@@ -203,7 +208,7 @@ class Schedule:
         with self.changed:
             slot = self._slots[run_id]
             slot.retry, slot.due, slot.tails, slot.live = None, 0.0, tails, live
-            slot.standing = Standing()
+            slot.standing, slot.waited = Standing(), 0
             slot.pending = slot.pending or more
             self._watch(run_id, slot)
             for name in self._after.pop(run_id, ()):
@@ -249,6 +254,23 @@ class Schedule:
                     slot.standing = failed._replace(failures=max(failed.failures, slot.standing.failures + 1))
                 if after:
                     self._after.setdefault(after, set()).add(run_id)
+
+    def waits(self, run_id: str, *, after: str) -> None:
+        """Give a run that waits for another its next turn when that one had a good one, and soon, but ever less so.
+
+        What it asks MLflow for before it comes to that would be asked for at each look, for minutes where nobody knows
+        what it waits for.
+
+        Args:
+            run_id: the run.
+            after: the other one; "" when it is not known.
+        """
+        with self.changed:
+            slot = self._slots.get(run_id)
+            if slot is not None:
+                pause = min(_WAITS_MOST, self._settings.poll_interval * 2.0 ** min(slot.waited, _DOUBLED))
+                slot.waited += 1
+                self.again(run_id, pause, after=after)
 
     def failed(self, run_id: str, error: SinkError, reason: str) -> None:
         """Give a run its next turn after the back-off that its failures ask for."""

@@ -7,8 +7,9 @@ other runs are seen to all the same.
   are filed as it goes, also while there is more to send, at a rate at which the checkpoint that comes before costs
   nothing; and the copies of its files that are delivered, once there is nothing more to send. So all that is
   delivered of it, but the segment that is being written, is there to make room.
-* A run of which nobody can tell whether its programs live, such as one that was killed in a container, is looked at
-  again each hour: after a day of silence they count as ended (``writer``), and nothing else would ask.
+* A run that nobody has ended is looked at again each hour, for its programs may have ended since, and nothing else
+  would ask; so is one of which nobody can tell whether they live, such as one that was killed in a container: after a
+  day of silence they count as ended (``writer``).
 * Where the ledger cannot be brought into its main file just now (somebody reads it), something new has come in
   meanwhile, or a file cannot be moved, the next try comes after a pause, doubled each time up to minutes.
 * Runs go when the retention time has passed since they were read back, segments and copies of runs that go on when it
@@ -142,7 +143,8 @@ class Upkeep:
         done = done and (not directory.network or all(_have_left(turn.reader)))
         passed = [] if done else passed_segments(turn.reader, record.cursors)
         copies = [] if done or turn.progress == "more" else copies_to_file(directory, ledger, record, turn.reader)
-        later = _LOOK if turn.progress == "idle" and any(_are_far(turn.reader)) else 0.0
+        rests = turn.progress == "idle" and record.state != "done" and not record.ended
+        later = _LOOK if rests or (turn.progress == "idle" and any(_are_far(turn.reader))) else 0.0
         if not done and not passed and not copies:
             return later
         now = self._clock()

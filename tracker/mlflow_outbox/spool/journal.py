@@ -44,7 +44,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import SystemDisk, is_foreign, short_write
-from mlflow_outbox.spool.events import Event, encode
+from mlflow_outbox.spool.events import Event, RunStarted, encode
 from mlflow_outbox.spool.identity import RunIdentity
 from mlflow_outbox.spool.notices import Notices
 from mlflow_outbox.spool.ring import MemoryRing
@@ -103,6 +103,7 @@ class Journal:
         self._write = self._means.disk.write
         self._always = settings.sync == "always"
         self._remember = settings.sync != "os"  # what a failed sync may take is kept for writing it again
+        self._beginning = b""  # of the run, while there is no room for it; a forked child's too
         self._reset()
         _journals.add(self)
 
@@ -179,7 +180,7 @@ class Journal:
                 live = self._sequence.live
                 length = len(payload)
                 if live.offset >= live.limit or length >= _ESCAPE:
-                    return self._append_slowly(payload)
+                    return self._append_slowly(payload, event)
                 seq = live.seq
                 body = _short(seq & 0xFFFFFFFF, length) + payload
                 written = self._write(live.fd, _crc_pack(_crc32(body, live.seed)) + body)
@@ -217,7 +218,7 @@ class Journal:
             self._reset()
             self._give_up(lost)
 
-    def _append_slowly(self, payload: bytes) -> bool:
+    def _append_slowly(self, payload: bytes, event: Event) -> bool:
         if len(payload) > frame.MAX_PAYLOAD:
             self._counters.add("refused_too_large")
             self._counters.warn_once(
@@ -226,8 +227,12 @@ class Journal:
             )
             return False
         if self._is_full(self._refuse()):
+            if type(event) is RunStarted and not self.events:
+                self._beginning = payload  # without it what comes later would be a run without a name, not a whole one
             return False
         self._closed = False
+        if self._beginning and self._sequence.ring.add(self._beginning):  # which is written first
+            self._beginning = b""
         kept = self._sequence.write(payload)
         self._notices.begun(self, self._sequence)
         if self._sequence.ring or self._round.is_behind:

@@ -1,0 +1,138 @@
+"""Runs that are sent side by side: what one of them meets is nothing to the others, and none is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contents import QUICK, client, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker, Settings
+from mlflow_outbox.counters import Counters
+from mlflow_outbox.destination import resolve
+from mlflow_outbox.errors import LedgerUnavailable
+from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.testing import faults
+from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox_worker.courier import Courier, Turn
+from mlflow_outbox_worker.delivery import Delivery
+from mlflow_outbox_worker.ledger import Ledger
+from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.thread import ThreadWorker
+from servers import MlflowServer, eventually
+from workers import delivering
+
+
+def offline(experiment: str, uri: str, root: Path, settings: Settings = QUICK) -> tuple[MLflowTracker, OutboxDirectory]:
+    """A tracker that only writes, and its outbox."""
+    tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none", settings=settings)
+    assert tracker.outbox_path is not None
+    return tracker, OutboxDirectory.open(tracker.outbox_path)
+
+
+def test_a_failure_beside_a_long_upload_does_not_hold_up_the_others_until_that_is_through(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The server fails once while a file is on its way; whether it is there again is tried beside that."""
+    settings = dataclasses.replace(QUICK, request_timeout=120.0)
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("mlflow-artifacts", faults.accept_hang(), times=1)
+        proxy.on("runs/log-batch", faults.status(503), times=1)
+        tracker, directory = offline(experiment_name, proxy.url, tmp_path, settings)
+        with tracker.start_run("large") as run:
+            run.log_text("a checkpoint", "large.txt")
+        for name in ("small", "smaller"):
+            with tracker.start_run(name) as run:
+                run.log_metric("loss", 0.0, step=0)
+        tracker.close(0)
+
+        def ended() -> list[str]:
+            held = runs(mlflow_server.url, experiment_name)
+            return sorted(run.info.run_name for run in held if run.info.status == "FINISHED")
+
+        with delivering(directory, proxy.url, settings) as counters:
+            eventually(lambda: ["small", "smaller"] == ended(), 60, "the others arrive during the upload")
+            [hanging] = [request for request in proxy.requests if "accept_hang" == request.action]
+            assert hanging.ended is None
+            assert counters["retried"]
+            proxy.down()
+
+
+def test_a_run_that_waits_for_a_person_is_tried_again_although_that_could_not_be_noted(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lane found the ledger locked when MLflow had refused the run; it arrives once it is restored."""
+    tracker, directory = offline(experiment_name, mlflow_server.url, tmp_path)
+    run = tracker.start_run("deleted")
+    run.log_metric("loss", 0.0, step=0)
+    with delivering(directory, mlflow_server.url, QUICK) as counters:
+        eventually(lambda: counters["delivered"] == 2, 60)
+    remote = the_run(mlflow_server.url, experiment_name).info.run_id
+    with client(mlflow_server.url) as api:
+        api.delete_run(remote)
+    run.log_metric("loss", 0.5, step=1)
+    run.end()
+    tracker.close(0)
+    commit, refused = Ledger.commit, list[str]()
+
+    def locked(self: Ledger, record: RunRecord, **given: Any) -> None:
+        if record.state == "parked" and len(refused) < 2:
+            refused.append(record.run_id)
+            msg = "database is locked"
+            raise LedgerUnavailable(msg)
+        commit(self, record, **given)
+
+    monkeypatch.setattr(Ledger, "commit", locked)
+    with delivering(directory, mlflow_server.url, QUICK) as counters:
+        eventually(lambda: 2 == len(refused), 60, "it is tried again, and refused again")
+        with client(mlflow_server.url) as api:
+            api.restore_run(remote)
+        eventually(lambda: numbered(2) == points(mlflow_server.url, remote, "loss"), 60, "it is delivered")
+    assert 2 == counters["ledger_errors"]
+
+
+def test_a_lane_that_comes_back_after_it_was_given_up_gives_back_nothing_of_its_successor_s(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a third one would begin with the run while the second is at it."""
+    settings = dataclasses.replace(QUICK, request_timeout=1.0)
+    tracker, directory = offline(experiment_name, mlflow_server.url, tmp_path, settings)
+    with tracker.start_run("run") as run:
+        run.log_metric("loss", 0.0, step=0)
+    tracker.close(0)
+    begun, going, turn = list[str](), [threading.Event(), threading.Event()], Courier.turn
+
+    def held(self: Courier, run_id: str, **given: Any) -> Turn:
+        begun.append(threading.current_thread().name)
+        if len(begun) <= len(going):
+            assert going[len(begun) - 1].wait(120)
+        return turn(self, run_id, **given)
+
+    def are_there() -> set[str]:
+        return {thread.name for thread in threading.enumerate()}
+
+    monkeypatch.setattr(Courier, "turn", held)
+    counters = Counters()
+    delivery = Delivery(directory, resolve(mlflow_server.url), settings, counters, kind="thread")
+    worker = ThreadWorker(lambda: delivery, counters)
+    worker.start()
+    try:
+        eventually(lambda: 1 == len(begun), 60)
+        os.unlink(directory.lock)
+        eventually(lambda: 2 == len(begun), 60, "another lane has the run, since the lease was lost")
+        assert (1, 1) == (counters["leases_lost"], counters["lanes_abandoned"])
+        going[0].set()
+        eventually(lambda: begun[0] not in are_there(), 60, "the first comes back, to a ledger that is closed")
+        assert 1 == delivery._schedule.busy()
+        assert 2 == len(begun)
+        going[1].set()
+        eventually(lambda: 3 == counters["delivered"], 60)
+    finally:
+        for event in going:
+            event.set()
+        worker.stop(60)
+    assert numbered(1) == points(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id, "loss")
