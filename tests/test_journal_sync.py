@@ -21,7 +21,7 @@ from mlflow_outbox.spool.journal import Journal
 from mlflow_outbox.spool.ring import MemoryRing
 from mlflow_outbox.spool.snapshot import SnapshotStore
 from mlflow_outbox.testing import FailingDisk
-from spools import RUN, Everything, Kit, make_journal, metric, read
+from spools import RUN, Everything, Kit, make_journal, metric, open_files, read
 
 
 @pytest.mark.parametrize("sync", ["interval", "always"])
@@ -217,7 +217,6 @@ def test_a_sync_that_takes_long_costs_a_bounded_number_of_descriptors(
     counters = Counters()
     writer = make_journal(outbox, disk, segment_bytes=1024, counters=counters)
     writer.append(metric(0))
-    before = len(os.listdir("/proc/self/fd"))
     with disk.held("datasync") as entered:
         background = threading.Thread(target=writer.sync)
         background.start()
@@ -225,7 +224,7 @@ def test_a_sync_that_takes_long_costs_a_bounded_number_of_descriptors(
         for number in range(1, 3000):
             assert writer.append(metric(number))
         assert writer._sequence.ordinal > 60
-        assert len(os.listdir("/proc/self/fd")) < before + 20
+        assert len(open_files(outbox.path)) < 20
         assert counters["unprotected_by_sync"] > 1000
     background.join(60)
     writer.close()
@@ -249,13 +248,12 @@ def test_many_runs_that_end_faster_than_they_are_synced_leave_the_program_its_de
 ) -> None:
     """A complete segment gives its own back, and is opened again to be synced; in all an eighth may be open."""
     counters = Counters()
-    before = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for allowed, most in ((hard, 130), (400, 51)):
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
         try:
             journals = ended(outbox, disk, counters, 300)
-            assert len(os.listdir("/proc/self/fd")) <= before + most
+            assert len(open_files(outbox.path)) <= most
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         synced = disk.count("datasync")
@@ -264,7 +262,7 @@ def test_many_runs_that_end_faster_than_they_are_synced_leave_the_program_its_de
             journal.sync()
             assert journal.is_idle
         assert 300 == disk.count("datasync") - synced
-        assert before == len(os.listdir("/proc/self/fd"))
+        assert [] == open_files(outbox.path)
         shutil.rmtree(outbox.runs)
         outbox.runs.mkdir(mode=0o700)
     assert {} == counters.snapshot()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker.mlflow_sink import calls, open_sink
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore
 from mlflow_outbox_worker.outcome import classify
-from mlflow_outbox_worker.sink import MetricPoint
+from mlflow_outbox_worker.sink import MetricPoint, SinkError
 from plugin_world import deliver, differences, picture, store, tracking
 from servers import MlflowServer, eventually
 from sink_contract import closing, fails
@@ -175,4 +176,25 @@ def test_a_workspace_is_judged_by_its_answer_and_not_by_what_mlflow_makes_of_it(
         with closing(open_sink("databricks://work")) as sink:
             error = fails(lambda: sink.log_batch("a" * 32, [MetricPoint("m", 1.0, 1, 0)], {}, {}))
     assert (int(line[:3]), outcome) == (error.status, classify(error, "log_batch").kind), error
+    assert 1 == sum(b"log-batch" in request for request in wire.requests)
+
+
+def test_a_pause_that_a_workspace_asks_for_is_made_where_it_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDK sleeps for it, however long it is, and no flush and no end of a program wakes it up."""
+    errors: list[SinkError] = []
+    with contextlib.closing(Wire(refuses("503 Service Unavailable\r\nRetry-After: 600", ""))) as wire:
+        profile(wire.url, tmp_path, monkeypatch)
+        with closing(open_sink("databricks://work")) as sink:
+
+            def send() -> None:
+                errors.append(fails(lambda: sink.log_batch("a" * 32, [MetricPoint("m", 1.0, 1, 0)], {}, {})))
+
+            thread = threading.Thread(target=send, daemon=True)
+            thread.start()
+            thread.join(120)
+            assert not thread.is_alive(), "it sleeps"
+    assert [(503, 600.0)] == [(error.status, error.retry_after) for error in errors]
+    assert "retry" == classify(errors[0], "log_batch").kind
     assert 1 == sum(b"log-batch" in request for request in wire.requests)

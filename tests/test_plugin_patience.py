@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import threading
 import time
@@ -18,7 +19,7 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.testing.faults import accept_hang, delay, status
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import away, deliver, store, tracking
-from servers import MlflowServer
+from servers import MlflowServer, unused_port
 from wires import silent_host
 
 _WORKSPACE = "outbox+databricks://work"
@@ -65,6 +66,55 @@ def test_a_database_that_is_silent_is_waited_for_no_longer_than_any_server(tmp_p
         assert ended.wait(20.0), "the program stands still"
         assert provisional.is_provisional(runs[0].info.run_id)
         assert {"m": 1.0} == runs[1].data.metrics
+
+
+@pytest.mark.parametrize("how", ["silent", "away"])
+def test_the_registry_of_a_database_is_waited_for_no_longer_than_that_of_any_server(how: str, tmp_path: Path) -> None:
+    """MLflow's own store for it connects when it is made, in ten attempts with pauses of up to fifty seconds."""
+    from mlflow.exceptions import MlflowException
+
+    pytest.importorskip("psycopg2")
+    waits = {"create_timeout": 0.5, "read_timeout": 1.0, "exit_timeout": 0, "worker": "none"}
+    with silent_host() as silent:
+        port = silent if how == "silent" else unused_port()
+        with tracking(f"outbox+postgresql://u@127.0.0.1:{port}/db", tmp_path, **waits) as mlflow:
+            errors: list[str] = []
+            ended = threading.Event()
+
+            def program() -> None:
+                try:
+                    mlflow.MlflowClient().search_registered_models()
+                except MlflowException as error:
+                    errors.append(str(error))
+                ended.set()
+
+            threading.Thread(target=program, daemon=True).start()
+            assert ended.wait(20.0), "the program stands still"
+            assert "the model registry (search_registered_models) needs the tracking server" in errors[0]
+
+
+def test_a_resolver_of_names_that_is_silent_is_waited_for_no_longer_than_any_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has times of its own, of ten seconds to a minute, as where a network is gone that has the servers of names."""
+    over, resolve = threading.Event(), socket.getaddrinfo
+
+    def silent(host: Any, *rest: Any, **more: Any) -> Any:
+        if host != "tracking.example":
+            return resolve(host, *rest, **more)
+        over.wait(40)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    monkeypatch.setenv("NO_PROXY", "*")
+    waits = {"create_timeout": 0.5, "read_timeout": 1.0, "exit_timeout": 0, "worker": "none"}
+    with tracking("outbox+http://tracking.example:5000", tmp_path, **waits) as mlflow:
+        try:
+            begin = time.monotonic()
+            assert provisional.is_provisional(mlflow.MlflowClient().create_run("0").info.run_id)
+            assert time.monotonic() - begin < 20.0
+        finally:
+            over.set()
 
 
 def test_a_database_file_that_is_locked_is_waited_for_no_longer_than_any_server(

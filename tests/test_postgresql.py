@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
+import sqlalchemy.exc
 
 import plugin_scenarios
 from contents import QUICK, numbered, points, runs, the_run
@@ -26,12 +33,78 @@ from workers import delivering
 
 pytestmark = pytest.mark.postgresql
 
+#: Linux's option for a program that is asked of each packet to a socket whether to take it, and one that takes none.
+_ATTACH_FILTER: Final = 26
+_TAKES_NONE: Final = struct.pack("HBBI", 6, 0, 0, 0)
+
 
 @pytest.fixture(scope="session")
 def postgresql(postgresql_template: Path) -> Iterator[PostgreSQL]:
     """A server for all tests; one that takes it down brings it back."""
     with running(postgresql_template) as server:
         yield server
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def network(port: int) -> Iterator[tuple[int, Callable[[], None]]]:
+    """Yield another port of a server, and what drops the connections to it.
+
+    Nothing of theirs is acknowledged from then on, by nobody, and nobody is told; later connections get through.
+    """
+    near: list[socket.socket] = []
+    far: list[socket.socket] = []
+
+    def take(listener: socket.socket) -> None:
+        while True:
+            try:
+                one = listener.accept()[0]
+            except OSError:
+                return
+            other = socket.create_connection(("127.0.0.1", port))
+            near.append(one)
+            far.append(other)
+            for source, target in ((one, other), (other, one)):
+                threading.Thread(target=_pass_on, args=(source, target), daemon=True).start()
+
+    def drop() -> None:
+        program = ctypes.create_string_buffer(_TAKES_NONE, len(_TAKES_NONE))
+        for end in near:
+            end.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=take, args=(listener,))
+        thread.start()
+        try:
+            yield int(listener.getsockname()[1]), drop
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for end in (*near, *far):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+
+
+def within(seconds: float, call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+    """Return what became of a call that must not take longer than that, and may else never end."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - for the test
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    future.exception(seconds)
+    return future
 
 
 class TestPostgreSQL(SinkContract):
@@ -65,6 +138,59 @@ def test_a_forked_child_has_a_connection_of_its_own(postgresql: PostgreSQL) -> N
             os._exit(7 if backend() != mine else 1)
         assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert mine == backend()
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_what_a_network_drops_without_a_word_is_waited_for_no_longer_than_a_request(
+    driver: str, postgresql: PostgreSQL, experiment_name: str
+) -> None:
+    """TCP alone does so for a quarter of an hour if something was sent, and for two hours if not."""
+    with network(postgresql.port) as (port, drop):
+        uri = f"postgresql+{driver}://mlflow@127.0.0.1:{port}/postgres"
+        with contextlib.closing(open_sink(uri, timeout=2)) as sink:
+            engine = sink._store.engine  # type: ignore[attr-defined]  # the only Sink that there is
+            number = sink.experiment_id(experiment_name)
+            drop()
+            assert number == within(60, lambda: sink.find_experiment(experiment_name)).result()
+            at_work = threading.Event()
+
+            def work() -> None:
+                with engine.connect() as connection:
+                    at_work.set()
+                    connection.exec_driver_sql("SELECT pg_sleep(600)")
+
+            def cut_off() -> None:
+                assert at_work.wait(60)
+                eventually(lambda: 1 == sleepers(postgresql), 60)
+                drop()
+
+            threading.Thread(target=cut_off, daemon=True).start()
+            assert isinstance(within(60, work).exception(), sqlalchemy.exc.OperationalError)
+            sleepers(postgresql, end=True)
+            assert number == sink.find_experiment(experiment_name)
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_a_statement_that_takes_longer_than_a_request_may_is_waited_for(driver: str, postgresql: PostgreSQL) -> None:
+    """The host of the database is there all the while."""
+    uri = postgresql.uri.replace("postgresql:", f"postgresql+{driver}:")
+    with contextlib.closing(open_sink(uri, timeout=1)) as sink:
+        engine = sink._store.engine  # type: ignore[attr-defined]  # the only Sink that there is
+        with engine.connect() as connection:
+            assert 7 == connection.exec_driver_sql("SELECT 7 FROM pg_sleep(6)").scalar_one()
+
+
+def sleepers(postgresql: PostgreSQL, *, end: bool = False) -> int:
+    """Return how many connections sleep in a server, dropped ones too, of which it knows nothing; end them if asked."""
+    import psycopg2
+
+    query = "SELECT pid FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'SELECT pg_sleep%'"
+    with contextlib.closing(psycopg2.connect(postgresql.uri)) as connection, connection.cursor() as cursor:
+        cursor.execute(query)
+        found = [pid for (pid,) in cursor.fetchall()]
+        for pid in found if end else ():
+            cursor.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        return len(found)
 
 
 @pytest.mark.parametrize("name", ["fluent", "datasets", "model", "traces"])

@@ -74,6 +74,7 @@ class Settings:
     #: Metric points in one request; MLflow takes at most 1000.
     batch_points: int = MAX_BATCH_POINTS
     #: Seconds that one request to the tracking server may take in all; one with a file four more for each MiB of it.
+    #: Of a database: that a connect may take, and for which its host may be silent.
     request_timeout: float = 30.0
     #: Seconds of the first back-off after a failed attempt; doubled for each further one, with full jitter.
     retry_initial: float = 0.5

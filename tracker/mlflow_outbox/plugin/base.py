@@ -139,7 +139,7 @@ class Base:
         """Find what MLflow's stores have beyond their abstract base, for instance in a newer version."""
         if name.startswith("_") or "server" not in self.__dict__:
             raise AttributeError(name)
-        found = getattr(type(self.server.opened().store), name, None)
+        found = getattr(self.server.kind(), name, None)
         if not callable(found):
             raise AttributeError(name)  # noqa: TRY004 - what __getattr__ raises
         return lambda *args, **kwargs: self._delegate(name, *args, **kwargs)

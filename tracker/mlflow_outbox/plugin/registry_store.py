@@ -37,9 +37,10 @@ class OutboxRegistry:
         uri = destination.secret_uri or destination.uri
         if destination.scheme == "sqlite":
             uri = delivery.database_url(destination)
-        theirs = getattr(get_registry_store(uri), name)
-        if not callable(theirs):
-            return theirs
+        if not _is_call(destination.scheme, name):
+            theirs = getattr(get_registry_store(uri), name)
+            if not callable(theirs):
+                return theirs
 
         def call(*args: Any, **kwargs: Any) -> Any:
             tracking.settle(asks_next=True)
@@ -54,6 +55,15 @@ class OutboxRegistry:
             except NotYet as missing:
                 pending = tracking.server.lacks(missing)
                 raise tracking.server.needed(f"the model registry ({name})", pending, call=name) from None
-            return theirs(*given, **named)
+            return getattr(get_registry_store(uri), name)(*given, **named)
 
         return call
+
+
+def _is_call(scheme: str, name: str) -> bool:
+    """Return whether a name is a method of a database's store, which tries for minutes to connect when it is made."""
+    if scheme in {"http", "https", "databricks", "file"}:
+        return False
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore  # which other stores do without
+
+    return callable(getattr(SqlAlchemyStore, name, None))

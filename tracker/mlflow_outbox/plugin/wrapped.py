@@ -267,7 +267,7 @@ class Server:
             with self._opening:  # and not the other lock: a database may let it wait
                 held = self._opened.get(key)
                 if held is None:
-                    held = delivery.open_store(self._outbox.destination, key or 30.0)
+                    held = delivery.open_store(self._outbox.destination, key or self._outbox.settings.read_timeout)
                     with self._lock:
                         self._opened[key] = held
         return held

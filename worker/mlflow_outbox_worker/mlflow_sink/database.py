@@ -17,7 +17,7 @@ import sqlalchemy.pool
 from mlflow.store.db import utils as database
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from mlflow_outbox_worker.mlflow_sink import new_database
+from mlflow_outbox_worker.mlflow_sink import limits, new_database
 from mlflow_outbox_worker.mlflow_sink.migrations import take_turns
 from mlflow_outbox_worker.mlflow_sink.point_rows import PointRows
 from mlflow_outbox_worker.sink import SinkError
@@ -52,12 +52,13 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
+def open_store(uri: str, root: str, timeout: float = 30.0) -> tuple[str, PointRows, bool]:
     """Open the store of a database URL; calls must not overlap.
 
     Args:
         uri: the URL.
         root: where experiments that it creates keep their artifacts.
+        timeout: seconds for which a database that has a server may be silent, see ``limits``.
 
     Returns:
         The URL with an absolute path; the store; whether several requests may be under way at once.
@@ -69,6 +70,7 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
     url = _absolute(uri)
     uri = _text(url)
     file = _file(url)
+    has_server = url.get_backend_name() != "sqlite"
     store = _in_use.get((uri, root, *_identity(file))) if file else None
     if store is None:
         take_turns()
@@ -79,13 +81,14 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
         # MLflow would try for a minute to connect. One attempt is enough here, and a second process may be
         # creating the tables.
         engine = database.create_sqlalchemy_engine(uri)
+        limits.put(engine, timeout, statements=False)
         try:
             with engine.connect():
                 pass
             database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
         finally:
             engine.dispose()
-        store = PointRows(uri, root)
+        store = _with_limits(uri, root, timeout) if has_server else PointRows(uri, root)
         _engines.add(store.engine)
         if file:
             _opened.add(file)
@@ -93,7 +96,21 @@ def open_store(uri: str, root: str) -> tuple[str, PointRows, bool]:
             _in_use[key] = store
             sqlalchemy.event.listen(store.engine, "before_cursor_execute", _bounded, retval=True)
             _files[store] = file, _identity(file)
-    return uri, store, url.get_backend_name() != "sqlite"
+    return uri, store, has_server
+
+
+def _with_limits(uri: str, root: str, timeout: float) -> PointRows:
+    """Open a store over an engine of its own: MLflow's is the program's, too, and takes ten attempts to be made."""
+    engine = database.create_sqlalchemy_engine(uri)
+    _engines.add(engine)
+    limits.put(engine, timeout)
+    try:
+        store = PointRows(uri, root, engine=engine)
+    except BaseException:  # raised again: nobody else knows of its connections
+        engine.dispose()
+        raise
+    weakref.finalize(store, engine.dispose).atexit = False  # as the end of the process closes them
+    return store
 
 
 def as_mlflow_reads(uri: str) -> str:

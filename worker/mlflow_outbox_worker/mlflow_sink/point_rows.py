@@ -29,13 +29,19 @@ _INSERTS: dict[str, Callable[[Any], Any]] = {
 
 
 class PointRows(SqlAlchemyStore):  # type: ignore[misc]  # MLflow has no type information
-    """A database store; the arguments are those of MLflow's.
+    """A database store.
+
+    Args:
+        *arguments: MLflow's.
+        engine: holds its connections; None for the one that MLflow keeps for each URI.
+        **named: MLflow's.
 
     Attributes:
         takes_rows: points go to the table as rows, and again for nothing.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(self, *arguments: Any, engine: Any = None, **named: Any) -> None:
+        self._given = engine
         super().__init__(*arguments, **named)
         known = all(set(model.__table__.columns.keys()) == _COLUMNS for model in (SqlMetric, SqlLatestMetric))
         insert = _INSERTS.get(self.engine.dialect.name)
@@ -46,6 +52,9 @@ class PointRows(SqlAlchemyStore):  # type: ignore[misc]  # MLflow has no type in
         self._session: Callable[[], AbstractContextManager[Any]] = (
             (lambda: self.ManagedSessionMaker(read_only=False)) if writing else self.ManagedSessionMaker
         )
+
+    def _get_or_create_engine(self, db_uri: str) -> Any:
+        return self._given if self._given is not None else super()._get_or_create_engine(db_uri)
 
     def _log_metrics(self, run_id: str, metrics: Any) -> None:
         if self._insert is None:

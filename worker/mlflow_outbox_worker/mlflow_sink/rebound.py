@@ -14,7 +14,8 @@ import lock while it asks the finders of ``sys.meta_path``. MLflow's finder ther
 What the Databricks SDK raises for a refusal MLflow makes an answer of, with status 500 where it does not know the code.
 A workspace's gateway gives the status for a code, or a page: a login that is over would be a failure that passes, and a
 page with status 400 MLflow's verdict on the events. So what was answered is returned as it came. At 429 and 503 the SDK
-waits by itself until its time is up, and raises a TimeoutError, as if nobody had answered.
+sleeps for as long as the answer asks, be it an hour, whatever its time is, and raises a TimeoutError then, as if nobody
+had answered. Nobody can end that sleep, so it is not begun: delivery makes its own pauses.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from __future__ import annotations
 import builtins
 import functools
 import re
+import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -36,6 +39,8 @@ _TRANSPORT_NAME = "_get_http_response_with_retries"
 _REGISTRY_NAME = "_request_header_provider_registry"
 #: MLflow's function that makes a request by the Databricks SDK, and again.
 _SDK_NAME: Final = "_retry_databricks_sdk_call_with_exponential_backoff"
+#: MLflow's function that makes the SDK's client, one for each set of arguments, and ours has its own.
+_CLIENT_NAME: Final = "get_workspace_client"
 #: A refusal in plain text, of which MLflow makes as good an answer as there is.
 _IN_WORDS: Final = re.compile(rb"[A-Z_]+: ")
 
@@ -110,6 +115,27 @@ def _by_sdk(call_func: Callable[[], requests.Response], **_policy: Any) -> reque
         return answer
 
 
+class _Sleepless:
+    """Stands in for the clock of the Databricks SDK."""
+
+    time = staticmethod(time.time)
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        """End the call as the SDK does when its time is up."""
+        msg = f"a pause of {seconds:.0f} s is asked for"
+        raise TimeoutError(msg) from sys.exc_info()[1]
+
+
+def _client(*arguments: Any, **named: Any) -> Any:
+    """Return MLflow's client of the Databricks SDK, which makes no pauses."""
+    client = rest_utils.get_workspace_client(*arguments, **named)
+    requester: Any = getattr(client.api_client, "_api_client", None)
+    if hasattr(requester, "_clock"):
+        requester._clock = _Sleepless()  # noqa: SLF001 - MLflow makes the client, and gives it none
+    return client
+
+
 def _answered(error: OSError) -> requests.Response | None:
     """Return the answer of which the Databricks SDK made an error, which does not hold it; the SDK's frame does."""
     raised = error.__cause__ if isinstance(error, TimeoutError) else error
@@ -132,6 +158,6 @@ def http_request_over(perform: Callable[..., requests.Response]) -> Callable[...
     if not _has(original, _TRANSPORT_NAME):
         return original
     builtin = {**vars(builtins), "__import__": _import}
-    names = {_TRANSPORT_NAME: perform, _SDK_NAME: _by_sdk, "__builtins__": builtin}
+    names = {_TRANSPORT_NAME: perform, _SDK_NAME: _by_sdk, _CLIENT_NAME: _client, "__builtins__": builtin}
     rebound: Callable[..., Any] = _rebound(original, **names)
     return rebound

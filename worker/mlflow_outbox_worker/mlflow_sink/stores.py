@@ -129,7 +129,7 @@ def open_store(
 
         # What is no file has no lock of SQLite's, and may let its opening wait, which no fork should.
         with _building, using_store() if scheme == "sqlite" else contextlib.nullcontext():
-            uri, store, parallel = database.open_store(uri, artifact_root or str(Path("mlruns").absolute()))
+            uri, store, parallel = database.open_store(uri, artifact_root or str(Path("mlruns").absolute()), timeout)
         checks = functools.partial(database.check, store)
         return OpenStore(
             uri,

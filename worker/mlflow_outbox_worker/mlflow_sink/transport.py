@@ -6,7 +6,7 @@ server that sends one byte a second holds it for hours. So ``http_request`` is u
 underneath, which
 
 * makes one attempt, whatever the server answers, and follows no redirect;
-* ends at the deadline: connecting, sending and receiving share it (name resolution alone is up to the resolver);
+* ends at the deadline: connecting, sending and receiving share it (the resolver of names is left to itself then);
 * remembers whether the first byte was sent, because a request that was not cannot have been carried out;
 * reads a limited number of bytes of the answer, so that no answer can fill the memory;
 * keeps no connection on which the server failed;
@@ -21,9 +21,11 @@ retries, and with a deadline per read only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import io
+import ipaddress
 import json
 import math
 import netrc  # noqa: F401 - requests imports it at the first request, which is made in a thread that must not
@@ -146,6 +148,35 @@ def _response(sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTT
     return response
 
 
+def _look_up(host: str, port: int, seconds: float) -> None:
+    """Have the resolver find a name, which it may take half a minute and more for, whatever times a socket has.
+
+    Who connects asks it again, and has the answer at once then.
+
+    Raises:
+        ConnectTimeoutError: it has not found it in time.
+    """
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host.strip("[]"))
+        return
+    over = threading.Event()
+
+    def ask() -> None:
+        try:
+            with contextlib.suppress(OSError, UnicodeError):  # who connects meets it too
+                socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        finally:
+            over.set()
+
+    try:
+        threading.Thread(target=ask, name="mlflow-outbox-name", daemon=True).start()
+    except RuntimeError:  # no threads left, or the interpreter is about to end
+        return
+    if not over.wait(seconds):
+        msg = f"the address of {host} was not found in time"
+        raise urllib3.exceptions.ConnectTimeoutError(msg)
+
+
 class _Deadline:
     """What both kinds of connection do about the deadline of the attempt of their thread."""
 
@@ -156,6 +187,8 @@ class _Deadline:
     def connect(self) -> None:
         attempt = _attempt()
         if attempt is not None:
+            if not hasattr(self, "_socks_options"):  # such a proxy may be who looks names up
+                _look_up(self.host, self.port, attempt.remaining())  # type: ignore[attr-defined]  # as above
             self.timeout = attempt.remaining()
         super().connect()  # type: ignore[misc]  # a mixin of HTTPConnection
 
