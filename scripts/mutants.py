@@ -50,7 +50,7 @@ MUTANTS: Final = [
     ),
     Mutant(
         "drop the search for the run's tag",
-        COURIER,
+        "worker/mlflow_outbox_worker/counterparts.py",
         '        twins = ask("find_runs", lambda: self._sink.find_runs(record.experiment_id, record.run_id))\n',
         "        twins: list[str] = []\n",
         "tests/faults/test_network.py::test_an_answer_lost_at_any_request_doubles_nothing",
