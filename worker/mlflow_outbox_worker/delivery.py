@@ -22,7 +22,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, cast
 
 from mlflow_outbox import stopwatch
@@ -31,26 +30,24 @@ from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
-from mlflow_outbox.spool.writer import has_left
 from mlflow_outbox_worker.asked import AskedSink
-from mlflow_outbox_worker.courier import Courier, Turn
+from mlflow_outbox_worker.courier import Courier
 from mlflow_outbox_worker.finish import finish
-from mlflow_outbox_worker.gate import Gate, concerns_destination
+from mlflow_outbox_worker.gate import Gate
 from mlflow_outbox_worker.host_lease import described
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.ledger import Ledger, LedgerCorrupt
 from mlflow_outbox_worker.lookout import Lookout
 from mlflow_outbox_worker.opener import Opener, OpenSink
-from mlflow_outbox_worker.outcome import remedy
 from mlflow_outbox_worker.precedence import Waits
 from mlflow_outbox_worker.recollection import Recollection
-from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.requests import Later, Parked
 from mlflow_outbox_worker.requeue import begun
 from mlflow_outbox_worker.room import Room
-from mlflow_outbox_worker.schedule import TRIES, Schedule, Standing
+from mlflow_outbox_worker.schedule import Schedule, Standing
 from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import OutboxSource, Source
+from mlflow_outbox_worker.turns import Turns
 from mlflow_outbox_worker.twins import settle
 from mlflow_outbox_worker.upkeep import Upkeep
 
@@ -102,6 +99,7 @@ class Delivery:
         self._wakeup = threading.Event()
         self._schedule = Schedule(settings, clock)
         self._gate = Gate(destination.uri, settings, counters, clock=clock, now_ms=now_ms)
+        self._turns = Turns(self._source, settings, counters, self._gate)
         self._opener = Opener(
             destination, settings, self._gate, counters, open_sink=open_sink, now_ms=now_ms, clock=clock
         )
@@ -376,73 +374,15 @@ class Delivery:
             # After finish, which asks MLflow too: a turn that had nothing to send says nothing about the destination.
             if asked.calls > before:
                 self._gate.succeeded(ledger)
-            self._turned(schedule, run_id, turn)
+            self._turns.went_well(schedule, run_id, turn)
             if complete:
                 schedule.sent(run_id, stamp, settles_in=settles_in, filed_in=filed_in)
                 self._room.look(ledger, measure=True)
         except Waits as waits:  # for another run's turn; nothing is wrong with the destination
-            self._waits(schedule, run_id, waits, ledger, began_ms)
+            self._turns.waits(schedule, run_id, waits, ledger, began_ms)
         except Later as later:
             self._counters.add("retried")
             schedule.failed(run_id, later.error, later.outcome.reason)
             self._gate.failed(ledger, later.error, later.outcome, began_ms)
         except Parked as parked:
-            self._parked(schedule, run_id, parked, began_ms, asked, before)
-
-    def _turned(self, schedule: Schedule, run_id: str, turn: Turn) -> None:
-        tails: dict[Path, int] = {}
-        if turn.progress == "live" or (self._source.remote and turn.progress == "idle"):
-            for writer, held in turn.reader.segments().items():
-                cursor = turn.record.cursors.get(writer)
-                for segment in held[-1:]:
-                    if turn.progress == "idle" and turn.record.ended and has_left(segment.path, segment.header):
-                        continue
-                    offset = cursor.offset if cursor is not None and cursor.ordinal == segment.header.ordinal else 0
-                    tails[segment.path] = offset
-        schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
-        if turn.waits:
-            schedule.again(run_id, _STAND_BY)
-
-    def _waits(self, schedule: Schedule, run_id: str, waits: Waits, ledger: Ledger, began_ms: int) -> None:
-        """Give a run another turn, soon unless what it waits for cannot be delivered: then it stands as that does."""
-        other = schedule.standing(waits.on) if waits.on != run_id else Standing()
-        if other.state == "parked":
-            standing = Standing("parked", f"it waits for {waits.on}, which is parked: {other.reason}")
-            self._park_run(ledger, run_id, standing.reason, began_ms)
-        elif other.state == "broken" and other.failures >= TRIES:
-            standing = Standing("broken", f"it waits for {waits.on}, which cannot be read: {other.reason}", TRIES)
-        elif waits.on and self._source.lacks(waits.on):
-            reason = f"it waits for {waits.on}, which is not among what is sent; send both"
-            standing = Standing("broken", reason, TRIES)
-        else:
-            schedule.waits(run_id, after=waits.on)
-            return
-        schedule.again(run_id, self._settings.retry_max, standing, after=waits.on)
-
-    def _parked(
-        self, schedule: Schedule, run_id: str, parked: Parked, began_ms: int, asked: AskedSink, before: int
-    ) -> None:
-        self._counters.add("parked")
-        standing = Standing("parked", parked.outcome.reason)
-        if concerns_destination(parked.error, cast("Sink", asked)):
-            self._gate.park(self._ledger, parked.outcome.reason, began_ms, parked.error.login)
-            schedule.again(run_id, 0.0, standing)
-            return
-        if asked.calls > before:
-            self._gate.succeeded(self._ledger)  # MLflow has answered
-        if self._ledger is not None:
-            self._park_run(self._ledger, run_id, parked.outcome.reason, began_ms, parked.error)
-        schedule.again(run_id, self._settings.parked_retry, standing)
-
-    def _park_run(
-        self, ledger: Ledger, run_id: str, reason: str, began_ms: int, error: SinkError | None = None
-    ) -> None:
-        record = ledger.record(run_id) or RunRecord(run_id)
-        advice = remedy(error, record, self._source.path) if error is not None else ""
-        reason = printable(reason, 300).rstrip(".") + advice  # MLflow's own sentences end with a full stop
-        record.state, record.reason, record.failed_at_ms = "parked", reason, began_ms
-        ledger.commit(record)
-        self._counters.warn_once(
-            ("parked", run_id),
-            f"mlflow-outbox: run {run_id} waits for a person: {reason}. Its events stay on disk",
-        )
+            self._turns.parked(schedule, run_id, parked, ledger, began_ms, asked, before)
