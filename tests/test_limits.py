@@ -16,6 +16,7 @@ import sqlalchemy
 
 from mlflow_outbox_worker.mlflow_sink import limits, open_sink
 from mlflow_outbox_worker.outcome import classify
+from servers import MlflowServer
 from sink_contract import closing, fails
 
 _PROBES = {"keepalives_idle": 6, "keepalives_interval": 2, "keepalives_count": 3}
@@ -111,3 +112,21 @@ def test_the_search_for_an_address_ends_with_the_request(scheme: str, monkeypatc
     over.set()
     assert ("timeout", False, "retry") == (error.kind, error.sent, classify(error, "get_run").kind)
     assert "the address of tracking.example was not found in time" in str(error)
+
+
+def test_a_name_is_looked_up_once_for_each_connection(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look takes seconds where the first server of names is dead; of what was found, one address may answer."""
+    resolve = socket.getaddrinfo
+
+    def slow(host: Any, *rest: Any, **more: Any) -> Any:
+        if host != "localhost":
+            return resolve(host, *rest, **more)
+        time.sleep(3.0)
+        return [*resolve("127.0.0.2", *rest, **more), *resolve("127.0.0.1", *rest, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with closing(open_sink(f"http://localhost:{mlflow_server.port}", timeout=5.0)) as sink:
+        assert "0" == sink.find_experiment("Default")

@@ -54,3 +54,23 @@ def test_a_run_that_waits_for_another_has_its_turn_when_that_had_a_good_one() ->
     schedule.release(RUN)
     clock.now += 2 * Settings().poll_interval
     assert [RUN] == schedule.take(2)
+
+
+def test_a_run_that_was_sent_before_the_turn_was_over_for_which_it_had_waited_stays_so() -> None:
+    """The other one was there from the first of its requests on. A replay waits for ever for a run that is not sent."""
+    clock = Clock()
+    schedule = Schedule(Settings(), clock)
+    for run_id in (RUN, OTHER):
+        schedule.mark(run_id)
+    assert [RUN, OTHER] == schedule.take(2)
+    schedule.waits(RUN, after=OTHER)
+    schedule.release(RUN)
+    clock.now += 1
+    assert [RUN] == schedule.take(2), "while the other one goes on with its turn"
+    schedule.turned(RUN, {}, live=False, more=False)
+    schedule.sent(RUN, ())
+    schedule.release(RUN)
+    schedule.turned(OTHER, {}, live=False, more=False)
+    schedule.sent(OTHER, ())
+    schedule.release(OTHER)
+    assert ["sent", "sent"] == [schedule.standing(run_id).state for run_id in (RUN, OTHER)]

@@ -212,8 +212,11 @@ class Schedule:
             slot.pending = slot.pending or more
             self._watch(run_id, slot)
             for name in self._after.pop(run_id, ()):
-                if name in self._slots:
-                    self._slots[name].due, self._slots[name].standing = 0.0, Standing()
+                other = self._slots.get(name)
+                if other is not None:
+                    other.due = 0.0
+                    if other.standing.state != "sent":  # as it may be since before the end of this turn
+                        other.standing = Standing()
 
     def sent(self, run_id: str, stamp: Stamp, *, settles_in: float = 0.0, filed_in: float = 0.0) -> None:
         """Note that everything of a run was sent that was on disk when its directories had this stamp.

@@ -148,33 +148,39 @@ def _response(sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTT
     return response
 
 
-def _look_up(host: str, port: int, seconds: float) -> None:
-    """Have the resolver find a name, which it may take half a minute and more for, whatever times a socket has.
+def _look_up(host: str, port: int, seconds: float) -> list[str]:
+    """Return what the resolver finds for a name, which may take it half a minute and more, whatever times a socket has.
 
-    Who connects asks it again, and has the answer at once then.
+    Few resolvers remember: whoever asked once more would wait as long again, where the first server of names is dead.
+
+    Returns:
+        Nothing for what is an address itself, or is not found; who connects meets that.
 
     Raises:
         ConnectTimeoutError: it has not found it in time.
     """
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(host.strip("[]"))
-        return
-    over = threading.Event()
+        return []
+    over, found = threading.Event(), list[str]()
 
     def ask() -> None:
         try:
             with contextlib.suppress(OSError, UnicodeError):  # who connects meets it too
-                socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                family = urllib3.util.connection.allowed_gai_family()
+                held = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+                found.extend(dict.fromkeys(str(address[0]) for *_, address in held))
         finally:
             over.set()
 
     try:
         threading.Thread(target=ask, name="mlflow-outbox-name", daemon=True).start()
     except RuntimeError:  # no threads left, or the interpreter is about to end
-        return
+        return []
     if not over.wait(seconds):
         msg = f"the address of {host} was not found in time"
         raise urllib3.exceptions.ConnectTimeoutError(msg)
+    return found
 
 
 class _Deadline:
@@ -183,14 +189,30 @@ class _Deadline:
     response_class = staticmethod(_response)
     sock: Any
     timeout: Any
+    port: Any
+    _dns_host: str
+    _found: tuple[str, ...] = ()
 
     def connect(self) -> None:
         attempt = _attempt()
         if attempt is not None:
             if not hasattr(self, "_socks_options"):  # such a proxy may be who looks names up
-                _look_up(self.host, self.port, attempt.remaining())  # type: ignore[attr-defined]  # as above
+                self._found = tuple(_look_up(self._dns_host, self.port, attempt.remaining()))
             self.timeout = attempt.remaining()
         super().connect()  # type: ignore[misc]  # a mixin of HTTPConnection
+
+    def _new_conn(self) -> Any:
+        """Connect to one address after the other that was found for the name, which is kept for the certificate."""
+        name, found, self._found = self._dns_host, self._found, ()
+        try:
+            for address in found[:-1]:
+                self._dns_host = address
+                with contextlib.suppress(urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError):
+                    return super()._new_conn()  # type: ignore[misc]  # a mixin of HTTPConnection
+            self._dns_host = found[-1] if found else name
+            return super()._new_conn()  # type: ignore[misc]  # as above
+        finally:
+            self._dns_host = name
 
     def send(self, data: Any) -> None:
         if self.sock is None:
