@@ -19,6 +19,7 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory, find_outboxes
+from mlflow_outbox_worker.cli import terminal
 from mlflow_outbox_worker.cli.signals import Ending
 from mlflow_outbox_worker.cli.worker import Service
 from mlflow_outbox_worker.host_lease import worker_of
@@ -207,6 +208,34 @@ def test_metrics_over_http(tmp_path: Path) -> None:
     assert f'mlflow_outbox_requests_total{{answer="5xx",{label}}} 1.0' in text
     assert f'mlflow_outbox_counts_total{{{label},reason="lanes_abandoned"}} 2.0' in text
     assert text.endswith("# EOF\n")
+
+
+def test_an_address_of_ipv6_is_told_as_a_url_has_it(here: Here, tmp_path: Path) -> None:
+    """In brackets; and where it cannot be had, it is the address that another one is asked for."""
+    offline(tmp_path)
+    options = ("--metrics-port", "0", "--until-idle", "--grace", "0")
+    done = here("worker", "-d", tmp_path, "--metrics-address", "2001:db8::1", *options)
+    assert 1 == done.code
+    assert "served at [2001:db8::1]:0: " in done.err
+    assert "give another --metrics-address" in done.err
+
+
+def test_a_service_says_how_far_it_is_only_when_that_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An outbox in which nothing happens would fill its log, a line each minute."""
+    offline(tmp_path)
+    terminal.prepare()
+    with Ending() as ending:
+        service = Service(Settings(root=tmp_path), ending)
+        service.adopt(tmp_path)
+        (worker,) = service._workers.values()
+        for delivered in (0, 13, 0, 0, 4, 0):
+            worker.counters.add("delivered", delivered)
+            service._report()
+        assert 3 == service.end(0.0, None)
+    said = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if "so far" in line]
+    assert ["13 delivered so far", "17 delivered so far"] == said
 
 
 def test_without_prometheus_client_it_says_how_to_get_it(

@@ -42,6 +42,22 @@ def test_events_wait_in_memory_while_the_disk_refuses_and_arrive_in_order(
     assert counters["disk_errors"] > 0
 
 
+def test_a_power_cut_of_a_failing_disk_takes_nothing_below_the_directory(
+    outbox: OutboxDirectory, disk: FailingDisk
+) -> None:
+    """A run's copied files lie there, in a directory of their own: they are made on the machine's disk."""
+    writer = make_journal(outbox, disk)
+    assert writer.append(metric(0))
+    writer.sync()
+    assert writer.append(metric(1))
+    copy = outbox.run(RUN) / "files" / "copy"
+    copy.parent.mkdir(mode=0o700, exist_ok=True)
+    copy.write_bytes(b"content")
+    disk.cut_power(outbox.run(RUN))
+    assert [0] == read(outbox).steps
+    assert b"content" == copy.read_bytes()
+
+
 def test_a_call_tries_the_disk_again_by_itself(
     outbox: OutboxDirectory, disk: FailingDisk, later: Callable[[float], None]
 ) -> None:

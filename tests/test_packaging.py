@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ class TestDistribution:
         assert {"mlflow_outbox/py.typed", "mlflow_outbox_worker/py.typed"} <= set(names)
         assert any(name.endswith("licenses/LICENSE") for name in names)
         assert "mlflow-outbox = mlflow_outbox_worker.cli:main" in entry_points
+
+    def test_whoever_has_the_source_distribution_can_test_it(self, tmp_path: Path) -> None:
+        """The scripts that the tests look at are in it, the one of continuous integration too."""
+        command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        (path,) = tmp_path.glob("*.tar.gz")
+        with tarfile.open(path) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        wanted = {".ci/run", "scripts/test", "tests/conftest.py", "README.md", "pyproject.toml", "constraints.txt"}
+        assert set() == wanted - names
 
     def test_the_changelog_speaks_of_this_version(self) -> None:
         """A release without a word about it is none."""

@@ -15,7 +15,7 @@ import pytest
 
 from asking import CREATE, HEALTH, ask, ask_in_vain, connect
 from mlflow_outbox.testing import faults
-from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox.testing.proxy import Action, FaultProxy
 from servers import MlflowServer, eventually
 
 
@@ -70,6 +70,18 @@ class TestForwarding:
             connection.request("POST", CREATE, iter(parts), {"Content-Type": "application/json"}, encode_chunked=True)
             assert connection.getresponse().status == http.HTTPStatus.OK
         assert b"".join(parts) == proxy.requests[0].body
+
+    def test_a_request_that_its_client_breaks_off_does_not_reach_the_server(
+        self, proxy: FaultProxy, mlflow_server: MlflowServer, experiment_name: str
+    ) -> None:
+        """As of a program that is killed while it sends: what there is would be taken for the whole."""
+        body = json.dumps({"name": experiment_name}).encode()
+        head = f"POST {CREATE} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body) + 1}\r\n\r\n"
+        parts = urlsplit(proxy.url)
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=20) as client:
+            client.sendall(head.encode() + body)
+        eventually(lambda: 1 == proxy.accepted and not proxy._connections, message="the connection's thread ends")
+        assert ([], False) == (proxy.requests, experiment_exists(mlflow_server, experiment_name))
 
     def test_an_idle_connection_outlives_the_servers_own_patience(self, mlflow_server: MlflowServer) -> None:
         """A request after the server behind has closed its idle connection is served and sent once."""
@@ -152,6 +164,24 @@ class TestChoosing:
             request.action for request in proxy.requests
         ]
         assert b'{"n' == proxy.requests[-1].body
+
+    @pytest.mark.parametrize("of", ["rule", "action"])
+    def test_a_mistake_in_the_code_of_a_test_is_seen(
+        self, of: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A body without JSON is a ValueError, as what is no HTTP is, which ends its connection in silence."""
+        seen: list[threading.ExceptHookArgs] = []
+        monkeypatch.setattr(threading, "excepthook", seen.append)
+        if of == "rule":
+            proxy.on(HEALTH, faults.status(503), body=lambda content: "name" in json.loads(content))
+        else:
+            proxy.on(HEALTH, Action("own", lambda exchange: json.loads(exchange.request.body)))
+        with pytest.raises(ConnectionError):
+            ask(proxy)
+        eventually(lambda: seen)
+        (found,) = seen
+        assert of in str(found.exc_value)
+        assert "raised JSONDecodeError" in str(found.exc_value)
 
     def test_clear_forwards_everything_from_then_on(self, proxy: FaultProxy) -> None:
         """Rules without an end and scripts are forgotten."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import socket
 import ssl
 import threading
@@ -27,6 +28,25 @@ def proxy(mlflow_server: MlflowServer) -> Iterator[FaultProxy]:
     """A proxy in front of the shared MLflow server."""
     with FaultProxy(mlflow_server.url) as proxy:
         yield proxy
+
+
+@contextlib.contextmanager
+def forked_child() -> Iterator[None]:
+    """A child that was forked a moment ago, as a data loader's are, and lives as long as the block."""
+    ear, bell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(bell)
+            os.read(ear, 1)
+        finally:
+            os._exit(0)
+    os.close(ear)
+    try:
+        yield
+    finally:
+        os.close(bell)
+        os.waitpid(pid, 0)
 
 
 class TestTls:
@@ -90,6 +110,26 @@ class TestBackend:
             with pytest.raises(ConnectionError):
                 connection.request("GET", HEALTH)
                 connection.getresponse()
+
+    def test_a_forked_child_keeps_neither_the_port_nor_a_connection(self, proxy: FaultProxy) -> None:
+        """While data loaders run new connections are refused, those there are reset, and a dropped one has an end."""
+        with closing(connect(proxy)) as dropped, closing(connect(proxy)) as kept:
+            for connection in (dropped, kept):
+                connection.request("GET", HEALTH)
+                connection.getresponse().read()
+            with forked_child():
+                proxy.script(faults.drop())
+                dropped.request("GET", HEALTH)
+                with pytest.raises(ConnectionError):
+                    dropped.getresponse()
+                proxy.down()
+                with pytest.raises(ConnectionError):
+                    kept.request("GET", HEALTH)
+                    kept.getresponse()
+                with pytest.raises(ConnectionRefusedError):
+                    ask(proxy)
+                proxy.up()
+                assert ask(proxy)[0] == http.HTTPStatus.OK
 
     def test_another_backend_takes_over_at_once(
         self, proxy: FaultProxy, own_mlflow_server: Callable[[], MlflowServer], experiment_name: str

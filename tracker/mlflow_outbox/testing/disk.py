@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,11 +154,12 @@ class FailingDisk(SystemDisk):
         """Cut each file of a directory to what it held when it was last synced; names are kept.
 
         Args:
-            folder: where the files are.
+            folder: where the files are, such as a run's; what is in directories in it, as copies are, stays.
         """
         for path in folder.iterdir():
-            found = path.stat()
-            os.truncate(path, self._durable.get((found.st_dev, found.st_ino), 0))
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode):
+                os.truncate(path, self._durable.get((found.st_dev, found.st_ino), 0))
 
     def _add(self, fault: _Fault) -> None:
         if fault.operation not in get_args(Operation):

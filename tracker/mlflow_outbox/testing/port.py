@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import socket
 import threading
 from collections.abc import Callable
+
+from mlflow_outbox.living import Living
 
 
 class Port:
@@ -74,6 +77,8 @@ class _Acceptor:
     def stop(self) -> None:
         self._stop.send(b"x")
         self._thread.join()
+        with contextlib.suppress(OSError):  # where a child that was forked this moment has it too, closing ends nothing
+            self._listener.shutdown(socket.SHUT_RDWR)
         for each in (self._listener, self._stop, self._stopped):
             each.close()
 
@@ -81,6 +86,27 @@ class _Acceptor:
 def _bound(host: str, port: int) -> socket.socket:
     """Bind without listening."""
     holder = socket.socket()
+    not_in_children(holder)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     holder.bind((host, port))
     return holder
+
+
+def not_in_children(one: socket.socket) -> None:
+    """Have forked children of this process, such as a data loader's, close a socket.
+
+    As long as one kept its copy nobody would be refused, and no client would see the end of its connection.
+    """
+    _sockets.add(one)
+
+
+_sockets: Living[socket.socket] = Living()
+
+
+def _after_fork_in_child() -> None:
+    for one in _sockets.members():
+        if one.fileno() >= 0:
+            os.close(one.detach())  # close() would leave it to a file object that reads from it
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

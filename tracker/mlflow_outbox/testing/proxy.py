@@ -13,6 +13,8 @@ Put it between the outbox and a real server, tell it what to do with which reque
 * Every request is recorded before its action runs, so a request that is never answered can be seen too. A record says
   which action that is, what the server behind answered and, separately, what the client was sent, and when.
 * A request is sent to the server behind at most once, whatever happens: a repeated one comes from the client.
+* An error of a rule's function, or a ValueError of an action, is one of the connection's thread: see
+  ``threading.excepthook``.
 * One thread per connection, kept alive as HTTP/1.1 says; connections are to loopback, without TLS unless a context
   for it is given. The connection to the server behind is always without.
 """
@@ -33,8 +35,8 @@ from typing import final
 from urllib.parse import urlsplit
 
 from mlflow_outbox import stopwatch
-from mlflow_outbox.testing.port import Port
-from mlflow_outbox.testing.rules import Rules
+from mlflow_outbox.testing.port import Port, not_in_children
+from mlflow_outbox.testing.rules import Rules, shown
 from mlflow_outbox.testing.wire import Answer, Headers, Request, end_to_end, read_body
 
 #: Seconds after which an idle connection to the server behind is not used again: servers close them after some.
@@ -77,7 +79,8 @@ class Exchange:
     def run(self, action: Action) -> None:
         """Carry an action out, and note when it is over."""
         try:
-            action.run(self)
+            with shown(f"the action {action.name}", ValueError):
+                action.run(self)
         finally:
             self._note(dataclasses.replace(self._request, ended=stopwatch.seconds()))
 
@@ -279,6 +282,7 @@ class _Connection:
     """One client's connection, and the one to the server behind that serves it."""
 
     def __init__(self, proxy: FaultProxy, client: socket.socket) -> None:
+        not_in_children(client)
         client.settimeout(None)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.client = client
@@ -296,6 +300,7 @@ class _Connection:
                 # noticed in the middle of the wrapping (``SSLSocket._create``, a reset).
                 self.client.getpeername()
                 self.client = tls.wrap_socket(self.client, server_side=True, do_handshake_on_connect=False)
+                not_in_children(self.client)
                 self.client.do_handshake()
             stream = self.client.makefile("rb")
             while not self.closed.is_set() and self._take(stream):

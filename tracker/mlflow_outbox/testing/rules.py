@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow_outbox.testing.proxy import Action
+
+
+@contextlib.contextmanager
+def shown(what: str, kind: type[Exception]) -> Iterator[None]:
+    """Let errors of a test's own code end the thread aloud: by their type they are a client's, which end it in silence.
+
+    Args:
+        what: whose code it is.
+        kind: the errors.
+
+    Raises:
+        RuntimeError: in the place of one.
+    """
+    try:
+        yield
+    except kind as error:
+        msg = f"{what} of a FaultProxy raised {type(error).__name__}: {error}"
+        raise RuntimeError(msg) from error
 
 
 @dataclasses.dataclass
@@ -67,7 +86,7 @@ class Rules:
 
     def ask_for_body(self, method: str, path: str) -> bool:
         """Return whether the body of a request has to be known before its action is."""
-        with self._lock:
+        with shown("a rule", Exception), self._lock:
             return any(rule.holds and rule.left != 0 and rule.fits(method, path) for rule in self._rules)
 
     def choose(self, method: str, path: str, body: bytes | None) -> Action | None:
@@ -78,7 +97,7 @@ class Rules:
             path: of the request.
             body: its body; None when it was not read yet, which no rule about bodies fits.
         """
-        with self._lock:
+        with shown("a rule", Exception), self._lock:
             for rule in self._rules:
                 if rule.left == 0 or not rule.fits(method, path):
                     continue

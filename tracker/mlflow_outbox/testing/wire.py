@@ -76,12 +76,17 @@ def read_body(stream: io.BufferedReader, headers: Headers, limit: int | None = N
         limit: bytes to read at most; None means the whole body.
 
     Raises:
-        ValueError: the headers or the chunks contradict HTTP.
+        ValueError: the headers or the chunks contradict HTTP, or the body ends too early.
     """
     named = {name.lower(): value for name, value in headers}
     if "chunked" not in named.get("transfer-encoding", "").lower():
         length = int(named.get("content-length", "0"))
-        return stream.read(length if limit is None else min(length, limit))
+        wanted = length if limit is None else min(length, limit)
+        body = stream.read(wanted)
+        if len(body) < wanted:  # the server behind would take what there is for the whole
+            msg = "the client went away in the middle of a request"
+            raise ValueError(msg)
+        return body
     body = b""
     while limit is None or len(body) < limit:
         size = int(stream.readline().split(b";")[0], 16)

@@ -7,6 +7,7 @@ second signal ends it at once. Both are safe at any moment, as is SIGKILL.
 from __future__ import annotations
 
 import contextlib
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -104,13 +105,15 @@ def _exporter(settings: Settings, port: int | None, address: str, file: Path | N
 
     exporter = Exporter(settings)
     if port is not None:
+        host = f"[{address}]" if ":" in address else address  # of IPv6, as a URL has it
         try:
             bound = exporter.serve(port, address)
         except OSError as error:
             reason = error.strerror or error
-            msg = f"metrics cannot be served at {printable(address)}:{port}: {reason}; give another --metrics-port"
+            option = "port" if error.errno in {errno.EADDRINUSE, errno.EACCES} else "address"
+            msg = f"metrics cannot be served at {printable(host)}:{port}: {reason}; give another --metrics-{option}"
             raise CommandFailed(msg) from error
-        terminal.log(f"metrics at http://{address}:{bound}/metrics")
+        terminal.log(f"metrics at http://{host}:{bound}/metrics")
     return exporter
 
 
@@ -128,6 +131,7 @@ class Service:
         self._metrics = metrics
         self._workers: dict[Path, CommandWorker] = {}
         self._states: dict[Path, str] = {}
+        self._reported: dict[CommandWorker, int] = {}
         self._refused: dict[Path, str] = {}
         self._ending = ending
         self._file_trouble = ""
@@ -307,9 +311,10 @@ class Service:
                 terminal.log(f"{_name(one)}: {state}, to {one.directory.destination.uri}")
 
     def _report(self) -> None:
-        for one in self._workers.values():
-            if one.counters["delivered"]:
-                terminal.log(f"{_name(one)}: {one.counters['delivered']:,} delivered so far")
+        before, self._reported = self._reported, {one: one.counters["delivered"] for one in self._workers.values()}
+        for one, delivered in self._reported.items():
+            if delivered > before.get(one, 0):
+                terminal.log(f"{_name(one)}: {delivered:,} delivered so far")
 
 
 def _name(one: CommandWorker) -> str:
