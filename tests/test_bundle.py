@@ -12,6 +12,7 @@ import shutil
 import socket
 import tarfile
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -223,6 +224,23 @@ def test_a_bundle_that_another_machine_sends_is_no_leftover(
         monkeypatch.setattr(socket, "gethostname", lambda: "login2")
         with unpacking.unpacked(bundle) as second:
             assert (2, 2) == (len(find_runs(first).runs), len(find_runs(second).runs))
+
+
+def test_what_a_machine_that_is_gone_has_unpacked_does_not_stay_for_ever(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each container has a name of its own, and nobody else tells what one that was killed has left."""
+    monkeypatch.setattr(filesystem, "read_mountinfo", lambda: f"1 1 0:1 / {tmp_path} rw - nfs4 filer:/ rw")
+    monkeypatch.setattr(filesystem, "_known", {})
+    with unpacking.unpacked(bundle):
+        pass
+    bundles = tmp_path / "state" / "mlflow-outbox" / "bundles"
+    (own,) = bundles.iterdir()
+    for name, days in (("a" * 12, 31), ("b" * 12, 1), ("of somebody", 31)):
+        (bundles / name / ".bundle.killed").mkdir(parents=True)
+        os.utime(bundles / name, (time.time() - days * 24 * 3600,) * 2)
+    with unpacking.unpacked(bundle):
+        assert {own.name, "b" * 12, "of somebody"} == {path.name for path in bundles.iterdir()}
 
 
 def test_a_run_that_is_written_goes_in_as_far_as_it_is_and_the_rest_later(tmp_path: Path, experiment_name: str) -> None:

@@ -12,7 +12,7 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Artifact, Metrics, RunStarted, Tags, encode
-from mlflow_outbox.spool.snapshot import SnapshotStore
+from mlflow_outbox.spool.snapshot import Hold, SnapshotStore
 from mlflow_outbox.testing import FailingDisk
 from spools import RUN, Everything, make_journal, metric, read
 
@@ -102,6 +102,24 @@ def test_an_event_whose_copied_file_came_too_late_for_a_sync_is_not_made_durable
     _, unsynced = sorted(outbox.run(RUN).glob("*.log"))
     unsynced.unlink()
     assert [metric(0)] == read(outbox).events
+
+
+class _Taken(list[Hold]):
+    """Holds of which another thread takes the last one right after somebody has looked whether there is one."""
+
+    def __bool__(self) -> bool:
+        found = len(self) > 0
+        self.clear()
+        return found
+
+
+def test_a_hold_that_another_thread_lets_go_of_meanwhile_ends_no_call(outbox: OutboxDirectory) -> None:
+    """The background's round does it too, as soon as the disk has taken what waited in memory."""
+    writer = make_journal(outbox)
+    writer.append(metric(0))
+    writer._holds = _Taken([Hold(outbox.run(RUN) / "files", -1)])
+    writer.close()
+    assert [0] == read(outbox).steps
 
 
 # -- segments

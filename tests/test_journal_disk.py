@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_outbox.counters import Counters
+from mlflow_outbox.spool import notices
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import encode
 from mlflow_outbox.testing import FailingDisk
@@ -293,3 +294,27 @@ assert (0, []) == (found.missing, found.broken)
 
 def _warning(text: str) -> str:
     return text if all(line.startswith("mlflow-outbox: ") for line in text.splitlines()) else ""
+
+
+def test_a_segment_of_which_no_worker_could_be_told_is_told_once_more(
+    outbox: OutboxDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that rests from then on would be found at the next look at all runs."""
+    monkeypatch.setattr(notices, "_TELL_AGAIN", 0.0)
+    ring, failures = OutboxDirectory.ring, [OSError(errno.ENOSPC, "no room")]
+
+    def fail_once(directory: OutboxDirectory, run_id: str) -> None:
+        if failures:
+            raise failures.pop()
+        ring(directory, run_id)
+
+    monkeypatch.setattr(OutboxDirectory, "ring", fail_once)
+    writer = make_journal(outbox)
+    assert writer.append(metric(0))
+    assert ([], (set(), 0)) == (failures, outbox.rung(0))
+    writer.sync()
+    rung = outbox.rung(0)
+    assert rung is not None
+    assert {RUN} == rung[0]
+    writer.sync()
+    assert rung == outbox.rung(0)

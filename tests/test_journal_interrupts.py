@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mlflow_outbox.spool import journal
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Metric
 from servers import eventually
@@ -291,3 +294,51 @@ atexit.register(lambda: writer.append(metric(1)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert 0 == done.returncode, done.stderr
     assert {1, 2} == set(Everything(make_outbox(tmp_path / "outbox").run(RUN)).steps)
+
+
+class _Logging(logging.Handler):
+    """A program's handler for log messages that logs to a run."""
+
+    def __init__(self, log: Callable[[], None]) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log, with the lock of the handler held, as always."""
+        self._log()
+
+
+def test_a_log_handler_that_logs_to_a_run_waits_for_no_thread_that_waits_for_the_handler(
+    outbox: OutboxDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread warns in the middle of a call, with the journal to itself; the other has the handler."""
+    monkeypatch.setattr(journal, "_PATIENCE", 0.05)
+    warns = threading.Thread(target=lambda: writer.append(metric(0)), daemon=True)
+    writer = make_journal(outbox, refuse=lambda *_: "no room" if threading.current_thread() is warns else None)
+    kept: list[bool] = []
+
+    def is_taken() -> bool:
+        if not writer._lock.acquire(blocking=False):
+            return True
+        writer._lock.release()
+        return False
+
+    def log() -> None:
+        if threading.current_thread() is not warns:
+            warns.start()
+            eventually(is_taken)
+            kept.append(writer.append(metric(1)))
+
+    handler, logger = _Logging(log), logging.getLogger("mlflow_outbox")
+    logs = threading.Thread(target=lambda: logger.warning("of the program"), daemon=True)
+    logger.addHandler(handler)
+    try:
+        logs.start()
+        logs.join(30)
+        assert [True] == kept
+        warns.join(30)
+        assert not warns.is_alive()
+    finally:
+        logger.removeHandler(handler)
+    assert writer.append(metric(2))
+    assert [1, 2] == sorted(read(outbox).steps)

@@ -185,6 +185,18 @@ def test_a_name_below_another_name_is_refused_alone(
             assert 1 == len(points(file_uri, held.info.run_id, name))
 
 
+def test_a_name_that_is_too_long_for_a_file_is_refused_before_a_point_of_its_batch_is_written(sink: Sink) -> None:
+    """The batch is sent again without it: its other points would be there twice."""
+    run = new_run(sink, sink.experiment_id("metric files"))
+    whole, long = MetricPoint("loss", 0.25, 1, 1), MetricPoint("ü" * 128, 0.25, 1, 1)
+    with pytest.raises(SinkError, match="no place") as refused:
+        sink.log_batch(run, [whole, long], {}, {})
+    assert 400 == refused.value.status
+    assert [] == sink.metric_history(run, "loss")
+    sink.log_batch(run, [whole, MetricPoint("ü" * 127, 0.25, 1, 1)], {}, {})
+    assert [whole] == sink.metric_history(run, "loss")
+
+
 def test_tags_of_a_new_run_that_need_one_place_are_refused_and_not_asked_for_again(sink: Sink) -> None:
     """Before they were taken for a failure of the store, for ever."""
     with pytest.raises(SinkError, match="no place") as refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -20,9 +21,9 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import DestinationError, TrackingUnavailable
-from mlflow_outbox_worker.mlflow_sink import open_client, open_sink
+from mlflow_outbox_worker.mlflow_sink import open_client, open_sink, stores
 from mlflow_outbox_worker.outcome import classify
-from mlflow_outbox_worker.sink import MetricPoint, Sink
+from mlflow_outbox_worker.sink import MetricPoint, Sink, SinkError
 from servers import MlflowServer, unused_port
 from sink_contract import NOW_MS, SECRET, SinkContract, closing, fails, new_run
 
@@ -408,3 +409,25 @@ def test_a_database_that_is_reached_by_a_socket_is_so_too_by_what_an_outbox_reme
     error = fails(lambda: open_sink(resolve(f"postgresql+psycopg2:///mlflow?host={tmp_path}").uri))
     assert "retry" == classify(error, "open").kind
     assert str(tmp_path) in str(error)
+
+
+def test_a_signal_handler_that_builds_a_store_while_its_thread_does_is_told_so(
+    file_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One store of a process is built at a time; it would wait for itself."""
+    directory, heard = stores.Directory, list[str]()
+
+    def interrupted(*given: Any) -> Any:
+        try:
+            open_sink(file_uri).close()
+        except SinkError as error:
+            heard.append(str(error))
+        return directory(*given)
+
+    monkeypatch.setattr(stores, "Directory", interrupted)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        open_sink(file_uri).close()
+        os._exit(7 if heard == ["the call that was interrupted is still opening its store"] else 1)
+    assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

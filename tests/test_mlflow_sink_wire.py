@@ -161,6 +161,30 @@ def test_a_secret_that_an_answer_repeats_is_in_no_message(
         assert [] == [word for word in ("pass", "secret", sent) if word in said], said
 
 
+@pytest.mark.parametrize("kind", ["netrc", "basic", "key"])
+def test_a_secret_of_another_tool_that_an_answer_repeats_is_in_no_message(
+    kind: str, wire: Callable[..., Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes along with a request without being one of MLflow's credentials."""
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login ada password {SECRET}\n" if kind == "netrc" else "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sent = base64.b64encode(f"ada:{SECRET}".encode()).decode()
+
+    def authenticate(request: Any) -> Any:
+        request.headers.update({"Authorization": f"Basic {sent}"} if kind == "basic" else {"X-Api-Key": SECRET})
+        return request
+
+    if kind != "netrc":
+        monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "theirs")
+        monkeypatch.setattr("mlflow.tracking.request_auth.registry.fetch_auth", lambda _name: authenticate)
+    server = wire(says(403, f"{SECRET} Basic {sent}" if kind != "key" else SECRET))
+    with closing(open_sink(server.url)) as sink:
+        said = str(fails(lambda: log_one(sink)))
+    assert (sent if kind != "key" else SECRET).encode() in server.requests[-1]
+    assert "***" in said
+    assert [] == [word for word in (SECRET, sent) if word in said], said
+
+
 @pytest.mark.parametrize("more", ["\n", "\u2026"])
 def test_a_token_that_is_no_header_is_in_no_message_and_no_fault_of_an_event(
     more: str, monkeypatch: pytest.MonkeyPatch

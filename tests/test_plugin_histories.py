@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlflow_outbox.plugin import reads
 from mlflow_outbox.testing.faults import forward_then_drop_response
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import NOWHERE, deliver, store, tracking
@@ -117,3 +118,13 @@ def test_a_history_is_gone_on_with_from_the_disk_when_the_server_goes_away_betwe
             proxy.up()
             mlflow.end_run()
             deliver(uri)
+
+
+def test_a_zero_that_a_database_has_without_its_sign_is_no_second_point() -> None:
+    """Nor is one of those that the server lacks."""
+    from mlflow.entities import Metric
+
+    there, here = Metric("m", 0.0, 1, 0), Metric("m", -0.0, 1, 0)
+    assert 1 == len(reads.merged_points([there], [here]))
+    assert [] == reads.unseen_points([there], [here])
+    assert 2 == len(reads.merged_points([there], [Metric("m", math.nan, 1, 0)]))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlflow_outbox import delivery
 from mlflow_outbox.spool import snapshot
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import FaultProxy
@@ -75,3 +78,24 @@ def test_a_time_limit_ends_the_copying_of_a_file(
         mlflow.log_artifacts(folder)
         deliver(uri)
         assert ["a.txt"] == [file.path for file in mlflow.artifacts.list_artifacts(run_id=run.info.run_id)]
+
+
+def test_a_signal_handler_that_asks_while_the_store_is_opened_does_not_wait_for_itself(
+    mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on without the server, which is not taken for one that is away."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path):
+        server, open_store, heard = store(uri).server, delivery.open_store, list[bool]()
+
+        def interrupted(*given: Any) -> Any:
+            signal.raise_signal(signal.SIGUSR1)
+            return open_store(*given)
+
+        monkeypatch.setattr(delivery, "open_store", interrupted)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            signal.signal(signal.SIGUSR1, lambda *_: heard.append(server.answers()))
+            os._exit(7 if server.answers() and heard == [False] else 1)
+    assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

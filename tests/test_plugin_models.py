@@ -452,13 +452,17 @@ def test_a_history_that_is_copied_in_parts_which_meet_within_a_millisecond_has_n
     assert [(0, 4.5), (1, 7.0), (2, 14.5)] == sorted((point.timestamp - now, point.value) for point in found.metrics)
 
 
+@pytest.mark.parametrize("source", ["e" * 32, "of another tool!"])
 def test_a_model_whose_run_is_gone_for_good_is_read_and_changed(
-    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    source: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """``mlflow gc`` removes deleted runs and leaves their models; MLflow looks for no run when a model is meant."""
+    """``mlflow gc`` removes deleted runs and leaves their models; MLflow looks for no run when a model is meant.
+
+    So it takes any source, also of a model that is made through an outbox.
+    """
     with client(mlflow_server.url) as api:
         number = api.create_experiment(experiment_name)
-        model = api.create_logged_model(number, name="m", source_run_id="e" * 32).model_id
+        model = api.create_logged_model(number, name="m", source_run_id=source).model_id
     uri = f"outbox+{mlflow_server.url}"
     (tmp_path / "x.txt").write_text("x")
     with tracking(uri, tmp_path / "outbox") as mlflow:
@@ -467,8 +471,10 @@ def test_a_model_whose_run_is_gone_for_good_is_read_and_changed(
         api.set_logged_model_tags(model, {"a": "b"})
         api.log_model_artifact(model, str(tmp_path / "x.txt"))
         api.finalize_logged_model(model, "READY")
+        assert source == api.create_logged_model(number, name="own", source_run_id=source).source_run_id
         deliver(uri)
     with client(mlflow_server.url) as api:
+        assert {source} == {one.source_run_id for one in api.search_logged_models([number])}
         found = api.get_logged_model(model)
-        assert ({"a": "b"}, "READY", "e" * 32) == (found.tags, str(found.status), found.source_run_id)
+        assert ({"a": "b"}, "READY", source) == (found.tags, str(found.status), found.source_run_id)
         assert ["x.txt"] == [info.path for info in api.list_logged_model_artifacts(model)]

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -173,3 +173,22 @@ def test_a_child_that_is_forked_from_a_program_in_the_middle_of_its_work_rests_t
         store(uri).pulse.rests = True
     with client(sqlite_uri) as api:
         assert {"parent": 1.0, "child": 1.0} == api.get_run(run.info.run_id).data.metrics
+
+
+class _Nobody:
+    """A store that is gone as soon as it is made."""
+
+
+class _Met(rest.Pulse):
+    """Of a store in whose look another store is made."""
+
+    def is_gone(self) -> bool:
+        """Return whether there is no store any more."""
+        rest._watched.add(rest.Pulse(cast("Any", _Nobody())))
+        return super().is_gone()
+
+
+def test_a_store_that_is_made_during_a_look_ends_no_look() -> None:
+    """The thread that looks would be gone for good, and nothing be put to rest any more."""
+    _Met(cast("Any", _Nobody())).begin()
+    eventually(lambda: not rest._watched and rest._thread is None, message="all that are gone are let go")

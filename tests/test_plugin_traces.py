@@ -86,6 +86,41 @@ def test_what_a_database_takes_of_a_trace_it_gets_uncut(
     assert [("answer", "1"), ("number", str(2**60)), ("numbers", "{'of': [1, 2.5]}")] == said
 
 
+@pytest.mark.parametrize("prefix", ["", "outbox+"])
+def test_a_trace_has_feedback_that_is_no_number_where_a_database_takes_that(
+    prefix: str, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """JSON has no word for it, nor MLflow's message to a server; the trace was lost with it."""
+    uri = f"{prefix}{sqlite_uri}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_span("span") as span:
+            mlflow.log_feedback(trace_id=span.trace_id, name="loss", value=math.nan)
+            mlflow.log_feedback(trace_id=span.trace_id, name="losses", value={"of": [0.5, math.inf]})
+        mlflow.flush_trace_async_logging()
+        deliver(uri)
+    with tracking(sqlite_uri, tmp_path) as mlflow:
+        said = mlflow.get_trace(span.trace_id).info.assessments
+    assert [("loss", "nan"), ("losses", "{'of': [0.5, inf]}")] == sorted((one.name, repr(one.value)) for one in said)
+
+
+def test_a_trace_whose_feedback_no_server_can_be_sent_is_a_dead_letter_and_holds_up_no_other(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow's client loses it at the call; here a person can mend it."""
+    uri = f"outbox+{mlflow_server.url}"
+    with tracking(uri, tmp_path) as mlflow:
+        mlflow.set_experiment(experiment_name)
+        for value in (math.nan, 1.0):
+            with mlflow.start_span("span") as span:
+                mlflow.log_feedback(trace_id=span.trace_id, name="loss", value=value)
+        mlflow.flush_trace_async_logging()
+        outbox = store(uri).outbox
+        assert 1 == outbox.flush(60).dead
+    with tracking(mlflow_server.url, tmp_path) as mlflow:
+        assert [1.0] == [one.value for one in mlflow.get_trace(span.trace_id).info.assessments]
+
+
 @pytest.mark.parametrize("kind", ["http", "sqlite"])
 def test_what_opentelemetry_says_of_the_program_is_there_as_tags_of_its_traces(
     kind: str, mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path
@@ -250,6 +285,7 @@ def test_an_argument_that_cannot_be_written_is_counted_and_refused_at_the_call(
     sqlite_uri: str, experiment_name: str, tmp_path: Path
 ) -> None:
     """As MLflow refuses bad input."""
+    from mlflow.entities import Feedback, TraceInfo, TraceLocation, TraceState
     from mlflow.exceptions import MlflowException
 
     uri = f"outbox+{sqlite_uri}"
@@ -260,11 +296,16 @@ def test_an_argument_that_cannot_be_written_is_counted_and_refused_at_the_call(
             held.log_spans(number, [object()])
         assert "INVALID_PARAMETER_VALUE" == raised.value.error_code
         assert 1 == held.outbox.counters["requests_refused"]
+        said = [Feedback(name="of MLflow's own message", value=object())]
+        place = TraceLocation.from_experiment_id(number)
+        with pytest.raises(MlflowException, match="start_trace cannot be kept"):
+            held.start_trace(TraceInfo("tr-1", place, 1_700_000_000_000, TraceState.OK, assessments=said))
+        assert 2 == held.outbox.counters["requests_refused"]
         assert [] == [
             request
             for run in held.outbox.directory.runs.iterdir()
             for _, request in RunReader(run).each(Request, {})
-            if request.operation == "log_spans"
+            if request.operation in {"log_spans", "start_trace"}
         ]
 
 

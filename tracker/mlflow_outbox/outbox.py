@@ -160,6 +160,7 @@ class Outbox:
         if worker is not None and worker.is_alive():
             worker.wake()
             return
+        failed = ""
         with self._lock:
             if self._is_starting or (self._worker is not None and self._worker.is_alive()):
                 return  # the first: a signal handler, or a __del__, logs while this very thread starts it
@@ -180,12 +181,12 @@ class Outbox:
             except (OSError, RuntimeError) as error:  # no threads or processes left, or the interpreter is exiting
                 forward(error)
                 self.counters.add("worker_not_started")
-                if threading.main_thread().is_alive():  # else the exit has begun, which tries a process, and says more
-                    self.counters.warn_once(
-                        "worker", f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
-                    )
+                failed = f"mlflow-outbox: no worker could be started ({error}); events stay on disk"
             finally:
                 self._is_starting = False
+        # Not under the lock: a log handler of the program's may be waiting for it in another thread.
+        if failed and threading.main_thread().is_alive():  # else the exit has begun: it tries a process, and says more
+            self.counters.warn_once("worker", failed)
 
     def has_worker(self) -> bool:
         """Return whether a worker of this process is there, which may not have begun to deliver.

@@ -15,8 +15,10 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final, Literal
@@ -50,6 +52,9 @@ from mlflow_outbox_worker.bundle import (
 _CHUNK: Final = 1024 * 1024
 _STAGING: Final = "import"
 _FILES: Final = "files/"
+#: What is named after a machine, and the seconds after which one is not expected back that has unpacked nothing.
+_OF_A_MACHINE: Final = re.compile(r"[0-9a-f]{12}")
+_GONE: Final = 30 * 24 * 3600.0
 
 #: What an import did with a run: it is new, it got something it lacked, or it had everything.
 Imported = Literal["new", "completed", "unchanged"]
@@ -248,7 +253,9 @@ def unpacked(path: Path, deadline: float | None = None) -> Iterator[Path]:
     manifest = read_manifest(path)
     parent = state_directory() / "bundles"
     if is_network(parent):  # a home that machines share: the lock below is this one's alone, so each has its own place
-        parent /= hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
+        name = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
+        _remove_those_of_machines_that_are_gone(parent, besides=name)
+        parent /= name
     make_all_private(parent)
     remove_drafts(parent / "bundle", "directory")
     place = draft_of(parent / "bundle")
@@ -265,3 +272,14 @@ def unpacked(path: Path, deadline: float | None = None) -> Iterator[Path]:
     finally:
         os.close(lock)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_those_of_machines_that_are_gone(parent: Path, besides: str) -> None:
+    """Remove what replays that were killed have left under a name that may never come back, such as a container's."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            if not _OF_A_MACHINE.fullmatch(entry.name) or entry.name == besides:
+                continue
+            with contextlib.suppress(OSError):  # its time is that of the last replay's beginning or end there
+                if entry.stat(follow_symlinks=False).st_mtime < time.time() - _GONE:
+                    shutil.rmtree(entry.path, ignore_errors=True)  # a link is left alone

@@ -13,11 +13,18 @@ Only the classes named here are ever made from what is read.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from typing import Any, Final
 
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError  # type: ignore[import-untyped]  # no stubs
+from google.protobuf.json_format import (  # type: ignore[import-untyped]  # no stubs
+    MessageToDict,
+    ParseDict,
+    ParseError,
+    SerializeToJsonError,
+)
 from mlflow.entities import (
     DatasetInput,
     ExperimentTag,
@@ -58,9 +65,12 @@ def dumps(arguments: dict[str, Any]) -> bytes:
 
     Raises:
         TypeError: a value is of a kind that cannot be written.
-        ValueError: it holds itself, or is too deep.
+        ValueError: it holds itself, is too deep, or is none that MLflow's message takes.
     """
-    return json.dumps({key: _encoded(value) for key, value in arguments.items()}, allow_nan=False).encode()
+    try:
+        return json.dumps({key: _encoded(value) for key, value in arguments.items()}, allow_nan=False).encode()
+    except (ParseError, SerializeToJsonError) as error:  # which are no ValueErrors
+        raise ValueError(str(error)) from None
 
 
 def short(arguments: dict[str, Any]) -> bytes:
@@ -134,7 +144,9 @@ def _with_resource(span: Span) -> dict[str, Any]:
 
 
 def _uncut(info: TraceInfo) -> dict[str, Any]:
-    whole: dict[str, Any] = info.to_dict()
+    bare = copy.copy(info)
+    bare.assessments = []
+    whole: dict[str, Any] = bare.to_dict()
     for name in ("tags", "trace_metadata"):
         whole[name] = {key: str(text) for key, text in getattr(info, name).items()}
     whole["assessments"] = [_as_given(one) for one in info.assessments]
@@ -142,11 +154,23 @@ def _uncut(info: TraceInfo) -> dict[str, Any]:
 
 
 def _as_given(assessment: Any) -> dict[str, Any]:
-    given: dict[str, Any] = assessment.to_dictionary()
+    try:
+        given: dict[str, Any] = assessment.to_dictionary()
+    except SerializeToJsonError:  # of a number that JSON has no word for, which a database takes
+        given = _without_number(assessment).to_dictionary()
     for kind in ("feedback", "expectation"):
         if "value" in given.get(kind, ()):
             given[kind]["value"] = getattr(assessment, kind).value
     return given if assessment.run_id is None else {**given, "run_id": assessment.run_id}
+
+
+def _without_number(assessment: Any) -> Any:
+    found = copy.copy(assessment)
+    for kind in ("feedback", "expectation"):
+        held = getattr(found, kind)
+        if held is not None:
+            setattr(found, kind, dataclasses.replace(held, value=0.0))
+    return found
 
 
 def _decoded(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.exceptions import MlflowException
 from mlflow.utils.uri import get_uri_scheme
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
     from mlflow_outbox.views import File
+
+#: What is said of a model's source that is no run, or no id of one.
+NO_RUN: Final = frozenset({UNKNOWN, "INVALID_PARAMETER_VALUE"})
 
 
 class Homes(Base):
@@ -103,7 +106,7 @@ class Homes(Base):
             try:
                 return self.writable(theirs.source_run_id).run_id
             except MlflowException as error:  # a model outlives its run, and MLflow takes any source
-                if error.error_code != UNKNOWN:
+                if error.error_code not in NO_RUN:
                     raise
         return provisional.room_of(theirs.experiment_id)
 

@@ -13,6 +13,7 @@ from mlflow.utils.validation import _validate_logged_model_name
 from mlflow_outbox.plugin import made_here, reads
 from mlflow_outbox.plugin.asynchronous import AsynchronousRuns
 from mlflow_outbox.plugin.base import LATER, no_such
+from mlflow_outbox.plugin.homes import NO_RUN
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
 from mlflow_outbox.plugin.wrapped import Away
@@ -57,7 +58,7 @@ class Models(AsynchronousRuns):
         arguments: dict[str, Any] = {
             "experiment_id": experiment_id,
             "name": name or _generate_random_name(),
-            "source_run_id": self.canonical(source_run_id) if source_run_id else None,
+            "source_run_id": self.ids.local(source_run_id) if source_run_id else None,
             "tags": labels,
             "params": list(params or ()),
             "model_type": model_type,
@@ -83,7 +84,7 @@ class Models(AsynchronousRuns):
             try:
                 return self.writable(source_run_id)
             except MlflowException as error:  # MLflow takes any source
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                if error.error_code not in NO_RUN:
                     raise
         return self.journals.room(experiment_id)
 

@@ -200,7 +200,7 @@ def unseen_points(server: Iterable[Metric], pending: Iterable[Metric]) -> list[M
 
 
 def _identity(metric: Metric) -> tuple[str, int, int]:
-    return repr(metric.value), metric.timestamp, metric.step
+    return repr(metric.value + 0.0), metric.timestamp, metric.step  # a database has no -0.0
 
 
 def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None, location: str) -> LoggedModel | None:

@@ -110,9 +110,9 @@ def _look() -> None:
             if idle >= pulse.timeout() or (left > _AWAKE and idle >= _LOOK):
                 pulse.try_to_rest()
         with _lock:
-            for pulse in [one for one in _watched if one.is_gone()]:
+            for pulse in [one for one in list(_watched) if one.is_gone()]:  # a list: stores are made without this lock
                 _watched.discard(pulse)
-            if all(one.rests for one in _watched):
+            if all(one.rests for one in list(_watched)):
                 _thread = None  # who wakes up from now on starts another, and waits for this lock before
                 return
 

@@ -39,7 +39,7 @@ class RunReads(Experiments):
 
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
         super().__init__(store_uri, artifact_uri)
-        self._offline_lock = threading.Lock()
+        self._offline_lock = threading.RLock()  # a signal handler may read a run while its thread does
         #: With the server's last answer of those that began elsewhere.
         self._offline_runs: dict[str, tuple[LocalRun, Run | None]] = {}
         #: A database is behind the outbox, or behind its server, which shows infinities as the largest number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import threading
@@ -9,6 +10,7 @@ import uuid
 from collections import OrderedDict
 from typing import Any, Final
 
+from google.protobuf.json_format import SerializeToJsonError  # type: ignore[import-untyped]  # no stubs in the package
 from mlflow.entities import Span, Trace, TraceData, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
@@ -38,7 +40,7 @@ class Traces(Models):
         self._recent: OrderedDict[str, TraceInfo] = OrderedDict()
         self._spans = Spans(self.outbox)
         self._rooms = TraceRooms(self.outbox)
-        self._recent_lock = threading.Lock()
+        self._recent_lock = threading.RLock()  # a signal handler may log while its thread is in here
         #: The last change of traces that this process has written, and the one up to which all were found delivered.
         self._written = self._settled = 0
         self._turns = itertools.count(1)
@@ -62,7 +64,10 @@ class Traces(Models):
         place = place_in(experiment, room)
         self._rooms.remember(trace_info.trace_id, place)
         self._spans.follow(trace_info.trace_id, place)
-        shown = copy.deepcopy(trace_info) if self.integers.embedded else TraceInfo.from_dict(trace_info.to_dict())
+        shown = copy.deepcopy(trace_info)
+        if not self.integers.embedded:
+            with contextlib.suppress(SerializeToJsonError):  # else it becomes a dead letter: no server can be sent it
+                shown = TraceInfo.from_dict(trace_info.to_dict())
         shown.tags[MLFLOW_ARTIFACT_LOCATION] = (
             f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
         )

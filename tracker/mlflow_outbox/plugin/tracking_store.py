@@ -41,9 +41,9 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
         """Renew the locks in a forked child: threads that held them stayed in the parent."""
         self.server.forked()
         self.journals.forked()
-        self._recent_lock = threading.Lock()
+        self._recent_lock = threading.RLock()
         self._spans.forked()
-        self._offline_lock = threading.Lock()
+        self._offline_lock = threading.RLock()
 
     @property
     def supports_workspaces(self) -> bool:

@@ -92,7 +92,7 @@ class Server:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask while its thread is in here
         self._opened: dict[float, Any] = {}
         self._asleep_until = 0.0
         #: Seconds for which the server has been silent since it answered last; infinite when it failed otherwise.
@@ -108,6 +108,7 @@ class Server:
         self._is_boundless = scheme not in {"http", "https", "sqlite", "file"}
         self._aside = threading.Semaphore(_MOST_ASIDE)
         self._opening = threading.Lock()
+        self._here = threading.local()
         self.asked: Callable[[], None] = lambda: None
 
     @property
@@ -264,13 +265,32 @@ class Server:
         key = 0.0 if self._embedded else timeout or self._outbox.settings.read_timeout
         held = self._opened.get(key)
         if held is None:
-            with self._opening:  # and not the other lock: a database may let it wait
+            with self._alone():
                 held = self._opened.get(key)
                 if held is None:
                     held = delivery.open_store(self._outbox.destination, key or self._outbox.settings.read_timeout)
                     with self._lock:
                         self._opened[key] = held
         return held
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one thread open a store; a signal handler that asks meanwhile would wait for its own thread.
+
+        Not by the other lock: a database may let it wait.
+
+        Raises:
+            Away: this thread opens one.
+        """
+        here = self._here
+        if getattr(here, "opens", False):
+            raise Away("the call that was interrupted is still opening its store", sent=False)
+        try:
+            here.opens = True
+            with self._opening:
+                yield
+        finally:
+            here.opens = False
 
     def kind(self) -> type:
         """Return the class of MLflow's store; nothing is asked for that, and no database opened that may be silent."""
@@ -304,7 +324,7 @@ class Server:
 
     def forked(self) -> None:
         """Begin anew in a forked child: connections and locks stayed with the parent's threads."""
-        self._lock, self._opening = threading.Lock(), threading.Lock()
+        self._lock, self._opening, self._here = threading.RLock(), threading.Lock(), threading.local()
         self._opened, self._under_way, self._aside = {}, 0, threading.Semaphore(_MOST_ASIDE)
 
     def needed(self, what: str, away: Away, *, call: str = "") -> MlflowException:

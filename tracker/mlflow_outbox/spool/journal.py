@@ -13,7 +13,8 @@ Threads, signals, forks
 -----------------------
 One re-entrant lock per journal orders the threads. A signal handler or a ``__del__`` can interrupt ``append`` inside
 the lock in its own thread; such a nested call must neither wait nor disturb the sequence, so it writes to a journal
-of its own: another writer of the same run, made on demand. A forked child drops the inherited descriptors and goes on
+of its own: another writer of the same run, made on demand. So does a thread that waits for the lock in vain
+(``_PATIENCE``). A forked child drops the inherited descriptors and goes on
 as a new writer too, and so does the last thread of an interpreter that ends, where another one was stopped inside the
 lock (``ending``). So whatever happens, each sequence of numbers has exactly one author.
 
@@ -61,6 +62,9 @@ _short = frame._SHORT.pack  # noqa: SLF001 - the logging call inlines frame.pack
 _crc_pack = frame._CRC.pack  # noqa: SLF001 - as above
 _crc32 = zlib.crc32
 _ESCAPE: Final = 0xFFFF
+#: Seconds after which a call leaves a lock to the thread that has it, which may wait for this one: it says a warning,
+#: for which it needs the program's log handler, and that logs to the run just now.
+_PATIENCE: Final = 5.0
 _OVERHEAD: Final = frame.SHORT_OVERHEAD
 
 
@@ -173,6 +177,8 @@ class Journal:
         try:
             if not lock.acquire(False):  # noqa: FBT003 - by name it takes longer
                 lock = self._awaited()
+                if lock is None:
+                    return self._append_nested(event)
             if self._busy:
                 return self._append_nested(event)
             self._busy = True
@@ -202,14 +208,14 @@ class Journal:
         finally:
             try:  # noqa: SIM105 - free where contextlib.suppress costs a microsecond
                 lock.release()
-            except RuntimeError:  # the exception came while this thread waited: it never had the lock
+            except (RuntimeError, AttributeError):  # it never had the lock: it waited in vain, or was interrupted
                 pass
 
     def _awaited(self) -> Any:
-        """Wait for the lock, and return it."""
+        """Wait for the lock, and return it; None where the thread that has it does not let go of it."""
         self._outlive()
-        self._lock.acquire()
-        return self._lock
+        lock = self._lock
+        return lock if lock.acquire(timeout=_PATIENCE) else None
 
     def _outlive(self) -> None:
         """Become a new writer if another thread was stopped for good inside the lock."""
@@ -267,7 +273,9 @@ class Journal:
 
     def _nested_journal(self) -> Journal:
         if self._nested is None:
-            self._nested = Journal(**self._means._asdict(), registry=self._registry, wake=self._wake)
+            made = Journal(**self._means._asdict(), registry=self._registry, wake=self._wake)
+            if self._nested is None:  # no call between the two: all threads have the same one
+                self._nested = made
         return self._nested
 
     # -- syncing
@@ -318,7 +326,11 @@ class Journal:
 
     def _let_go(self) -> None:
         while self._holds and not self.in_memory:
-            self._holds.pop().let_go()
+            try:
+                hold = self._holds.pop()
+            except IndexError:  # another thread has just let go of the last one
+                return
+            hold.let_go()
 
     def _alone(self, work: Callable[[], T]) -> T:
         """Do some work on the sequence under the lock; an exception in the middle makes the sequence suspect."""

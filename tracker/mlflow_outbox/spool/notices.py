@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow_outbox.spool.registry import Registry
     from mlflow_outbox.spool.sequence import EventSequence
 
-#: Seconds after which a logging call tells once more of a segment for which no thread could be started, or of no room.
+#: Seconds after which a logging call tells once more of a segment of which it could not tell all, or of no room.
 _TELL_AGAIN: Final = 0.5
 #: What it is remembered under that new events were said to be refused; who finds room again forgets it (``guard``).
 FULL: Final = "full"
@@ -67,17 +67,18 @@ class Notices:
             self._registry.hurry()
 
     def begun(self, journal: Journal, sequence: EventSequence) -> None:
-        """Tell of a segment that was begun, if that is still to be told; while no thread can be started, again."""
+        """Tell of a segment that was begun, if that is still to be told; what failed is told again, after a while."""
         if not sequence.unannounced or stopwatch.seconds() < self._begun_again:
             return
-        is_watched = self.watch(journal)
+        is_told = self.watch(journal)
         try:
             self._directory.ring(journal.run.run_id)
-        except OSError as error:  # a worker that is not told finds the segment at its next full look
+        except OSError as error:  # a worker that is never told finds the segment at its next full look
             forward(error)
+            is_told = False
         self._rouse()
-        sequence.unannounced = not is_watched
-        self._begun_again = 0.0 if is_watched else stopwatch.seconds() + _TELL_AGAIN
+        sequence.unannounced = not is_told
+        self._begun_again = 0.0 if is_told else stopwatch.seconds() + _TELL_AGAIN
         sequence.refresh_limit()
 
     def full(self, journal: Journal, reason: str) -> None:

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import requests
-from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped]  # no stubs in the package
+from google.protobuf.json_format import Error as FormError  # type: ignore[import-untyped]  # no stubs in the package
+from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped]  # as above
 from mlflow.exceptions import MlflowException
 from mlflow.utils.logging_utils import suppress_logs_in_thread as quiet
 
@@ -87,9 +88,9 @@ def translate(error: BaseException) -> SinkError:
         return _of_system(error)
     if isinstance(error, ImportError):
         return SinkError(clean(f"a package is missing: {error}"), kind="not_mlflow", sent=False)
-    if isinstance(error, (ValueError, TypeError, OverflowError, RecursionError, ProtobufError)):
-        # Only the content of a request can make its encoding fail: a number that has no 64-bit form, or what is nested
-        # more deeply than a message may be.
+    if isinstance(error, (ValueError, TypeError, OverflowError, RecursionError, ProtobufError, FormError)):
+        # Only the content of a request can make its encoding fail: a number that has no 64-bit form, or no word in
+        # JSON, or what is nested more deeply than a message may be.
         return SinkError(clean(error), kind="answer", status=400, code="INVALID_PARAMETER_VALUE")
     return SinkError(f"{type(error).__name__}: {clean(error)}", kind="answer", status=500, code="INTERNAL_ERROR")
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import configparser
+import contextlib
 import os
+import re
 from collections.abc import Callable
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -26,6 +29,9 @@ REFUSALS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 #: Characters from which on a password is looked for in messages: a shorter one is a part of words, and soon guessed.
 _SECRET_CHARS: Final = 4
+
+#: Headers whose values nobody else may see, whoever adds them.
+_SECRET_HEADERS: Final = re.compile(r"auth|token|secret|key|cookie", re.IGNORECASE)
 
 #: How characters are encoded that are no Unicode, as the environment may have some.
 _ANY: Final = "surrogatepass"
@@ -87,6 +93,26 @@ def secrets_of(host_creds: Any) -> tuple[str, ...]:
     quoted = {quote(secret, safe, errors=_ANY) for secret in found for safe in ("/", "")}
     forms = {*found, *quoted, basic} - {""}
     return tuple(sorted(forms, key=len, reverse=True))
+
+
+def with_sent(secrets: tuple[str, ...], response: Any) -> tuple[str, ...]:
+    """Return secrets, and those that others have added to a request: requests' ~/.netrc, a plugin of MLflow's.
+
+    Args:
+        secrets: of MLflow's credentials.
+        response: to the request.
+    """
+    headers = getattr(getattr(response, "request", None), "headers", None) or {}
+    found = set(secrets)
+    for text in (str(value) for name, value in headers.items() if _SECRET_HEADERS.search(str(name))):
+        kind, _, login = text.partition(" ")
+        user = password = ""
+        if kind == "Basic":
+            with contextlib.suppress(ValueError):
+                user, _, password = base64.b64decode(login).decode("latin-1").partition(":")
+        found.update(secrets_of(SimpleNamespace(username=user, password=password, token=login)))
+        found.update(secrets_of(SimpleNamespace(token=text)))
+    return tuple(sorted(found, key=len, reverse=True))
 
 
 def login_of(host_creds: Any) -> str:

@@ -54,6 +54,8 @@ from mlflow_outbox_worker.sink import MetricPoint
 
 _DRAFT_PREFIX = ".mlflow_outbox-"
 _DRAFT_SUFFIX = FileStore.TRASH_FOLDER_NAME
+#: Of a file's name, in file systems.
+_NAME_BYTES = 255
 
 
 class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type information
@@ -291,7 +293,7 @@ class _Places:
         self._folders: set[str] = set()
 
     def check(self, path: str, folder: str) -> None:
-        """Refuse a name whose file cannot be there because of another name's, in the directory or of the batch.
+        """Refuse a name whose file cannot be there: it is too long, or another's, there or of the batch, is in its way.
 
         Args:
             path: of its file.
@@ -300,10 +302,14 @@ class _Places:
         Raises:
             MlflowException: there is no place for it.
         """
+        name = os.path.relpath(path, folder)
+        if any(len(os.fsencode(part)) > _NAME_BYTES for part in name.split(os.sep)):
+            msg = f"a file store has no place for {name!r}: a file's name has {_NAME_BYTES} bytes at most"
+            raise MlflowException(msg, error_code=INVALID_PARAMETER_VALUE)
         above = [str(parent) for parent in Path(path).parents if len(str(parent)) > len(folder)]
         taken = path in self._folders or os.path.isdir(path)
         if taken or any(place in self._files or os.path.isfile(place) for place in above):
-            raise _no_place(os.path.relpath(path, folder))
+            raise _no_place(name)
         self._files.add(path)
         self._folders.update(above)
 

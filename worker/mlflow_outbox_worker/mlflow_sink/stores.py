@@ -30,14 +30,16 @@ from mlflow_outbox_worker.mlflow_sink.directory import Directory
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, Host, ServerStore
 from mlflow_outbox_worker.mlflow_sink.transport import Transport
 from mlflow_outbox_worker.mlflow_sink.workspace import WorkspaceTransport
+from mlflow_outbox_worker.sink import SinkError
 
 #: MLflow's migrations, and the replaced name below, are state of the whole process: one store is built at a time.
 _building = threading.Lock()
+_here = threading.local()
 
 
 def _after_fork_in_child() -> None:
-    global _building  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
-    _building = threading.Lock()
+    global _building, _here  # the child's own: the lock may be held by a thread that is not there
+    _building, _here = threading.Lock(), threading.local()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -128,7 +130,7 @@ def open_store(
         from mlflow_outbox_worker.mlflow_sink import database  # imports sqlalchemy, which the others do without
 
         # What is no file has no lock of SQLite's, and may let its opening wait, which no fork should.
-        with _building, using_store() if scheme == "sqlite" else contextlib.nullcontext():
+        with _alone(), using_store() if scheme == "sqlite" else contextlib.nullcontext():
             uri, store, parallel = database.open_store(uri, artifact_root or str(Path("mlruns").absolute()), timeout)
         checks = functools.partial(database.check, store)
         return OpenStore(
@@ -211,6 +213,25 @@ def _directory(uri: str, artifact_root: str | None) -> OpenStore:
 
 
 @contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Build a store while no other thread does; a signal handler that builds one meanwhile would wait for its own.
+
+    Raises:
+        SinkError: this thread builds one.
+    """
+    here = _here
+    if getattr(here, "builds", False):
+        msg = "the call that was interrupted is still opening its store"
+        raise SinkError(msg, kind="connection", sent=False)
+    try:
+        here.builds = True
+        with _building:
+            yield
+    finally:
+        here.builds = False
+
+
+@contextlib.contextmanager
 def _file_store_allowed() -> Iterator[None]:
     """Let a FileStore be built although MLflow >= 3.13 asks for an environment variable first, and older ones warn.
 
@@ -219,7 +240,7 @@ def _file_store_allowed() -> Iterator[None]:
     state of the whole process too. So two names in the module of the store stand for something else while a store
     is built, under a lock, and for what they were right after.
     """
-    with _building:
+    with _alone():
         held = {name: getattr(file_store, name) for name in _STAND_INS if hasattr(file_store, name)}
         for name in held:
             setattr(file_store, name, _STAND_INS[name])

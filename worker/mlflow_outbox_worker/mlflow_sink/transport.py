@@ -269,7 +269,7 @@ class Transport:
     def __init__(self, timeout: float, *, reads: bool = False) -> None:
         self._timeout = timeout
         self._most = MAX_READ_BYTES if reads else MAX_ANSWER_BYTES
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask through the plugin while its thread does
         self._session: requests.Session | None = None
         self._session_pid = 0
         self._http_request = rebound.http_request_over(self._perform)
@@ -320,6 +320,7 @@ class Transport:
                 stream=True,
                 **kwargs,
             )
+            secrets = credentials.with_sent(secrets, response)
             body = _body(response, into, self._most)
             login = credentials.login_of(host_creds) if response.status_code in credentials.REFUSALS else ""
             return Answer(response.status_code, response.headers, body, secrets, login)
