@@ -10,7 +10,10 @@ import threading
 import warnings
 from pathlib import Path
 
-from mlflow_outbox_worker import forking
+import pytest
+
+from mlflow_outbox_worker import database, forking
+from mlflow_outbox_worker.database import Database
 from servers import eventually
 
 _PROGRAM = """
@@ -63,6 +66,38 @@ def test_a_fork_waits_until_no_other_thread_uses_a_store() -> None:
     with forking.using_store():
         assert [threading.get_ident()] == list(forking._uses._users)
     assert ({}, 0) == (forking._uses._users, forking._uses._forks)
+
+
+def test_a_ledger_that_is_made_while_a_fork_is_under_way_is_not_in_use_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fork has asked all others for their locks by then; in the child SQLite would stay locked for ever."""
+    monkeypatch.setattr(forking, "STORE_PATIENCE", 60.0)
+    may_use, used = threading.Event(), threading.Event()
+    made: list[Database] = []
+
+    def make_and_use() -> None:
+        made.append(Database.open(tmp_path / "ledger", timeout=60.0, report=pytest.fail))
+        assert may_use.wait(60)
+        assert [(1,)] == made[0].query("SELECT 1")
+        used.set()
+
+    worker = threading.Thread(target=make_and_use, daemon=True)
+    database._before_fork()
+    try:
+        worker.start()
+        eventually(lambda: made)
+        forking._before_fork()
+        try:
+            may_use.set()
+            assert not used.wait(0.5)
+        finally:
+            forking._after_fork_in_parent()
+    finally:
+        database._after_fork_in_parent()
+    assert used.wait(60)
+    worker.join(60)
+    made[0].close()
 
 
 _WARNED = """

@@ -91,7 +91,7 @@ def test_closing_one_tracker_leaves_another_of_its_outbox_the_worker(
         return flush(of, timeout, settled=settled)
 
     monkeypatch.setattr(delivery, "flush", meanwhile)
-    assert first.close(60)
+    assert first.close(120)
     monkeypatch.undo()
     run.log_metric("loss", 0.5, step=2)
     eventually(lambda: left(outbox).pending == 0, 60, "the second tracker's events")

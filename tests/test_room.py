@@ -143,7 +143,7 @@ def test_at_the_cap_logging_goes_on_once_what_is_there_is_delivered(
         eventually(lambda: not second.log_metric("loss", 0.0), 30)
         proxy.clear()
         eventually(lambda: second.log_metric("later", 0.5), 60)
-        eventually(lambda: tracker.counters.get("reclaimed_early", 0) >= 1, 30, "who delivers says what it deleted")
+        eventually(lambda: tracker.counters.get("reclaimed_early", 0) >= 1, 60, "who delivers says what it deleted")
         second.end()
         assert tracker.close(60)
     assert tracker.counters["refused_full"] > 0

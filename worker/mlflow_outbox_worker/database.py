@@ -139,7 +139,7 @@ class Database:
             if not self._usable:
                 msg = f"the ledger {self._path} is closed, or was in use when this process was forked"
                 raise LedgerUnavailable(msg)
-            with translated(self._path):
+            with translated(self._path), using_store():  # a fork that began before it was made does not hold its lock
                 _close_inherited()
                 self._cache.keep_up()
                 yield self._cache
