@@ -182,7 +182,7 @@ def test_a_child_forked_while_other_threads_hold_the_locks_goes_on(
     with tracking(uri, tmp_path) as mlflow:
         mlflow.create_experiment(experiment_name)
         held = store(uri)
-        with held.server._lock, held.journals._lock, held._recent_lock, stores._building:
+        with held.server._lock, held.journals._lock, held._recent_lock, stores._building.held(AssertionError):
             child = multiprocessing.get_context("fork").Process(target=_begin_in_child, args=(experiment_name,))
             child.start()
             child.join(120)

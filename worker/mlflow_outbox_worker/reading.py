@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mlflow_outbox.counters import described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxError, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.solelock import SoleLock
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.disk import is_foreign
 from mlflow_outbox.spool.events import NAME_TAG, Event, RunStarted
@@ -286,35 +287,20 @@ class Reading:
 #: Opening an embedded store costs a second, and an experiment asks more than once.
 _sinks: dict[tuple[str, str], Sink] = {}
 #: Held while one is opened, by destination: one that is silent holds up no other.
-_locks: dict[tuple[str, str], threading.Lock] = {}
-_here = threading.local()
+_locks: dict[tuple[str, str], SoleLock] = {}
 
 
 def _after_fork_in_child() -> None:
-    global _locks, _here  # the child's own: they may be held by threads that are not there
-    _locks, _here = {}, threading.local()
+    _locks.clear()  # the child makes its own: they may be held by threads that are not there
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-@contextlib.contextmanager
-def _opening(key: tuple[str, str]) -> Iterator[None]:
-    """Open a store once, whoever asks; a signal handler that asks while this thread opens one would wait for itself.
-
-    Raises:
-        SinkError: this thread opens one.
-    """
-    here = _here
-    if getattr(here, "opens", False):
-        msg = "the call that was interrupted is still opening its store"
-        raise SinkError(msg, kind="connection", sent=False)
-    try:
-        here.opens = True
-        with _locks.setdefault(key, threading.Lock()):
-            yield
-    finally:
-        here.opens = False
+def _opening(key: tuple[str, str]) -> AbstractContextManager[None]:
+    """Open a store once, whoever asks; a signal handler that asks while this thread opens it gets a SinkError."""
+    msg = "the call that was interrupted is still opening its store"
+    return _locks.setdefault(key, SoleLock()).held(lambda: SinkError(msg, kind="connection", sent=False))
 
 
 @contextlib.contextmanager

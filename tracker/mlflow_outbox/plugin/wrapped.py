@@ -34,6 +34,7 @@ from mlflow.utils.logging_utils import suppress_logs_in_thread
 
 from mlflow_outbox import delivery, stopwatch
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.solelock import SoleLock
 
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
@@ -107,8 +108,7 @@ class Server:
         #: Its client keeps to no time of ours: the Databricks SDK, the driver of a database that has a server.
         self._is_boundless = scheme not in {"http", "https", "sqlite", "file"}
         self._aside = threading.Semaphore(_MOST_ASIDE)
-        self._opening = threading.Lock()
-        self._here = threading.local()
+        self._opening = SoleLock()
         self.asked: Callable[[], None] = lambda: None
 
     @property
@@ -265,32 +265,16 @@ class Server:
         key = 0.0 if self._embedded else timeout or self._outbox.settings.read_timeout
         held = self._opened.get(key)
         if held is None:
-            with self._alone():
+            # Not by the other lock: a database may let this wait.
+            with self._opening.held(
+                lambda: Away("the call that was interrupted is still opening its store", sent=False)
+            ):
                 held = self._opened.get(key)
                 if held is None:
                     held = delivery.open_store(self._outbox.destination, key or self._outbox.settings.read_timeout)
                     with self._lock:
                         self._opened[key] = held
         return held
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let one thread open a store; a signal handler that asks meanwhile would wait for its own thread.
-
-        Not by the other lock: a database may let it wait.
-
-        Raises:
-            Away: this thread opens one.
-        """
-        here = self._here
-        if getattr(here, "opens", False):
-            raise Away("the call that was interrupted is still opening its store", sent=False)
-        try:
-            here.opens = True
-            with self._opening:
-                yield
-        finally:
-            here.opens = False
 
     def kind(self) -> type:
         """Return the class of MLflow's store; nothing is asked for that, and no database opened that may be silent."""
@@ -324,7 +308,7 @@ class Server:
 
     def forked(self) -> None:
         """Begin anew in a forked child: connections and locks stayed with the parent's threads."""
-        self._lock, self._opening, self._here = threading.RLock(), threading.Lock(), threading.local()
+        self._lock, self._opening = threading.RLock(), SoleLock()
         self._opened, self._under_way, self._aside = {}, 0, threading.Semaphore(_MOST_ASIDE)
 
     def needed(self, what: str, away: Away, *, call: str = "") -> MlflowException:

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-import threading
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -22,6 +22,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path, path_to_local_file_u
 
 from mlflow_outbox.destination import workspace_of
 from mlflow_outbox.errors import DestinationError
+from mlflow_outbox.solelock import SoleLock
 from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink import credentials
 from mlflow_outbox_worker.mlflow_sink.artifacts import Artifacts
@@ -33,13 +34,12 @@ from mlflow_outbox_worker.mlflow_sink.workspace import WorkspaceTransport
 from mlflow_outbox_worker.sink import SinkError
 
 #: MLflow's migrations, and the replaced name below, are state of the whole process: one store is built at a time.
-_building = threading.Lock()
-_here = threading.local()
+_building = SoleLock()
 
 
 def _after_fork_in_child() -> None:
-    global _building, _here  # the child's own: the lock may be held by a thread that is not there
-    _building, _here = threading.Lock(), threading.local()
+    global _building  # noqa: PLW0603 - the child's own: the lock may be held by a thread that is not there
+    _building = SoleLock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -212,23 +212,10 @@ def _directory(uri: str, artifact_root: str | None) -> OpenStore:
     return OpenStore(root, store, Artifacts(root), deduplicates_metrics=False, parallel=False, places=(place,))
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Build a store while no other thread does; a signal handler that builds one meanwhile would wait for its own.
-
-    Raises:
-        SinkError: this thread builds one.
-    """
-    here = _here
-    if getattr(here, "builds", False):
-        msg = "the call that was interrupted is still opening its store"
-        raise SinkError(msg, kind="connection", sent=False)
-    try:
-        here.builds = True
-        with _building:
-            yield
-    finally:
-        here.builds = False
+def _alone() -> AbstractContextManager[None]:
+    """Build a store while no other thread does; a signal handler that builds one meanwhile gets a SinkError."""
+    msg = "the call that was interrupted is still opening its store"
+    return _building.held(lambda: SinkError(msg, kind="connection", sent=False))
 
 
 @contextlib.contextmanager
