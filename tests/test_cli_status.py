@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -63,6 +64,30 @@ def test_a_segment_that_cannot_be_read_is_named(here: Here, tmp_path: Path) -> N
     assert "1 segment cannot be read, so that its events are not delivered; see: mlflow-outbox doctor" in done.out
     assert "13 events wait" in done.out
     assert 0 == done.code
+    assert 1 == here("status", "-d", tmp_path, "--exit-code").code
+
+
+def test_an_outbox_whose_runs_the_disk_does_not_list_is_shown_beside_the_others(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is said of it, and something may wait there; what waits in the others is as important as before."""
+    offline(tmp_path)
+    MLflowTracker("other", "http://127.0.0.1:10", outbox_dir=tmp_path, worker="none").start_run("run").end()
+    ill, well = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    scandir = os.scandir
+
+    def failing(path: str | Path) -> os._ScandirIterator[str]:  # a disk that fails on demand needs a device of its own
+        if Path(path) == ill / "runs":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(str(path))
+
+    monkeypatch.setattr(os, "scandir", failing)
+    found = {one["path"]: one for one in here("status", "-d", tmp_path, "--json").data["outboxes"]}
+    assert (1, 1) == (found[str(ill)]["pending"], found[str(ill)]["unreadable_segments"])
+    assert "Input/output error" in found[str(ill)]["disk_problem"]
+    assert (None, 0) == (found[str(well)]["disk_problem"], found[str(well)]["unreadable_segments"])
+    assert 2 <= found[str(well)]["pending"]
+    assert "the disk does not tell which runs there are: OSError: [Errno 5]" in here("status", "-d", tmp_path).out
     assert 1 == here("status", "-d", tmp_path, "--exit-code").code
 
 

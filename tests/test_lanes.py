@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox.testing.wire import Request
 from mlflow_outbox_worker.courier import Courier, Turn
 from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.ledger import Ledger
@@ -60,6 +62,63 @@ def test_a_failure_beside_a_long_upload_does_not_hold_up_the_others_until_that_i
             assert hanging.ended is None
             assert counters["retried"]
             proxy.down()
+
+
+def test_a_try_that_is_a_long_upload_does_not_hold_up_the_others_until_that_is_through(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """The server was away, and the run that tries first whether it is there again has a large file to send."""
+    settings = dataclasses.replace(QUICK, request_timeout=2.0)
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("api/2.0/mlflow", faults.status(503), times=None)
+        tracker, directory = offline(experiment_name, proxy.url, tmp_path, settings)
+        with tracker.start_run("large") as run:
+            large = tmp_path / "large.bin"
+            large.write_bytes(bytes(30 << 20))  # for which it is waited two minutes
+            run.log_artifact(large)
+
+        def ended() -> list[str]:
+            held = runs(mlflow_server.url, experiment_name)
+            return sorted(run.info.run_name for run in held if run.info.status == "FINISHED")
+
+        def hanging() -> list[Request]:
+            return [request for request in proxy.requests if "accept_hang" == request.action]
+
+        with delivering(directory, proxy.url, settings) as counters:
+            eventually(lambda: counters["retried"] > 0, 60, "the server is known to be away")
+            proxy.clear()
+            proxy.on("mlflow-artifacts", faults.accept_hang(), times=1)
+            eventually(lambda: 1 == len(hanging()), 60, "the run that tries sends its file")
+            for name in ("small", "smaller"):
+                with tracker.start_run(name) as run:
+                    run.log_metric("loss", 0.0, step=0)
+            tracker.close(0)
+            eventually(lambda: ["small", "smaller"] == ended(), 60, "the others arrive during the upload")
+            assert [None] == [request.ended for request in hanging()]
+            proxy.down()
+
+
+def test_one_run_at_a_time_tries_whether_the_server_is_there_again(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Each of them meets silence for as long as a request may take, and none of them is asked for beside another."""
+    settings = dataclasses.replace(QUICK, request_timeout=1.0)
+    with FaultProxy(mlflow_server.url) as proxy:
+        tracker, directory = offline(experiment_name, proxy.url, tmp_path, settings)
+        proxy.on("api/2.0/mlflow", faults.status(503), times=None)
+        tracker.start_run("one").end()
+        with delivering(directory, proxy.url, settings) as counters:
+            eventually(lambda: counters["retried"] > 0, 60, "the server is known to be away")
+            for name in ("two", "three", "four"):
+                tracker.start_run(name).end()
+            tracker.close(0)
+            proxy.clear()
+            proxy.on("api/2.0/mlflow", faults.accept_hang(), times=4)
+            eventually(lambda: 4 == len(runs(mlflow_server.url, experiment_name)), 60)
+        hanging = [request for request in proxy.requests if "accept_hang" == request.action]
+        assert 4 == len(hanging)
+        for before, after in itertools.pairwise(hanging):
+            assert after.arrived - before.arrived > 0.5, "it waited until the one before had given up"
 
 
 def test_a_run_that_waits_for_a_person_is_tried_again_although_that_could_not_be_noted(

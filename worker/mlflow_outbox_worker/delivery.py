@@ -9,7 +9,8 @@ the same. It works while it holds the lease; without it, it stands by and takes 
 * A failed run waits by its own back-off, so it never holds up another. A failure that says something about the
   destination (no connection, a time-out, 5xx, 401, a login page) makes all runs wait by the destination's back-off,
   and then one run at a time tries, a different one each time, with its next window alone, until one has arrived: no
-  storm on a server that is coming back, and no wait for the rest of that run.
+  storm on a server that is coming back, and no wait for the rest of that run, nor for a large upload in that window:
+  when a try takes longer than requests do, the next one is made beside it.
 * Nothing here gives up. A parked run or destination is tried again slowly, and at once when somebody asks to hurry.
 * An idle loop looks at the doorbell and the sizes of segments that are being written, so ten thousand runs may wait.
 """
@@ -53,6 +54,8 @@ from mlflow_outbox_worker.upkeep import Upkeep
 
 #: Seconds between two tries of a standing-by worker for the lease: a dead holder is replaced within two seconds.
 _STAND_BY: Final = 1.0
+#: Times the limit of a request until another run tries beside one that does: what takes so long is an upload.
+_UPLOADS: Final = 2.0
 
 
 class Delivery:
@@ -105,6 +108,8 @@ class Delivery:
         )
         self._lookout = Lookout(self._source, self._schedule, self._gate, clock)
         self._lanes = 0
+        #: The run that tried last whether the destination is there again, and until when it tries alone.
+        self._trying, self._alone_until = "", 0.0
         self._ledger: Ledger | None = None
         self._sink: AskedSink | None = None
         self._courier: Courier | None = None
@@ -275,21 +280,30 @@ class Delivery:
             return False
         if self._courier is None and not self._open():
             return False
-        parallel = self._sink is not None and self._sink.parallel and self._gate.is_proven()
-        # One that tries does so beside lanes that are in the middle of something, which may be an upload of an hour.
-        most = self._settings.parallel_runs
-        chosen = self._schedule.take(most if parallel else min(most, self._schedule.busy() + 1))
-        if not parallel:
+        if self._sink is None or not self._sink.parallel:
+            chosen = self._schedule.take(1)
             for run_id in chosen:
                 self._take_turn(run_id)
             return bool(chosen)
+        chosen = self._schedule.take(self._settings.parallel_runs) if self._gate.is_proven() else self._one_that_tries()
         for run_id in chosen:
             self._start_lane(run_id)
         if chosen or self._schedule.busy():
             with self._schedule.changed:
-                self._schedule.changed.wait(self._settings.poll_interval)
+                if self._schedule.busy():  # else it has come back already
+                    self._schedule.changed.wait(self._settings.poll_interval)
             return True
         return False
+
+    def _one_that_tries(self) -> list[str]:
+        """Take a run that tries, beside lanes in the middle of something, which may be an upload of an hour."""
+        now = self._clock()
+        if self._schedule.is_busy(self._trying) and now < self._alone_until:
+            return []
+        chosen = self._schedule.take(min(self._settings.parallel_runs, self._schedule.busy() + 1))
+        if chosen:
+            self._trying, self._alone_until = chosen[0], now + _UPLOADS * self._settings.request_timeout
+        return chosen
 
     def _recollect(self, ledger: Ledger) -> None:
         """See to a filed run that the ledger does not know, while there is nothing to send."""

@@ -292,6 +292,10 @@ class Schedule:
         """Return how many runs lanes have."""
         return len(self._busy)
 
+    def is_busy(self, run_id: str) -> bool:
+        """Return whether a lane has a run."""
+        return run_id in self._busy
+
     def is_quiet(self) -> bool:
         """Return whether no run is busy, ready, pending or settling."""
         with self.changed:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from mlflow_outbox.counters import described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.spool.events import decode
 from mlflow_outbox.spool.frame import SEQUENCE_MASK, unpack, wanted
@@ -89,6 +90,7 @@ class OutboxSurvey:
         delivered: events that have arrived, of all runs that the ledger knows or has known.
         refused: events that programs refused or lost lately, by reason.
         unread: why the ledger could not be read, so that everything counts as waiting; "" when it could.
+        unlisted: why the runs could not be listed, so that what waits is counted as one event; "" when they could.
     """
 
     path: Path
@@ -101,11 +103,12 @@ class OutboxSurvey:
     at_ms: int
     refused: Mapping[str, int]
     unread: str = ""
+    unlisted: str = ""
 
     @property
     def pending(self) -> int:
         """Events that wait for the destination."""
-        return sum(run.pending for run in self.runs)
+        return sum(run.pending for run in self.runs) + bool(self.unlisted)
 
     @property
     def parked(self) -> int:
@@ -119,8 +122,8 @@ class OutboxSurvey:
 
     @property
     def unreadable(self) -> int:
-        """Segments that cannot be read at all."""
-        return sum(run.unreadable for run in self.runs)
+        """Segments that cannot be read at all; the list of all runs counts as one."""
+        return sum(run.unreadable for run in self.runs) + bool(self.unlisted)
 
     @property
     def waiting_bytes(self) -> int:
@@ -162,7 +165,7 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
     """
     records: dict[str, RunRecord] = {}
     letters: Mapping[str, int] = {}
-    note, pace, unread, retired = DestinationNote("ok"), None, "", Totals()
+    note, pace, unread, unlisted, retired = DestinationNote("ok"), None, "", "", Totals()
     try:
         ledger = Ledger.open(directory.ledger_in(settings.ledger_dir), read_only=True)
         records, retired = counted(ledger)
@@ -171,7 +174,10 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
     except (LedgerUnavailable, OutboxUnusable) as error:
         unread = str(error)
     parked = note.state == "parked"
-    on_disk = directory.run_ids()
+    try:
+        on_disk = directory.run_ids()
+    except OSError as error:  # the other outboxes of a machine are shown all the same
+        on_disk, unlisted = [], described(error)
     runs = [_run(directory, run_id, records.get(run_id), letters.get(run_id, 0), parked=parked) for run_id in on_disk]
     runs += [
         RunSurvey(
@@ -191,6 +197,7 @@ def survey(directory: OutboxDirectory, settings: Settings, *, now_ms: int | None
         at_ms=time.time_ns() // 1_000_000 if now_ms is None else now_ms,
         refused=refused(directory.path),
         unread=unread,
+        unlisted=unlisted,
     )
 
 

@@ -114,6 +114,7 @@ def _outbox_as_data(one: OutboxSurvey) -> dict[str, Any]:
         "eta_seconds": None if one.eta_seconds is None else round(one.eta_seconds, 1),
         "worker": None if held is None else {"host": held.host, "pid": held.pid, "kind": held.kind},
         "ledger_problem": one.unread or None,
+        "disk_problem": one.unlisted or None,
         "runs": [_run_as_data(run) for run in one.runs],
     }
 
@@ -229,7 +230,9 @@ def sentences(one: OutboxSurvey) -> list[Cell]:
     if one.refused:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(one.refused.items()))
         lines.append(Styled(f"programs refused events, which are nowhere: {printable(reasons, 300)}", "red"))
-    if one.unreadable:
+    if one.unlisted:
+        lines.append(Styled(f"the disk does not tell which runs there are: {one.unlisted}", "red"))
+    elif one.unreadable:
         lines.append(Styled(wording.unreadable(one.unreadable), "red"))
     if one.unread:
         lines.append(Styled(f"what was delivered cannot be told now: {one.unread}", "red"))
