@@ -65,7 +65,46 @@ def test_a_fork_waits_until_no_other_thread_uses_a_store() -> None:
     assert 0 == os.waitstatus_to_exitcode(status)
     with forking.using_store():
         assert [threading.get_ident()] == list(forking._uses._users)
-    assert ({}, 0) == (forking._uses._users, forking._uses._forks)
+    assert ({}, []) == (forking._uses._users, forking._uses._forks)
+
+
+_INTERRUPTED = """
+import os, signal, threading, time
+from mlflow_outbox_worker import forking
+forking.PATIENCE, forking.STORE_PATIENCE = 60.0, 30.0
+imports, interrupted = threading.Event(), threading.Event()
+
+def import_something():
+    with forking.importing():
+        imports.set()
+        interrupted.wait(60)
+
+def interrupt(*_):
+    interrupted.set()
+    raise KeyboardInterrupt
+
+thread = threading.Thread(target=import_something, daemon=True)
+thread.start()
+imports.wait(60)
+signal.signal(signal.SIGALRM, interrupt)
+os.register_at_fork(before=lambda: signal.setitimer(signal.ITIMER_REAL, 0.2))  # the last is the first to be called
+child = os.fork()
+if child == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+thread.join(60)
+begun = time.monotonic()
+with forking.using_store():
+    waited = time.monotonic() - begun
+os._exit(7 if interrupted.is_set() and waited < 15 else 1)
+"""
+
+
+def test_a_signal_that_ends_the_wait_of_a_fork_slows_no_later_use_of_a_store() -> None:
+    """Python goes on with the fork; each use of the ledger took a second more from then on."""
+    command = [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", _INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, timeout=250, check=False)
+    assert 7 == done.returncode, done.stderr
 
 
 def test_a_ledger_that_is_made_while_a_fork_is_under_way_is_not_in_use_at_it(

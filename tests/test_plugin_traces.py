@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ def test_a_trace_whose_feedback_no_server_can_be_sent_is_a_dead_letter_and_holds
         assert 1 == outbox.flush(60).dead
     with tracking(mlflow_server.url, tmp_path) as mlflow:
         assert [1.0] == [one.value for one in mlflow.get_trace(span.trace_id).info.assessments]
+
+
+@pytest.mark.parametrize("kind", ["http", "sqlite", "file"])
+def test_a_trace_with_a_tag_that_cannot_be_copied_is_logged_with_its_text(
+    kind: str, sqlite_uri: str, file_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow takes the client of a language model for its name, say; its exporter keeps no span of one that fails."""
+    from mlflow.entities import TraceInfo, TraceLocation, TraceState
+
+    uri = {"http": NOWHERE, "sqlite": f"outbox+{sqlite_uri}", "file": f"outbox+{file_uri}"}[kind]
+    client = threading.Lock()
+    labels: Any = {"tags": {"client": client}, "trace_metadata": {"number": 7}}
+    with tracking(uri, tmp_path, worker="none", exit_timeout=0) as mlflow:
+        place = TraceLocation.from_experiment_id(mlflow.create_experiment(experiment_name))
+        given = TraceInfo("tr-1", place, 1_700_000_000_000, TraceState.OK, **labels)
+        shown = store(uri).start_trace(given)
+        assert (str(client), "7") == (shown.tags["client"], shown.trace_metadata["number"])
+        assert client is given.tags["client"]
 
 
 @pytest.mark.parametrize("kind", ["http", "sqlite"])

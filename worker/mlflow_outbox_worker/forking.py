@@ -44,7 +44,8 @@ class _Uses:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._users: dict[int, int] = {}
-        self._forks = 0
+        #: By their threads. One that never came to ``hold`` must not end another one's.
+        self._forks: list[int] = []
 
     def enter(self) -> None:
         """Begin a use, once no other thread forks."""
@@ -66,13 +67,15 @@ class _Uses:
         """Let nobody begin a use, and wait for those of other threads to end."""
         me = threading.get_ident()
         with self._changed:
-            self._forks += 1
+            self._forks.append(me)
             self._changed.wait_for(lambda: not self._users.keys() - {me}, STORE_PATIENCE)
 
     def release(self) -> None:
-        """End ``hold``."""
+        """End ``hold``, if this thread has come to it."""
+        me = threading.get_ident()
         with self._changed:
-            self._forks -= 1
+            if me in self._forks:
+                self._forks.remove(me)
             self._changed.notify_all()
 
 
@@ -91,8 +94,10 @@ def using_store() -> Iterator[None]:
 
 
 def _before_fork() -> None:
-    _held[threading.get_ident()] = _lock.acquire(timeout=PATIENCE)
-    _uses.hold()
+    try:
+        _held[threading.get_ident()] = _lock.acquire(timeout=PATIENCE)
+    finally:
+        _uses.hold()  # also where a signal handler has ended the wait, which ends no fork
 
 
 def _after_fork_in_parent() -> None:

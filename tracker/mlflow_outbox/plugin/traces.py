@@ -64,10 +64,7 @@ class Traces(Models):
         place = place_in(experiment, room)
         self._rooms.remember(trace_info.trace_id, place)
         self._spans.follow(trace_info.trace_id, place)
-        shown = copy.deepcopy(trace_info)
-        if not self.integers.embedded:
-            with contextlib.suppress(SerializeToJsonError):  # else it becomes a dead letter: no server can be sent it
-                shown = TraceInfo.from_dict(trace_info.to_dict())
+        shown = self._copied(trace_info)
         shown.tags[MLFLOW_ARTIFACT_LOCATION] = (
             f"{self.own_uri('experiment', experiment)}/traces/{trace_info.trace_id}/artifacts"
         )
@@ -78,6 +75,16 @@ class Traces(Models):
             while len(self._recent) > _REMEMBERED:
                 self._recent.popitem(last=False)
         return shown
+
+    def _copied(self, info: TraceInfo) -> TraceInfo:
+        if not self.integers.embedded:
+            with contextlib.suppress(SerializeToJsonError):  # else it becomes a dead letter: no server can be sent it
+                return TraceInfo.from_dict(info.to_dict())
+        bare = copy.copy(info)  # with texts for values, as MLflow sends them: some cannot be copied
+        bare.tags, bare.trace_metadata = (
+            {key: str(value) for key, value in (given or {}).items()} for given in (info.tags, info.trace_metadata)
+        )
+        return copy.deepcopy(bare)
 
     def log_spans(self, location: str, spans: list[Span], tracking_uri: str | None = None) -> list[Span]:
         """Record spans.
