@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from mlflow_outbox_worker.cli import terminal
 from mlflow_outbox_worker.cli.signals import Ending
 from mlflow_outbox_worker.cli.worker import Service
 from mlflow_outbox_worker.host_lease import worker_of
+from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.metrics import Exporter, Histogram, Meter, measured
+from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.sink import MetricPoint, Sink, SinkError
 from servers import MlflowServer, eventually
 
@@ -175,6 +178,23 @@ def test_until_idle_and_the_metrics_file(
     assert any(line.startswith(f'mlflow_outbox_requests_total{{answer="ok",outbox="{name}"}}') for line in lines)
     assert 0o644 == stat.S_IMODE(file.stat().st_mode) | 0o044
     assert [file.name] == [path.name for path in tmp_path.iterdir() if path.is_file()], "no draft is left"
+
+
+def test_until_idle_does_not_end_while_the_ledger_is_opened(
+    here: Here, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk takes longer for that than from one look to the next, and nothing is known of any run then."""
+    offline(tmp_path, mlflow_server.url, experiment=experiment_name)
+    opened = Room.opened
+
+    def slowly(self: Room, path: Path, report: Callable[[str], object]) -> Ledger:
+        time.sleep(1.0)
+        return opened(self, path, report)
+
+    monkeypatch.setattr(Room, "opened", slowly)
+    monkeypatch.setattr("mlflow_outbox_worker.cli.worker._TICK", 0.02)
+    done = here("worker", "-d", tmp_path, "--until-idle")
+    assert (0, True) == (done.code, "13 delivered, 0 left" in done.out), done
 
 
 def test_a_segment_that_cannot_be_read_is_said_at_the_end(tmp_path: Path) -> None:

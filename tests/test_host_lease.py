@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -22,6 +23,8 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker import flush, host_lease
 from mlflow_outbox_worker.child import ChildDelivery
+from mlflow_outbox_worker.cli.signals import Ending
+from mlflow_outbox_worker.cli.worker import Service
 from mlflow_outbox_worker.host_lease import HostLease, described, worker_of
 from mlflow_outbox_worker.lease import Holder, Lease
 from replays import command, log_offline, the_outbox
@@ -405,7 +408,9 @@ def test_what_another_machine_delivers_is_left_to_it_and_it_is_named(
     child = other_machine(the_outbox(share) / "host.lease", tmp_path / "state of node7", "node7", beat=host_lease.BEAT)
     try:
         assert 6 == command("replay", share)
-        assert f"process {child.pid}) on the machine node7" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"process {child.pid}) on the machine node7" in said
+        assert "MLFLOW_OUTBOX_WORKER=none" in said, "that machine may not reach the server, and holds it all the same"
     finally:
         child.kill()
         child.communicate()
@@ -436,6 +441,25 @@ def test_a_flush_beside_another_machines_worker_sees_what_that_has_filed(
     finally:
         child.kill()
         child.communicate()
+
+
+def test_a_service_that_ends_when_nobody_logs_any_more_waits_for_a_program_on_a_share(
+    share: Path, sqlite_uri: str, experiment_name: str
+) -> None:
+    """No lock tells there that it lives: it does until it has closed its segment."""
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=share, worker="none", settings=QUICK)
+    run = tracker.start_run("goes on")
+    assert run.log_metric("loss", 0.0, step=0)
+    with Ending() as ending:
+        service = Service(dataclasses.replace(QUICK, root=share), ending)
+        service.adopt(share)
+        (worker,) = service._workers.values()
+        eventually(lambda: worker.counters["delivered"] >= 2 and worker.delivery.is_idle(), 60)
+        assert not service._is_idle(worker)
+        run.end()
+        tracker.close(0)
+        eventually(lambda: service._is_idle(worker), 60)
+        assert 0 == service.end(0.0, None)
 
 
 def test_a_share_is_asked_for_what_other_machines_have_made(share: Path, experiment_name: str) -> None:

@@ -107,6 +107,8 @@ class Delivery:
             destination, settings, self._gate, counters, open_sink=open_sink, now_ms=now_ms, clock=clock
         )
         self._lookout = Lookout(self._source, self._schedule, self._gate, clock)
+        #: Which runs there are is known since the lease was taken: opening the ledger comes before.
+        self._has_looked = False
         self._lanes = 0
         #: The run that tried last whether the destination is there again, and until when it tries alone.
         self._trying, self._alone_until = "", 0.0
@@ -148,7 +150,7 @@ class Delivery:
 
     def is_idle(self) -> bool:
         """Return whether everything that is on disk was delivered, as far as the last look told."""
-        return self._lease.is_held() and self._schedule.is_quiet()
+        return self._lease.is_held() and self._has_looked and self._schedule.is_quiet()
 
     def is_at_work(self) -> bool:
         """Return whether a run has its turn, or may have one at once."""
@@ -227,6 +229,7 @@ class Delivery:
         )
         self._schedule.clear()
         self._lookout.begin()
+        self._has_looked = True
         self._upkeep.begin()
         self._room.begin(self._ledger)
         self._recollection.begin(self._ledger)
@@ -253,6 +256,7 @@ class Delivery:
                 self._pause(self._settings.poll_interval)
 
     def _let_go(self) -> None:
+        self._has_looked = False
         with self._schedule.changed:
             lanes_quiet = self._schedule.changed.wait_for(
                 lambda: not self._schedule.busy(), timeout=self._settings.request_timeout + 5

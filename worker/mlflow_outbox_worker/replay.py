@@ -27,7 +27,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.writer import is_closed, writer_state
 from mlflow_outbox_worker.delivery import Delivery
-from mlflow_outbox_worker.host_lease import described, worker_of
+from mlflow_outbox_worker.host_lease import described, is_elsewhere, worker_of
 from mlflow_outbox_worker.jobs import Job, Runs, Wish, known_records, pending_events
 from mlflow_outbox_worker.lease import Holder
 from mlflow_outbox_worker.opener import OpenSink
@@ -260,6 +260,9 @@ class Replay:
             msg = f"{place}; repeat this one afterwards"
         else:
             msg = f"{described(found)} delivers {self._job.source.path}; it sends these runs, or end it first"
+            if is_elsewhere(found):  # such as a node of a cluster, which keeps the lease for as long as its job runs
+                advice = "a program on one that does not reach the server should only write (MLFLOW_OUTBOX_WORKER=none)"
+                msg += f"; {advice}"
         raise LeaseHeld(msg)
 
     # -- following

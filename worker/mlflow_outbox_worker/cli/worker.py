@@ -27,6 +27,7 @@ from mlflow_outbox_worker.cli.signals import Ending
 
 if TYPE_CHECKING:
     from mlflow_outbox.settings import Settings
+    from mlflow_outbox.spool.listing import SegmentFile
     from mlflow_outbox_worker.metrics import Exporter
 
 #: Seconds between two looks at what the workers have come to.
@@ -276,12 +277,11 @@ class Service:
         """Return whether everything is delivered and no run is being written."""
         if not one.delivery.is_idle():
             return False
-        from mlflow_outbox.spool.disk import is_being_written
         from mlflow_outbox.spool.reader import RunReader
 
         directory = one.directory
         return not any(
-            is_being_written(held[-1].path)
+            _is_logged_to(held[-1], network=directory.network)
             for run_id in directory.run_ids()
             for held in RunReader(directory.run(run_id)).segments().values()
         )
@@ -319,3 +319,15 @@ class Service:
 
 def _name(one: CommandWorker) -> str:
     return printable(one.directory.path.name)
+
+
+def _is_logged_to(last: SegmentFile, *, network: bool) -> bool:
+    """Return whether somebody logs to a writer's last segment."""
+    from mlflow_outbox.spool.disk import is_being_written
+    from mlflow_outbox.spool.writer import is_closed, writer_state
+    from mlflow_outbox_worker.replay import GIVE_UP
+
+    if is_being_written(last.path):
+        return True
+    # No lock tells there that a writer lives: it does until it has said that it ends, or was silent for an hour.
+    return network and not is_closed(last.path, last.header) and writer_state(last.path, last.header).idle < GIVE_UP
