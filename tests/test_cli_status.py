@@ -299,7 +299,7 @@ def test_the_real_command_in_a_pipe(tmp_path: Path) -> None:
 
 class TestNotes:
     def test_an_attempt_is_noted_again_after_a_hurry(self, tmp_path: Path) -> None:
-        """The same state twice is one note; the first that begins after a hurry is noted, and since when stays."""
+        """The same twice is one note; the first that begins after a hurry is noted, and since when stays."""
         ledger = Ledger.open(tmp_path / "ledger")
         notes = Notes(0.0)
         notes.destination(ledger, "away", "refused", 1000, 900)
@@ -313,6 +313,31 @@ class TestNotes:
         notes.destination(ledger, "ok", "", 4000, 3900)
         assert DestinationNote("ok", "", 4000, 3900) == destination_note(ledger)
         ledger.close()
+
+    def test_another_reason_is_noted_and_since_when_stays(self, tmp_path: Path) -> None:
+        """A server that refused connections is up again, and its database is not: who looks is told of that."""
+        ledger = Ledger.open(tmp_path / "ledger")
+        notes = Notes(0.0)
+        notes.destination(ledger, "away", "refused", 1000, 900)
+        notes.destination(ledger, "away", "503: the database is read-only", 2000, 1900)
+        assert DestinationNote("away", "503: the database is read-only", 1000, 1900) == destination_note(ledger)
+        ledger.close()
+
+    def test_what_another_worker_has_noted_since_is_not_left_there(self, tmp_path: Path) -> None:
+        """One that delivers again after another one, or with a new ledger, says how it stands, no news or not."""
+        ledger = Ledger.open(tmp_path / "ledger")
+        first, second = Notes(0.0), Notes(0.0)
+        first.destination(ledger, "ok", "", 1000, 900)
+        second.destination(ledger, "parked", "401", 2000, 1900)
+        first.begin()
+        first.destination(ledger, "ok", "", 3000, 2900)
+        assert DestinationNote("ok", "", 3000, 2900) == destination_note(ledger)
+        ledger.close()
+        anew = Ledger.open(tmp_path / "anew")
+        second.begin()
+        second.destination(anew, "parked", "401", 4000, 3900)
+        assert DestinationNote("parked", "401", 4000, 3900) == destination_note(anew)
+        anew.close()
 
     def test_the_pace_is_that_of_the_last_seconds(self, tmp_path: Path) -> None:
         """It is noted every few seconds while events arrive, and forgotten when that was long ago."""

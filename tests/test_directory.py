@@ -177,7 +177,7 @@ def test_an_outbox_that_cannot_be_trusted_is_refused_and_left_alone(
     "part",
     [
         *("runs", "delivered", "refused", "quarantine"),
-        *("worker.lock", "host.lease", "doorbell", "size", "hurry", "wanted"),
+        *("worker.lock", "host.lease", "doorbell", "size", "hurry", "wanted", "budget"),
     ],
 )
 def test_an_outbox_whose_part_leads_elsewhere_is_refused(part: str, kind: str, tmp_path: Path) -> None:

@@ -489,6 +489,26 @@ def test_a_server_that_serves_no_artifacts_parks_the_upload(wire: Callable[..., 
     assert server.requests[1].endswith(b"\r\n\r\ncontent")
 
 
+def test_a_file_goes_to_where_the_files_of_its_run_were_moved(wire: Callable[..., Wire], tmp_path: Path) -> None:
+    """Where they are is remembered, and a worker that goes on for weeks would try the old place for good."""
+    places = ["old"]
+
+    def behave(server: Wire, connection: socket.socket, request: bytes) -> None:
+        answer = says(200, run_json(f"mlflow-artifacts:/{places[0]}"))
+        if request.startswith(b"PUT"):
+            answer = says(200, "{}") if b"/new/" in request.partition(b"\r\n")[0] else says(500, "gone")
+        answer(server, connection, request)
+
+    server = wire(behave)
+    (tmp_path / "copy").write_bytes(b"content")
+    with closing(open_sink(server.url)) as sink:
+        assert "retry" == classify(fails(lambda: sink.upload("a" * 32, tmp_path / "copy", "x")), "upload").kind
+        places[0] = "new"
+        sink.upload("a" * 32, tmp_path / "copy", "x")
+        sink.upload("a" * 32, tmp_path / "copy", "y")
+    assert 2 == sum(request.startswith(b"GET") for request in server.requests), "a place that is good is remembered"
+
+
 def test_what_a_server_says_of_a_file_is_told_however_long_its_path_is(
     wire: Callable[..., Wire], tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from mlflow_outbox_worker.removal import leftovers
 from mlflow_outbox_worker.room import Room
 from mlflow_outbox_worker.sources import run_id_of
 from servers import MlflowServer, eventually
+from workers import delivering
 
 
 def held(folder: Path) -> int:
@@ -197,6 +198,26 @@ def test_a_run_that_begins_without_room_has_its_name_and_tags_once_there_is_some
     )
 
 
+def test_who_delivers_makes_as_much_room_as_the_program_allows(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """A service has settings of its own: by these nothing would give way until the retention time is over."""
+    settings = dataclasses.replace(QUICK, sync_interval=0.05)
+    with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", settings=settings) as before:
+        with before.start_run("before") as run:
+            assert run.log_text("x" * 3_000_000, "large.txt")
+        assert before.flush(60)
+    full = dataclasses.replace(settings, outbox_bytes=2_500_000)
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", worker="none", settings=full)
+    run = tracker.start_run("after")
+    assert not run.log_metric("loss", 0.5)
+    assert tracker.outbox_path is not None
+    with delivering(OutboxDirectory.open(tracker.outbox_path), sqlite_uri, settings):
+        eventually(lambda: run.log_metric("later", 0.5), 90)
+        run.end()
+    tracker.close(0)
+
+
 class TestRoom:
     def test_what_was_verified_first_goes_first_and_only_as_much_as_is_needed(self, tmp_path: Path) -> None:
         """At the cap; it is counted and said."""
@@ -350,6 +371,23 @@ class TestRoom:
         free += 1_000
         one.look(ledger)
         assert (2, 0) == (len(outbox.delivered_ids()), demand.told(outbox.path))
+        ledger.close()
+
+    @pytest.mark.parametrize("what", ["free", "used"])
+    def test_what_a_program_allows_that_refuses_events_counts_for_a_day(
+        self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it wants to be left free, and what the outbox may take; not the word of one that is long gone."""
+        outbox, ledger, _ = delivered(tmp_path, 3)
+        monkeypatch.setattr(reserve, "free", lambda _: 10**9)
+        most, least = (10**12, 10**9 + 1) if what == "free" else (used_bytes(outbox) // 2, 0)
+        demand.tell_budget(outbox.path, most, least)
+        os.utime(outbox.path / "budget", (1, 1))
+        Room(outbox, Settings(), Counters()).look(ledger, measure=True)
+        assert 3 == len(outbox.delivered_ids())
+        demand.tell_budget(outbox.path, most, least)
+        Room(outbox, Settings(), Counters()).look(ledger, measure=True)
+        assert len(outbox.delivered_ids()) < 3
         ledger.close()
 
     def test_where_nothing_may_be_deleted_nothing_is(self, tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ class Delivery:
             lambda text: self._counters.warn_once(text, f"mlflow-outbox: {text}"),
         )
         self._schedule.clear()
+        self._gate.notes.begin()
         self._lookout.begin()
         self._has_looked = True
         self._upkeep.begin()

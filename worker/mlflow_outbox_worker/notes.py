@@ -1,10 +1,10 @@
 """What the worker notes in the ledger about itself, so that ``status`` and ``flush`` need not watch it to tell.
 
-How the destination stands is noted when it changes, and again with the first attempt that begins after somebody asked
-to hurry: whoever asked learns that the attempt was made. One that was under way then says what was so before, so the
-time of an attempt is that of its beginning. Since when it stands so is taken over from the note of the worker
-before: a server is not away for a shorter time because somebody flushed. How fast events arrive is noted every few
-seconds while they do, and while none do, that something is being sent: a large file takes minutes.
+How the destination stands is noted when it changes, or the reason does, and again with the first attempt that begins
+after somebody asked to hurry: whoever asked learns that the attempt was made. One that was under way then says what was
+so before, so the time of an attempt is that of its beginning. Since when it stands so is taken over from the note of
+the worker before: a server is not away for a shorter time because somebody flushed. How fast events arrive is noted
+every few seconds while they do, and while none do, that something is being sent: a large file takes minutes.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Notes:
 
     def __init__(self, now: float) -> None:
         self._noted = DestinationNote("")
+        self._is_stored = False
         self._hurried_ms: int | None = None
         self._delivered = 0
         self._paced = now
@@ -79,6 +80,10 @@ class Notes:
     def reason(self) -> str:
         """The error that showed it; "" when there was none."""
         return self._noted.reason
+
+    def begin(self) -> None:
+        """Have the next attempt noted: another worker has noted others since, or the ledger is a new one."""
+        self._is_stored = False
 
     def hurried(self, now_ms: int) -> None:
         """Note the next attempt that begins even if nothing has changed: somebody waits for it."""
@@ -95,16 +100,19 @@ class Notes:
             began_ms: the same when the attempt began.
         """
         awaited = self._hurried_ms is not None and began_ms >= self._hurried_ms
-        if state == self._noted.state and not awaited:
-            return
         before = self._noted
+        is_other = reason != before.reason and self._hurried_ms is None
+        if state == before.state and not is_other and not awaited and self._is_stored:
+            return
         with contextlib.suppress(LedgerUnavailable):  # a note is not worth a failure
-            before = before if before.state else destination_note(ledger)
+            before = before if self._is_stored else destination_note(ledger)
         since_ms = before.since_ms if state == before.state else 0
         self._noted = DestinationNote(state, reason, since_ms or now_ms, began_ms)
         self._hurried_ms = None if awaited else self._hurried_ms
-        with contextlib.suppress(LedgerUnavailable):  # as above
+        self._is_stored = False
+        with contextlib.suppress(LedgerUnavailable):  # as above; the next attempt does it
             ledger.set_meta(_DESTINATION, msgspec.msgpack.encode(self._noted))
+            self._is_stored = True
 
     def pace(self, ledger: Ledger, delivered: int, now: float, now_ms: int, *, sending: bool = False) -> None:
         """Note the pace, when it is time to and something has arrived; or that something is being sent.

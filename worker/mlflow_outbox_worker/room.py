@@ -5,7 +5,8 @@ outbox holds more than ``outbox_bytes``, the experiment's new events are refused
 delivered runs go, the one first that was verified first, and after them the filed segments and copies of runs that go
 on. All of them are behind a checkpoint of the ledger (``retention``), so whatever the ledger forgets, it never asks for
 them. So do they for a file that a program could not log because the disk had less room than it needs (``demand``), if
-all that may go is enough for it: the next one finds room.
+all that may go is enough for it: the next one finds room. A program that refuses events may allow less than this worker
+does, and then what it allows counts (``demand`` too).
 A run with dead letters stays, because a person may still send those.
 """
 
@@ -149,15 +150,15 @@ class Room:
 
     def _excess(self, directory: OutboxDirectory, *, measure: bool) -> int:
         """Return how many bytes are to go: a tenth more than is needed, so that the next event does not need them."""
-        lacking = self._least() - reserve.free(directory.path)
+        most, least = self._budget(directory)
+        lacking = least - reserve.free(directory.path)
         if lacking > 0:
-            return lacking + self._least() // 10
+            return lacking + least // 10
         begin = stopwatch.seconds()
         self._is_owed = self._is_owed or measure
         if not self._is_owed or begin < self._measure_at or not directory.delivered_ids():
             return 0
         self._is_owed = False
-        most = self._settings.outbox_bytes
         used = used_bytes(directory)
         end = stopwatch.seconds()
         self._measure_at = end + max(_MEASURE, _RARELY * (end - begin))
@@ -168,14 +169,16 @@ class Room:
         size = demand.told(directory.path)
         if not size:
             return 0
-        lacking = size + self._least() - reserve.free(directory.path)
+        lacking = size + self._budget(directory)[1] - reserve.free(directory.path)
         if 0 < lacking <= bytes_that_may_go(directory, ledger):
             return lacking
         demand.forget(directory.path)
         return 0
 
-    def _least(self) -> int:
-        return max(self._settings.free_bytes, reserve.LOW)
+    def _budget(self, directory: OutboxDirectory) -> tuple[int, int]:
+        """Return the bytes that the outbox may take, and those to be left free."""
+        most, least = demand.told_budget(directory.path)
+        return min(self._settings.outbox_bytes, most), max(self._settings.free_bytes, least, reserve.LOW)
 
 
 def bytes_that_may_go(directory: OutboxDirectory, ledger: Ledger) -> int:

@@ -14,6 +14,7 @@ Layout::
       size                bytes of all this, as the last process that measured it found; only when that takes long
       hurry               its modification time changes when somebody wants delivery at once
       wanted              bytes of a file that found no room, for which what is delivered is to give way
+      budget              what a program allows that refuses events: the worker keeps to that too
 
 On a network file system the ledger and the lock lie in the local state directory instead, and ``host.lease`` says
 which machine delivers (see ``mlflow_outbox_worker.host_lease``).
@@ -61,7 +62,7 @@ _IDENTITY: Final = "outbox.json"
 #: its files itself.
 _PARTS: Final = (
     *("runs", "delivered", "refused", "quarantine"),
-    *("worker.lock", "host.lease", "doorbell", "size", "hurry", "wanted"),
+    *("worker.lock", "host.lease", "doorbell", "size", "hurry", "wanted", "budget"),
 )
 #: What a disk or a network file system may answer once and not again, and the seconds after which it is asked again:
 #: a whole training would go untracked for it.

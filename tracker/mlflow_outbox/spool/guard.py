@@ -9,6 +9,8 @@ once is made by another process, while a thread waits for it: neither the round 
 program's threads do. Walks take a hundredth of the time; a tenth while something depends on them: events are refused,
 or so much of the disk's free space is gone that the outbox may be near its cap. Of many processes that write to a large
 outbox one walks, the others take what it has found (``measurement``); when it ends, another one walks.
+
+Who delivers may have other settings, so one that refuses events says what it allows (``demand``).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Final
 from mlflow_outbox import stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool import extent, measurement
+from mlflow_outbox.spool import demand, extent, measurement
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.measurement import Measurement
 from mlflow_outbox.spool.notices import FULL
@@ -36,6 +38,8 @@ _USUAL: Final = 100.0
 _QUICK: Final = 0.05
 #: Seconds after which a refusal is not believed any more: nobody looks in a program that has logged nothing.
 _STALE: Final = 10.0
+#: Seconds between two notes of what is allowed, while events are refused.
+_TELL: Final = 60.0
 
 
 class DiskGuard:
@@ -64,7 +68,7 @@ class DiskGuard:
         self._counters = counters
         self._clock, self._wall, self._chance = clock, wall, chance
         self._reason: str | None = None
-        self._looked_at = float("-inf")
+        self._looked_at = self._told_at = float("-inf")
         self._thread: threading.Thread | None = None
         self._measured_at = float("-inf")
         self._took = 0.0
@@ -121,6 +125,9 @@ class DiskGuard:
         before, self._reason = self._reason, self._free_space(free) or self._budget(free, patiently=patiently)
         if before is not None and self._reason is None:
             self._counters.forget(FULL)
+        if self._reason is not None and self._clock() - self._told_at >= _TELL:
+            self._told_at = self._clock()
+            demand.tell_budget(self._directory.path, self._settings.outbox_bytes, self._settings.free_bytes)
 
     def _free_space(self, free: int | None) -> str | None:
         if free is None or free >= self._settings.free_bytes:
@@ -145,7 +152,8 @@ class DiskGuard:
     def _over(self, used: int) -> str:
         allowed = self._settings.outbox_bytes
         found = f"{self._directory.path} holds {used:,} bytes, the setting outbox_bytes allows {allowed:,}"
-        return f"{found}; what is delivered makes room (mlflow-outbox flush), or raise it"
+        helps = "mlflow-outbox flush; where nothing waits, mlflow-outbox gc --older-than 0"
+        return f"{found}; what is delivered makes room ({helps}), or raise it"
 
     def _measure(self, free: int, *, patiently: bool) -> None:
         directory, begin, at, used = self._directory, self._clock(), self._wall(), 0

@@ -185,7 +185,12 @@ class Recorder:
         self, run_id: str, file: Path, artifact_path: str, *, is_replaced: Callable[[Path], bool] = lambda _: False
     ) -> None:
         """Store the content of file as artifact_path (file name included), replacing what was there."""
-        self._opened.artifacts.upload(self._artifact_uri(run_id), file, artifact_path, is_replaced)
+        try:
+            self._opened.artifacts.upload(self._artifact_uri(run_id), file, artifact_path, is_replaced)
+        except Exception:  # raised again: the files may have been moved elsewhere, and the run says where to
+            with self._lock:
+                self._artifact_uris.pop(run_id, None)
+            raise
 
     @_translated
     def create_experiment(self, name: str, artifact_location: str | None, tags: Mapping[str, str]) -> str:
