@@ -85,6 +85,29 @@ def test_an_experiment_that_was_met_by_its_runs_alone_is_known_too(
             assert number != mlflow.set_experiment(f"{experiment_name}-other").experiment_id
 
 
+def test_the_name_that_an_experiment_had_before_its_rename_does_not_lead_a_later_program_to_it(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Renamed with the server there, through this outbox: a program that is started offline makes a new one."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=20) as mlflow:
+            number = mlflow.set_experiment(experiment_name).experiment_id
+            with mlflow.start_run(run_name="before"):
+                pass
+            deliver(uri)
+            mlflow.MlflowClient().rename_experiment(number, f"{experiment_name}-old")
+        proxy.down()
+        with tracking(uri, tmp_path) as mlflow:
+            assert number != mlflow.set_experiment(experiment_name).experiment_id
+            with mlflow.start_run(run_name="after"):
+                pass
+            proxy.up()
+            deliver(uri)
+    for name, run in ((f"{experiment_name}-old", "before"), (experiment_name, "after")):
+        assert [run] == [found.info.run_name for found in the_runs(mlflow_server.url, name)]
+
+
 @pytest.mark.parametrize("is_started_again", [False, True])
 def test_a_run_is_gone_on_with_while_the_server_is_away_whatever_its_experiment_was_called(
     is_started_again: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path

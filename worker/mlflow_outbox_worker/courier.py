@@ -23,7 +23,7 @@ from typing import Final, Literal, NamedTuple
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
-from mlflow_outbox.spool.events import Artifact, Event, points_of
+from mlflow_outbox.spool.events import Artifact, Event, Request, points_of
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Window
 from mlflow_outbox.views import RunView
@@ -34,7 +34,7 @@ from mlflow_outbox_worker.creation import Creation
 from mlflow_outbox_worker.intake import Intake
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import is_deleted
-from mlflow_outbox_worker.planner import plan
+from mlflow_outbox_worker.planner import Call, plan
 from mlflow_outbox_worker.precedence import Waits
 from mlflow_outbox_worker.quarantine import Quarantine
 from mlflow_outbox_worker.reconciliation import Reconciliation
@@ -47,6 +47,8 @@ from mlflow_outbox_worker.volley import Volley
 
 #: Batches of one run, as many as windows may hold, before other runs get their turn.
 _TURN: Final = 16
+#: Undo a deletion, after which MLflow takes what it has refused for that.
+_RESTORATIONS: Final = frozenset({"restore_run", "restore_experiment"})
 
 Progress = Literal["more", "idle", "live"]
 
@@ -138,6 +140,7 @@ class Courier:
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         after = self._after.pop(run_id, "")
         batches = 1
+        restored = False
         while share > 0:
             share -= batches
             files = len(view.artifacts) + sum(map(len, view.files.values()))
@@ -162,9 +165,10 @@ class Courier:
                 self._calls.precedence.waits(run_id, waits.on)
                 raise
             except Parked as parked:
-                if is_deleted(parked.error):
-                    self._calls.precedence.await_restoration(record)
-                raise
+                if not self._is_restored(record, reader, parked, before=restored):
+                    raise
+                restored = True
+                continue
             self._calls.precedence.goes_on(run_id)
             if not window.more:
                 self._reconciliation.caught_up(run_id)
@@ -174,6 +178,35 @@ class Courier:
             batches = min(share, self._volley.width())
         self._after[run_id] = after
         return Turn("more", record, view, reader)
+
+    def _is_restored(self, record: RunRecord, reader: RunReader, parked: Parked, *, before: bool) -> bool:
+        """Restore at once what somebody has deleted, if that was logged behind what MLflow refuses for the deletion.
+
+        In its turn it is asked for once more, which changes nothing.
+
+        Args:
+            record: the run or room.
+            reader: of its journals.
+            parked: the refusal.
+            before: it was restored in this turn already, in vain.
+
+        Returns:
+            Whether it was.
+
+        Raises:
+            Waits: for the restoration of a run's experiment.
+            Later: as ``turn``.
+            Parked: as ``turn``.
+        """
+        if not is_deleted(parked.error):
+            return False
+        if record.remote_id and not before:
+            for _, event in reader.each(Request, record.cursors):
+                if event.operation in _RESTORATIONS and not event.known:
+                    self._requests.make(record, Call(event), Refused())
+                    return True
+        self._calls.precedence.await_restoration(record)
+        return False
 
     def _delivered(self, record: RunRecord, view: RunView, reader: RunReader, window: Window) -> bool:
         """Deliver a window; return False when it can be now, for what it waited for is in a journal that began later.

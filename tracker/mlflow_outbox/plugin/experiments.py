@@ -322,6 +322,9 @@ class Experiments(Homes):
             except (Away, NotYet):
                 pass
             else:
+                # For other processes, when the server is away. Somebody may undo a deletion before they ask.
+                if operation != "delete_experiment":
+                    self.journals.room(given).request(operation, known=remote, experiment_id=given, **arguments)
                 return True
         self._check_change(operation, given, **arguments)
         before = self._left.get(str(arguments.get("new_name")))  # whose name it was
