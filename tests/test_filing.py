@@ -265,6 +265,25 @@ def segments(tmp_path: Path) -> Segments:
     return Segments(tmp_path)
 
 
+@pytest.mark.parametrize("error", [errno.EDQUOT, errno.ENOSPC])
+def test_what_is_delivered_is_deleted_where_there_is_no_name_left_to_file_it_under(
+    error: int, segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clusters limit the files of a user, and the disk has terabytes free: what it holds would never give way."""
+    mkdir = os.mkdir
+
+    def full(path: Path, mode: int = 0o777) -> None:  # a quota is nothing that a test can set
+        if segments.outbox.delivered in Path(path).parents:
+            raise OSError(error, os.strerror(error), str(path))
+        mkdir(path, mode)
+
+    segments.write(0, 0, 5)
+    cursors = segments.read().cursors
+    monkeypatch.setattr(os, "mkdir", full)
+    assert segments.file(cursors)
+    assert ([], []) == (segments.outbox.run_ids(), segments.outbox.delivered_ids())
+
+
 class TestPlaceInReadingOrder:
     """What was passed is told by where a segment is read, not by what its file is called."""
 

@@ -19,7 +19,8 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 
 #: Begins the names; shorter than most runs' own, so that a directory that is full has room for it.
 _GONE: Final = ".gone-"
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: What a disk says that is full, of bytes or of names, and one of which a user has had his share.
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def remove_run(path: Path) -> None:
@@ -34,7 +35,7 @@ def remove_run(path: Path) -> None:
         try:
             os.rename(path, aside)
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in NO_ROOM:
                 raise
             aside = path  # a full disk may have no room for a name, and this makes some
     shutil.rmtree(aside)

@@ -39,7 +39,7 @@ from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox.spool.writer import has_left
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
-from mlflow_outbox_worker.removal import remove_run, sweep
+from mlflow_outbox_worker.removal import NO_ROOM, remove_run, sweep
 from mlflow_outbox_worker.requeue import MOVED
 from mlflow_outbox_worker.snapshots import passed_copies
 
@@ -361,10 +361,11 @@ def _made(directory: OutboxDirectory, target: Path) -> Path | None:
     """Return a directory in which something is filed, made if need be; None when the disk has no room for it."""
     try:
         os.mkdir(target, 0o700)
-    except OSError:  # for want of room too: not every file system says so, and SFTP then says that it exists
+    except OSError as error:  # for want of room too: not every file system says so, and SFTP then says that it exists
         if target.is_dir():
             return target
-        if reserve.free(directory.path) >= reserve.LOW:
+        # There may be bytes and no inode, or none for this user.
+        if error.errno not in NO_ROOM and reserve.free(directory.path) >= reserve.LOW:
             raise
         return None
     return target
