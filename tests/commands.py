@@ -184,6 +184,18 @@ def withhold(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
     monkeypatch.setattr(os, "listdir", failing)
 
 
+def withhold_runs(monkeypatch: pytest.MonkeyPatch, outbox: Path) -> None:
+    """Let the disk not say which runs an outbox has: an input/output error at the directory of all."""
+    scandir = os.scandir
+
+    def failing(path: Any = ".") -> Any:
+        if not isinstance(path, int) and Path(os.fsdecode(path)) == outbox / "runs":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+
+
 def outbox_of(root: Path) -> Path:
     """Return the only outbox in a directory."""
     (path,) = [entry.parent for entry in root.glob("*/outbox.json")]

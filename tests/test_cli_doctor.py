@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from commands import NOBODY, Here, offline, outbox_of, withhold
+from commands import NOBODY, Here, offline, outbox_of, withhold, withhold_runs
 from mlflow_outbox import MLflowTracker, Settings
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.reader import RunReader
@@ -170,6 +170,22 @@ def test_a_run_that_the_disk_does_not_give_is_named_and_the_others_are_read(
     sound, bad = sorted(one["text"] for held in done.data.values() for one in held if one["about"] == "journals")
     assert "13 events in 1 segment of 1 run are intact" == sound
     assert f"run {withheld} cannot be read: [Errno 5] Input/output error" in bad
+
+
+@pytest.mark.parametrize("words", [(), ("--repair",)])
+def test_an_outbox_whose_runs_the_disk_does_not_list_is_a_finding_beside_the_others(
+    words: tuple[str, ...], here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the others are looked at, whichever comes first."""
+    offline(tmp_path)
+    offline(tmp_path, "http://127.0.0.1:10")
+    ill, well = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    withhold_runs(monkeypatch, ill)
+    done = here("doctor", "-d", tmp_path, "--offline", "--json", *words)
+    assert 1 == done.code, done
+    assert [("bad", "directory")] == [(one["level"], one["about"]) for one in done.data[str(ill)]][-1:]
+    assert "Input/output error" in done.data[str(ill)][-1]["text"]
+    assert "13 events in 1 segment of 1 run are intact" in [one["text"] for one in done.data[str(well)]]
 
 
 def test_a_segment_that_the_disk_does_not_give_is_not_called_damaged(

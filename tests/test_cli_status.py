@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import NOBODY, Here, environment, make_unreadable, offline, outbox_of, run
+from commands import NOBODY, Here, environment, make_unreadable, offline, outbox_of, run, withhold_runs
 from contents import QUICK
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.counters import Counters
@@ -74,14 +73,7 @@ def test_an_outbox_whose_runs_the_disk_does_not_list_is_shown_beside_the_others(
     offline(tmp_path)
     MLflowTracker("other", "http://127.0.0.1:10", outbox_dir=tmp_path, worker="none").start_run("run").end()
     ill, well = sorted(path for path in tmp_path.iterdir() if path.is_dir())
-    scandir = os.scandir
-
-    def failing(path: str | Path) -> os._ScandirIterator[str]:  # a disk that fails on demand needs a device of its own
-        if Path(path) == ill / "runs":
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return scandir(str(path))
-
-    monkeypatch.setattr(os, "scandir", failing)
+    withhold_runs(monkeypatch, ill)
     found = {one["path"]: one for one in here("status", "-d", tmp_path, "--json").data["outboxes"]}
     assert (1, 1) == (found[str(ill)]["pending"], found[str(ill)]["unreadable_segments"])
     assert "Input/output error" in found[str(ill)]["disk_problem"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import click
 
-from mlflow_outbox.counters import printable
+from mlflow_outbox.counters import described, printable
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
@@ -73,11 +73,16 @@ def doctor(
 
 
 def _examine(path: Path, settings: Settings, *, repair: bool, offline: bool) -> Iterator[Finding]:
-    from mlflow_outbox_worker.checkup import (
-        Finding,
-        check_modes,
-        check_outbox,
-    )
+    from mlflow_outbox_worker.checkup import Finding
+
+    try:
+        yield from _findings(path, settings, repair=repair, offline=offline)
+    except OSError as error:  # a disk that fails is what is looked for, and there may be more outboxes
+        yield Finding("bad", "directory", f"the rest of it cannot be looked at: {described(error)}")
+
+
+def _findings(path: Path, settings: Settings, *, repair: bool, offline: bool) -> Iterator[Finding]:
+    from mlflow_outbox_worker.checkup import Finding, check_modes, check_outbox
     from mlflow_outbox_worker.presence import check_destination
 
     yield from check_modes(path, repair=repair)
