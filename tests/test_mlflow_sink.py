@@ -384,6 +384,21 @@ def test_the_right_to_write_to_a_storage_is_not_told_with_its_address(place: str
     assert SECRET not in str(error)
 
 
+@pytest.mark.parametrize(
+    ("number", "outcome"), [(1366, "dead_letter"), (1267, "dead_letter"), (1213, "retry"), (2013, "retry")]
+)
+def test_a_text_that_mysql_never_takes_is_refused_for_good_whatever_its_driver_calls_it(
+    number: int, outcome: str
+) -> None:
+    """The driver mysqlclient calls it operational, as a deadlock or a lost connection."""
+    from sqlalchemy.exc import OperationalError
+
+    from mlflow_outbox_worker.mlflow_sink.boundary import translate
+
+    error = translate(OperationalError("INSERT INTO params", {}, Exception(number, "what it says")))
+    assert outcome == classify(error, "log_batch").kind
+
+
 def test_a_client_for_a_server_that_is_away_fails_soon() -> None:
     """MLflow's own first call would take minutes to say so."""
     begun = time.monotonic()

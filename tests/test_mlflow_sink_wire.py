@@ -418,6 +418,26 @@ def test_a_database_behind_a_server_that_fails_is_no_fault_of_an_event(
     assert said[:60] in str(error)
 
 
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ("(MySQLdb.OperationalError) (1366, \"Incorrect string value for column 'value' at row 1\")", "dead_letter"),
+        ("(pymysql.err.OperationalError) (1267, 'Illegal mix of collations')", "dead_letter"),
+        ("(MySQLdb.OperationalError) (1205, 'Lock wait timeout exceeded; try restarting transaction')", "retry"),
+        ("(MySQLdb.OperationalError) (2006, 'MySQL server has gone away')", "retry"),
+    ],
+)
+def test_a_text_that_mysql_never_takes_is_told_from_an_outage(
+    wire: Callable[..., Wire], said: str, outcome: str
+) -> None:
+    """Its drivers call both operational, and a server says of both that they pass: the run would wait without end."""
+    message = f"{said}\n[SQL: INSERT INTO params]\n(Background on this error at: https://sqlalche.me/e/20/e3q8)"
+    server = wire(says(503, json.dumps({"error_code": "TEMPORARILY_UNAVAILABLE", "message": message})))
+    with closing(open_sink(server.url)) as sink:
+        error = fails(lambda: log_one(sink))
+    assert outcome == classify(error, "log_batch").kind
+
+
 @pytest.mark.parametrize("operation", ["create_run", "experiment_id", "get_run"])
 def test_an_empty_success_is_not_taken_for_an_answer(wire: Callable[..., Wire], operation: str) -> None:
     """A proxy that answers everything with an empty object creates no runs."""

@@ -24,7 +24,8 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.mlflow_sink import open_sink
-from mlflow_outbox_worker.sink import Sink
+from mlflow_outbox_worker.outcome import classify
+from mlflow_outbox_worker.sink import Sink, SinkError
 from plugin_world import deliver, differences, picture, store, tracking
 from postgresql import PostgreSQL, running
 from servers import eventually
@@ -168,6 +169,39 @@ def test_what_a_network_drops_without_a_word_is_waited_for_no_longer_than_a_requ
             assert isinstance(within(60, work).exception(), sqlalchemy.exc.OperationalError)
             sleepers(postgresql, end=True)
             assert number == sink.find_experiment(experiment_name)
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_a_connection_to_what_only_reads_is_not_kept(driver: str, postgresql: PostgreSQL, experiment_name: str) -> None:
+    """As after a failover, when the address leads to the other node again: the one that reads answers all the while."""
+    uri = postgresql.uri.replace("postgresql:", f"postgresql+{driver}:")
+    with contextlib.closing(open_sink(uri)):  # the default experiment is made
+        pass
+    with only_read(postgresql):
+        sink = open_sink(uri)
+        with pytest.raises(SinkError) as caught:
+            sink.experiment_id(experiment_name)
+        assert "retry" == classify(caught.value, "create_experiment").kind
+    with contextlib.closing(sink):
+        assert sink.experiment_id(experiment_name) == sink.find_experiment(experiment_name)
+
+
+@contextlib.contextmanager
+def only_read(postgresql: PostgreSQL) -> Iterator[None]:
+    """Let connections that are made meanwhile only read, for as long as they last."""
+    import psycopg2
+
+    def tell(what: str) -> None:
+        options = "-c default_transaction_read_only=off"
+        with contextlib.closing(psycopg2.connect(postgresql.uri, options=options)) as connection:
+            connection.autocommit = True
+            connection.cursor().execute(f"ALTER DATABASE postgres {what}")
+
+    tell("SET default_transaction_read_only = on")
+    try:
+        yield
+    finally:
+        tell("RESET default_transaction_read_only")
 
 
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])

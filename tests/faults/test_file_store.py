@@ -108,6 +108,8 @@ def tear(whole: Path, folder: Path, how: str) -> None:
         (folder / "meta.yaml").touch()
     elif how == "description cut":
         (folder / "meta.yaml").write_text(description[: len(description) // 2])
+    elif how == "description in another encoding":
+        (folder / "meta.yaml").write_bytes(description.replace(whole.name, folder.name).encode() + b"note: caf\xe9\n")
     elif how == "a metric without a point":
         for name in ("metrics", "params", "artifacts"):
             (folder / name).mkdir()
@@ -116,7 +118,13 @@ def tear(whole: Path, folder: Path, how: str) -> None:
 
 
 @pytest.mark.fault("F31", "a file store in which another process left a run and an experiment torn")
-@pytest.mark.parametrize("how", ["description empty", "description cut", "no description", "a metric without a point"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("description empty", "description cut", "description in another encoding", "no description"),
+        "a metric without a point",
+    ],
+)
 def test_what_others_left_torn_in_a_file_store_holds_nothing_up(
     how: str, file_uri: str, nest: Nest, row: Row, tmp_path: Path
 ) -> None:

@@ -25,7 +25,11 @@ from mlflow_outbox_worker.sink import SinkError
 #: Characters of a foreign message that are kept: enough for a sentence of MLflow, too few for a page of HTML.
 MESSAGE_CHARS = 400
 
-__all__ = ["Refused", "clean", "quiet", "translate", "translated"]
+#: How MySQL's errors begin that are about a text which a column or its collation cannot hold, whatever class its driver
+#: gives them.
+OF_A_TEXT = re.compile(r"\(?(?:1366|1267|3988)\b")
+
+__all__ = ["OF_A_TEXT", "Refused", "clean", "quiet", "translate", "translated"]
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 #: An address and its query, which of a place in a storage is the right to write there: a signature, a token.
@@ -123,7 +127,8 @@ def _of_database(error: BaseException) -> SinkError:
         # The text would repeat the URL, and with it the password.
         return SinkError("the database URL cannot be read", kind="not_mlflow", sent=False)
     about_content = isinstance(error, (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.DataError)) or (
-        isinstance(error, sqlalchemy.exc.StatementError) and not isinstance(error, sqlalchemy.exc.DBAPIError)
+        isinstance(error, sqlalchemy.exc.StatementError)
+        and (not isinstance(error, sqlalchemy.exc.DBAPIError) or OF_A_TEXT.match(message) is not None)
     )
     if about_content:
         return SinkError(message, kind="answer", status=400, code="BAD_REQUEST")

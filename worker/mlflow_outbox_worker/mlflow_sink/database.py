@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from mlflow.store.db import utils as database
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from mlflow_outbox_worker.mlflow_sink import limits, new_database
-from mlflow_outbox_worker.mlflow_sink.migrations import take_turns
+from mlflow_outbox_worker.mlflow_sink.migrations import one_transaction_each, take_turns
 from mlflow_outbox_worker.mlflow_sink.point_rows import PointRows
 from mlflow_outbox_worker.sink import SinkError
 
@@ -37,6 +38,8 @@ _opened: set[Path] = set()
 _files: weakref.WeakKeyDictionary[SqlAlchemyStore, tuple[Path, tuple[int, int]]] = weakref.WeakKeyDictionary()
 #: What holds the connections of the stores that were opened; MLflow keeps one for each URL.
 _engines: weakref.WeakSet[sqlalchemy.engine.Engine] = weakref.WeakSet()
+#: What PostgreSQL and MySQL say of writes where a node only reads, or a session that began while the database did.
+_ONLY_READS: Final = re.compile(r"read[ -]only (?:transaction|option|mode)", re.IGNORECASE)
 #: Connections of parents, which go on with them: to collect one would close it.
 _parents: list[sqlalchemy.pool.Pool] = []
 
@@ -82,10 +85,12 @@ def open_store(uri: str, root: str, timeout: float = 30.0) -> tuple[str, PointRo
         # creating the tables.
         engine = database.create_sqlalchemy_engine(uri)
         limits.put(engine, timeout, statements=False)
+        if not has_server:
+            one_transaction_each(engine)
         try:
             with engine.connect():
                 pass
-            database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
+            _bring_up_to_date(engine)
         finally:
             engine.dispose()
         store = _with_limits(uri, root, timeout) if has_server else PointRows(uri, root)
@@ -97,6 +102,15 @@ def open_store(uri: str, root: str, timeout: float = 30.0) -> tuple[str, PointRo
             sqlalchemy.event.listen(store.engine, "before_cursor_execute", _bounded, retval=True)
             _files[store] = file, _identity(file)
     return uri, store, has_server
+
+
+def _bring_up_to_date(engine: sqlalchemy.engine.Engine) -> None:
+    """Make the tables that this version of MLflow has, one process of this machine at a time."""
+    try:
+        database._safe_initialize_tables(engine)  # noqa: SLF001 - what MLflow's own server does at its start
+    except PermissionError:  # its lock is a file for all users, and only who made it may open it
+        if not database._all_tables_exist(engine):  # noqa: SLF001 - what MLflow's clients do, which take no lock
+            database._initialize_tables(engine)  # noqa: SLF001 - as above
 
 
 def _with_limits(uri: str, root: str, timeout: float) -> PointRows:
@@ -142,15 +156,18 @@ def _bounded(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_
 
 
 def _let_go_of_readers(context: Any) -> None:
-    """Have connections opened anew that can only read, though the file can be written.
+    """Have connections opened anew that can only read, though the file, or another node of a database, can be written.
 
     Where SQLite cannot open a file for writing, be it once, it opens it for reading and says nothing; such a connection
-    would come from the pool for ever. The error says then that it was invalidated, see ``boundary``.
+    would come from the pool for ever. The error says then that it was invalidated, see ``boundary``. So would one that
+    led, after a failover, to the node that only reads now: it answers each question, but the address leads elsewhere.
     """
     if "readonly database" in str(context.original_exception) and context.engine is not None:
         file = _file(context.engine.url)
         if file in _ours and all(os.access(place, os.W_OK) for place in (file, file.parent)):
             context.is_disconnect = True
+    elif context.engine in _engines and _ONLY_READS.search(str(context.original_exception)):
+        context.is_disconnect = True
 
 
 #: Of all engines: MLflow writes with that of a store before anybody else has it.

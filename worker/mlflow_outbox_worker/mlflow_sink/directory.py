@@ -37,7 +37,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from mlflow.entities import Metric, RunInfo
@@ -52,6 +52,11 @@ from mlflow_outbox_worker.mlflow_sink.point_lines import Lines, Unusual, locked,
 from mlflow_outbox_worker.mlflow_sink.tagged import TaggedRuns
 from mlflow_outbox_worker.sink import MetricPoint
 
+#: What reading a description raises that is not there, torn, or saved by a person in another encoding.
+_NO_DESCRIPTION: Final = (
+    *(MissingConfigException, FileNotFoundError, AttributeError, KeyError, TypeError, UnicodeDecodeError),
+    yaml.YAMLError,
+)
 _DRAFT_PREFIX = ".mlflow_outbox-"
 _DRAFT_SUFFIX = FileStore.TRASH_FOLDER_NAME
 #: Of a file's name, in file systems.
@@ -347,7 +352,7 @@ def _described(folder: str) -> Iterator[None]:
     """Turn every failure to read a description into one that means "there is none", for MLflow and for ``boundary``."""
     try:
         yield
-    except (MissingConfigException, FileNotFoundError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+    except _NO_DESCRIPTION as error:
         msg = (
             f"{folder} has no readable {FileStore.META_DATA_FILE_NAME}: a process that wrote it was killed, or is at it"
         )

@@ -28,7 +28,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.proto_json_utils import parse_dict
 
 from mlflow_outbox_worker.mlflow_sink import credentials
-from mlflow_outbox_worker.mlflow_sink.boundary import Refused, clean
+from mlflow_outbox_worker.mlflow_sink.boundary import OF_A_TEXT, Refused, clean
 from mlflow_outbox_worker.mlflow_sink.transport import Answer, Transport
 from mlflow_outbox_worker.mlflow_sink.workspace import WorkspaceTransport
 from mlflow_outbox_worker.retry import parse_retry_after
@@ -45,9 +45,9 @@ _ALLOW_HOST = "the server has to be told of this host name, by --allowed-hosts o
 #: one, a deadlock, a transaction that may only read, as after a failover. MLflow's server answers all but operational
 #: errors with 400, as it does where a row is refused.
 _OF_THE_DATABASE: Final = re.compile(r"sqlalche\.me/e/\w+/(?:rvf5|4xp6|e3q8|2j85|dbapi|3o7r|8s2b)\)\s*\Z")
-#: What MySQL's own driver says in the same way, since MySQL gives it no state: a text that a column or its collation
-#: cannot hold, such as an emoji where it is not utf8mb4. No later moment changes that.
-_OF_A_TEXT: Final = re.compile(r"\(mysql\.connector\.errors\.DatabaseError\) (?:1366|1267|3988) ")
+#: What drivers of MySQL say in the same way, mysqlclient as an operational error, since MySQL gives it no state: a text
+#: that a column or its collation cannot hold, such as an emoji where it is not utf8mb4. No later moment changes that.
+_OF_A_TEXT: Final = re.compile(r"\([\w.]+\.(?:DatabaseError|OperationalError)\) " + OF_A_TEXT.pattern)
 
 
 def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dict[str, Any]:
@@ -94,6 +94,8 @@ def checked(answer: Answer, what: str, *, empty_is_success: bool = False) -> dic
         raise SinkError(message, kind="not_mlflow", status=status, code=code, login=login)
     if code == "BAD_REQUEST" and _OF_THE_DATABASE.search(text) and not _OF_A_TEXT.search(text):
         status, code = HTTPStatus.SERVICE_UNAVAILABLE, "TEMPORARILY_UNAVAILABLE"  # as ``boundary`` has it
+    elif code == "TEMPORARILY_UNAVAILABLE" and _OF_A_TEXT.search(text):
+        status, code = HTTPStatus.BAD_REQUEST, "BAD_REQUEST"
     wait = _retry_after(headers)
     raise refused(SinkError(message, kind="answer", status=status, code=code, retry_after=wait, login=login))
 
