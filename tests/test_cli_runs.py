@@ -48,6 +48,21 @@ def test_an_offline_run_is_read_from_disk(here: Here, tmp_path: Path) -> None:
     assert "loss 0.2 4 5" in " ".join(out.split())
 
 
+def test_a_run_is_listed_by_the_name_that_it_was_given_last(here: Here, tmp_path: Path) -> None:
+    """As MLflow will show it: by its tag, or the name with which it was gone on with."""
+    tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    run = tracker.start_run("first")
+    names = [("tagged", lambda: run.set_tag("mlflow.runName", "tagged"))]
+    names += [("renamed", lambda: tracker.start_run("renamed", run_id=run.run_id).end())]
+    for name, call in names:
+        call()
+        (entry,) = here("runs", "-d", tmp_path, "--json").data
+        (planned,) = here("replay", tmp_path, "--dry-run", "--json").data[0]["runs"]
+        shown = " ".join(here("show", run.run_id, "-d", tmp_path).out.split())
+        assert (name, name, True) == (entry["name"], planned["name"], f"name {name} experiment" in shown), shown
+    tracker.close(0)
+
+
 def test_events_as_json_lines(here: Here, tmp_path: Path) -> None:
     """Every event, in order, each line valid JSON, also where values are not finite."""
     tracker = MLflowTracker("experiment", NOBODY, outbox_dir=tmp_path, worker="none", settings=QUICK)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from commands import NOBODY, offline, withhold
+from commands import NOBODY, offline, withhold, withhold_runs
 from contents import QUICK, the_run
 from mlflow_outbox import MLflowTracker, TrackingUnavailable
 from mlflow_outbox.spool import disk
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing.proxy import FaultProxy
-from mlflow_outbox_worker import mlflow_sink, reading
+from mlflow_outbox_worker import forking, mlflow_sink, reading
 from servers import MlflowServer, eventually
 from wires import silent_host
 
@@ -82,6 +82,22 @@ def test_a_run_that_the_disk_does_not_give_keeps_nobody_from_the_others(
     best = tracker.get_best_run("f1", ascending=False)
     assert best is not None
     assert ("run2", 1 < tracker.counters["runs_not_read"]) == (best["run_name"], True)
+
+
+def test_where_the_disk_does_not_list_runs_the_answer_is_mlflows(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file server is gone: a session is not ended for it when it asks for its best run."""
+    with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", settings=QUICK) as tracker:
+        log_three(tracker)
+        assert tracker.flush(60)
+    assert tracker.outbox_path is not None
+    monkeypatch.setattr(disk, "_OWN_FRAMES", disk._OWN_FRAMES | {"commands"})  # as if the disk had answered
+    withhold_runs(monkeypatch, tracker.outbox_path)
+    assert EXPECTED == summary(tracker.get_all_runs())
+    best = tracker.get_best_run("f1", ascending=False)
+    assert best is not None
+    assert ("run2", 2) == (best["run_name"], tracker.counters["runs_not_read"])
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["up", "down"])
@@ -278,6 +294,39 @@ def test_a_fork_while_another_thread_opens_the_store_does_not_hang_the_child(
         os._exit(7 if tracker.get_best_run("loss") is not None else 1)
     may_go.set()
     asking.join()
+    assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("store", ["sqlite", "file"])
+def test_a_fork_while_another_thread_asks_a_slow_store_does_not_hang_the_child(
+    store: str, sqlite_uri: str, file_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork waits for a second at most: not for a database that is locked, or a file store with long histories."""
+    uri = {"sqlite": sqlite_uri, "file": file_uri}[store]
+    tracker = MLflowTracker("e", uri, outbox_dir=tmp_path / "box", worker="none", settings=QUICK)
+    with tracker.start_run("r") as run:
+        run.log_metric("loss", 0.5, step=0)
+    sink: Any = tracker._reading()._sink()
+    asking, may_go = threading.Event(), threading.Event()
+    find = sink._store.get_experiment_by_name
+
+    def slowly(name: str) -> Any:
+        asking.set()
+        assert may_go.wait(60)
+        return find(name)
+
+    monkeypatch.setattr(sink._store, "get_experiment_by_name", slowly)
+    monkeypatch.setattr(forking, "STORE_PATIENCE", 0.1)
+    other = threading.Thread(target=tracker.get_all_runs)
+    other.start()
+    assert asking.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        sink._store.get_experiment_by_name = find
+        os._exit(7 if tracker.get_best_run("loss") is not None else 1)
+    may_go.set()
+    other.join()
     assert 7 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -219,6 +219,21 @@ def test_the_default_is_a_local_store_in_mlruns(monkeypatch: pytest.MonkeyPatch)
         assert (here / "mlruns").as_uri() == tracker.tracking_uri
 
 
+@pytest.mark.parametrize(
+    ("folder", "written"), [("My Rüns", "My Rüns"), ("a%20b", "a%2520b")], ids=["plain", "encoded"]
+)
+def test_the_tracking_uri_of_a_database_is_one_that_mlflow_reads(
+    folder: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People give it to `mlflow ui`, which made an empty database in a directory "My%20Runs"; and to a tracker."""
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    with MLflowTracker("e", worker="none") as tracker:
+        assert f"sqlite:///{tmp_path}/{written}/mlruns/mlflow.db" == tracker.tracking_uri
+        with MLflowTracker("e", tracker.tracking_uri, worker="none") as again:
+            assert tracker.outbox_path == again.outbox_path
+
+
 def test_disabled_only_when_nothing_can_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A directory that others may enter disables tracking with a warning; a server that is down does not."""
     assert not MLflowTracker("e", "http://127.0.0.1:9", outbox_dir=tmp_path / "good", worker="none").disabled

@@ -194,6 +194,18 @@ def place_of(uri: str) -> str:
     return uri.partition("#")[0] if workspace_of(uri) else uri
 
 
+def as_mlflow_reads(uri: str) -> str:
+    """Return the URI of a destination as MLflow is to be given it: without a workspace, an SQLite file's path as it is.
+
+    MLflow makes the directory of that file by the text of the URI, and SQLAlchemy decodes it since 2.1 only: of
+    ``My%20Runs`` they made an empty database beside ``My Runs``. A path with a "%" or "?" has no other form.
+    """
+    scheme, begin, path = place_of(uri).partition(":///")
+    plain = unquote(path)
+    is_plain = scheme.partition("+")[0] == "sqlite" and "%" not in plain and "?" not in plain
+    return f"{scheme}{begin}{plain}" if is_plain else place_of(uri)
+
+
 def _in_workspace(found: Destination, workspace: str) -> Destination:
     end = f"#workspace={quote(workspace, safe='')}"
     return dataclasses.replace(found, uri=found.uri + end, secret_uri=found.secret_uri + end)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from mlflow_outbox import autopilot, delivery, handles, sessions
 from mlflow_outbox.counters import Counters, shown
-from mlflow_outbox.destination import place_of, resolve
+from mlflow_outbox.destination import as_mlflow_reads, resolve
 from mlflow_outbox.errors import EventRefused, InvalidEvent, InvalidSettings, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.forklock import ForkLock
 from mlflow_outbox.living import Living
@@ -128,7 +128,7 @@ class MLflowTracker(handles.Handle):
     @property
     def tracking_uri(self) -> str:
         """Where events are delivered to, without credentials."""
-        return place_of(self._destination.uri)
+        return as_mlflow_reads(self._destination.uri)
 
     @property
     def outbox_path(self) -> Path | None:

@@ -123,6 +123,12 @@ class RunView(msgspec.Struct):
         if any(kept.operation not in _KEPT for kept in self.requests):
             self.requests = [kept for kept in self.requests if kept.operation in _KEPT]
 
+    @property
+    def title(self) -> str:
+        """What the run is called now: a name that it was given later is a tag alone."""
+        held = self.tags.get(NAME_TAG)
+        return held.value if held is not None else self.name
+
     def trim(self) -> None:
         """Forget what was delivered and the outbox does not answer for: traces and linked points but the latest."""
         traces = [owner for owner in self.files if owner.startswith("uri:")]

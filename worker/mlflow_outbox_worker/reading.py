@@ -18,7 +18,7 @@ from mlflow_outbox.interrupts import forward
 from mlflow_outbox.solelock import SoleLock
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.disk import is_foreign
-from mlflow_outbox.spool.events import NAME_TAG, Event, RunStarted
+from mlflow_outbox.spool.events import Event, RunStarted
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.views import Latest, Register, RunView
@@ -145,7 +145,7 @@ class Reading:
             besides: those that are left out.
         """
         with self._ledger() as ledger:
-            on_disk = dict.fromkeys([*self._directory.run_ids(), *(self._directory.delivered_ids() if filed else ())])
+            on_disk = self._on_disk(filed=filed)
             ids = [run_id for run_id in on_disk if run_id not in besides and not provisional.is_room(run_id)]
             found = (self._readable_run(run_id, ledger, experiment) for run_id in ids)
             return [run for run in found if run is not None and experiment in {None, run.experiment}]
@@ -199,6 +199,20 @@ class Reading:
             record = ledger.record(run_id) if ledger is not None else None
             return record.remote_id if record is not None else ""
         return ""
+
+    def _on_disk(self, *, filed: bool) -> dict[str, None]:
+        """Return the ids of the runs on disk, as far as it lists them; that it does not is counted and said."""
+        found = dict[str, None]()
+        for ids in (self._directory.run_ids, self._directory.delivered_ids)[: 2 if filed else 1]:
+            try:
+                found.update(dict.fromkeys(ids()))
+            except OSError as error:
+                if is_foreign(error):
+                    raise
+                self._counters.add("runs_not_read")
+                what = f"runs in {self._directory.path} that have not arrived are not shown, as the disk lists none"
+                self._counters.warn_once(("unread", ""), f"mlflow-outbox: {what}: {described(error)}")
+        return found
 
     def _readable_run(self, run_id: str, ledger: Ledger | None, experiment: str | None) -> LocalRun | None:
         """Return one of several runs; None for another experiment's, and, counted and said, where the disk fails."""
@@ -349,10 +363,9 @@ def _view_of(run: RemoteRun) -> RunView:
 
 
 def _entry(run_id: str, view: RunView, source: str) -> dict[str, Any]:
-    name = view.tags.get(NAME_TAG)
     return {
         "run_id": run_id,
-        "run_name": name.value if name is not None else view.name,
+        "run_name": view.title,
         "metrics": {key: latest.value for key, latest in view.metrics.items()},
         "params": dict(view.params),
         "tags": {key: register.value for key, register in view.tags.items() if key != RUN_ID_TAG},

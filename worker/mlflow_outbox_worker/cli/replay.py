@@ -178,8 +178,8 @@ def _say_what_would_be_sent(
                 runs.append({"run_id": run_id, "in": where, "error": str(error.strerror)})
                 continue
             number = waiting.get(run_id, 0)
-            rows.append([run_id, view.name, view.status.value, f"{number:,}", where])
-            known = {"name": view.name, "status": view.status.value, "to_send": number}
+            rows.append([run_id, view.title, view.status.value, f"{number:,}", where])
+            known = {"name": view.title, "status": view.status.value, "to_send": number}
             runs.append({"run_id": run_id, "in": where, **known})
         told.append({"destination": job.destination.uri, "runs": runs})
         if as_json:

@@ -234,7 +234,7 @@ class Look:
         return {
             "run_id": self.run_id,
             "mlflow_run_id": (record.remote_id or None) if record is not None else None,
-            "name": self.view.name or None,
+            "name": self.view.title or None,
             "experiment": self.experiment or None,
             "status": self.view.status.value if known and read else None,
             "start_time_ms": self.view.start_time_ms or None,
@@ -266,7 +266,7 @@ def _describe(look: Look, directory: OutboxDirectory, settings: Settings) -> Non
         return
     pairs: list[tuple[str, Cell]] = [
         ("run", Styled(look.run_id, "bold")),
-        ("name", view.name or "-"),
+        ("name", view.title or "-"),
         ("experiment", look.experiment or "-"),
         ("status", Styled(view.status.value, _STYLES.get(view.status.value, ""))),
         ("started", wording.moment(view.start_time_ms)),

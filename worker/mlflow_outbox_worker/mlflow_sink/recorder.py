@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox.living import Living
 from mlflow_outbox.spool.events import NOBODY, STATUSES
 from mlflow_outbox_worker.forking import using_store
 from mlflow_outbox_worker.mlflow_sink import calls
@@ -72,6 +73,8 @@ class Recorder:
         self._held: Callable[[], contextlib.AbstractContextManager[Any]] = (
             contextlib.nullcontext if self.parallel else using_store
         )
+        if not self.parallel:
+            _embedded.add(self)
 
     def __repr__(self) -> str:
         return f"<Recorder {type(self._store).__name__}>"
@@ -329,6 +332,18 @@ class Recorder:
                 while len(self._artifact_uris) > _REMEMBERED_RUNS:
                     self._artifact_uris.popitem(last=False)
         return run
+
+
+#: Those of embedded stores. A thread of the parent may have had its turn at a fork that could not wait for it.
+_embedded: Living[Recorder] = Living()
+
+
+def _after_fork_in_child() -> None:
+    for recorder in _embedded.members():
+        recorder._turn = threading.RLock()  # noqa: SLF001 - one class with its fork handler
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _all_pages(page: Callable[[str | None], Any]) -> list[Any]:
