@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from contents import numbered, points, runs, the_run
+from contents import QUICK, numbered, points, runs, the_run
+from mlflow_outbox import MLflowTracker, stopwatch
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.host_lease import worker_of
+from mlflow_outbox_worker.lease import Lease
 from servers import eventually
 
 
@@ -203,3 +205,57 @@ def test_an_offline_program_says_at_its_exit_what_its_forked_children_have_logge
     """Three events each: the beginning, a point and the end."""
     _, said = program(_CHILDREN, "e", "http://127.0.0.1:9", str(tmp_path), "none").communicate(timeout=200)
     assert "6 events wait in" in said
+
+
+#: Four tasks of a pool, each with a tracker of its own, which nobody closes; their program logs nothing.
+_POOL = """
+import concurrent.futures, multiprocessing, sys
+from mlflow_outbox import MLflowTracker, Settings
+
+def task(number):
+    settings = Settings(exit_timeout=float(sys.argv[4]))
+    tracker = MLflowTracker(*sys.argv[1:3], outbox_dir=sys.argv[3], settings=settings)
+    with tracker.start_run(f"task-{number}") as run:
+        run.log_metric("loss", 0.5, step=number)
+
+forked = multiprocessing.get_context("fork")
+with concurrent.futures.ProcessPoolExecutor(int(sys.argv[5]), mp_context=forked) as pool:
+    list(pool.map(task, range(4)))
+"""
+
+
+def test_the_processes_of_a_pool_deliver_at_their_end_what_their_own_trackers_have_logged(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Python runs no handlers of its exit in them, and their program has no outbox."""
+    _, said = program(_POOL, experiment_name, sqlite_uri, str(tmp_path), "60", "2").communicate(timeout=250)
+    assert "mlflow-outbox" not in said
+    held = {run.info.run_name: run.data.metrics for run in runs(sqlite_uri, experiment_name)}
+    assert {f"task-{number}": {"loss": 0.5} for number in range(4)} == held
+
+
+def test_a_process_of_a_pool_says_at_its_end_what_its_own_trackers_have_left(tmp_path: Path) -> None:
+    """Once, however many trackers it had: of each of four runs the beginning, a point and the end."""
+    _, said = program(_POOL, "e", "http://127.0.0.1:9", str(tmp_path), "0.1", "1").communicate(timeout=200)
+    assert 1 == said.count("mlflow-outbox: 12 events wait in"), said
+
+
+def test_a_program_that_has_delivered_all_says_nothing_of_what_another_one_delivers(
+    sqlite_uri: str, experiment_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the programs of a sweep do, which share an outbox: of events that are on their way nobody has to send any."""
+    tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path, settings=QUICK)
+    tracker.start_run("its own").end()
+    assert tracker.close(60)
+    another = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path, worker="none", settings=QUICK)
+    with another.start_run("another's") as run:
+        run.log_metric("loss", 0.5, step=1)
+    outbox = tracker._outbox
+    assert outbox is not None
+    delivers = Lease(outbox.directory.lock, "process")
+    eventually(delivers.acquire, 60, "its own worker has ended")
+    outbox.at_exit(stopwatch.seconds())
+    assert "events wait" not in caplog.text
+    delivers.release()
+    outbox.at_exit(stopwatch.seconds())
+    assert "3 events wait in" in caplog.text, "nobody delivers them"

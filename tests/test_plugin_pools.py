@@ -123,7 +123,7 @@ def test_only_a_process_of_which_handlers_of_its_exit_are_run_is_left_to_them(
     """It would wait twice."""
     import multiprocessing
 
-    from mlflow_outbox.plugin import pool
+    from mlflow_outbox import pool
 
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda *, allow_none: method)
     assert pool._has_handlers()

@@ -7,7 +7,8 @@ with the first event.
 At the exit of the interpreter every outbox gets the chance to deliver what is left, for ``exit_timeout`` seconds in
 all, and says in one line what stays on disk and how to send it. A forked child does not wait while its parent is there:
 what it wrote is on disk, and its parent's worker, or the next one, delivers it. A parent that has none, for it has
-logged nothing itself, starts one at its own exit.
+logged nothing itself, starts one at its own exit. A process of ``multiprocessing`` that has opened the outbox itself
+does all of that too, though Python may run no handlers of ``atexit`` in it (``pool``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from mlflow_outbox import delivery, stopwatch
+from mlflow_outbox import delivery, pool, stopwatch
 from mlflow_outbox.counters import Counters
 from mlflow_outbox.ending import usable
 from mlflow_outbox.interrupts import forward
@@ -117,7 +118,7 @@ class Outbox:
         self._is_starting = self._is_without_worker = False
         self.restarts = Restarts(self.directory.path, self.counters)
         self._journals: Living[Journal] = Living()
-        self._has_written = self._has_forked = False
+        self._has_written = self._has_forked = self._has_delivered = False
         self._since = time.time()
         self._written: dict[str, tuple[str, int]] = {}
 
@@ -275,6 +276,7 @@ class Outbox:
         if delivers and not delivery.flush(self, 0):  # logged meanwhile, and told to a worker that was on its way out
             self._wake()
             return False
+        self._has_delivered = True
         return True
 
     def close(self, timeout: float, own: Iterable[Journal] = ()) -> FlushResult:
@@ -291,6 +293,7 @@ class Outbox:
         self._since = time.time()
         self._tally.note()
         result = self.flush(timeout, settled=True)
+        self._has_delivered = bool(result)
         self._caretaker.stop()  # before the worker, or a round of it would miss that
         self._lock = usable(self._lock)
         with self._lock:
@@ -336,6 +339,8 @@ class Outbox:
             except (OSError, RuntimeError):
                 self.counters.add("worker_not_started")
         is_delivered = self.stands_back or self._worker is not None
+        if not is_delivered and self._has_delivered and is_locked(self.directory.lock):
+            return 0, 0  # nothing was logged here since all had arrived: what waits is others', and on its way
         result = delivery.flush(self, max(0.0, deadline - stopwatch.seconds()) if is_delivered else 0, settled=True)
         return result.pending, result.parked
 
@@ -384,6 +389,8 @@ def shared(directory: OutboxDirectory, destination: Destination, settings: Setti
         if outbox is None:
             outbox = _shared[key] = Outbox(directory, destination, settings, worker)
             _kept.append(outbox)
+            if worker != "none":
+                pool.leave_at_end(_at_exit)
         return outbox
 
 
@@ -427,6 +434,4 @@ def _after_fork_in_child() -> None:
 
 
 atexit.register(_at_exit)
-#: The process that has the handler: Python 3.13 takes it from one that ``multiprocessing`` forks afterwards.
-HANDLER_OF: Final = os.getpid()
 os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

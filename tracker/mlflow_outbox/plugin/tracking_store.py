@@ -20,7 +20,7 @@ from mlflow.store.tracking.abstract_store import AbstractStore
 
 from mlflow_outbox.counters import described
 from mlflow_outbox.living import Living
-from mlflow_outbox.plugin import pool, rest
+from mlflow_outbox.plugin import rest
 from mlflow_outbox.plugin.arrivals import awaiting
 from mlflow_outbox.plugin.traces import Traces
 from mlflow_outbox.plugin.wrapped import delegating
@@ -34,7 +34,6 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
         super().__init__(store_uri, artifact_uri)
         _stores.add(self)
-        pool.wait_at_end(self)
         self.pulse.begin()
 
     def forked(self) -> None:
