@@ -86,6 +86,28 @@ def test_records_come_in_order_and_with_few_statements(ledger: Ledger) -> None:
     assert 21 == len(statements)
 
 
+def test_records_and_views_of_many_runs_are_one_statement(ledger: Ledger) -> None:
+    """A program that reads beside the worker opens and checks the file for each; a retired run has its ids."""
+    ids = [f"{index:05d}" for index in range(298)]
+    for index, run_id in enumerate(ids):
+        ledger.commit(record(run_id, index), view=view() if index % 2 else None)
+    done = record("gone", 1, "theirs")
+    done.state, done.verified_at_ms = "done", 1
+    ledger.commit(done, view=view())
+    assert 1 == ledger.retire(["gone"], lambda _: True)
+    wanted = [*ids, "gone", "nobody"]
+    expected = {run_id: (ledger.record(run_id), ledger.view(run_id)) for run_id in wanted}
+    ledger.set_meta("a", b"1")
+    statements: list[str] = []
+    with database(ledger).guarded() as cache:
+        cache._con.set_trace_callback(statements.append)
+    assert expected == ledger.held(wanted, views=True)
+    assert 1 == len(statements)
+    assert (None, None) == expected["nobody"]
+    assert "theirs" == getattr(expected["gone"][0], "remote_id", "")
+    assert {"a": b"1"} == ledger.metas(["a", "b"])
+
+
 def test_a_run_forgotten_while_records_are_read_is_left_out(ledger: Ledger) -> None:
     """Reading in pages goes on beside writing."""
     for index in range(1_200):

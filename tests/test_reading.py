@@ -17,6 +17,7 @@ from contents import QUICK, the_run
 from mlflow_outbox import MLflowTracker, TrackingUnavailable
 from mlflow_outbox.spool import disk
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import forking, mlflow_sink, reading
 from servers import MlflowServer, eventually
@@ -110,13 +111,13 @@ def test_who_asks_for_the_runs_of_an_experiment_waits_for_no_other_to_be_read(
     tracker = MLflowTracker(experiment_name, uri, outbox_dir=tmp_path, worker="none", settings=QUICK)
     log_three(tracker)
     read: list[str] = []
-    window = reading.RunReader.window
+    window = RunReader.window
 
-    def counted(self: reading.RunReader, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: RunReader, *args: Any, **kwargs: Any) -> Any:
         read.append(self.paths[0].name)
         return window(self, *args, **kwargs)
 
-    monkeypatch.setattr(reading.RunReader, "window", counted)
+    monkeypatch.setattr(RunReader, "window", counted)
     assert EXPECTED == summary(tracker.get_all_runs())
     assert 3 == len(read) == len(set(read))
 

@@ -72,7 +72,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -93,6 +93,8 @@ __all__ = ["Ledger", "LedgerCorrupt"]
 _RECORDS_PAGE: Final = 500
 #: Rows read at once by dead_letters(): each may have a payload of 16 MiB.
 _LETTERS_PAGE: Final = 16
+#: Keys in one statement, of which SQLite takes 999 everywhere; all those of a run are in the same one.
+_KEYS: Final = 900
 
 _LETTER_COUNTS: Final = "SELECT tag, COUNT(*) FROM Cache WHERE key > ? AND key < ? AND raw = 1 GROUP BY tag"
 _ROWIDS: Final = "SELECT rowid FROM Cache WHERE key > ? AND key < ? "
@@ -166,11 +168,28 @@ class Ledger:
 
     def record(self, run_id: str) -> RunRecord | None:
         """Return the delivery state of a run, or None; of a retired one, what is left of it."""
-        found = next(self._decoded(self._rows_at(f"run/{run_id}"), _record_decoder.decode), None)
-        if found is not None:
-            return found
-        rest = self._rows_at(retired.key_of(run_id))
+        return self.held((run_id,))[run_id][0]
+
+    def held(
+        self, run_ids: Iterable[str], *, views: bool = False
+    ) -> dict[str, tuple[RunRecord | None, RunView | None]]:
+        """Return what ``record`` and, if wanted, ``view`` do of several runs, each run's of one moment.
+
+        For each statement a reader opens the file and checks it, which takes a millisecond.
+        """
+        ids = list(dict.fromkeys(run_ids))
+        found = self._rows_of([key for run_id in ids for key in _keys_of(run_id, views=views)])
+        return {run_id: (self._record_in(found, run_id), self._view_in(found, run_id)) for run_id in ids}
+
+    def _record_in(self, found: dict[str, list[Row]], run_id: str) -> RunRecord | None:
+        record = next(self._decoded(found.get(f"run/{run_id}", []), _record_decoder.decode), None)
+        if record is not None:
+            return record
+        rest = found.get(retired.key_of(run_id), [])
         return next(self._decoded(rest, lambda value: retired.record_of(run_id, value)), None)
+
+    def _view_in(self, found: dict[str, list[Row]], run_id: str) -> RunView | None:
+        return next(self._decoded(found.get(f"view/{run_id}", []), _view_decoder.decode), None)
 
     def records(self) -> Iterator[RunRecord]:
         """Yield the delivery state of every run, by run id; each is whole, though not all are of one moment.
@@ -287,6 +306,11 @@ class Ledger:
         """Return the bytes stored under a name, or None."""
         return next(self._decoded(self._rows_at(f"meta/{name}"), bytes), None)
 
+    def metas(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Return the bytes stored under names, of those that there are."""
+        found = self._rows_of([f"meta/{name}" for name in names])
+        return {key.removeprefix("meta/"): value for key, held in found.items() for value in self._decoded(held, bytes)}
+
     def set_meta(self, name: str, value: bytes) -> None:
         """Store bytes under a name."""
         with self._writing() as cache:
@@ -337,6 +361,14 @@ class Ledger:
     def _rows_at(self, key: str) -> list[Row]:
         return self._source.query(rows.COLUMNS + "WHERE key = ?", (key,))
 
+    def _rows_of(self, keys: list[str]) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for start in range(0, len(keys), _KEYS):
+            some = tuple(keys[start : start + _KEYS])
+            for row in self._source.query(rows.COLUMNS + f"WHERE key IN ({','.join('?' * len(some))})", some):
+                found.setdefault(row[1], []).append(row)
+        return found
+
     def _pages(self, kind: str, size: int, tag: str | None = None) -> Iterator[list[Row]]:
         """Yield the rows of a kind in the order of their keys: one scan of the index, then so many rows at once."""
         bounds = (f"{kind}/", f"{kind}0")
@@ -364,6 +396,11 @@ class Ledger:
             return
         with self._writing() as cache:
             rows.quarantine(cache, row)
+
+
+def _keys_of(run_id: str, *, views: bool) -> tuple[str, ...]:
+    keys = (f"run/{run_id}", retired.key_of(run_id))
+    return (*keys, f"view/{run_id}") if views else keys
 
 
 def _letter_id(number: int) -> str:

@@ -182,10 +182,11 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             if not local and not self._store.began_here(self._kind, self._id):
                 raise self._store.server.needed("the list of artifacts", away) from None
             pending = local
+        above = f"{folder}/" if folder not in {"", "."} else ""
         for name, file in pending.items():
-            rest = posixpath.relpath(name, folder or ".")
-            if rest in {".", ".."} or rest.startswith("../"):
+            if not name.startswith(above):
                 continue
+            rest = name[len(above) :]
             head, _, below = rest.partition("/")
             shown = posixpath.join(folder, head)
             if self._place is not None and shown in found:

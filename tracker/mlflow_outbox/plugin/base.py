@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -28,7 +28,7 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 
 if TYPE_CHECKING:
-    from mlflow_outbox_worker.reading import LocalRun
+    from mlflow_outbox_worker.ondisk import LocalRun
 
 T = TypeVar("T")
 
@@ -331,16 +331,17 @@ class Base:
 
         A provisional one that another process was given is what it has become: this one finds it by its name so.
         """
-        for local in [*self._handed_out]:  # other threads hand out more meanwhile
-            try:
-                if self.ids.remote(local) == experiment_id:
-                    return local
-            except NotYet:
-                continue
-        if provisional.is_provisional(experiment_id) and experiment_id not in self._handed_out:
-            with contextlib.suppress(NotYet):
-                return self.ids.remote(experiment_id)
-        return experiment_id
+        if experiment_id in self._handed_out:
+            return experiment_id
+        known = self.ids.become([*self._handed_out, experiment_id])  # other threads hand out more meanwhile
+        theirs = known.pop(experiment_id, experiment_id)
+        if provisional.is_provisional(experiment_id):
+            return theirs
+        return next((local for local, remote in known.items() if remote == experiment_id), experiment_id)
+
+    def shown_experiments(self, experiment_ids: Iterable[str]) -> dict[str, str]:
+        """Return what ``shown_experiment`` does of several, each of which is looked for once."""
+        return {one: self.shown_experiment(one) for one in dict.fromkeys(experiment_ids) if one}
 
     def know_experiment(self, experiment_id: str, name: str) -> None:
         """Remember an experiment's name."""

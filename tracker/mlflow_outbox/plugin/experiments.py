@@ -25,7 +25,7 @@ from mlflow_outbox.spool.events import INT64_MAX, INT64_MIN, Request
 from mlflow_outbox.spool.reader import RunReader
 
 if TYPE_CHECKING:
-    from mlflow_outbox_worker.reading import LocalRun
+    from mlflow_outbox_worker.ondisk import LocalRun
 
 
 class Experiments(Homes):

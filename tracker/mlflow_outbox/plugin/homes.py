@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.exceptions import MlflowException
@@ -14,6 +14,7 @@ from mlflow_outbox.plugin.base import UNKNOWN, Base, no_such
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
 from mlflow_outbox.plugin.places import Places
+from mlflow_outbox.plugin.remembered import Remembered
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import argument_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 #: What is said of a model's source that is no run, or no id of one.
 NO_RUN: Final = frozenset({UNKNOWN, "INVALID_PARAMETER_VALUE"})
+#: Runs and rooms whose files are remembered, which may be thousands.
+_REMEMBERED: Final = 16
 
 
 class Homes(Base):
@@ -34,6 +37,8 @@ class Homes(Base):
         super().__init__(store_uri, artifact_uri)
         self._model_homes: dict[str, str] = {}
         self.places = Places()
+        #: The files of those runs that were asked for last.
+        self._files = Remembered(self.outbox, _REMEMBERED, files=True)
 
     def own_uri(self, kind: str, subject: str) -> str:
         """Return the artifact URI of the outbox's own scheme for a "run", a "model" or an "experiment"."""
@@ -141,11 +146,8 @@ class Homes(Base):
 
     def files(self, home: str, owner: str) -> tuple[dict[str, File], dict[str, File]]:
         """Return the files of an owner ("" is the run) that the outbox knows, and those not delivered."""
-        local = self.local_run(home)
-        if local is None:
-            return {}, {}
-        known = local.view.files.get(owner, {}) if owner else local.view.artifacts
-        return known, {path: known[path] for path in _logged(local.pending, owner) if path in known}
+        found = self._files.journal(home)
+        return (found.files.get(owner, {}), found.waiting.get(owner, {})) if found is not None else ({}, {})
 
     def remote_location(self, kind: str, subject: str, uri: str, *, quick: bool = False) -> str:
         """Return MLflow's artifact URI, after one question to the server.
@@ -195,11 +197,3 @@ class Homes(Base):
         return provisional.URI_PATTERN.sub(
             lambda found: self.remote_location(found[1], found[2], found[0]).rstrip("/"), value
         )
-
-
-def _logged(pending: Iterable[tuple[str, Any]], owner: str) -> list[str]:
-    return [
-        event.path
-        for _, event in pending
-        if type(event).__name__ == ("FileFor" if owner else "Artifact") and getattr(event, "owner", "") == owner
-    ]

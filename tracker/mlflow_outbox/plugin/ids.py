@@ -14,7 +14,6 @@ as they are. An experiment is called what a search asked for if that was a provi
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import re
@@ -68,6 +67,24 @@ class Ids:
         self._remote[given] = found
         return found
 
+    def become(self, given: Iterable[str]) -> dict[str, str]:
+        """Return MLflow's ids of several runs, models and experiments, of those that have one, with one look for all.
+
+        While the server is away there may be thousands that have none yet, and a look takes a millisecond.
+        """
+        ids = dict.fromkeys(given)
+        unknown = [one for one in ids if provisional.is_provisional(one) and one not in self._remote]
+        noted = {note: one for one in unknown if (note := _note_of(one))}
+        runs = [one for one in unknown if not _note_of(one)]
+        reading = delivery.reading(self._outbox)
+        if noted:
+            self._remote.update({noted[name]: remote for name, remote in reading.metas([*noted]).items()})
+        if runs:
+            self._remote.update(reading.remote_ids(runs))
+        return {
+            one: self._remote.get(one, one) for one in ids if one in self._remote or not provisional.is_provisional(one)
+        }
+
     def has_moved(self, given: str) -> bool:
         """Return whether the id that MLflow gave to a run or model has become another one: it was sent once more.
 
@@ -81,11 +98,8 @@ class Ids:
 
     def _ask(self, given: str) -> str:
         reading = delivery.reading(self._outbox)
-        if given.isdigit():
-            return str(reading.meta(f"experiment/{given}"))
-        if given.startswith("m-"):
-            return str(reading.meta(f"model/{given}"))
-        return str(reading.remote_id(given))
+        note = _note_of(given)
+        return str(reading.meta(note) if note else reading.remote_id(given))
 
     def local(self, given: str) -> str:
         """Return the id under which this outbox keeps a run: the provisional one, if it began with one."""
@@ -105,10 +119,11 @@ class Ids:
     def names(self) -> dict[str, str]:
         """Return what answers are to call runs and models, by an id of theirs; what is not in it stays as it is."""
         found = {}
-        for local, turn in list(self._called_here.items()):
-            try:
-                remote = self.remote(local)
-            except NotYet:
+        called = list(self._called_here.items())
+        known = self.become(local for local, _ in called)
+        for local, turn in called:
+            remote = known.get(local)
+            if remote is None:
                 continue
             if turn > self._called_there.get(remote, -1):
                 found[remote] = local
@@ -122,12 +137,8 @@ class Ids:
 
     def asked(self, experiments: Iterable[str]) -> dict[str, str]:
         """Return what an answer is to call experiments that were asked for by provisional ids, as ``names``."""
-        found = {}
-        for given in experiments:
-            with contextlib.suppress(NotYet):
-                if provisional.is_provisional(given):
-                    found[self.remote(given)] = given
-        return found
+        known = self.become(given for given in experiments if provisional.is_provisional(given))
+        return {remote: given for given, remote in known.items()}
 
     def searched(self, text: str | None) -> str | None:
         """Return a filter with MLflow's ids in place of provisional ones; runs and models are called as it does.
@@ -172,3 +183,10 @@ class Ids:
         if isinstance(value, dict):
             return {key: self.outgoing(item) for key, item in value.items()}
         return value
+
+
+def _note_of(given: str) -> str:
+    """Return under what name the worker notes the id that a model or an experiment was given; "" for a run."""
+    if given.isdigit():
+        return f"experiment/{given}"
+    return f"model/{given}" if given.startswith("m-") else ""

@@ -10,6 +10,7 @@ points that belong to a model are in the journals of any runs, and not all there
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -20,10 +21,9 @@ from mlflow.store.entities.paged_list import PagedList
 from mlflow.store.tracking import SEARCH_LOGGED_MODEL_MAX_RESULTS_DEFAULT
 from mlflow.utils.search_utils import SearchLoggedModelsUtils
 
-from mlflow_outbox import delivery
-from mlflow_outbox.plugin import reads
 from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import say_once
+from mlflow_outbox.plugin.remembered import Journal, Remembered
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import argument_of
@@ -32,10 +32,9 @@ from mlflow_outbox.views import Kept
 if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
     from mlflow_outbox.plugin.base import Base
-    from mlflow_outbox_worker.reading import LocalRun
 
-#: Journals whose reading is remembered, so that the next time only what is new in them is read.
-_REMEMBERED: Final = 512
+#: Journals whose requests are remembered, a few kilobytes of each; fewer where they have many.
+_REMEMBERED: Final = 10_000
 _OF_A_NAME: Final = re.compile(r"\s*(?:attributes?\.)?name\s*=\s*'[^']*'\s*")
 
 
@@ -48,7 +47,11 @@ class MadeHere:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._read: dict[str, LocalRun] = {}
+        self._journals = Remembered(outbox, _REMEMBERED, files=False)
+
+    def forked(self) -> None:
+        """Renew the lock in a forked child."""
+        self._journals.forked()
 
     def began(self, kind: str, subject: str, home: str) -> bool:
         """Return whether a "run" or "model" was made through this outbox, so that what is on disk is all there is.
@@ -60,14 +63,18 @@ class MadeHere:
             subject: its id here.
             home: the run or room whose journal it is in.
         """
-        if kind == "model":
-            return _makes(self._requests(home), subject)
-        local: LocalRun | None = delivery.reading(self._outbox).local_run(home)
-        return kind == "run" and local is not None and bool(local.view.start_time_ms)  # a resumption leaves that open
+        found = self.journal(home)
+        if found is None:
+            return False
+        return _makes(found.requests, subject) if kind == "model" else kind == "run" and found.began
+
+    def journal(self, home: str) -> Journal | None:
+        """Return what the outbox has of a run or room but for its points and files, or None when it has nothing."""
+        return self._journals.journal(home)
 
     def home_of_model(self, model_id: str) -> str | None:
         """Return the run or room whose journal says that a model was made, by any process with this outbox."""
-        return next((home for home in self._homes() if _makes(self._requests(home), model_id)), None)
+        return next((one.home for one in self._all() if _makes(one.requests, model_id)), None)
 
     def models(self, location: Callable[[str], str]) -> Iterator[LoggedModel]:
         """Yield the models that were made here and not deleted.
@@ -75,33 +82,16 @@ class MadeHere:
         Args:
             location: gives the artifact URI of a model.
         """
-        for home in self._homes():
-            requests = self._requests(home)
-            for request in requests:
-                if request.operation != "create_logged_model":
-                    continue
-                model_id = argument_of(request.arguments, "model_id")
-                found = reads.model_of(requests, model_id, None, location(model_id))
-                if found is not None and not reads.is_deleted(requests, model_id):
-                    yield found
+        for journal in self._all():
+            for model in journal.models():
+                shown = copy.copy(model)  # the caller's own, to be named and changed
+                shown._artifact_location = location(model.model_id)
+                shown._tags, shown._params, shown._metrics = dict(model.tags), dict(model.params), list(model.metrics)
+                yield shown
 
-    def _homes(self) -> list[str]:
+    def _all(self) -> list[Journal]:
         directory = self._outbox.directory
-        return list(dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]))
-
-    def _requests(self, home: str) -> list[Kept]:
-        # Whoever reads on takes what was read before out of the way of other threads, which begin anew meanwhile.
-        before = self._read.pop(home, None)
-        if before is None or self._outbox.directory.run(home).is_dir():  # what is filed does not change any more
-            before = delivery.reading(self._outbox).local_run(home, before)
-        if before is None:
-            return []
-        before.pending = []
-        requests = list(before.view.requests)
-        self._read[home] = before
-        while len(self._read) > _REMEMBERED:
-            self._read.pop(next(iter(self._read)), None)
-        return requests
+        return self._journals.journals(dict.fromkeys([*directory.run_ids(), *directory.delivered_ids()]))
 
 
 def search(
@@ -144,10 +134,10 @@ def search(
         away = store.server.lacks(missing)
     if datasets or _names_metrics(filter_string, order_by):
         raise store.server.needed("a search for models by their metrics", away) from None
-    numbers = {*wanted, *(_remote(store, number) for number in wanted)}
-    found = [
-        m for m in store.made_here.models(location) if {m.experiment_id, _remote(store, m.experiment_id)} & numbers
-    ]
+    made = list(store.made_here.models(location))
+    known = store.ids.become([*wanted, *(model.experiment_id for model in made)])
+    numbers = {*wanted, *(known.get(number, number) for number in wanted)}
+    found = [m for m in made if {m.experiment_id, known.get(m.experiment_id, m.experiment_id)} & numbers]
     if not (
         found
         or all(provisional.is_provisional(number) for number in wanted)
@@ -165,7 +155,8 @@ def search(
 
 
 def _named(store: Base, page: PagedList, wanted: list[str]) -> PagedList:
-    names = {**store.ids.names(), **store.ids.asked(wanted)}
+    experiments = store.shown_experiments(model.experiment_id for model in page)
+    names = {**store.ids.names(), **experiments, **store.ids.asked(wanted)}
     for model in page:
         store.named(model, names)
     return page
@@ -180,13 +171,6 @@ def _names_metrics(filter_string: str | None, order_by: list[dict[str, Any]] | N
     return any(clause["type"] == "metric" for clause in clauses) or any(
         str(order.get("field_name", "")).startswith("metrics.") for order in order_by or ()
     )
-
-
-def _remote(store: Base, experiment_id: str) -> str:
-    try:
-        return store.ids.remote(experiment_id)
-    except NotYet:
-        return experiment_id
 
 
 def _makes(requests: list[Kept], model_id: str) -> bool:

@@ -18,10 +18,9 @@ from mlflow_outbox.plugin.ids import NotYet
 from mlflow_outbox.plugin.journals import OpenRun
 from mlflow_outbox.plugin.wrapped import Away
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import Request
 
 if TYPE_CHECKING:
-    from mlflow_outbox_worker.reading import LocalRun
+    from mlflow_outbox.plugin.remembered import Journal
 
 #: Models whose params are remembered; those of others are looked up on the disk.
 _MODELS: Final = 512
@@ -77,7 +76,7 @@ class Models(AsynchronousRuns):
             made._artifact_location = self.shown_uri("model", model_id, made.artifact_location)
             made._tags.pop(provisional.MODEL_ID_TAG, None)
             return self.named(made)
-        return self._folded(self.local_run(home.run_id), model_id, None)
+        return self._folded(self.made_here.journal(home.run_id), model_id, None)
 
     def _home_of_new(self, experiment_id: str, source_run_id: str | None) -> OpenRun:
         if source_run_id:
@@ -99,21 +98,21 @@ class Models(AsynchronousRuns):
             return None
 
     def _folded(
-        self, local: LocalRun | None, model_id: str, theirs: LoggedModel | None, *, allow_deleted: bool = False
+        self, local: Journal | None, model_id: str, theirs: LoggedModel | None, *, allow_deleted: bool = False
     ) -> LoggedModel:
         requests: Any = self._calls_about(local, model_id)
         is_deleted = not allow_deleted and reads.is_deleted(requests, model_id)
         if local is not None and theirs is not None:  # it has what was delivered, and what others did later
-            requests = [event for _, event in local.pending if isinstance(event, Request)]
+            requests = local.unsent
         found = reads.model_of(requests, model_id, theirs, self.own_uri("model", model_id))
         if found is None or is_deleted:
             raise no_such("Logged model", model_id)
         return found
 
-    def _calls_about(self, local: LocalRun | None, model_id: str) -> list[Any]:
+    def _calls_about(self, local: Journal | None, model_id: str) -> list[Any]:
         """Return the calls of the journal of a model, its creation also where there was no room to write it."""
         unwritten = self.journals.unwritten(self._model_homes.get(model_id, ""))
-        return [*unwritten, *(local.view.requests if local is not None else ())]
+        return [*unwritten, *(local.requests if local is not None else ())]
 
     def get_logged_model(self, model_id: str, allow_deleted: bool = False) -> LoggedModel:
         """Return a logged model.
@@ -130,7 +129,7 @@ class Models(AsynchronousRuns):
             self.settle()
         home = self.model_home(model_id)
         self.ids.called(model_id)
-        local = self.local_run(home.run_id)  # before the server is asked, see ``reads``
+        local = self.made_here.journal(home.run_id)  # before the server is asked, see ``reads``
         theirs: LoggedModel | None = None
         options = {"allow_deleted": True} if allow_deleted else {}
 
@@ -161,7 +160,7 @@ class Models(AsynchronousRuns):
 
     def _after(self, model_id: str) -> LoggedModel:
         home = self.model_home(model_id)
-        local = self.local_run(home.run_id)
+        local = self.made_here.journal(home.run_id)
         found = reads.model_of(self._calls_about(local, model_id), model_id, None, self._location(model_id))
         return found if found is not None else self._model(model_id)
 
@@ -213,7 +212,7 @@ class Models(AsynchronousRuns):
         """Return the params of a model as far as this outbox knows them; the server is not asked for a write."""
         held = self._model_params.get(model_id)
         if held is None:
-            requests = self._calls_about(self.local_run(home.run_id), model_id)
+            requests = self._calls_about(self.made_here.journal(home.run_id), model_id)
             found = reads.model_of(requests, model_id, None, "")
             held = self._model_params[model_id] = dict(found.params) if found is not None else {}
             while len(self._model_params) > _MODELS:

@@ -9,6 +9,7 @@ MLflow's databases have no infinities: they keep the largest number there is. Wh
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -35,13 +36,13 @@ from mlflow.entities import (
 from mlflow_outbox.linked import points_in
 from mlflow_outbox.plugin import codec
 from mlflow_outbox.spool import provisional
-from mlflow_outbox.spool.events import NAME_TAG, NOBODY, Event, Request, RunStarted
+from mlflow_outbox.spool.events import NAME_TAG, NOBODY, Event, Request, RunStarted, argument_of, arguments_of
 from mlflow_outbox.spool.events import Metric as MetricEvent
 from mlflow_outbox.spool.events import Metrics as MetricsEvent
 from mlflow_outbox.views import Kept, Latest, Register, RunView
 
 if TYPE_CHECKING:
-    from mlflow_outbox_worker.reading import LocalRun
+    from mlflow_outbox_worker.ondisk import LocalRun
 
 
 def view_of(run: Run) -> RunView:
@@ -113,9 +114,11 @@ def local_run_of(
     """Return what the outbox has of a run; see ``run_of``."""
     for key, held in local.view.linked.items():
         local.view.fold(MetricEvent(key, held.value, held.time_ms, held.step), "")
-    for request in local.view.requests:
+    requests = local.view.requests
+    for request in requests[local.linked :]:  # those before are in it since it was shown last
         if request.operation == "log_batch":
             fold_batch(local.view, request.arguments)
+    local.linked = len(requests)
     return run_of(local.view, run_id, artifact_uri, theirs, bounded=bounded)
 
 
@@ -128,26 +131,35 @@ def fold_batch(view: RunView, arguments: bytes) -> None:
 def links(requests: Iterable[Kept], theirs: Run | None) -> tuple[RunInputs, RunOutputs]:
     """Return inputs and outputs: the server's, and those that are pending."""
     mine = getattr(theirs, "inputs", None)
-    datasets = list(mine.dataset_inputs) if mine is not None else []
-    read = list(mine.model_inputs or []) if mine is not None else []
-    made = list(theirs.outputs.model_outputs) if theirs is not None and theirs.outputs is not None else []
+    sets = mine.dataset_inputs if mine is not None else ()
+    datasets = _Distinct(sets, lambda one: (one.dataset.name, one.dataset.digest))
+    read = _Distinct((mine.model_inputs or ()) if mine is not None else (), lambda one: one.model_id)
+    outputs = theirs.outputs if theirs is not None else None
+    made = _Distinct(outputs.model_outputs if outputs is not None else (), lambda one: one.model_id)
     for request in requests:
         if request.operation == "log_inputs":
             given = codec.loads(request.arguments)
-            _add(datasets, given.get("datasets"), lambda one: (one.dataset.name, one.dataset.digest))
-            _add(read, given.get("models"), lambda one: one.model_id)
+            datasets.add(given.get("datasets"))
+            read.add(given.get("models"))
         elif request.operation == "log_outputs":
-            _add(made, codec.loads(request.arguments).get("models"), lambda one: one.model_id)
-    return RunInputs(dataset_inputs=datasets, model_inputs=read), RunOutputs(model_outputs=made)
+            made.add(codec.loads(request.arguments).get("models"))
+    return RunInputs(dataset_inputs=datasets.held, model_inputs=read.held), RunOutputs(model_outputs=made.held)
 
 
-def _add(held: list[Any], given: Iterable[Any] | None, identity: Callable[[Any], object]) -> None:
-    """Add those that are not there; one request may name the same thing several times, as the metrics of it do."""
-    seen = {identity(one) for one in held}
-    for one in given or ():
-        if identity(one) not in seen:
-            seen.add(identity(one))
-            held.append(one)
+class _Distinct:
+    """Things of which each is there once; one request may name the same several times, as the metrics of it do."""
+
+    def __init__(self, held: Iterable[Any], identity: Callable[[Any], object]) -> None:
+        self.held = list(held)
+        self._identity = identity
+        self._seen = {identity(one) for one in self.held}
+
+    def add(self, given: Iterable[Any] | None) -> None:
+        """Add those that are not there."""
+        for one in given or ():
+            if self._identity(one) not in self._seen:
+                self._seen.add(self._identity(one))
+                self.held.append(one)
 
 
 def named(run: Run, names: Mapping[str, str]) -> None:
@@ -223,7 +235,10 @@ def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None
             "source_run_id": theirs.source_run_id, "status": theirs.status, "tags": dict(theirs.tags),
             "params": dict(theirs.params), "metrics": theirs.metrics,
         }  # fmt: skip
+    name = json.dumps(model_id)[1:-1].encode()
     for request in requests:
+        if name not in request.arguments:  # another model's; reading its arguments takes a hundred times as long
+            continue
         given = codec.loads(request.arguments)
         if request.operation == "log_batch" and theirs is None and found is not None:
             found["metrics"] += _points_of_model(given, model_id)
@@ -244,6 +259,34 @@ def model_of(requests: Iterable[Kept], model_id: str, theirs: LoggedModel | None
         return None
     found["tags"].pop(provisional.MODEL_ID_TAG, None)
     return LoggedModel(**found)
+
+
+def models_of(requests: Iterable[Kept]) -> list[LoggedModel]:
+    """Return the models that requests make and do not delete, as ``model_of`` does, but without their places.
+
+    Each request is looked at once, for the models that it names: a journal may have hundreds of them.
+    """
+    made: list[str] = []
+    about: dict[str, list[Kept]] = {}
+    for request in requests:
+        named = _models_named(request)
+        if request.operation == "create_logged_model":
+            made += named
+        for model_id in named:
+            about.setdefault(model_id, []).append(request)
+    found = (model_of(about[one], one, None, "") for one in dict.fromkeys(made) if not is_deleted(about[one], one))
+    return [model for model in found if model is not None]
+
+
+def _models_named(request: Kept) -> list[str]:
+    if request.operation != "log_batch":
+        model_id = argument_of(request.arguments, "model_id")
+        return [model_id] if model_id else []
+    try:
+        linked = [metric["v"].get("model_id") for metric in arguments_of(request.arguments).get("metrics") or ()]
+    except (ValueError, TypeError, LookupError, AttributeError):  # as in ``linked``
+        return []
+    return list(dict.fromkeys(str(model_id) for model_id in linked if model_id))
 
 
 def _points_of_model(given: dict[str, Any], model_id: str) -> list[Metric]:

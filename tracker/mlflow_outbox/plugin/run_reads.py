@@ -26,7 +26,7 @@ from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.views import RunView
 
 if TYPE_CHECKING:
-    from mlflow_outbox_worker.reading import LocalRun
+    from mlflow_outbox_worker.ondisk import LocalRun
 
 #: Points asked for in one page of a metric's history.
 _PAGE: Final = 25_000
@@ -312,7 +312,8 @@ class RunReads(Experiments):
             page = SearchUtils.paginate(found, page_token, max_results)
             return page
         mine = {run.remote_id or run.run_id: run for run in local}
-        names = {**self.ids.names(), **self.ids.asked(wanted)}
+        experiments = self.shown_experiments(run.info.experiment_id for run in runs)
+        names = {**self.ids.names(), **experiments, **self.ids.asked(wanted)}
         shown = [self._shown(run, mine.get(run.info.run_id), names) for run in runs]
         if not mixed:
             return shown, token
@@ -338,11 +339,8 @@ class RunReads(Experiments):
 
     def _known(self, experiments: list[str]) -> list[str]:
         """Return MLflow's ids of those experiments that it has."""
-        found = []
-        for number in experiments:
-            with contextlib.suppress(NotYet):
-                found.append(self.ids.remote(number))
-        return found
+        known = self.ids.become(experiments)
+        return [known[number] for number in experiments if number in known]
 
     def _first(self, known: list[str], asked: str | None, view: int, count: int, order_by: list[str]) -> list[Run]:
         """Return the first runs that the server finds, in as many requests as it takes."""
@@ -359,14 +357,15 @@ class RunReads(Experiments):
         return found
 
     def _local_runs(self, experiments: set[str], *, filed: bool) -> list[Any]:
-        found = delivery.reading(self.outbox).local_runs(filed=filed)
-        return [run for run in found if {run.view.experiment_id, self._remote_experiment(run)} & experiments]
+        meant: dict[str, bool] = {}
 
-    def _remote_experiment(self, run: Any) -> str:
-        try:
-            return self.ids.remote(run.view.experiment_id)
-        except NotYet:
-            return ""
+        def among(number: str) -> bool:
+            if number not in meant:
+                meant[number] = bool({number, self.ids.become([number]).get(number, number)} & experiments)
+            return meant[number]
+
+        found = delivery.reading(self.outbox).local_runs(filed=filed, among=among)
+        return [run for run in found if among(run.view.experiment_id)]
 
     def _outgoing_filter(self, text: str | None) -> str | None:
         try:

@@ -8,6 +8,7 @@ import itertools
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, Final
 
 from google.protobuf.json_format import SerializeToJsonError  # type: ignore[import-untyped]  # no stubs in the package
@@ -309,8 +310,7 @@ class Traces(Models):
             if set(trace_ids) - held.keys():
                 raise self.server.needed("traces that this process did not make", away) from None
             found = {}
-        for trace in found.values():
-            self._called(trace.info)
+        self._all_called(trace.info for trace in found.values())
         everything = {**held, **found}
         return [everything[trace_id] for trace_id in trace_ids if trace_id in everything]
 
@@ -320,7 +320,7 @@ class Traces(Models):
         Raises:
             MlflowException: the server is away, or said no.
         """
-        return [self._called(info) for info in self._delegate("batch_get_trace_infos", *args, **options)]
+        return self._all_called(self._delegate("batch_get_trace_infos", *args, **options))
 
     def search_traces(self, *args: Any, **options: Any) -> tuple[list[TraceInfo], str | None]:
         """Return the traces that the server finds.
@@ -329,22 +329,30 @@ class Traces(Models):
             MlflowException: the server is away, or said no.
         """
         found, token = self._delegate("search_traces", *args, **options)
-        return [self._called(info) for info in found], token
+        return self._all_called(found), token
 
     def _called(self, info: TraceInfo) -> TraceInfo:
-        """Have an answer call the experiment of a trace, and the runs of its assessments, as this process does.
+        return self._all_called([info])[0]
+
+    def _all_called(self, infos: Iterable[TraceInfo]) -> list[TraceInfo]:
+        """Have an answer call the experiments of traces, and the runs of their assessments, as this process does.
 
         MLflow compares them with those of a run: an evaluation copies the traces of another experiment, and shows what
         was said of them in its own run alone.
         """
-        if info.experiment_id:  # tables of a workspace have none
-            info.experiment_id = self.shown_experiment(info.experiment_id)
-        for assessment in info.assessments or ():
-            source = (assessment.metadata or {}).get(_SOURCE_RUN)
-            if source:
-                assessment.run_id = self.ids.names().get(source, source)
-                assessment.metadata = {**assessment.metadata, _SOURCE_RUN: assessment.run_id}
-        return info
+        found = list(infos)
+        experiments = self.shown_experiments(info.experiment_id for info in found)
+        names: dict[str, str] | None = None
+        for info in found:
+            if info.experiment_id:  # tables of a workspace have none
+                info.experiment_id = experiments[info.experiment_id]
+            for assessment in info.assessments or ():
+                source = (assessment.metadata or {}).get(_SOURCE_RUN)
+                if source:
+                    names = self.ids.names() if names is None else names
+                    assessment.run_id = names.get(source, source)
+                    assessment.metadata = {**assessment.metadata, _SOURCE_RUN: assessment.run_id}
+        return found
 
     def _held(self, trace_id: str) -> Trace | None:
         info, spans = self._recent.get(trace_id), self._spans.of(trace_id)

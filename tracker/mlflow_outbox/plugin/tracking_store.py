@@ -40,6 +40,8 @@ class OutboxStore(Traces, AbstractStore):  # type: ignore[misc]  # mlflow is not
         """Renew the locks in a forked child: threads that held them stayed in the parent."""
         self.server.forked()
         self.journals.forked()
+        self.made_here.forked()
+        self._files.forked()
         self._recent_lock = threading.RLock()
         self._spans.forked()
         self._offline_lock = threading.RLock()
