@@ -224,6 +224,25 @@ def test_modes_are_mended_only_when_asked(here: Here, tmp_path: Path) -> None:
     assert 0 == here("status", "-d", tmp_path).code
 
 
+@pytest.mark.parametrize("answer", ["says nothing", "refuses"])
+def test_modes_that_a_file_system_does_not_keep_are_not_called_mended(
+    answer: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a stick, on which everything stays open to everybody: its runs can be sent all the same."""
+    offline(tmp_path)
+    outbox = outbox_of(tmp_path)
+    outbox.chmod(0o755)
+
+    def fchmod(_fd: int, _mode: int) -> None:
+        if answer == "refuses":
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    done = here("doctor", "--offline", "--repair", "-d", tmp_path)
+    assert (1, False) == (done.code, "any more" in done.out), done
+    assert f"whatever mode is set there; mlflow-outbox replay {outbox} sends its runs" in done.out
+
+
 def test_a_symbolic_link_is_never_followed(here: Here, tmp_path: Path) -> None:
     """It is named, and what it leads to keeps its mode."""
     offline(tmp_path / "a")

@@ -551,6 +551,15 @@ def test_a_command_that_is_copied_from_a_message_finds_its_path(here: Here, tmp_
     assert 0o700 == path.stat().st_mode & 0o777
 
 
+def test_an_outbox_on_a_stick_can_be_replayed(here: Here, tmp_path: Path) -> None:
+    """Where no mode is kept it is refused by what would have to write to it, with the command that only reads."""
+    offline(tmp_path)
+    outbox_of(tmp_path).chmod(0o755)
+    done = here("flush", "-d", tmp_path)
+    assert (1, True) == (done.code, "sent by mlflow-outbox replay, which only reads it" in done.err), done
+    assert 0 == here("replay", tmp_path, "--dry-run").code
+
+
 @pytest.mark.root
 def test_an_outbox_of_somebody_else_can_be_replayed(here: Here, tmp_path: Path) -> None:
     """It is refused by what would have to write to it, with the command that only reads."""

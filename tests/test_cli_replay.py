@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from commands import NOBODY, Here, command, environment, offline, run, waited
-from contents import QUICK, client, numbered, points, runs, the_run
+from contents import QUICK, artifact_text, client, numbered, points, runs, the_run
 from mlflow_outbox import MLflowTracker
 from mlflow_outbox.spool import frame
 from mlflow_outbox.spool.events import Params, encode
@@ -128,6 +128,49 @@ def test_what_mlflow_refuses_of_a_replay_elsewhere_is_named_each_time(
         assert "dead list" not in done.err
     [told] = here("replay", tmp_path / "box", "--to", sqlite_uri, "--json").data
     assert [(run_id, {"depth": "4"})] == [(one["run_id"], one["event"]["values"]) for one in told["refused"]]
+
+
+def test_a_bundle_s_run_that_the_server_has_lost_is_named_with_what_sends_it_anew(
+    here: Here, own_mlflow_server: Callable[..., MlflowServer], experiment_name: str, tmp_path: Path
+) -> None:
+    """The bundle was unpacked for as long as it was sent: a path of that leads nowhere, nor would it say where to."""
+    server, bundle = own_mlflow_server(), tmp_path / "runs.tar"
+    tracker = MLflowTracker(experiment_name, NOBODY, outbox_dir=tmp_path / "box", worker="none", settings=QUICK)
+    one = tracker.start_run("goes on")
+    words = ("replay", bundle, "--to", server.url)
+    for step in range(2):
+        assert one.log_metric("loss", step / 2, step=step)
+        assert 0 == here("export", "--all", "--force", "-o", bundle, "-d", tmp_path / "box").code
+        if step == 0:
+            assert 0 == here(*words).code
+            server.wipe()
+            server.start()
+    done = here(*words)
+    assert 4 == done.code, done
+    assert f"run {one.run_id} was skipped" in done.err
+    assert "send it anew from its beginning: the same command with --again" in done.err
+    assert 0 == here(*words, "--again").code
+    assert numbered(2) == points(server.url, the_run(server.url, experiment_name).info.run_id, "loss")
+    tracker.close(0)
+
+
+def test_a_file_that_a_copy_of_an_outbox_lacks_is_sent_once_it_is_there_by_what_is_said(
+    here: Here, sqlite_uri: str, experiment_name: str, tmp_path: Path
+) -> None:
+    """Who copies an outbox in use may have an event of which the file came after the list of files was made."""
+    run_id = log_offline(experiment_name, NOBODY, tmp_path / "box")
+    [copy] = tmp_path.glob(f"box/*/runs/{run_id}/files/*")
+    late = copy.rename(tmp_path / "late")
+    words = ("replay", tmp_path / "box", "--to", sqlite_uri)
+    for _ in range(2):
+        done = here(*words)
+        assert (5, True) == (done.code, "the same command with --again sends them too" in done.err), done
+        assert "the copy of 'reports/report.txt' is not in the outbox" in done.err
+    late.rename(copy)
+    assert 0 == here(*words, "--again").code
+    assert "report of offline" == artifact_text(
+        sqlite_uri, the_run(sqlite_uri, experiment_name).info.run_id, "reports/report.txt"
+    )
 
 
 def test_what_mlflow_refuses_of_an_outbox_of_one_s_own_is_named_with_what_can_be_done(

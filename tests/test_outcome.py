@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,16 +118,20 @@ def test_who_is_told_that_a_run_is_gone_is_told_what_brings_it_back() -> None:
     """The command names the outbox; other answers have no such remedy, nor has a run that never was there."""
     there = RunRecord("a" * 32, remote_id="b" * 32)
     gone = answer(404, "RESOURCE_DOES_NOT_EXIST")
-    assert remedy(gone, there, Path("/scratch/outbox")).endswith(" mlflow-outbox replay --again /scratch/outbox")
-    assert ["", ""] == [remedy(error, there, Path("x")) for error in (answer(401), answer(404, "ENDPOINT_NOT_FOUND"))]
-    assert "" == remedy(gone, RunRecord("a" * 32), Path("x"))
+    ways = "mlflow-outbox flush", "mlflow-outbox replay --again /scratch/outbox"
+    assert remedy(gone, there, *ways).endswith(" mlflow-outbox replay --again /scratch/outbox")
+    assert ["", ""] == [remedy(error, there, *ways) for error in (answer(401), answer(404, "ENDPOINT_NOT_FOUND"))]
+    assert "" == remedy(gone, RunRecord("a" * 32), *ways)
 
 
 def test_who_lacks_a_right_is_told_where() -> None:
     """The experiment is named, as far as it is known."""
     forbidden = answer(403, "PERMISSION_DENIED")
-    assert "in the experiment 'hers'" in remedy(forbidden, RunRecord("a" * 32, experiment="hers"), Path("x"))
-    assert "experiment" not in remedy(forbidden, RunRecord("a" * 32), Path("x"))
+    ways = "the same command", "the same command with --again"
+    said = remedy(forbidden, RunRecord("a" * 32, experiment="hers"), *ways)
+    assert "in the experiment 'hers'" in said
+    assert said.endswith("once it has been granted, the same command sends the run")
+    assert "experiment" not in remedy(forbidden, RunRecord("a" * 32), *ways)
 
 
 def test_a_param_of_another_value_is_refused_for_good_by_a_server_on_a_file_store_too() -> None:

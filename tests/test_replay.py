@@ -343,6 +343,10 @@ def test_a_replay_of_other_runs_to_the_same_place_is_told_to_come_later(
     said = capsys.readouterr().err
     assert f"another replay to {sqlite_uri} is under way" in said
     assert "repeat this one afterwards" in said
+    assert 6 == command(*words, "--again")
+    said = capsys.readouterr().err
+    assert "another replay to the same place is under way" in said
+    assert "repeat this one afterwards" in said
     lease.release()
     assert 0 == command(*words)
     assert 1 == len(runs(sqlite_uri, experiment_name))

@@ -32,7 +32,7 @@ from mlflow_outbox_worker.host_lease import described, lease_of, worker_of
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.room import bytes_that_may_go
-from mlflow_outbox_worker.wording import count, size
+from mlflow_outbox_worker.wording import count, quoted, size
 
 #: Events read at once.
 _WINDOW: Final = 20_000
@@ -102,9 +102,15 @@ def check_modes(path: Path, *, repair: bool) -> Iterator[Finding]:
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # never through a link
             try:
-                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & 0o700)
+                with contextlib.suppress(OSError):  # what some file systems say that keep no modes; others say nothing
+                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & 0o700)
+                is_closed = not os.fstat(fd).st_mode & 0o077
             finally:
                 os.close(fd)
+            if not is_closed:
+                sends = f"mlflow-outbox replay {quoted(path)} sends its runs, and only reads them"
+                yield Finding("bad", "directory", f"others can get at {entry} whatever mode is set there; {sends}")
+                return
     yield Finding("mended", "directory", f"others cannot get at {some} any more")
 
 

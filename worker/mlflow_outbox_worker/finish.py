@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from http import HTTPStatus
-from pathlib import Path
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
@@ -37,7 +36,6 @@ from mlflow_outbox_worker.sink import Sink, SinkError
 from mlflow_outbox_worker.sources import Source
 from mlflow_outbox_worker.twins import delete_models, delete_twins
 from mlflow_outbox_worker.verification import Altered, altered_artifacts, differences, settled_artifacts, summary
-from mlflow_outbox_worker.wording import quoted
 
 
 def finish(
@@ -94,7 +92,7 @@ def finish(
             return False
         record.creating = record.adopted = False
         record.mismatch, record.settled = "", None
-        record.altered = _said(altered, record, source.path, counters)
+        record.altered = _said(altered, record, source.resends, counters)
         record.verified_at_ms = now_ms()
         counters.add("runs_verified")
     record.state = "done"
@@ -126,7 +124,7 @@ def _is_left(reader: RunReader) -> bool:
     return bool(written) and all(has_ended(segment.path, segment.header) for segment in written)
 
 
-def _said(altered: list[Altered], record: RunRecord, path: Path, counters: Counters) -> str:
+def _said(altered: list[Altered], record: RunRecord, resends: str, counters: Counters) -> str:
     """Count and say which artifacts were changed by others; return that in a sentence."""
     if not altered:
         return ""
@@ -135,7 +133,7 @@ def _said(altered: list[Altered], record: RunRecord, path: Path, counters: Count
     counters.warn_once(
         ("altered", record.run_id, text),
         f"mlflow-outbox: MLflow had stored all artifacts of run {record.run_id}, but now {text}. That is left as it "
-        f"is; mlflow-outbox replay --again {quoted(path)} sends everything once more",
+        f"is; {resends} sends everything once more",
     )
     return text
 

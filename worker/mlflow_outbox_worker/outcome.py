@@ -23,13 +23,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from http import HTTPStatus
-from pathlib import Path
 from typing import Literal
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sink import OPERATIONS, SinkError
-from mlflow_outbox_worker.wording import quoted
 
 OutcomeKind = Literal["retry", "parked", "already_applied", "dead_letter", "split"]
 
@@ -103,22 +101,22 @@ def met_a_row(error: SinkError) -> bool:
     return (error.code == "BAD_REQUEST" and _ROW_RACE.search(said) is not None) or _TAGS_MET in said
 
 
-def remedy(error: SinkError, record: RunRecord, outbox: Path) -> str:
+def remedy(error: SinkError, record: RunRecord, sends: str, resends: str) -> str:
     """Return what a person can do about a run that is parked by itself, to end a sentence; "" when that says it all.
 
     Args:
         error: the answer that parked the run.
         record: of the run.
-        outbox: where the run is.
+        sends: the command that sends what waits where the run is.
+        resends: the one that sends everything once more.
     """
     if error.status == HTTPStatus.FORBIDDEN:
         where = f" in the experiment {printable(record.experiment)!r}" if record.experiment else ""
-        return f"; a right is missing for that{where}: once it has been granted, mlflow-outbox flush sends the run"
+        return f"; a right is missing for that{where}: once it has been granted, {sends} sends the run"
     if error.code != "RESOURCE_DOES_NOT_EXIST" or not record.remote_id:  # only a run that was there can be gone
         return ""
     return (
-        "; if the server has lost it, end the programs that log there, and send it anew from its beginning: "
-        f"mlflow-outbox replay --again {quoted(outbox)}"
+        f"; if the server has lost it, end the programs that log there, and send it anew from its beginning: {resends}"
     )
 
 

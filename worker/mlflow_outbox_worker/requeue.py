@@ -57,7 +57,10 @@ def requeue(source: Source, filed: OutboxDirectory | None, run_ids: Collection[s
     lease = source.lease("command")
     if not lease.acquire():
         found = lease.other()
-        msg = f"{described(found) if found is not None else 'another worker'} delivers {source.path}; end it first"
+        who = described(found) if found is not None else "another worker"
+        msg = f"{who} delivers {source.path}; end it first"
+        if filed is None:  # what is held is the place, not the runs
+            msg = f"another replay to the same place is under way, by {who}; repeat this one afterwards"
         raise LeaseHeld(msg)
     try:
         ledger = Ledger.open(source.ledger_in(settings.ledger_dir))

@@ -32,6 +32,7 @@ from mlflow_outbox.spool.private import make_all_private
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox_worker.host_lease import WorkerLease, lease_of
 from mlflow_outbox_worker.lease import Lease
+from mlflow_outbox_worker.wording import quoted
 
 
 class Source(Protocol):
@@ -44,6 +45,7 @@ class Source(Protocol):
         elsewhere: the destination is another one than the runs were logged for.
         again: everything is sent once more, because the destination may have lost it.
         remote: other machines may write to it, so that only looking tells what is new.
+        sends, resends: the commands that send what waits, and everything once more, for messages.
     """
 
     path: Path
@@ -52,6 +54,8 @@ class Source(Protocol):
     elsewhere: bool
     again: bool
     remote: bool
+    sends: str
+    resends: str
 
     def lease(self, kind: str) -> WorkerLease:
         """Return the right to deliver from it."""
@@ -136,6 +140,7 @@ class OutboxSource:
         self.elsewhere = False
         self.again = again
         self.remote = directory.network
+        self.sends, self.resends = "mlflow-outbox flush", f"mlflow-outbox replay --again {quoted(directory.path)}"
         self.answer_doorbell = directory.answer_doorbell
         self.ring = directory.ring
         self.hurry_asked = directory.hurry_asked
@@ -209,6 +214,8 @@ class RunsSource:
         self.elsewhere = elsewhere
         self.again = again
         self.remote = look is not None
+        # The person knows with which paths, and where to; a bundle is unpacked for as long as it is sent.
+        self.sends, self.resends = "the same command", "the same command with --again"
 
     def lease(self, kind: str) -> WorkerLease:
         """Return the lease of this machine's replays to the destination."""

@@ -121,7 +121,8 @@ class Turns:
         self, ledger: Ledger, run_id: str, reason: str, began_ms: int, error: SinkError | None = None
     ) -> None:
         record = ledger.record(run_id) or RunRecord(run_id)
-        advice = remedy(error, record, self._source.path) if error is not None else ""
+        source = self._source
+        advice = remedy(error, record, source.sends, source.resends) if error is not None else ""
         reason = printable(reason, 300).rstrip(".") + advice  # MLflow's own sentences end with a full stop
         record.state, record.reason, record.failed_at_ms = "parked", reason, began_ms
         ledger.commit(record)

@@ -14,8 +14,11 @@ from mlflow_outbox.errors import OutboxUnusable
 
 #: The first descriptor that is no standard stream's.
 _FIRST: Final = 3
-#: What helps where modes cannot be set, as on Windows' disks under WSL, and those of its servers.
-_ELSEWHERE: Final = "(if its file system keeps no modes, set MLFLOW_OUTBOX_DIR to a directory of another one)"
+#: What helps where modes cannot be set, as on sticks, on Windows' disks under WSL, and those of its servers.
+_ELSEWHERE: Final = (
+    "(if its file system keeps no modes, set MLFLOW_OUTBOX_DIR to a directory of another one; what lies here is "
+    "sent by mlflow-outbox replay, which only reads it)"
+)
 
 
 def create_private(path: Path, flags: int = os.O_WRONLY) -> int:

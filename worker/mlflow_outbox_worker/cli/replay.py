@@ -241,6 +241,8 @@ def _send(
         terminal.error(f"and {count(len(letters) - _NAMED, 'event')} more; the same command with --json has them all")
     if letters and job.own is not None:
         terminal.note(f"send them again, edit or drop them: mlflow-outbox dead list -d {quoted(job.own.path)}")
+    elif letters:  # what a copy of an outbox in use lacked may be there the next time
+        terminal.note(f"once what was wrong has been mended, {job.source.resends} sends them too")
     return code
 
 
