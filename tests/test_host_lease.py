@@ -462,6 +462,30 @@ def test_a_service_that_ends_when_nobody_logs_any_more_waits_for_a_program_on_a_
         assert 0 == service.end(0.0, None)
 
 
+_KILLED = """
+import os, signal, sys
+from mlflow_outbox import MLflowTracker
+experiment, uri, root = sys.argv[1:]
+tracker = MLflowTracker(experiment, uri, outbox_dir=root, worker="none")
+tracker.start_run("killed").log_metric("loss", 0.0, step=0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_service_that_ends_when_nobody_logs_any_more_does_not_wait_for_who_was_killed_on_this_machine(
+    share: Path, sqlite_uri: str, experiment_name: str
+) -> None:
+    """Such as for want of memory: wherever its files lie, its number tells that it is gone."""
+    command_line = [sys.executable, "-c", _KILLED, experiment_name, sqlite_uri, str(share)]
+    assert -signal.SIGKILL == subprocess.run(command_line, check=False, timeout=200).returncode
+    with Ending() as ending:
+        service = Service(dataclasses.replace(QUICK, root=share), ending)
+        service.adopt(share)
+        (worker,) = service._workers.values()
+        eventually(lambda: 2 == worker.counters["delivered"] and service._is_idle(worker), 60)
+        assert 0 == service.end(0.0, None)
+
+
 def test_a_share_is_asked_for_what_other_machines_have_made(share: Path, experiment_name: str) -> None:
     """A name comes and goes in the directory of the runs, which no cache outlives."""
     log_offline(experiment_name, "http://127.0.0.1:9", share)

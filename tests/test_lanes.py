@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.errors import LedgerUnavailable
 from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.reader import RunReader
+from mlflow_outbox.spool.window import Cursor, Window
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox.testing.wire import Request
@@ -98,6 +101,39 @@ def test_a_try_that_is_a_long_upload_does_not_hold_up_the_others_until_that_is_t
             proxy.down()
 
 
+def test_a_run_that_has_tried_and_goes_on_with_a_long_upload_holds_up_no_later_try(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A server that has just come back fails once more: the next try is made beside the upload, not after it."""
+    settings = dataclasses.replace(QUICK, request_timeout=120.0, batch_points=1)
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("api/2.0/mlflow", faults.status(503), times=None)
+        tracker, directory = offline(experiment_name, proxy.url, tmp_path, settings)
+        with tracker.start_run("large") as run:
+            run.log_metric("loss", 0.0, step=0)  # the window with which it tries
+            run.log_text("a checkpoint", "large.txt")
+
+        def hanging() -> list[Request]:
+            return [request for request in proxy.requests if "accept_hang" == request.action]
+
+        def ended() -> list[str]:
+            held = runs(mlflow_server.url, experiment_name)
+            return [run.info.run_name for run in held if run.info.status == "FINISHED"]
+
+        with delivering(directory, proxy.url, settings) as counters:
+            eventually(lambda: counters["retried"] > 0, 60, "the server is known to be away")
+            proxy.clear()
+            proxy.on("mlflow-artifacts", faults.accept_hang(), times=1)
+            eventually(lambda: 1 == len(hanging()), 60, "the run that has tried sends its file")
+            proxy.on("runs/log-batch", faults.status(503), times=1)
+            with tracker.start_run("small") as run:
+                run.log_metric("loss", 0.0, step=0)
+            tracker.close(0)
+            eventually(lambda: ["small"] == ended(), 60, "the other one arrives during the upload")
+            assert [None] == [request.ended for request in hanging()]
+            proxy.down()
+
+
 def test_one_run_at_a_time_tries_whether_the_server_is_there_again(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
@@ -152,6 +188,33 @@ def test_a_run_that_waits_for_a_person_is_tried_again_although_that_could_not_be
             api.restore_run(remote)
         eventually(lambda: numbered(2) == points(mlflow_server.url, remote, "loss"), 60, "it is delivered")
     assert 2 == counters["ledger_errors"]
+
+
+def test_what_is_logged_to_a_run_that_somebody_deleted_is_looked_through_once_for_its_restoration(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again for as long as it is deleted, and a program may log on for days meanwhile."""
+    tracker, directory = offline(experiment_name, mlflow_server.url, tmp_path)
+    run = tracker.start_run("deleted")
+    run.log_metric("loss", 0.0, step=0)
+    window, read = RunReader.window, list[int]()
+
+    def noted(self: RunReader, cursors: Mapping[str, Cursor], **given: Any) -> Window:
+        found = window(self, cursors, **given)
+        if 100_000 == given.get("items"):
+            read.append(len(found.events))
+        return found
+
+    with delivering(directory, mlflow_server.url, QUICK) as counters:
+        eventually(lambda: counters["delivered"] == 2, 60)
+        with client(mlflow_server.url) as api:
+            api.delete_run(the_run(mlflow_server.url, experiment_name).info.run_id)
+        monkeypatch.setattr(RunReader, "window", noted)
+        for step in range(1, 101):
+            run.log_metric("loss", step / 2, step=step)
+        eventually(lambda: counters["parked"] > 5, 60)
+        assert 100 == sum(read)
+    tracker.close(0)
 
 
 def test_a_lane_that_comes_back_after_it_was_given_up_gives_back_nothing_of_its_successor_s(

@@ -113,6 +113,26 @@ def test_what_somebody_else_has_done_to_an_experiment_meanwhile_holds_up_nothing
         assert expected == (found.lifecycle_stage, dict(found.tags))
 
 
+def test_what_was_done_to_an_experiment_at_once_does_not_hide_what_was_done_to_it_later(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """It is written down for other processes too; where nobody delivers that, the server knows better for days."""
+    uri = f"outbox+{mlflow_server.url}"
+    with (
+        client(mlflow_server.url) as theirs,
+        tracking(uri, tmp_path, worker="none", create_timeout=20, exit_timeout=0) as mlflow,
+    ):
+        api = mlflow.MlflowClient()
+        number = api.create_experiment(experiment_name)
+        api.rename_experiment(number, f"{experiment_name}-ours")
+        theirs.rename_experiment(number, f"{experiment_name}-theirs")
+        assert f"{experiment_name}-theirs" == api.get_experiment(number).name
+        api.delete_experiment(number)
+        api.restore_experiment(number)
+        api.delete_experiment(number)
+        assert "deleted" == api.get_experiment(number).lifecycle_stage
+
+
 @pytest.mark.parametrize("scheme", ["http", "sqlite"])
 def test_an_experiment_that_is_found_by_its_name_shows_what_was_just_written(
     scheme: str, mlflow_server: MlflowServer, sqlite_uri: str, experiment_name: str, tmp_path: Path

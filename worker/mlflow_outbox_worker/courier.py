@@ -25,7 +25,7 @@ from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.events import Artifact, Event, Request, points_of
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.spool.window import Window
+from mlflow_outbox.spool.window import Cursor, Window
 from mlflow_outbox.views import RunView
 from mlflow_outbox_worker.calls import Calls
 from mlflow_outbox_worker.copies import copying
@@ -116,6 +116,8 @@ class Courier:
         self._intake = Intake(settings.batch_points, counters)
         #: The writer of a run that used up its last turn.
         self._after: dict[str, str] = {}
+        #: Of runs that are deleted in MLflow: up to where no restoration is in their journals, and from where on.
+        self._searched: dict[str, tuple[dict[str, Cursor], dict[str, Cursor]]] = {}
 
     def turn(self, run_id: str, *, windows: int | None = None) -> Turn:
         """Deliver what there is of a run, up to a fair share.
@@ -200,13 +202,26 @@ class Courier:
         """
         if not is_deleted(parked.error):
             return False
-        if record.remote_id and not before:
-            for _, event in reader.each(Request, record.cursors):
-                if event.operation in _RESTORATIONS and not event.known:
-                    self._requests.make(record, Call(event), Refused())
-                    return True
+        found = self._restoration(record, reader) if record.remote_id and not before else None
+        if found is not None:
+            self._requests.make(record, Call(found), Refused())
+            return True
         self._calls.precedence.await_restoration(record)
         return False
+
+    def _restoration(self, record: RunRecord, reader: RunReader) -> Request | None:
+        """Return what undoes the deletion of a run or room; none of its journals is looked through twice in vain."""
+        begin, cursors = self._searched.pop(record.run_id, ({}, {}))
+        cursors = cursors if begin == record.cursors else record.cursors
+        more = True
+        while more:
+            window = reader.window(cursors, points=100_000, items=100_000)
+            for _, event in window.events:
+                if isinstance(event, Request) and event.operation in _RESTORATIONS and not event.known:
+                    return event
+            cursors, more = window.cursors, window.more
+        self._searched[record.run_id] = dict(record.cursors), cursors
+        return None
 
     def _delivered(self, record: RunRecord, view: RunView, reader: RunReader, window: Window) -> bool:
         """Deliver a window; return False when it can be now, for what it waited for is in a journal that began later.

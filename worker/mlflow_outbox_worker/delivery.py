@@ -290,7 +290,11 @@ class Delivery:
             for run_id in chosen:
                 self._take_turn(run_id)
             return bool(chosen)
-        chosen = self._schedule.take(self._settings.parallel_runs) if self._gate.is_proven() else self._one_that_tries()
+        if self._gate.is_proven():
+            self._trying = ""  # what it does from now on tries nothing
+            chosen = self._schedule.take(self._settings.parallel_runs)
+        else:
+            chosen = self._one_that_tries()
         for run_id in chosen:
             self._start_lane(run_id)
         if chosen or self._schedule.busy():

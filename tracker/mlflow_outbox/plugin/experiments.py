@@ -143,8 +143,8 @@ class Experiments(Homes):
     def _with_pending(self, local: LocalRun | None, given: str, theirs: Experiment | None) -> Experiment | None:
         """Return an experiment, the server's answer if there is one, with what is pending folded in."""
         requests: Any = local.view.requests if local is not None else []
-        if local is not None and theirs is not None:  # it has what was delivered, and what others did later
-            requests = [event for _, event in local.pending if isinstance(event, Request)]
+        if local is not None and theirs is not None:  # which has what arrived or was done there, and more
+            requests = [event for _, event in local.pending if isinstance(event, Request) and not event.known]
         requests = [*self.journals.unwritten(provisional.room_of(given)), *requests]
         return reads.experiment_of(requests, theirs, given, self.own_uri("experiment", given))
 

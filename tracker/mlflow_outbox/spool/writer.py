@@ -136,6 +136,12 @@ def has_ended(path: Path, header: SegmentHeader) -> bool:
     return header.boot_id != boot_id() or not _is_alive(header.pid, header.created_ms / 1000)
 
 
+def has_died_here(header: SegmentHeader) -> bool:
+    """Return whether the program that wrote a segment ran on this machine and has ended, wherever its files lie."""
+    is_ours = header.host == os.uname().nodename and header.boot_id == boot_id() != ""
+    return is_ours and not _is_alive(header.pid, header.created_ms / 1000)
+
+
 def is_far(path: Path, header: SegmentHeader) -> bool:
     """Return whether only time tells if the program that wrote a segment has ended."""
     return header.host != os.uname().nodename or is_network(path.parent)

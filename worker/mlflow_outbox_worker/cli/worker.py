@@ -324,10 +324,12 @@ def _name(one: CommandWorker) -> str:
 def _is_logged_to(last: SegmentFile, *, network: bool) -> bool:
     """Return whether somebody logs to a writer's last segment."""
     from mlflow_outbox.spool.disk import is_being_written
-    from mlflow_outbox.spool.writer import is_closed, writer_state
+    from mlflow_outbox.spool.writer import has_died_here, is_closed, writer_state
     from mlflow_outbox_worker.replay import GIVE_UP
 
     if is_being_written(last.path):
         return True
+    if not network or is_closed(last.path, last.header) or has_died_here(last.header):
+        return False
     # No lock tells there that a writer lives: it does until it has said that it ends, or was silent for an hour.
-    return network and not is_closed(last.path, last.header) and writer_state(last.path, last.header).idle < GIVE_UP
+    return writer_state(last.path, last.header).idle < GIVE_UP
