@@ -152,6 +152,7 @@ def test_a_long_outage_takes_no_more_of_the_machine_than_a_short_one(
         early, late = report["standing"][0], report["standing"][-1]
         row.measure(early=str(early), late=str(late), retried=report["retried"])
         assert late["threads"] <= early["threads"]
+        assert {one["lanes"] for one in report["standing"]} <= {0, 1}, "one at a time tries"
         assert late["descriptors"] <= early["descriptors"] + 1  # one that is being tried with, or being synced
         assert late["peak_kib"] <= early["peak_kib"] + 16_384
         patience = 60 + count / 50
