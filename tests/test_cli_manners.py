@@ -18,11 +18,13 @@ import click
 import pytest
 
 from commands import Here, closing, command, console_script, environment, offline, outbox_of, run
+from mlflow_outbox.spool import provisional
 from mlflow_outbox_worker.cli import app, exits, terminal
 from mlflow_outbox_worker.cli.exits import ExitCode, most_urgent, of_backlog
 from mlflow_outbox_worker.wording import size, span
 from replays import contents_of
 from servers import MlflowServer
+from spools import make_journal, make_outbox, metric
 
 
 @pytest.fixture
@@ -171,6 +173,27 @@ def test_names_are_cut_before_columns_are_left_out(tmp_path: Path) -> None:
     assert ["run", "name", "status", "waiting", "delivered", "dead", "started", "experiment"] == lines[0].split()
     assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  an experiment.*…$", lines[1]), lines[1]
     assert max(map(len, lines)) <= 90
+
+
+@pytest.mark.parametrize("command_line", ["status", "runs"])
+def test_what_a_terminal_shows_of_an_id_is_enough_to_name_a_run_that_began_offline_through_mlflow(
+    command_line: str, here: Here, tmp_path: Path
+) -> None:
+    """All their ids begin alike, and so do the names of rooms; -v shows each as a whole."""
+    outbox = make_outbox(tmp_path)
+    ids = [provisional.new_run_id(), provisional.new_run_id(), provisional.room_of("1"), provisional.room_of("2")]
+    for run_id in ids:
+        journal = make_journal(outbox, run=run_id)
+        assert journal.append(metric(0))
+        journal.close()
+    beginnings = ("0b0e5e1f", "experime")
+    lines = plain(at_terminal(100, command_line, "-d", tmp_path))
+    shown = sorted(line.split()[0] for line in lines if line.startswith(beginnings))
+    assert 4 == len(set(shown)), lines
+    for name in shown:
+        assert 0 == here("show", name, "-d", tmp_path).code
+    lines = plain(at_terminal(100, command_line, "-v", "-d", tmp_path))
+    assert sorted(ids) == sorted(line.split()[0] for line in lines if line.startswith(beginnings))
 
 
 @pytest.mark.parametrize("words", [["status"], ["doctor", "--offline"], ["gc", "--dry-run"]])

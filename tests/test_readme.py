@@ -9,12 +9,13 @@ import signal
 import subprocess
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from commands import console_script
 from contents import numbered, points, runs
-from mlflow_outbox.settings import Settings, variable_name
+from mlflow_outbox.settings import Settings, SyncLevel, VerifyLevel, WorkerKind, variable_name
 from mlflow_outbox_worker.cli.exits import ExitCode
 from servers import MlflowServer
 
@@ -41,6 +42,13 @@ def test_every_setting_stands_in_the_table_with_its_variable_and_default() -> No
         for field in dataclasses.fields(Settings)
     ]
     assert expected == rows
+
+
+def test_every_word_that_a_setting_takes_is_said() -> None:
+    """A value that is none ends a program at its start, so nobody should have to guess."""
+    text = README.read_text(encoding="utf-8")
+    words = [word for kind in (SyncLevel, VerifyLevel, WorkerKind) for word in get_args(kind)]
+    assert [] == [word for word in words if f'"{word}"' not in text]
 
 
 def test_every_exit_code_is_explained() -> None:

@@ -15,6 +15,7 @@ from mlflow_outbox import MLflowTracker
 from mlflow_outbox.destination import resolve
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import RunEnded, RunStarted
+from mlflow_outbox.spool.identity import in_full
 from mlflow_outbox_worker.ledger import Ledger
 from replays import command, the_outbox
 from servers import MlflowServer, eventually
@@ -84,6 +85,21 @@ def test_a_given_start_time_takes_nothing_from_a_run_that_goes_on(
     assert ("2", "RUNNING", began) == (run.data.tags["phase"], run.info.status, run.info.start_time)
     again.end()
     tracker.close(0)
+
+
+def test_a_run_is_gone_on_with_by_as_much_of_its_id_as_a_terminal_shows(
+    job: Job, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """As people copy it from there, filed or not; what several runs begin with is taken for an id of MLflow's."""
+    root = tmp_path / "outbox"
+    run_id = job(root, 0, 100)
+    assert run_id == job(root, 100, 200, run_id[:8])
+    assert 0 == command("replay", root)
+    assert (the_outbox(root) / "delivered" / run_id).is_dir()
+    assert run_id == job(root, 200, 300, run_id[:8])
+    assert 0 == command("replay", root)
+    check(mlflow_server.url, experiment_name, 300, 200)
+    assert "0b0e5e1f" == in_full("0b0e5e1f", ["0b0e5e1f" + end * 24 for end in "ab"])
 
 
 def log_family(tracker: MLflowTracker) -> str:

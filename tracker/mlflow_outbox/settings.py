@@ -82,7 +82,8 @@ class Settings:
     retry_max: float = 60.0
     #: Seconds between two attempts at a parked run or destination, which waits for a person.
     parked_retry: float = 300.0
-    #: What is read back from MLflow once a run has ended and been delivered: nothing, the latest values, every point.
+    #: What is read back from MLflow once a run has ended and been delivered: nothing ("off"), the latest values
+    #: ("latest"), every point ("full").
     verify: VerifyLevel = "latest"
     #: Seconds that a delivered and verified run is kept on disk, so that it can be replayed to another server; less
     #: where the disk or ``outbox_bytes`` has no room.

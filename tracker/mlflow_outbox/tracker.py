@@ -28,7 +28,7 @@ from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
 from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment, workspace_from_environment
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
-from mlflow_outbox.spool.identity import RunIdentity
+from mlflow_outbox.spool.identity import RunIdentity, in_full
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.validation import checked_experiment_name, checked_mapping
 
@@ -184,8 +184,8 @@ class MLflowTracker(handles.Handle):
         Args:
             run_name: its name, also for one that is gone on with; None lets MLflow choose one. Of one that a database
                 does not take (PostgreSQL: more than 250 characters) the beginning becomes the name.
-            run_id: a run of this outbox (also one of an earlier process, offline too) or an existing run of MLflow to
-                go on with.
+            run_id: a run of this outbox (also one of an earlier process, offline too, and by as much of its id as a
+                terminal shows) or an existing run of MLflow to go on with.
             tags: its first tags.
             start_time: wall-clock time in milliseconds since the epoch, or a datetime; None is now.
 
@@ -235,7 +235,9 @@ class MLflowTracker(handles.Handle):
         """Find out what a run id belongs to: a run of this outbox, under either of its ids, or one of MLflow."""
         known = run_id
         if not (directory.runs / run_id).is_dir() and not (directory.delivered / run_id).is_dir():
-            known = self._reading().local_id(run_id) or run_id
+            known = in_full(run_id, (one for ids in (directory.run_ids, directory.delivered_ids) for one in ids()))
+            if known == run_id:
+                known = self._reading().local_id(run_id) or run_id
         for parent in (directory.runs, directory.delivered):
             for held in RunReader(parent / known).segments().values():
                 return RunIdentity(known, held[0].header.experiment, held[0].header.remote)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+#: As much of an id as a terminal shows, or more, and less than all of it.
+_BEGINNING: Final = re.compile(r"[0-9a-f]{8,31}")
 #: Writers of one process that share a beginning of their ids.
 _MANY: Final = 1 << 16
 
@@ -22,6 +26,17 @@ class RunIdentity(NamedTuple):
     run_id: str
     experiment: str
     remote: bool = False
+
+
+def in_full(given: str, run_ids: Iterable[str]) -> str:
+    """Return the id of the only run that begins with what a person has copied from a terminal; else what was given.
+
+    MLflow has no run of such an id: what was logged under it would wait for one for ever.
+    """
+    if not _BEGINNING.fullmatch(given):
+        return given
+    found = {run_id for run_id in run_ids if run_id.startswith(given)}
+    return found.pop() if len(found) == 1 else given
 
 
 class _Writers:

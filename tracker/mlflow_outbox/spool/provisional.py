@@ -66,6 +66,18 @@ def is_provisional(text: str) -> bool:
     return PATTERN.fullmatch(text) is not None
 
 
+def beginning(run_id: str, chars: int) -> str:
+    """Return so much of a run's id that people can tell it from others: all provisional ones begin alike.
+
+    Args:
+        run_id: the id; the name of a room tells by its end, and is returned as a whole.
+        chars: characters that tell.
+    """
+    if is_room(run_id):
+        return run_id
+    return run_id[: chars + len(_MARK) * is_provisional(run_id)]
+
+
 def room_of(experiment: str) -> str:
     """Return the name of the room of an experiment, by its id."""
     return f"{_ROOM}{experiment}"

@@ -66,9 +66,9 @@ def export(
 ) -> int:
     """Put runs with their files into one file that can be carried to another machine.
 
-    A run that is still being written goes in as far as it is; the same command later takes the rest too. What cannot
-    be read is left out: exit code 1. With a run whose first events were delivered and reclaimed nothing is written
-    without --incomplete: exit code 1.
+    A run that is still being written goes in as far as it is; the same command with --force later takes the rest too.
+    What cannot be read is left out: exit code 1. With a run whose first events were delivered and reclaimed nothing is
+    written without --incomplete: exit code 1.
 
     \b
     Examples:

@@ -207,7 +207,7 @@ def edit(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Change a dead letter's key, value, step, path or status, and send it again.
+    """Change a dead letter's key, value, step, time_ms, path or status, and send it again.
 
     The new value is checked as a logging call checks it. What was logged first is remembered as replaced.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import click
 
 from mlflow_outbox.counters import printable
+from mlflow_outbox.spool import provisional
 from mlflow_outbox_worker import wording
 from mlflow_outbox_worker.cli import exits, outboxes, terminal
 from mlflow_outbox_worker.cli.declare import Option, command
@@ -198,8 +199,10 @@ def _row(run: RunSurvey, at_ms: int) -> list[Cell]:
 
 
 def short(run_id: str) -> str:
-    """Return a run's id, cut on a terminal to what is enough to name it by."""
-    return run_id[:_SHORT] if terminal.is_terminal() else run_id
+    """Return a run's id, cut on a terminal to what is enough to name it by, unless --verbose was given."""
+    if terminal.is_verbose() or not terminal.is_terminal():
+        return run_id
+    return provisional.beginning(run_id, _SHORT)
 
 
 def sentences(one: OutboxSurvey) -> list[Cell]:
