@@ -355,6 +355,31 @@ def test_changes_of_a_trace_follow_it_however_many_wait(experiment_name: str, tm
         assert [room, room] == [rooms["set_trace_tag", ids[0]], rooms["delete_trace_tag", ids[1]]]
 
 
+def test_what_is_remembered_of_traces_that_wait_has_an_end_and_their_changes_follow_them(
+    experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service logs millions while its server is away for a day."""
+    monkeypatch.setattr(trace_rooms, "_REMEMBERED", 10)
+    monkeypatch.setattr(trace_rooms, "_MOST", 40)
+    with tracking(NOWHERE, tmp_path, worker="none", exit_timeout=0) as mlflow:
+        number = mlflow.create_experiment(experiment_name)
+        ids = start_traces(NOWHERE, number, 100)
+        rooms = store(NOWHERE)._rooms
+        assert len(rooms) <= 40
+        assert ["", number] == [rooms.experiment(trace_id) for trace_id in (ids[0], ids[-1])]
+        held = store(NOWHERE)._recent
+        held.clear()  # which has the latest, too
+        for trace_id in (ids[0], ids[-1]):
+            mlflow.set_trace_tag(trace_id, "late", "yes")
+        written = [
+            run.name
+            for run in store(NOWHERE).outbox.directory.runs.iterdir()
+            for _, request in RunReader(run).each(Request, {})
+            if request.operation == "set_trace_tag"
+        ]
+        assert [provisional.room_of(number)] * 2 == written
+
+
 def test_traces_that_were_delivered_are_forgotten(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

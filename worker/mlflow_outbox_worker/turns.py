@@ -52,6 +52,7 @@ class Turns:
                     offset = cursor.offset if cursor is not None and cursor.ordinal == segment.header.ordinal else 0
                     tails[segment.path] = offset
         schedule.turned(run_id, tails, live=turn.progress == "live", more=turn.progress == "more")
+        self._counters.forget(("parked", run_id))  # it may wait for a person once more, weeks later
         if turn.waits:
             schedule.again(run_id, _SOON)
 

@@ -33,6 +33,8 @@ MOST_INLINE: Final = frame.MAX_PAYLOAD - 64 * 1024
 _BEGINNINGS: Final = frozenset({"create_experiment", "create_logged_model"})
 #: Of those for which there was no room, how many of a journal are kept in memory until there is.
 _UNWRITTEN: Final = 100
+#: What is said of an outage (``say_once``).
+_OF_OUTAGES: Final = ("search", "models", "provisional")
 
 
 def now_ms() -> int:
@@ -218,3 +220,9 @@ class Journals:
 def say_once(outbox: Outbox, key: str, text: str) -> None:
     """Warn once per outbox and key."""
     outbox.counters.warn_once(("plugin", key), f"mlflow-outbox: {text}")
+
+
+def outage_is_over(outbox: Outbox) -> None:
+    """Have what is said of an outage be said again in a later one."""
+    for key in _OF_OUTAGES:
+        outbox.counters.forget(("plugin", key))

@@ -1,7 +1,9 @@
 """Where the traces of this process are: what changes one that has not arrived yet has to follow it in its room.
 
 Rooms are delivered side by side, so a change in another room would be there before its trace, which the server does
-not know then. So a trace is remembered until it was delivered, however many wait; from then on any room will do.
+not know then. So a trace is remembered until it was delivered; from then on any room will do. Of more than memory is to
+be spent on, as in a service whose server is away for days, the latest are, and of the others only of which experiments
+they are: of one, as a rule, and then its room is theirs.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
     from mlflow_outbox.outbox import Outbox
     from mlflow_outbox.plugin.journals import OpenRun
 
-#: Traces that are remembered without a look at what was delivered.
+#: Traces that are remembered without a look at what was delivered, and at the most: some 230 bytes of memory each.
 _REMEMBERED: Final = 256
+_MOST: Final = 100_000
 
 
 class Place(NamedTuple):
@@ -56,6 +59,8 @@ class TraceRooms:
         self._outbox = outbox
         self._places: dict[str, Place] = {}
         self._most = _REMEMBERED
+        #: Of the traces that were forgotten before they had arrived the last one's place, by experiment.
+        self._behind: dict[str, Place] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -66,6 +71,12 @@ class TraceRooms:
         if len(self._places) > self._most:
             for there in arrived(self._outbox, dict(self._places)):
                 self._places.pop(there, None)
+            for there in arrived(self._outbox, dict(self._behind)):
+                self._behind.pop(there, None)
+            for earlier in list(self._places)[: -(_MOST // 2)]:
+                gone = self._places.pop(earlier, None)  # another thread may be at it too
+                if gone is not None:
+                    self._behind[gone.experiment] = gone
             self._most = max(_REMEMBERED, 2 * len(self._places))  # so that looking costs little for each trace
 
     def forget(self, trace_ids: Iterable[str]) -> None:
@@ -77,3 +88,8 @@ class TraceRooms:
         """Return the experiment of a trace, or "" when it is none of this process or was delivered."""
         place = self._places.get(trace_id)
         return place.experiment if place is not None else ""
+
+    def home(self, trace_id: str) -> str:
+        """Return the experiment in whose room a change of a trace follows it, or "" where that is not known."""
+        others = list(self._behind)
+        return self.experiment(trace_id) or (others[0] if len(others) == 1 else "")

@@ -125,7 +125,7 @@ class Traces(Models):
         return True
 
     def _request_of_trace(self, operation: str, trace_id: str, **arguments: Any) -> None:
-        room = self.journals.room(self._rooms.experiment(trace_id))
+        room = self.journals.room(self._rooms.home(trace_id))
         room.request(operation, trace_id=trace_id, **arguments)
         self._wrote()
 

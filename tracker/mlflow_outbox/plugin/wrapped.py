@@ -34,6 +34,7 @@ from mlflow.utils.logging_utils import suppress_logs_in_thread
 
 from mlflow_outbox import delivery, stopwatch
 from mlflow_outbox.interrupts import forward
+from mlflow_outbox.plugin.journals import outage_is_over
 from mlflow_outbox.solelock import SoleLock
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ class Server:
                 raise
             raise self._meaning(error, timeout, stopwatch.seconds() - begin) from None
         self._pause, self._asleep_until, self._arrived, self._silence = _PAUSE_FIRST, 0.0, (0, 0), 0.0
+        outage_is_over(self._outbox)
         return answer
 
     def _asked(self, question: Callable[[Any], T], timeout: float) -> T:
