@@ -1,10 +1,13 @@
-"""Servers that want a pause after few requests: what is sent comes to an end all the same."""
+"""Servers that want a pause after few requests, deliveries with little time: all comes to an end all the same."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import posixpath
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import Request, RunStarted
 from mlflow_outbox.testing import faults
 from mlflow_outbox.testing.proxy import Action, Exchange, FaultProxy
+from mlflow_outbox_worker import courier
 from servers import MlflowServer, eventually
 from spools import make_journal, metric
 from workers import delivering
@@ -125,3 +129,79 @@ def test_a_server_that_wants_a_pause_each_time_when_points_come_gets_them_too(
     assert {label: label for label in map(str, range(5))}.items() <= tags.items()
     run = the_run(mlflow_server.url, experiment_name)
     assert {(0, 0.0): 1, (1, 1.0): 1} == dict(points(mlflow_server.url, run.info.run_id, "loss"))
+
+
+class Slow:
+    """Takes two uploads, and is silent at the third.
+
+    Attributes:
+        is_over: it is at the third.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = threading.Event()
+        self._taken = itertools.count()
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Answer a request."""
+        if next(self._taken) < 2:
+            exchange.forward()
+        else:
+            self.is_over.set()
+            exchange.hang()
+
+
+def test_deliveries_that_have_time_for_two_large_files_each_send_all_of_them(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As flushes with a time-out before each shutdown: what one has stored is not sent anew by all others, for ever."""
+    monkeypatch.setattr(courier, "LARGE", 10)
+    settings = dataclasses.replace(QUICK, request_timeout=2.0)
+    names = [f"{number}.txt" for number in range(6)]
+    with FaultProxy(mlflow_server.url) as proxy:
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=settings)
+        with tracker.start_run() as run:
+            for name in names:
+                run.log_text(f"large: {name}", name)
+        tracker.close(0)
+        assert tracker.outbox_path is not None
+        directory = OutboxDirectory.open(tracker.outbox_path)
+
+        def has_sent_all() -> bool:
+            slow = Slow()
+            proxy.clear()
+            proxy.on(lambda method, _path: method == "PUT", Action("slow", slow), times=None)
+            with delivering(directory, proxy.url, settings):
+                eventually(lambda: slow.is_over.is_set() or bool(tracker.flush(0)), 60)
+            return bool(tracker.flush(0))
+
+        assert any(has_sent_all() for _ in range(8))
+    assert names == artifacts(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id)
+
+
+def test_what_is_before_a_file_that_waits_for_a_person_is_not_sent_at_each_try(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A firewall forbids one file: those before it, which the server has, are recorded after a few tries."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(lambda method, path: method == "PUT" and path.endswith("bad.sh"), faults.status(403), times=None)
+        tracker = MLflowTracker(experiment_name, proxy.url, outbox_dir=tmp_path, worker="none", settings=QUICK)
+        with tracker.start_run() as run:
+            for name in [*(f"{number}.txt" for number in range(10)), "bad.sh"]:
+                run.log_text(f"text of {name}", name)
+        tracker.close(0)
+        assert tracker.outbox_path is not None
+        directory = OutboxDirectory.open(tracker.outbox_path)
+
+        def sent() -> Counter[str]:
+            return Counter(posixpath.basename(one.path) for one in proxy.requests if one.method == "PUT")
+
+        with delivering(directory, proxy.url, QUICK):
+            eventually(lambda: sent()["bad.sh"] >= 12, 60)
+        assert sent()["0.txt"] < 6
+        left = tracker.flush(0)
+        assert 0 == left.pending < left.parked < 5  # that file, and what is behind it
+        proxy.clear()
+        with delivering(directory, proxy.url, QUICK):
+            eventually(lambda: bool(tracker.flush(0)), 60)
+    assert 11 == len(artifacts(mlflow_server.url, the_run(mlflow_server.url, experiment_name).info.run_id))

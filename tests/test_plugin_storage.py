@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +184,31 @@ def test_at_the_cap_the_outbox_copies_nothing(tmp_path: Path) -> None:
             client.log_text(run.info.run_id, str(number) * 100_000, f"{number}.txt")
         assert 3 == outbox.counters["refused_full"]
         assert 3 == len(list(outbox.directory.runs.glob("*/files/*")))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_checkpoint_for_which_the_disk_has_no_room_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, strict: bool
+) -> None:
+    """It is refused like all else for which there is no room: counted, said, and raised only if that is asked for."""
+    from mlflow.exceptions import MlflowException
+
+    (tmp_path / "large.ckpt").write_bytes(bytes(1000))
+    with tracking(NOWHERE, tmp_path / "outbox", worker="none", exit_timeout=0, strict=strict) as mlflow:
+        mlflow.set_experiment("e")
+        with mlflow.start_run() as run:
+            outbox = store(NOWHERE).outbox
+            free = outbox.settings.free_bytes + 999
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1))
+                with pytest.raises(MlflowException, match="free_bytes keeps") if strict else contextlib.nullcontext():
+                    mlflow.log_artifact(str(tmp_path / "large.ckpt"))
+                mlflow.log_metric("loss", 0.5)
+            refused = 0 if strict else 1
+            assert (refused, 0) == (outbox.counters["refused_no_room_for_file"], outbox.counters["refused_full"])
+            assert refused == caplog.text.count("the setting free_bytes keeps")
+            mlflow.log_text("there is some now", "a.txt")
+            assert ["a.txt"] == [info.path for info in mlflow.MlflowClient().list_artifacts(run.info.run_id)]
 
 
 def test_at_the_cap_a_run_begins_that_takes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ How one request is made, and what becomes of one that is refused, stands in ``re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Literal, NamedTuple
 
 from mlflow_outbox.counters import Counters, printable
@@ -34,7 +34,7 @@ from mlflow_outbox_worker.creation import Creation
 from mlflow_outbox_worker.intake import Intake
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.outcome import is_deleted
-from mlflow_outbox_worker.planner import Call, plan
+from mlflow_outbox_worker.planner import Call, Step, Upload, UploadFor, plan
 from mlflow_outbox_worker.precedence import Waits
 from mlflow_outbox_worker.quarantine import Quarantine
 from mlflow_outbox_worker.reconciliation import Reconciliation
@@ -47,8 +47,11 @@ from mlflow_outbox_worker.volley import Volley
 
 #: Batches of one run, as many as windows may hold, before other runs get their turn.
 _TURN: Final = 16
+#: Bytes of the files of a window that may take longer than whoever sends them has time.
+LARGE: int = 64 * 1024 * 1024
 #: Undo a deletion, after which MLflow takes what it has refused for that.
 _RESTORATIONS: Final = frozenset({"restore_run", "restore_experiment"})
+_UPLOADS: Final = (Upload, UploadFor)
 
 Progress = Literal["more", "idle", "live"]
 
@@ -116,6 +119,8 @@ class Courier:
         self._intake = Intake(settings.batch_points, counters)
         #: The writer of a run that used up its last turn.
         self._after: dict[str, str] = {}
+        #: Runs of which this process has begun a window with large files.
+        self._uploads: set[str] = set()
         #: Of runs that are deleted in MLflow: up to where no restoration is in their journals, and from where on.
         self._searched: dict[str, tuple[dict[str, Cursor], dict[str, Cursor]]] = {}
 
@@ -141,6 +146,7 @@ class Courier:
         view = self._ledger.view(run_id) or RunView()
         reader = RunReader(*self._source.folders(run_id), whole=copying(self._source))
         after = self._after.pop(run_id, "")
+        self._go_on_with_large(record)
         batches = 1
         restored = False
         while share > 0:
@@ -156,8 +162,7 @@ class Courier:
                 if not self._delivered(record, view, reader, window):
                     continue
             except Later as later:
-                if later.partly and self._sink.deduplicates_metrics:
-                    self._intake.failed(run_id)
+                self._note_failure(run_id, later)
                 if later.outcome.alone:
                     self._note_obstacle(run_id, later.outcome.reason)
                 if later.error.code == "BAD_REQUEST":  # a row was there: not all MLflows know NaN for what they have
@@ -168,6 +173,7 @@ class Courier:
                 raise
             except Parked as parked:
                 if not self._is_restored(record, reader, parked, before=restored):
+                    self._note_failure(run_id, parked)
                     raise
                 restored = True
                 continue
@@ -269,6 +275,11 @@ class Courier:
         filed = RunReader(filing.delivered / run_id).number_of(window.gaps)
         return window._replace(missing=window.missing - filed)
 
+    def _note_failure(self, run_id: str, failure: Later | Parked) -> None:
+        """Have the next windows hold less if something was answered before a failure: it would be sent at each try."""
+        if failure.partly and self._sink.deduplicates_metrics:
+            self._intake.failed(run_id)
+
     def _note_obstacle(self, run_id: str, reason: str) -> None:
         """Say which file it is that a run stands at, while the destination takes others."""
         record = self._ledger.record(run_id) or RunRecord(run_id)
@@ -288,7 +299,9 @@ class Courier:
             events = _unsettled(window.events, record, view, reader)
             steps, ended = plan(events, view, batch_points=self._settings.batch_points, made_now=made_now)
             writers = {writer for writer, event in events if points_of(event)}
-            self._volley.make(record, view, self._reconciliation.unsent(record, steps, writers), refused)
+            steps = self._reconciliation.unsent(record, steps, writers)
+            self._note_large(record, steps)
+            self._volley.make(record, view, steps, refused)
             for writer, event in events:
                 view.fold(event, writer)
             view.trim()
@@ -307,9 +320,26 @@ class Courier:
         record.state, record.reason = "active", ""
         record.verified_at_ms = 0
         self._ledger.commit(record, view=view, dead=refused.letters)
+        self._uploads.discard(record.run_id)
         self._reconciliation.recorded(record.run_id)
         self._intake.recorded(record.run_id)
         self._count(window, refused.letters, dead)
+
+    def _go_on_with_large(self, record: RunRecord) -> None:
+        """Take one file at a time, at first, where another process has begun large ones and recorded none of them."""
+        run_id = record.run_id
+        if self._sink.deduplicates_metrics and record.uncertain == record.cursors and run_id not in self._uploads:
+            self._uploads.add(run_id)
+            self._intake.broken_off(run_id)
+
+    def _note_large(self, record: RunRecord, steps: Iterable[Step]) -> None:
+        """Note that large files are sent, for whoever goes on when this process has no time for all of them."""
+        files = [one.artifact if isinstance(one, Upload) else one.file for one in steps if isinstance(one, _UPLOADS)]
+        if self._sink.deduplicates_metrics and sum(file.size for file in files) > LARGE:
+            self._uploads.add(record.run_id)
+            if record.uncertain != record.cursors:
+                record.uncertain = dict(record.cursors)
+                self._ledger.commit(record)
 
     def _count(self, window: Window, letters: list[DeadLetter], dead: int) -> None:
         self._counters.add("delivered", len(window.events) - dead)

@@ -6,6 +6,9 @@ would be sent the same first ones again and again, and never come to the others.
 are answered twice before the server wants its pause, the next windows are half as large, down to one event, until
 some of them were recorded. (Of points alone, those that were answered are left out instead: ``volley``. A store that
 would have points twice gets the same windows again, which is what tells those in doubt.)
+Of large files a flush, or a program at its end, may have time for a few only, however few a window holds, and who goes
+on is another process. So it is noted in the ledger that such a window was begun, and who finds that takes one file at a
+time, and then more.
 
 What is recorded with a window, the run's view, names all files that the run has. So of a run with many thousands
 windows hold a hundredth of what was delivered: else each twenty would cost many megabytes.
@@ -40,6 +43,8 @@ _FILES: Final = 100
 _TOGETHER: Final = 100
 #: Windows that are recorded before the next one holds twice as much.
 _KEPT_FOR: Final = 8
+#: Halvings that leave one file, or request of MLflow's own.
+_TO_ONE: Final = _REQUESTS.bit_length()
 #: Halvings that leave one event.
 _MOST_HALVED: Final = _EVENTS.bit_length()
 #: Requests after which MLflow refuses what was logged before; that of an experiment may have to wait for runs.
@@ -75,6 +80,10 @@ class Intake:
         pace.failed, pace.recorded = pace.failed + 1, 0
         if pace.failed > 1:
             pace.halved = min(pace.halved + 1, _MOST_HALVED)
+
+    def broken_off(self, run_id: str) -> None:
+        """Have the next windows of a run hold one file: another process had begun this one, and no time for it all."""
+        self._paces[run_id] = _Pace(halved=_TO_ONE)
 
     def recorded(self, run_id: str) -> None:
         """Have the next windows of a run hold more again, if it has recorded some of those that hold less."""

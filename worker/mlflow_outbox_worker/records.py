@@ -27,7 +27,7 @@ class RunRecord(msgspec.Struct):
         settles_ms: wall-clock time at which twins are looked for; 0 when none can come, or that was done.
         cursors: how far each writer (by writer id) was delivered.
         uncertain: where the window began (cursors) whose requests may have been carried out in part; None when all
-            before the cursors is known to have been answered. Only kept for stores that do not deduplicate.
+            before the cursors is known to have been answered. Of stores that deduplicate only kept for large files.
         adopted: the run was found in MLflow when it was first looked for, so that any of its events may be there
             already.
         delivered, refused: counts of events, of which each is the one or the other (``refused.Refused`` says which).

@@ -63,21 +63,26 @@ class Later(Exception):
     @classmethod
     @contextlib.contextmanager
     def behind(cls, made: object) -> Iterator[None]:
-        """Note at one that is raised meanwhile whether others were answered before it."""
+        """Note at one that is raised meanwhile, or at a ``Parked``, whether others were answered before it."""
         try:
             yield
-        except cls as later:
-            later.partly = later.partly or bool(made)
+        except (cls, Parked) as failure:
+            failure.partly = failure.partly or bool(made)
             raise
 
 
 class Parked(Exception):
-    """Raised when a run cannot be delivered until a person has acted; its events stay as they are."""
+    """Raised when a run cannot be delivered until a person has acted; its events stay as they are.
+
+    Attributes:
+        partly: as that of ``Later``.
+    """
 
     def __init__(self, outcome: Outcome, error: SinkError) -> None:
         super().__init__(outcome.reason)
         self.outcome = outcome
         self.error = error
+        self.partly = False
 
 
 def ask(operation: str, request: Callable[[], T]) -> T:

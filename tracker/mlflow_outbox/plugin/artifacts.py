@@ -40,7 +40,7 @@ from mlflow_outbox.spool import placement, provisional
 from mlflow_outbox.spool.artifact_path import checked_artifact_path
 from mlflow_outbox.spool.directory import is_outbox
 from mlflow_outbox.spool.events import Artifact, Event, FileFor
-from mlflow_outbox.spool.snapshot import Snapshot, size_of
+from mlflow_outbox.spool.snapshot import IN_USE, NO_ROOM, Snapshot, size_of
 
 if TYPE_CHECKING:
     from mlflow_outbox.plugin.tracking_store import OutboxStore
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 _PREFIX: Final = "outbox+"
 #: Schemes of artifact URIs that lead through MLflow's server.
 _SERVED: Final = frozenset({"mlflow-artifacts", "http", "https"})
+#: Why a file is refused that is as it should be: trouble of the outbox's, for which no training is to end.
+_OF_THE_OUTBOX: Final = frozenset({NO_ROOM, IN_USE})
 
 
 class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is not followed by mypy
@@ -75,7 +77,7 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
     # -- writing
 
     def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
-        """Copy a file into the outbox.
+        """Copy a file into the outbox; one for which that has no room is refused as an event is, counted and said.
 
         Raises:
             MlflowException: the path is none that MLflow takes, or the file cannot be copied.
@@ -128,7 +130,19 @@ class StagedArtifacts(ArtifactRepository):  # type: ignore[misc]  # mlflow is no
             forward(error)
             if isinstance(error, ArtifactRefused) and error.__cause__ is not None:
                 raise error.__cause__ from None  # it cannot be read, which is told as MLflow tells it
+            if self._is_passed_over(error):
+                self._put_in_place(file, folder)  # as above
+                return
             raise MlflowException.invalid_parameter_value(f"the file {file!r} cannot be logged: {error}") from error
+
+    def _is_passed_over(self, error: Exception) -> bool:
+        """Return whether a file is refused for the outbox's sake, which is counted and said: the program goes on."""
+        outbox = self._store.outbox
+        if outbox.settings.strict or not isinstance(error, ArtifactRefused) or error.reason not in _OF_THE_OUTBOX:
+            return False
+        outbox.counters.add(f"refused_{error.reason}")
+        outbox.counters.warn_once((error.reason, ""), f"mlflow-outbox: not logged: {error}")
+        return True
 
     def _event(self, path: str, kept: Snapshot, file: str, folder: str) -> Event:
         placed = self._put_in_place(file, folder)  # first: an event that says so is true whenever the program dies

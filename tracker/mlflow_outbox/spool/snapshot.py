@@ -47,6 +47,8 @@ from mlflow_outbox.spool.private import create_private, sync_directory
 _CHUNK: Final = 1024 * 1024
 #: The reason of a refusal for want of room.
 NO_ROOM: Final = "no_room_for_file"
+#: That of one because a worker, which may be stopped, does not let go of the copies.
+IN_USE: Final = "files_in_use"
 #: What the draft of a copy is called at first.
 _DRAFT: Final = ".draft-"
 #: Seconds for which a call waits for a worker that moves copies, which takes it milliseconds; and between two tries.
@@ -169,7 +171,7 @@ class SnapshotStore:
                     return hold
             if stopwatch.seconds() >= until:
                 msg = f"a worker keeps {self.path} to itself; is it stopped?"
-                raise ArtifactRefused("files_in_use", msg)
+                raise ArtifactRefused(IN_USE, msg)
             time.sleep(_PAUSE)
 
     def _try_to_hold(self) -> Hold | None:
