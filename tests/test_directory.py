@@ -412,3 +412,23 @@ def test_hurry_is_seen_each_time(tmp_path: Path) -> None:
         outbox.ask_hurry()
         seen.add(outbox.hurry_asked())
     assert 20 == len(seen)
+
+
+def test_a_run_that_is_filed_while_it_is_looked_at_has_no_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there at one look may be gone at the next: that is no error of the disk."""
+    directory = OutboxDirectory.create(tmp_path / "outbox", resolve("http://127.0.0.1:9"), now_ms=0)
+    run_id = "a" * 32
+    folder = directory.make_run(run_id)
+    (folder / "one.log").touch()
+    (folder / "other").touch()
+    assert [folder / "one.log"] == directory.segments(run_id)
+    listdir = os.listdir
+
+    def filed_first(path: Path) -> list[str]:
+        os.rename(folder, directory.delivered / run_id)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", filed_first)
+    assert [] == directory.segments(run_id)

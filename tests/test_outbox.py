@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.testing import FailingDisk
 from mlflow_outbox.testing.proxy import FaultProxy
 from mlflow_outbox_worker import flush
+from mlflow_outbox_worker.delivery import Delivery
 from mlflow_outbox_worker.flush import Watch
 from mlflow_outbox_worker.lease import Holder
 from servers import MlflowServer, eventually
@@ -188,6 +190,25 @@ def test_what_a_signal_handler_logs_while_the_worker_is_started_starts_no_second
     tracker.start_run("r").log_metric("loss", 0.5, step=0)
     assert 1 == len(started)
     assert tracker.close(60)
+
+
+def test_what_a_signal_handler_logs_while_the_loop_is_woken_does_not_wait_for_itself(outbox: OutboxDirectory) -> None:
+    """At whichever line of that it comes: its run has a segment of its own to tell of, in the same thread."""
+    loop = Delivery(outbox, outbox.destination, QUICK, Counters(), kind="thread")
+    lines = list[int]()
+
+    def interrupt(frame: FrameType, _event: str, _argument: object) -> Any:
+        lines.append(frame.f_lineno)
+        loop.wake()
+        return interrupt
+
+    def work() -> None:
+        sys.settrace(interrupt)
+        loop.wake()
+        sys.settrace(None)
+        assert len(lines) > 1
+
+    forked(work)
 
 
 def test_where_no_thread_at_all_could_be_started_a_later_call_starts_the_background_and_the_worker(
@@ -378,6 +399,35 @@ def test_closing_one_tracker_gives_up_its_own_events_in_memory_and_no_others(
     assert second.close(60)
     assert 10 == first.counters["lost_in_memory"]
     assert numbered(10) == points(sqlite_uri, the_run(sqlite_uri, "b").info.run_id, "loss")
+
+
+def test_what_the_disk_takes_before_the_exit_is_over_is_delivered(
+    sqlite_uri: str, tmp_path: Path, failing: FailingDisk
+) -> None:
+    """Of a tracker that nobody closes: as where a disk was full, and what is delivered at the exit makes room."""
+    tracker = MLflowTracker("memory", sqlite_uri, outbox_dir=tmp_path / "outbox", settings=QUICK)
+    outbox, run = tracker._outbox, tracker.start_run()
+    assert outbox is not None
+    assert tracker.flush(60)
+    failing.fail("write", error=errno.ENOSPC, times=None)
+    assert all(run.log_metric("loss", step / 2, step=step) for step in range(10))
+    room = threading.Timer(0.5, failing.clear)
+    room.start()
+    outbox.at_exit(stopwatch.seconds() + 60)
+    room.join()
+    assert "lost_in_memory" not in tracker.counters
+    assert numbered(10) == points(sqlite_uri, the_run(sqlite_uri, "memory").info.run_id, "loss")
+
+
+def test_an_exit_waits_no_longer_for_a_disk_than_it_may(tmp_path: Path, failing: FailingDisk) -> None:
+    """What it has not taken by then is counted, and said to be lost; after ctrl-C there is no wait at all."""
+    tracker = MLflowTracker("memory", "http://127.0.0.1:9", outbox_dir=tmp_path, settings=QUICK)
+    outbox, run = tracker._outbox, tracker.start_run()
+    assert outbox is not None
+    failing.fail("write", error=errno.ENOSPC, times=None)
+    assert run.log_metric("loss", 0.5, step=0)
+    outbox.at_exit(0.0)
+    assert 1 == tracker.counters["lost_in_memory"]
 
 
 def forked(work: Callable[[], object]) -> None:

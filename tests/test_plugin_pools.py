@@ -95,12 +95,14 @@ def test_a_process_that_ends_without_handlers_of_its_exit_says_what_is_left(tmp_
 def test_a_process_that_has_forgotten_the_handlers_of_its_program_says_what_is_left(tmp_path: Path) -> None:
     """As Python 3.13 begins and ends one that was forked; the program has imported all that registers handlers."""
     body = """
-        import atexit
-        from multiprocessing import popen_fork
+        import atexit, threading
+        from multiprocessing import popen_fork, util
 
         def newer(number):
             atexit._clear()
+            atexit.register(util._exit_function)
             task(number)
+            threading._shutdown()
             atexit._run_exitfuncs()
 
         does_so = hasattr(popen_fork, "atexit")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from mlflow_outbox.spool.directory import OutboxDirectory
     from mlflow_outbox.spool.disk import SystemDisk
 
-#: Seconds for which a flush without a time waits for a disk that fails, and between two looks at it.
+#: Seconds for which a flush without a time, and the exit, wait for a disk that fails, and between two looks at it.
 _PATIENCE: Final = 5.0
 _AGAIN: Final = 0.1
 
@@ -341,13 +341,32 @@ class Outbox:
         is_delivered = self.stands_back or self._worker is not None
         if not is_delivered and self._has_delivered and is_locked(self.directory.lock):
             return 0, 0  # nothing was logged here since all had arrived: what waits is others', and on its way
-        result = delivery.flush(self, max(0.0, deadline - stopwatch.seconds()) if is_delivered else 0, settled=True)
+        result = self._delivered_until(deadline if is_delivered else 0.0)
+        if self._has_taken(journals, min(deadline, stopwatch.seconds() + _PATIENCE)):
+            result = self._delivered_until(deadline if is_delivered else 0.0)
         return result.pending, result.parked
+
+    def _delivered_until(self, deadline: float) -> FlushResult:
+        return delivery.flush(self, max(0.0, deadline - stopwatch.seconds()), settled=True)
+
+    def _has_taken(self, journals: list[Journal], deadline: float) -> bool:
+        """Return whether a disk that failed takes some of what would be lost; nothing else tries any more.
+
+        It may have been full, and what was delivered at the exit has made room.
+        """
+        before = held = sum(journal.in_memory for journal in journals)
+        while held:
+            self._caretaker.stop(for_good=True)
+            held = sum(journal.in_memory for journal in journals)
+            if stopwatch.seconds() >= deadline:
+                break
+            time.sleep(_AGAIN if held else 0.0)
+        return held < before
 
     def _has_segments_of_children(self) -> bool:
         """Return whether a forked child has left something, that ended and did not wait for its delivery."""
         for run_id in self.directory.run_ids():
-            for path in self.directory.run(run_id).glob("*.log"):
+            for path in self.directory.segments(run_id):
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime >= self._since and not is_being_written(path):
                         return True
@@ -359,7 +378,7 @@ class Outbox:
 
     def _is_left(self, run_id: str) -> bool:
         """Return whether something of a run was not delivered by somebody else, who files what is."""
-        return any(self.directory.run(run_id).glob("*.log"))
+        return bool(self.directory.segments(run_id))
 
     def has_forked(self) -> None:
         """Take note in the parent: a child does not wait at its end for the delivery of what it writes."""

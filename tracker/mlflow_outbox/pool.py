@@ -55,9 +55,16 @@ def _has_handlers() -> bool:
     if multiprocessing.get_start_method(allow_none=True) not in _FORKED:
         return True
     # Newer ones run those that the process itself has registered.
-    return hasattr(importlib.import_module("multiprocessing.popen_fork"), "atexit") and os.getpid() == _HANDLER_OF
+    return _is_newer() and os.getpid() == _HANDLER_OF
+
+
+def _is_newer() -> bool:
+    """Return whether this is a Python that takes the handlers of its program from a process that it forks: 3.13."""
+    return hasattr(importlib.import_module("multiprocessing.popen_fork"), "atexit")
 
 
 def _leave(handler: Callable[[], None]) -> None:
-    if threading.main_thread().is_alive():  # else the interpreter itself exits, and has called it
+    # Else the interpreter itself exits, and has called it. A newer Python comes here after the end of the main thread,
+    # and has nothing to call.
+    if threading.main_thread().is_alive() or _is_newer():
         handler()

@@ -30,6 +30,7 @@ from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.destination import Destination
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.settings import Settings
+from mlflow_outbox.spool.alarm import Alarm
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox_worker.asked import AskedSink
 from mlflow_outbox_worker.courier import Courier
@@ -99,7 +100,7 @@ class Delivery:
             self._source.filing, destination, settings, counters, now_ms=now_ms, clock=clock
         )
         self._stop = threading.Event()
-        self._wakeup = threading.Event()
+        self._wakeup = Alarm()  # which a logging call rings, and what interrupts one in the middle of that
         self._schedule = Schedule(settings, clock)
         self._gate = Gate(destination.uri, settings, counters, clock=clock, now_ms=now_ms)
         self._turns = Turns(self._source, settings, counters, self._gate)
@@ -127,12 +128,12 @@ class Delivery:
 
     def wake(self) -> None:
         """Look at the doorbell now."""
-        self._wakeup.set()
+        self._wakeup.ring()
 
     def stop(self) -> None:
         """Leave the loop after the requests under way."""
         self._stop.set()
-        self._wakeup.set()
+        self._wakeup.ring()
         with self._schedule.changed:
             self._schedule.changed.notify_all()
 
@@ -218,8 +219,7 @@ class Delivery:
         )
 
     def _pause(self, seconds: float) -> None:
-        self._wakeup.wait(seconds)
-        self._wakeup.clear()
+        self._wakeup.sleep(seconds)
 
     def _hold(self) -> None:
         """Deliver as long as the lease is sound."""

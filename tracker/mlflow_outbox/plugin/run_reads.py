@@ -160,7 +160,7 @@ class RunReads(Experiments):
 
     def _waiting(self, local_id: str) -> LocalRun | None:
         """Return what the outbox has of a run, or None when all of it was delivered: reading it is for nothing then."""
-        return self.local_run(local_id) if any(self.outbox.directory.run(local_id).glob("*.log")) else None
+        return self.local_run(local_id) if self.outbox.directory.segments(local_id) else None
 
     def _placed(self, run: Run, names: dict[str, str] | None = None) -> Run:
         if names is None:

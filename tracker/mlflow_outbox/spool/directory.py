@@ -206,6 +206,14 @@ class OutboxDirectory:
         """Return the ids of all runs that have something on disk that is not filed as delivered."""
         return run_directories(self.runs)
 
+    def segments(self, run_id: str) -> list[Path]:
+        """Return the segments of a run that are not filed, in any order; none of one that is filed at this moment."""
+        folder = self.run(run_id)
+        try:  # where pathlib's glob would look whether it is there, and raise if it no longer is
+            return [folder / name for name in os.listdir(folder) if name.endswith(".log")]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def delivered_ids(self) -> list[str]:
         """Return the ids of all runs that are delivered and kept for the retention time."""
         return run_directories(self.delivered)
