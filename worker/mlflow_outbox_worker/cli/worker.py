@@ -272,19 +272,22 @@ class Service:
                 terminal.log(f"{_name(one)}: {wording.unreadable(found.unreadable)}")
         return most_urgent(codes)
 
-    @staticmethod
-    def _is_idle(one: CommandWorker) -> bool:
+    def _is_idle(self, one: CommandWorker) -> bool:
         """Return whether everything is delivered and no run is being written."""
         if not one.delivery.is_idle():
             return False
         from mlflow_outbox.spool.reader import RunReader
+        from mlflow_outbox_worker.survey import survey
 
         directory = one.directory
-        return not any(
+        if any(
             _is_logged_to(held[-1], network=directory.network)
             for run_id in directory.run_ids()
             for held in RunReader(directory.run(run_id)).segments().values()
-        )
+        ):
+            return False
+        # After that: a program's last events are there when it has ended, though the loop has not seen them yet.
+        return not any(run.pending and not run.unreadable for run in survey(directory, self._settings).runs)
 
     def _write(self, file: Path) -> None:
         if self._metrics is None:
