@@ -106,7 +106,7 @@ def pytest_unconfigure() -> None:
 
     There are up to a thousand, many with a server that is gone: pytest-xdist waits ten seconds for that, and kills.
     """
-    for name in ("mlflow_outbox.outbox", "mlflow_outbox.plugin.entry"):
+    for name in ("mlflow_outbox.outboxes", "mlflow_outbox.plugin.entry"):
         if name in sys.modules:
             atexit.unregister(sys.modules[name]._at_exit)
 

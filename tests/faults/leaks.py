@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from mlflow_outbox import outbox
+from mlflow_outbox import outboxes
 
 #: prctl: who loses its parent becomes a child of this process, instead of vanishing out of its sight.
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -100,7 +100,7 @@ def _reap(pid: int) -> None:
 
 def _give_up() -> None:
     """Close what the test left open, and let MLflow's client give up what it keeps for its next call."""
-    for each in list(outbox._kept):
+    for each in list(outboxes._kept):
         each.close(0, each._journals.members())  # what waits in memory for a disk that fails is given up as well
     for name, forget in (
         ("mlflow.utils.request_utils", lambda module: module._cached_get_request_session.cache_clear()),

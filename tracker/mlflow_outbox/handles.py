@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import OutboxError
-from mlflow_outbox.outbox import in_use, shared
+from mlflow_outbox.outboxes import in_use, shared
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 from mlflow_outbox.spool.identity import RunIdentity

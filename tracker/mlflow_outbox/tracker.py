@@ -23,7 +23,8 @@ from mlflow_outbox.destination import as_mlflow_reads, resolve
 from mlflow_outbox.errors import EventRefused, InvalidEvent, InvalidSettings, OutboxUnusable, TrackingUnavailable
 from mlflow_outbox.forklock import ForkLock
 from mlflow_outbox.living import Living
-from mlflow_outbox.outbox import FlushResult, Outbox, shared
+from mlflow_outbox.outbox import FlushResult, Outbox
+from mlflow_outbox.outboxes import shared
 from mlflow_outbox.refusals import Refusals
 from mlflow_outbox.run import Run, Time
 from mlflow_outbox.settings import Settings, WorkerKind, tracking_uri_from_environment, workspace_from_environment

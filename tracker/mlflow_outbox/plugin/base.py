@@ -14,7 +14,8 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from mlflow_outbox import delivery, pool, stopwatch
 from mlflow_outbox.destination import resolve
-from mlflow_outbox.outbox import Outbox, shared
+from mlflow_outbox.outbox import Outbox
+from mlflow_outbox.outboxes import shared
 from mlflow_outbox.plugin.answers import Answers
 from mlflow_outbox.plugin.arrivals import Arrivals
 from mlflow_outbox.plugin.ids import Ids, NotYet
