@@ -16,6 +16,13 @@ from servers import MlflowServer
 
 #: A run of somebody else.
 _THEIRS = "e" * 32
+#: What MLflow's server answers where it has no such address.
+_NO_ADDRESS = status(
+    404,
+    {"Content-Type": "text/html; charset=utf-8"},
+    "<!doctype html>\n<html lang=en>\n<title>404 Not Found</title>\n<h1>Not Found</h1>\n<p>The requested URL was not "
+    "found on the server. If you entered the URL manually please check your spelling and try again.</p>\n",
+)
 
 
 def answer(code: int, error_code: str, message: str) -> Action:
@@ -75,6 +82,37 @@ def test_what_is_written_to_a_run_that_may_not_be_read_waits_for_a_person(
         with tracking(uri, tmp_path) as mlflow:
             mlflow.MlflowClient().log_metric(_THEIRS, "m", 1.0)
             assert 0 < store(uri).outbox.flush(20).parked
+
+
+def test_what_a_server_is_too_old_for_is_refused_at_the_call_and_is_no_outage(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A model that began offline would wait there for ever, and its run's end behind it."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("mlflow/logged-models", _NO_ADDRESS, times=None)
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_experiment(experiment_name)
+            with mlflow.start_run():
+                _, code, words = raised_by(mlflow, lambda mlflow: mlflow.initialize_logged_model(name="m"))
+                assert ("ENDPOINT_NOT_FOUND", True) == (code, "mlflow/logged-models: 404" in words)
+                assert not store(uri).server.is_away()
+                mlflow.log_metric("behind", 1.0)
+            deliver(uri)
+    (found,) = the_runs(mlflow_server.url, experiment_name)
+    assert ("FINISHED", {"behind": 1.0}) == (found.info.status, found.data.metrics)
+
+
+def test_an_address_at_which_there_is_no_mlflow_is_asked_for_nothing_for_a_while(
+    mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    """Another program's server may be made of the same parts; it knows none of MLflow's addresses."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on("/", _NO_ADDRESS, times=None)
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, worker="none") as mlflow:
+            assert "TEMPORARILY_UNAVAILABLE" == raised_by(mlflow, lambda mlflow: mlflow.get_run(_THEIRS))[1]
+            assert store(uri).server.is_away()
 
 
 @pytest.mark.parametrize("code", [500, 503])

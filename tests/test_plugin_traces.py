@@ -18,7 +18,7 @@ from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.testing.faults import drop, forward_then_drop_response, status
-from mlflow_outbox.testing.proxy import FaultProxy
+from mlflow_outbox.testing.proxy import Action, FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.letters import send_again
 from plugin_world import NOWHERE, deliver, store, tracking
@@ -510,14 +510,33 @@ def test_a_span_that_no_message_can_hold_holds_up_no_other(
         assert "plain" in [span.inputs for span in spans(mlflow, experiment_name)]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        status(
+            501,
+            {"Content-Type": "application/json"},
+            '{"detail": "REST OTLP span logging is not supported by FileStore"}',
+        ),
+        status(
+            404,
+            {"Content-Type": "text/html; charset=utf-8"},
+            "<!doctype html>\n<html lang=en>\n<title>404 Not Found</title>\n<h1>Not Found</h1>\n<p>The requested URL "
+            "was not found on the server. If you entered the URL manually please check your spelling.</p>",
+        ),
+    ],
+    ids=["a store of files", "no such address"],
+)
 @pytest.mark.parametrize("begun", ["up", "away"])
 def test_a_server_that_keeps_no_spans_has_them_in_a_file(
-    begun: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+    begun: str, answer: Action, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
-    """One whose own store is one of files refuses them for good; MLflow's client uploads the trace there, too."""
-    words = '{"detail": "REST OTLP span logging is not supported by FileStore"}'
+    """One whose own store is one of files refuses them for good; MLflow's client uploads the trace there, too.
+
+    So it does where one has no address for them, as before 3.4, or with gunicorn in whichever version.
+    """
     with FaultProxy(mlflow_server.url) as proxy:
-        proxy.on("/v1/traces", status(501, {"Content-Type": "application/json"}, words), times=None)
+        proxy.on("/v1/traces", answer, times=None)
         uri = f"outbox+{proxy.url}"
         with tracking(uri, tmp_path) as mlflow:
             mlflow.set_experiment(experiment_name)
@@ -538,3 +557,26 @@ def test_a_server_that_keeps_no_spans_has_them_in_a_file(
         assert [("root", {"question": "\u00e4"}), ("first", None), ("second", None)] == [
             (one.name, one.inputs) for one in spans(mlflow, experiment_name)
         ]
+
+
+def test_a_trace_is_had_from_a_server_that_knows_only_the_older_question_for_it(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """MLflow's client asks the older one when it is told so, by an error of its own; that is no outage."""
+    words = '{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "Trace with ID \'get\' not found."}'
+    with tracking(mlflow_server.url, tmp_path) as mlflow:
+        log(mlflow, experiment_name)
+        (trace,) = mlflow.MlflowClient().search_traces(
+            locations=[mlflow.get_experiment_by_name(experiment_name).experiment_id]
+        )
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.on(
+            lambda _method, path: path.partition("?")[0].endswith("/traces/get"),
+            status(404, {"Content-Type": "application/json"}, words),
+            times=None,
+        )
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, worker="none") as mlflow:
+            found = mlflow.get_trace(trace.info.trace_id)
+            assert ["span"] == [span.name for span in found.data.spans]
+            assert not store(uri).server.is_away()

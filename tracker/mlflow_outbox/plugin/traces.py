@@ -27,6 +27,8 @@ from mlflow_outbox.plugin.wrapped import Away
 
 #: Traces of this process that are remembered until the server can be asked for them.
 _REMEMBERED: Final = 256
+#: Of a trace that the server has not, or is too old to be asked for.
+_MAY_BE_THERE: Final = frozenset({"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"})
 #: Where an assessment names the run that it was made in.
 _SOURCE_RUN: Final = "mlflow.assessment.sourceRunId"
 #: Traces that MLflow links to a run in one request.
@@ -194,7 +196,7 @@ class Traces(Models):
         except Away:
             return False
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code not in _MAY_BE_THERE:
                 raise
             return False  # it may be on its way from another process
 

@@ -10,8 +10,8 @@ as they may wait; only when it is silent for that long too is it left alone by a
 What the server says no to is raised as MLflow's own exception: 403 too, which is about who asks for what, while 401,
 429 and what a gateway says are about everything. An error inside of MLflow (500, with its JSON, or as the page of its
 framework) is about the one question: callers go on with what is on disk, where they have it, and raise it where they
-have not; other questions are asked all the same. Everything else is ``Away``: nothing is asked for the pause, and
-callers go on with what is on disk.
+have not; other questions are asked all the same. So is what a server is too old for, which has no address for it and
+answers others. Everything else is ``Away``: nothing is asked for the pause, and callers go on with what is on disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import requests
 import sqlalchemy.exc
-from mlflow.exceptions import MlflowException, RestException
+from mlflow.exceptions import MlflowException, MlflowNotImplementedException, RestException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE, ErrorCode
 from mlflow.utils.logging_utils import suppress_logs_in_thread
 
@@ -56,6 +56,8 @@ _NOT_ABOUT_IT: Final = frozenset({401, 407, 408, 425, 429})
 _FORBIDDEN: Final = re.compile(r" 403: Permission denied$")
 #: What the framework of MLflow's server answers to the same where it is not looked for.
 _FAILED: Final = re.compile(r" 500: <!doctype html> <html lang=en> <title>500 Internal Server Error</title>")
+#: What Flask says in MLflow's server where it has no such address, as one has not that is older than the client.
+_NO_ADDRESS: Final = re.compile(r" 404: .*The requested URL was not found on the server")
 #: How the names of methods begin that change nothing.
 READING: Final = re.compile(r"(?:batch_get|calculate|filter|find|get(?!_or_create)|list|query|resolve|search|sum)_")
 
@@ -227,6 +229,8 @@ class Server:
             raise SilentHost from None
 
     def _meaning(self, error: Exception, timeout: float, waited: float) -> Any:
+        if isinstance(error, MlflowNotImplementedException):  # of MLflow's client, which has another way then
+            return error
         found = delivery.translate(error)
         status = found.status or 500
         said = isinstance(error, MlflowException) and found.kind == "answer"
@@ -244,6 +248,8 @@ class Server:
         if said and status == HTTPStatus.INTERNAL_SERVER_ERROR and (is_mlflows or _FAILED.search(str(error))):
             self._outbox.counters.add("questions_failed")
             return Away(str(found), sent=found.sent, answer=self._answer(error, found.code))
+        if _NO_ADDRESS.search(str(found)) and self._answers_another(timeout):
+            return self._answer(MlflowException(str(found)), found.code)
         self._why = found.described
         if self._arrived is not None:
             self._arrived = self._arrivals()
@@ -254,6 +260,15 @@ class Server:
         self._asleep_until = stopwatch.seconds() + self._pause
         self._pause = min(_PAUSE_MOST, self._pause * 2)
         return Away(found.described, sent=found.sent)
+
+    def _answers_another(self, timeout: float) -> bool:
+        """Return whether the server has an answer to what every version of it can be asked."""
+        try:
+            self._asked(lambda store: store.search_experiments(max_results=1), timeout)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is no answer
+            forward(error)
+            return False
+        return True
 
     def _answer(self, error: Any, code: str) -> MlflowException:
         """Return an answer as MLflow's own client would raise it."""

@@ -15,8 +15,10 @@ from mlflow_outbox_worker.mlflow_sink.artifacts import LEAST_UPLOAD_RATE, Artifa
 from mlflow_outbox_worker.mlflow_sink.rest import DatabricksStore, ServerStore, checked
 from mlflow_outbox_worker.sink import OPERATIONS, RemoteModel
 
-#: What a tracking server answers to spans when its own store keeps none; MLflow's client looks for these words too.
-_NO_SPANS = (501, b"span logging is not supported")
+#: What a tracking server answers to spans that it does not take; MLflow's client has them in a file there, too. The
+#: words of 501 are of one whose own store keeps none, those of 404 are Flask's, which has no such address: they come
+#: from a server before 3.4, and from any that gunicorn or waitress serves.
+_NO_SPANS = {501: b"span logging is not supported", 404: b"The requested URL was not found on the server"}
 
 
 def call(store: Any, operation: str, arguments: str, artifacts: Artifacts | None = None) -> str:
@@ -85,8 +87,8 @@ def _log_spans(store: ServerStore, artifacts: Artifacts | None, location: str, s
         data=content,
         extra_headers={"Content-Type": "application/x-protobuf", MLFLOW_EXPERIMENT_ID_HEADER: location},
     )
-    status, words = _NO_SPANS
-    if answer.status == status and words in answer.body and artifacts is not None:
+    words = _NO_SPANS.get(answer.status)
+    if words is not None and words in answer.body and artifacts is not None:
         trace_files.keep(store, artifacts, location, spans)
     elif answer.status >= 300:
         checked(answer, f"POST {OTLP_TRACES_PATH}")
