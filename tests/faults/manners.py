@@ -251,7 +251,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _threads() -> tuple[dict[str, str], set[str]]:
+def _status_and_lanes() -> tuple[dict[str, str], set[str]]:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     lanes = {thread.name for thread in threading.enumerate() if thread.name.startswith("mlflow-outbox-lane-")}
     return dict(line.split(":", 1) for line in lines), lanes
@@ -263,11 +263,11 @@ def standing() -> dict[str, Any]:
     Of its threads those that last; ``lanes`` are those that send a run at that moment.
     """
     seen: tuple[str, set[str]] | None = None
-    status, lanes = _threads()
+    status, lanes = _status_and_lanes()
     while seen != (status["Threads"], lanes):  # one begins or ends between the two counts
         seen = status["Threads"], lanes
         time.sleep(0.01)
-        status, lanes = _threads()
+        status, lanes = _status_and_lanes()
     return {
         "peak_kib": int(status["VmHWM"].split()[0]),
         "kib": int(status["VmRSS"].split()[0]),

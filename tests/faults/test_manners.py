@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from faults import workload
+from faults import manners, workload
 from faults.children import Nest
 from faults.manners import counted, forget_peak, standing
 from faults.mounts import own_namespace, tmpfs
@@ -22,6 +23,26 @@ from servers import MlflowServer, eventually
 
 #: Where the server is there, or away, and nothing else is the matter.
 AWAY = ("delivering", "server away")
+
+
+def test_what_another_thread_waits_for_excuses_no_call_of_this_one() -> None:
+    """Neither its syncs, as those of the background are, nor its waits for a processor."""
+    schedules: list[object] = []
+
+    def work() -> None:
+        manners._timed(lambda: time.sleep(0.01))()
+        manners._waited_ns()
+        schedules.append(manners._threads.schedule)
+
+    synced = manners._synced_ns()
+    manners._waited_ns()
+    own = manners._threads.schedule
+    other = threading.Thread(target=work)
+    other.start()
+    other.join()
+    assert synced == manners._synced_ns()
+    assert own is manners._threads.schedule
+    assert [own] != schedules
 
 
 def log_mannerly(fd: int, uri: str, folder: str, what: str, count: int) -> None:
