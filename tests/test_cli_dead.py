@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 import subprocess
@@ -71,6 +72,17 @@ def test_list_and_show_say_what_and_why(here: Here, tmp_path: Path) -> None:
     shown = here("dead", "show", "2", "-d", tmp_path)
     assert "key, value, step, time_ms" in shown.out
     assert here("dead", "show", "000000000002", "-d", tmp_path).out == shown.out
+
+
+def test_a_letter_of_no_run_of_the_outbox_is_written_nowhere(here: Here, tmp_path: Path) -> None:
+    """F90: the ledger of an outbox that somebody else has packed may name any place for it."""
+    offline(tmp_path / "given")
+    with contextlib.closing(Ledger.open(outbox_of(tmp_path / "given") / "delivery")) as ledger:
+        letter = DeadLetter("../../../home", "ab" * 16, encode(Params({"lr": "0.1"}, 5)), "no", "BAD", 400, 1000)
+        ledger.commit(RunRecord("../../../home", remote_id="ab" * 16), dead=[letter])
+    done = here("dead", "retry", "--all", "-d", tmp_path / "given")
+    assert (1, True) == (done.code, "no run of this outbox" in done.err), done
+    assert not (tmp_path / "home").exists()
 
 
 def test_letters_of_several_outboxes_are_listed_with_the_name_of_each(here: Here, tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ SECRET = "canary"
         (f"postgresql+psycopg2://host/db?password={SECRET}&sslmode=on", "postgresql+psycopg2://host/db?sslmode=on"),
         (f"postgresql://host/db?user={SECRET}&sslmode=on", "postgresql://host/db?sslmode=on"),
         (f"mysql+pymysql://{SECRET}@host/db", "mysql+pymysql://host/db"),
+        (f"mssql+pyodbc://host/db?driver=x&UID={SECRET}&Pwd={SECRET}", "mssql+pyodbc://host/db?driver=x"),
+        (
+            f"mssql+pyodbc:///?odbc_connect=Driver%3D%7Bx+18%7D%3BUID%3D{SECRET}%3BPWD%3D%7Ba%3B{SECRET}%7D%3BServer%3Dh",
+            "mssql+pyodbc:/?odbc_connect=Driver%3D%7Bx+18%7D%3BServer%3Dh",
+        ),
         ("file:///abs/runs", "file:///abs/runs"),
         ("file:/abs/runs", "file:///abs/runs"),
         ("file:///a%20b", "file:///a%20b"),

@@ -28,7 +28,9 @@ from mlflow_outbox.spool.window import Cursor, Window
 from mlflow_outbox.testing import FailingDisk
 from mlflow_outbox_worker import retention, upkeep
 from mlflow_outbox_worker.ledger import Ledger
-from mlflow_outbox_worker.retention import file_run, passed_segments
+from mlflow_outbox_worker.records import RunRecord
+from mlflow_outbox_worker.requeue import bring_back
+from mlflow_outbox_worker.retention import file_run, filed_parts, passed_segments
 from servers import eventually
 from spools import RUN, Kit, header, make_journal, metric, packed, write_segment
 from workers import delivering
@@ -51,6 +53,60 @@ def test_a_run_resumed_for_a_moment_while_it_is_filed_stays_where_it_is(tmp_path
     finally:
         ledger.close()
     assert [] == directory.run_ids()
+
+
+@pytest.mark.parametrize("link", ["", "files"])
+def test_nothing_is_filed_through_a_link(link: str, tmp_path: Path) -> None:
+    """F90: whoever packed the outbox would have any file of the user's written, by any name."""
+    kit = Kit(tmp_path / "outbox")
+    kit.run.log_text("before", "before.txt")
+    kit.run.end()
+    (kit.outbox.run(RUN) / "files" / "authorized_keys").write_text("theirs")
+    home, filed = tmp_path / "home", kit.outbox.delivered / RUN
+    home.mkdir()
+    (home / "authorized_keys").write_text("mine")
+    if link:
+        filed.mkdir(0o700)
+    (filed / link).symlink_to(home)
+    delivered = RunReader(kit.outbox.run(RUN)).window({}).cursors
+    with contextlib.closing(Ledger.open(tmp_path / "ledger")) as ledger, pytest.raises(OSError, match="symbolic link"):
+        file_run(kit.outbox, ledger, RUN, delivered, Counters())
+    assert [("authorized_keys", "mine")] == [(path.name, path.read_text()) for path in home.iterdir()]
+
+
+def test_nothing_is_moved_out_of_what_a_link_leads_to(tmp_path: Path) -> None:
+    """F90: a run's own folder of copies may be one as well."""
+    kit = Kit(tmp_path / "outbox")
+    kit.run.log_text("before", "before.txt")
+    kit.run.end()
+    home, files = tmp_path / "home", kit.outbox.run(RUN) / "files"
+    os.rename(files, home)
+    (home / ".draft-0").touch()
+    (home / "mine").touch()
+    before = sorted(os.listdir(home))
+    files.symlink_to(home)
+    delivered = RunReader(kit.outbox.run(RUN)).window({}).cursors
+    with contextlib.closing(Ledger.open(tmp_path / "ledger")) as ledger, pytest.raises(NotADirectoryError):
+        file_run(kit.outbox, ledger, RUN, delivered, Counters())
+    assert before == sorted(os.listdir(home))
+
+
+def test_nothing_to_which_a_link_leads_is_taken_for_a_filed_copy(tmp_path: Path) -> None:
+    """F90: it would be deleted after the retention time, and moved by a replay that sends everything once more."""
+    kit = Kit(tmp_path / "outbox")
+    assert kit.run.log_metric("loss", 1.0, step=1)
+    home, filed = tmp_path / "home", kit.outbox.delivered / RUN
+    for folder in (home, filed):
+        folder.mkdir(0o700)
+    for name in ("0" * 64, "notes.txt"):
+        (home / name).write_text("mine")
+    (filed / "files").symlink_to(home)
+    with contextlib.closing(Ledger.open(kit.outbox.ledger)) as ledger:
+        ledger.commit(RunRecord(RUN, remote_id=RUN))
+        assert [] == filed_parts(kit.outbox, ledger)
+    with pytest.raises(OSError, match="symbolic link"):
+        bring_back(kit.outbox, RUN)
+    assert ["0" * 64, "notes.txt"] == sorted(path.name for path in home.iterdir())
 
 
 def test_a_run_is_not_filed_while_a_file_is_logged_to_it(tmp_path: Path) -> None:

@@ -547,6 +547,23 @@ def test_what_a_server_says_of_a_file_is_told_however_long_its_path_is(
     assert "parked" == classify(error, "upload").kind
 
 
+def test_a_file_that_is_read_back_takes_no_more_room_than_it_may_have(
+    wire: Callable[..., Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compressed, a server can send gigabytes within the time of a request."""
+    monkeypatch.setattr(artifacts, "_GROWN", 1000)
+    answer = says(200, run_json("mlflow-artifacts:/1/a/artifacts"))
+    bomb = says(200, gzip.compress(bytes(10_000_000)), Content_Encoding="gzip")
+
+    def behave(server: Wire, connection: socket.socket, request: bytes) -> None:
+        (bomb if b"/artifacts/x " in request else answer)(server, connection, request)
+
+    with closing(open_sink(wire(behave).url)) as sink:
+        error = fails(lambda: sink.download("a" * 32, "x", tmp_path / "copy", 7))
+    assert ("parked", True) == (classify(error, "download").kind, "larger than 1007 bytes" in str(error)), error
+    assert (tmp_path / "copy").stat().st_size <= 1007
+
+
 def test_a_link_in_the_place_of_a_copy_is_not_followed(wire: Callable[..., Wire], tmp_path: Path) -> None:
     """Whoever has the outbox may put it there when the copy was looked at: it would show a file of who delivers it."""
     server = wire(says(200, run_json("mlflow-artifacts:/1/a/artifacts")))

@@ -119,6 +119,27 @@ def test_what_waits_of_many_runs_is_not_in_memory_at_once(
         assert [0] * 6 == held  # the experiment's room is one too
 
 
+def test_of_the_points_of_a_run_that_wait_only_the_latest_are_in_memory(experiment_name: str, tmp_path: Path) -> None:
+    """A day without the server leaves ten million of them, which took three gigabytes when the run was ended."""
+    with tracking(NOWHERE, tmp_path, worker="none") as mlflow:
+        api = mlflow.MlflowClient()
+        mlflow.set_experiment(experiment_name)
+        with mlflow.start_run() as run:
+            run_id = run.info.run_id
+            for step in range(200):
+                mlflow.log_metric("m", step / 2, step=step)
+                mlflow.log_metrics({"a": 1.0, "b": float(-step)}, step=step)
+            mlflow.log_param("p", 1)
+            held = store(NOWHERE).local_run(store(NOWHERE).canonical(run_id))
+            assert held is not None
+            assert len(held.pending) < 10
+            assert {"m": 200, "a": 200, "b": 200} == {key: one.points for key, one in held.view.metrics.items()}
+            shown = mlflow.get_run(run_id).data
+            assert ({"m": 99.5, "a": 1.0, "b": -199.0}, {"p": "1"}) == (shown.metrics, shown.params)
+            history = api.get_metric_history(run_id, "m")
+            assert [(step, step / 2) for step in range(200)] == [(point.step, point.value) for point in history]
+
+
 def test_journals_with_many_requests_take_the_room_of_several(
     experiment_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

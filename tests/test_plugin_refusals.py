@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from contents import client
+from mlflow_outbox.testing.faults import status
 from mlflow_outbox.testing.proxy import FaultProxy
 from plugin_world import NOWHERE, WAYS, away, deliver, store, the_runs, tracking, world
 from servers import MlflowServer, eventually
@@ -216,6 +217,52 @@ def test_a_trace_of_another_process_is_tagged_also_while_it_is_on_its_way(
         mlflow.set_trace_tag(trace, "a", "b")
         deliver(uri)
         assert "b" == mlflow.get_trace(trace).info.tags["a"]
+
+
+def test_a_tag_of_a_trace_of_another_process_comes_after_it_when_an_outage_is_over(
+    mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Nothing says in which experiment the trace is, so its room is another one; a tag that came first was lost."""
+    with FaultProxy(mlflow_server.url) as proxy:
+        proxy.down()
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, worker="none", exit_timeout=0) as mlflow:
+            trace = traced(mlflow, mlflow.create_experiment(experiment_name))
+        with tracking(uri, tmp_path) as mlflow:
+            mlflow.set_trace_tag(trace, "a", "b")
+            proxy.on(lambda method, path: method == "POST" and path.endswith("/traces"), status(503), times=5)
+            proxy.up()
+            deliver(uri)
+            assert "b" == mlflow.get_trace(trace).info.tags["a"]
+
+
+@pytest.mark.parametrize("what", ["deleted", "archived"])
+def test_a_trace_that_takes_nothing_any_more_holds_up_no_other(
+    what: str, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """Of a deleted one a server with workspaces says that it is not there. A dead letter keeps what it was to get."""
+    code, text, number = {
+        "deleted": ("RESOURCE_DOES_NOT_EXIST", "Trace with ID 'tr-1' not found.", 404),
+        "archived": ("INVALID_STATE", "Cannot update traces that are no longer DB-backed: 'tr-1'.", 500),
+    }[what]
+    answer = status(number, {"Content-Type": "application/json"}, f'{{"error_code": "{code}", "message": "{text}"}}')
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path) as mlflow:
+            experiment = mlflow.create_experiment(experiment_name)
+            trace = traced(mlflow, experiment)
+            deliver(uri)
+            if what == "deleted":
+                proxy.on(lambda _method, path: trace in path and path.endswith("/tags"), answer, times=None)
+                mlflow.set_trace_tag(trace, "a", "b")
+            else:
+                proxy.on(lambda method, path: method == "POST" and path.endswith("mlflow/traces"), answer, times=1)
+                traced(mlflow, experiment)
+            later = traced(mlflow, experiment)
+            result = store(uri).outbox.flush(60)
+            assert (0, 0, 1) == (result.pending, result.parked, result.dead)
+    with client(mlflow_server.url) as api:
+        assert "OK" == api.get_trace(later).info.state
 
 
 def test_what_a_server_refuses_of_an_experiment_is_refused_while_it_is_away(

@@ -17,7 +17,7 @@ from mlflow_outbox.plugin.journals import MOST_INLINE
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request
 from mlflow_outbox.spool.reader import RunReader
-from mlflow_outbox.testing.faults import drop, forward_then_drop_response, status
+from mlflow_outbox.testing.faults import delay, drop, forward_then_drop_response, status
 from mlflow_outbox.testing.proxy import Action, FaultProxy
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.letters import send_again
@@ -490,6 +490,33 @@ def test_a_deletion_of_traces_is_of_those_alone(
             with pytest.raises(MlflowException, match="not found"):
                 api.set_trace_tag(gone, "a", "b")
             assert ["stays"] == [span.name for span in spans(mlflow, experiment_name)]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_trace_that_is_on_its_way_is_deleted_too_or_the_call_says_that_it_is_not(
+    is_late: bool, mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
+) -> None:
+    """A server deletes what it has, and says nothing of the others: such a trace arrived behind that, and stayed."""
+    from mlflow.exceptions import MlflowException
+
+    with FaultProxy(mlflow_server.url) as proxy:
+        uri = f"outbox+{proxy.url}"
+        with tracking(uri, tmp_path, create_timeout=0.5, **({"read_timeout": 2} if is_late else {})) as mlflow:
+            number = mlflow.create_experiment(experiment_name)
+            deliver(uri)
+            mlflow.set_experiment(experiment_name)
+            slow = delay(6.0 if is_late else 1.5)
+            proxy.on(lambda method, path: method == "POST" and path.endswith("/traces"), slow, times=None)
+            trace_id = one_trace(mlflow, 1)
+            api = mlflow.MlflowClient()
+            if is_late:
+                with pytest.raises(MlflowException, match="This call was not kept"):
+                    api.delete_traces(number, trace_ids=[trace_id])
+                proxy.clear()
+                deliver(uri)
+            assert 1 == api.delete_traces(number, trace_ids=[trace_id])
+            deliver(uri)
+            assert [] == spans(mlflow, experiment_name)
 
 
 @pytest.mark.parametrize("depth", [100, 400])

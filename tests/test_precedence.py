@@ -35,3 +35,30 @@ def test_a_restoration_that_arrives_between_a_refusal_and_the_look_for_it_is_tak
     assert waits.value.on == ""
     precedence.await_restoration(run)
     ledger.close()
+
+
+def test_a_change_of_a_trace_waits_for_rooms_that_may_have_it_and_for_none_that_waits_for_a_person(
+    tmp_path: Path,
+) -> None:
+    """And once for nothing, as the trace may have arrived between the refusal and the look for it."""
+    outbox = make_outbox(tmp_path)
+    room = provisional.room_of("7")
+    make_journal(outbox, run=room).append(Request("start_trace", b"{}", 1_000))
+    ledger = Ledger.open(outbox.ledger)
+    precedence = Precedence(OutboxSource(outbox), ledger)
+
+    def waits(trace: str, time_ms: int = 1_001) -> str | None:
+        try:
+            precedence.await_trace(trace, time_ms, provisional.COMMON_ROOM)
+        except Waits as error:
+            return error.on
+        return None
+
+    ledger.commit(RunRecord(room, remote_id=room))
+    assert [room, room] == [waits("tr-1"), waits("tr-1")]
+    assert ["", None] == [waits("tr-2", -60_000), waits("tr-2", -60_000)], "what is there was logged much later"
+    ledger.commit(RunRecord(room, remote_id=room, state="parked"))
+    assert ["", None] == [waits("tr-1"), waits("tr-1")]
+    precedence.goes_on(provisional.COMMON_ROOM)
+    assert "" == waits("tr-1"), "nothing is remembered of what was recorded"
+    ledger.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ from mlflow_outbox.errors import InvalidEvent
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.events import FileFor, RunStarted
 from mlflow_outbox_worker import trace_places
-from mlflow_outbox_worker.mlflow_sink import trace_files
+from mlflow_outbox_worker.mlflow_sink import open_sink, trace_files
+from mlflow_outbox_worker.outcome import classify
 from servers import eventually
+from sink_contract import fails, new_run
 from spools import RUN, make_journal, metric
 from workers import delivering
 
@@ -122,6 +125,30 @@ def test_only_models_and_traces_are_given_files(owner: str, sqlite_uri: str, tmp
         eventually(lambda: 3 == counters["dead_letters"] + counters["delivered"], 60)
         assert (1, 2) == (counters["dead_letters"], counters["delivered"])
     assert [] == list(tmp_path.rglob("authorized_keys"))
+
+
+@pytest.mark.parametrize("kind", ["trace", "output", "point"])
+def test_no_id_in_a_journal_leads_out_of_a_file_store(kind: str, file_uri: str, tmp_path: Path) -> None:
+    """MLflow's own makes a path of it, and would write a file, and files of given names and contents, anywhere."""
+    from mlflow.entities import LoggedModelOutput, Metric, TraceInfo, TraceLocation, TraceState
+
+    from mlflow_outbox.plugin import codec
+
+    elsewhere = str(tmp_path / "home" / ".git" / "refs")
+    with contextlib.closing(open_sink(file_uri)) as sink:
+        experiment = sink.experiment_id("of a journal")
+        run_id = new_run(sink, experiment)
+        place = TraceLocation.from_experiment_id(experiment)
+        points: dict[str, Any] = {"metrics": [Metric("loss", 1.0, 1, 1, elsewhere)], "params": [], "tags": []}
+        calls: dict[str, tuple[str, dict[str, Any]]] = {
+            "trace": ("start_trace", {"trace_info": TraceInfo(elsewhere, place, 1, TraceState.OK, tags={"v1": "x"})}),
+            "output": ("log_outputs", {"run_id": run_id, "models": [LoggedModelOutput(elsewhere, 1)]}),
+            "point": ("log_batch", {"run_id": run_id, **points}),
+        }
+        operation, arguments = calls[kind]
+        error = fails(lambda: sink.call(operation, codec.dumps(arguments).decode()))
+    assert "dead_letter" == classify(error, operation).kind, error
+    assert not (tmp_path / "home").exists()
 
 
 def test_the_id_of_a_trace_is_the_name_of_one_folder() -> None:

@@ -189,6 +189,34 @@ class TestOfARunThatGoesOn:
             eventually(lambda: len(segments(going.waiting)) == 1, 60)
         assert any(progress == "more" and 0 < number < before - 1 for progress, number in seen)
 
+    def test_its_dead_letters_are_not_read_at_each_of_its_turns(
+        self, going: Open, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A metric that MLflow never takes has one for each of its points: of 100,000 a turn took a second and more."""
+        asked: list[str | None] = []
+        original = Ledger.dead_letters
+
+        def noted(self: Ledger, run_id: str | None = None) -> Iterator[DeadLetter]:
+            asked.append(run_id)
+            return original(self, run_id)
+
+        with delivering(going.directory, sqlite_uri, SMALL) as counters:
+            assert going.run.log_text("kept", "a.txt")
+            for value in ("1", "2"):
+                going.run.log_param("p", value)
+            eventually(lambda: counters["dead_letters"] == 1, 60)
+            eventually(lambda: not os.listdir(going.waiting / "files"), 60, "the copy is filed")
+            monkeypatch.setattr(Ledger, "dead_letters", noted)
+
+            def arrives(number: int) -> None:
+                going.log(1)
+                eventually(lambda: counters["delivered"] >= number, 60)
+
+            delivered = counters["delivered"]
+            for number in range(1, 11):
+                arrives(delivered + number)
+        assert [] == asked
+
     def test_one_of_its_programs_that_logs_without_a_pause_does_not_keep_back_the_others(
         self, experiment_name: str, sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

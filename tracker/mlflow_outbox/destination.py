@@ -23,13 +23,15 @@ import re
 from pathlib import Path
 from types import NoneType
 from typing import Final
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit, urlunsplit
 
 from mlflow_outbox.counters import printable
 from mlflow_outbox.errors import DestinationError
 
 _SQL: Final = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
-_SECRET: Final = re.compile(r"pass|secret|token|key|cred|^user(name)?$", re.IGNORECASE)
+_SECRET: Final = re.compile(r"pass|pwd|secret|token|key|cred|^(user(name| ?id)?|uid)$", re.IGNORECASE)
+#: The parts of ODBC's own form of an address, which is one argument of a URI; a value in braces may hold a ";".
+_ODBC: Final = re.compile(r"([^=;]+)=(\{(?:[^}]|\}\})*\}[^;]*|[^;]*)")
 _PREFIX: Final = "outbox+"
 _PORTS: Final = {"http": 80, "https": 443}
 #: User and password as SQLAlchemy reads them: the password ends at the first "@", whatever is in it.
@@ -239,9 +241,17 @@ def _database(text: str) -> Destination:
     more, at, _ = parts.netloc.rpartition("@")
     if at:  # of the password too: left as it is, it would be taken for a part of the host, and be told with it
         text = f"{begin}%40{more.replace('@', '%40')}{rest[len(more) :]}"
-    query = urlencode([pair for pair in parse_qsl(parts.query) if not _SECRET.search(pair[0])])
+    query = urlencode([(key, _bare(key, value)) for key, value in parse_qsl(parts.query) if not _SECRET.search(key)])
     bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
     return Destination(bare, str(Path.cwd() / "mlruns"), text)
+
+
+def _bare(key: str, value: str) -> str:
+    """Return the value of an argument of a database's URI without the login that ODBC's own form of an address has."""
+    if key.lower() != "odbc_connect":
+        return value
+    held = _ODBC.findall(unquote_plus(value))  # once more, as SQLAlchemy reads it
+    return ";".join(f"{name.strip()}={text}" for name, text in held if not _SECRET.search(name.strip()))
 
 
 def with_credentials(destination: Destination, environment_uri: str | None) -> Destination:

@@ -12,6 +12,7 @@ latest, and of points that name a model or a dataset the latest too (``linked``)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -167,6 +168,16 @@ class RunView(msgspec.Struct):
         elif isinstance(event, RunEnded) and wins(self.status, event.time_ms, writer):
             self.status = Register(event.status, event.time_ms, writer)
             self.end_time_ms = event.end_time_ms if event.status not in GOING_ON else None
+
+    def fold_points(self, events: Iterable[Metric | Metrics]) -> list[Metric]:
+        """Take points into account as ``fold`` does; return the latest of each metric, which say as much of a run."""
+        some = RunView()
+        for event in events:
+            some.fold(event, "")
+        for key, latest in some.metrics.items():
+            _count(self.metrics, key, latest.value, latest.time_ms, latest.step)
+            self.metrics[key].points += latest.points - 1
+        return [Metric(key, one.value, one.time_ms, one.step) for key, one in some.metrics.items()]
 
     def _requested(self, event: Request, writer: str) -> None:
         if event.operation in _KEPT:

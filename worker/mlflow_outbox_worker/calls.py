@@ -7,6 +7,9 @@ create is found before it is created, and made whole.
 A database keeps one point of a model's metric for each run, time and step. Another one of those is refused with all
 that is beside it, for ever, in the words in which it says that two requests met at a row. So each point of such a
 request is sent once more, alone, and what is refused then is refused for good.
+
+A trace that was deleted, or put into the server's archive, never takes again what is refused for that. So that is
+refused for good, unless the trace may be on its way: what is behind it in its room are other traces.
 """
 
 from __future__ import annotations
@@ -44,6 +47,10 @@ _OF_MODELS: Final = frozenset(
 _POINTS_OF_MODELS: Final = "logged_model_metrics"
 #: Where an experiment is in the state already that these lead to, MLflow says that there is none.
 _LIFECYCLE: Final = frozenset({"delete_experiment", "restore_experiment"})
+#: What is said where a trace is not there: by a database of a row that names none, by all else in MLflow's words.
+_NO_TRACE: Final = re.compile(r"foreign key|\btrace with id\b.* not found", re.IGNORECASE)
+#: And where its spans are in the server's archive.
+_ARCHIVED: Final = re.compile(r"archived trace|DB-backed")
 _DELETES: Final = frozenset(
     {"delete_tag", "delete_experiment_tag", "delete_logged_model_tag", "delete_trace_tag", "delete_logged_model"}
 )
@@ -99,6 +106,8 @@ class Calls:
             self._await_runs(request, of)
         if request.operation == "rename_experiment":
             request = self._await_name(request)
+        if request.operation == "set_trace_tag":
+            refuse = self._unless_on_its_way(refuse, of)
         parts = _parts(request.operation, self.ids.rewritten(self._placed(request, of).decode(), of=of))
         made = [self._call(request, part, refuse) for part in parts]
         return any(made) or not made
@@ -147,6 +156,19 @@ class Calls:
             self.ids.await_rename(earlier, request.time_ms)
         return msgspec.structs.replace(request, arguments=msgspec.json.encode(arguments))
 
+    def _unless_on_its_way(
+        self, refuse: Callable[[Request, SinkError], bool], of: str
+    ) -> Callable[[Request, SinkError], bool]:
+        """Return what is told of a tag that MLflow refuses, once the tag's trace cannot be on its way any more."""
+
+        def told(part: Request, error: SinkError) -> bool:
+            if error.kind == "answer" and _NO_TRACE.search(str(error)):
+                self.precedence.await_trace(_text(part.arguments, "trace_id"), part.time_ms, of)
+                error = _for_good(error)
+            return refuse(part, error)
+
+        return told
+
     def _call(self, request: Request, body: str, refuse: Callable[[Request, SinkError], bool]) -> bool:
         try:
             self._sink.call(request.operation, body)
@@ -181,6 +203,8 @@ class Calls:
                 return None
             msg = "the model has this param with another value, and MLflow does not change it"
             return SinkError(msg, kind="answer", status=HTTPStatus.BAD_REQUEST, code="INVALID_PARAMETER_VALUE")
+        if operation in {"start_trace", "log_spans"} and error.code == "INVALID_STATE" and _ARCHIVED.search(str(error)):
+            return _for_good(error)
         applied = operation == "create_experiment" and error.code == "RESOURCE_ALREADY_EXISTS"
         if operation in _DELETES:
             applied = error.code == "RESOURCE_DOES_NOT_EXIST" or "No tag with name" in str(error)
@@ -290,6 +314,11 @@ def mark_of(wanted: dict[str, Any], local: str) -> str:
     """
     labels = (tag["v"] for tag in wanted.get("tags") or ())
     return next((str(tag["value"]) for tag in labels if tag["key"] == provisional.MODEL_ID_TAG), local)
+
+
+def _for_good(error: SinkError) -> SinkError:
+    """Return a refusal as one of which nobody has to see to anything."""
+    return SinkError(str(error), kind="answer", status=HTTPStatus.BAD_REQUEST, code="INVALID_PARAMETER_VALUE")
 
 
 def _text(arguments: bytes, name: str) -> str:

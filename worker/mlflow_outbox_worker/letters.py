@@ -19,7 +19,7 @@ from mlflow_outbox.counters import Counters, printable
 from mlflow_outbox.errors import ArtifactRefused, OutboxError
 from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool.artifact_path import checked_artifact_path
-from mlflow_outbox.spool.directory import OutboxDirectory
+from mlflow_outbox.spool.directory import OutboxDirectory, is_run_id
 from mlflow_outbox.spool.disk import SystemDisk
 from mlflow_outbox.spool.events import (
     Artifact,
@@ -243,6 +243,9 @@ def _number(text: str) -> float | int | str:
 def _identity(directory: OutboxDirectory, ledger: Ledger, letter: DeadLetter) -> RunIdentity:
     """Find out what a new segment of the letter's run must say of it."""
     run_id = letter.run_id
+    if not is_run_id(run_id) or directory.run(run_id).is_symlink():  # of a ledger that somebody else has made
+        msg = f"the dead letter {letter.number} is of {printable(run_id)!r}, which is no run of this outbox; drop it"
+        raise LetterRefused(msg)
     for held in RunReader(directory.run(run_id), directory.delivered / run_id).segments().values():
         return RunIdentity(run_id, held[0].header.experiment, held[0].header.remote)
     record = ledger.record(run_id)

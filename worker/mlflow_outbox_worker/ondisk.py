@@ -14,7 +14,7 @@ from mlflow_outbox.counters import described
 from mlflow_outbox.errors import LedgerUnavailable, OutboxUnusable
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.disk import is_foreign
-from mlflow_outbox.spool.events import Event
+from mlflow_outbox.spool.events import Event, Metric, Metrics
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox.views import RunView
@@ -46,7 +46,8 @@ class LocalRun:
         view: delivered and pending events together.
         base: how far delivery was when it was read.
         cursors: how far it was read.
-        pending: (writer, event) pairs that MLflow does not have yet.
+        pending: (writer, event) pairs that MLflow does not have yet; of points, of which an outage leaves millions,
+            those that may be a metric's latest.
         waits: more may come of what was read without a segment's growing: the beginning of a frame was on its way.
         sizes: bytes of its segments when they were read by ``read_on``; None where that says nothing.
         linked: how many of the view's requests were looked through for points; see ``plugin.reads``.
@@ -215,6 +216,12 @@ class OnDisk:
             return {writer: cursor.seq for writer, cursor in record.cursors.items()} if record is not None else {}
         return {}
 
+    def delivered(self, run_id: str) -> dict[str, Cursor]:
+        """Return how far each writer of a run was delivered."""
+        with self._ledger() as ledger:
+            return _base(ledger.record(run_id) if ledger is not None else None)
+        return {}
+
     def remote_id(self, run_id: str) -> str:
         """Return MLflow's id of a run of this outbox, or "" while it has none."""
         with self._ledger() as ledger:
@@ -299,9 +306,14 @@ class OnDisk:
             run = since
         while True:
             window = pending.window(run.cursors, points=100_000, items=100_000)
+            points: list[Metric | Metrics] = []
             for writer, event in window.events:
-                run.view.fold(event, writer)
-            run.pending += window.events
+                if isinstance(event, (Metric, Metrics)):
+                    points.append(event)
+                else:
+                    run.view.fold(event, writer)
+                    run.pending.append((writer, event))
+            run.pending += [("", point) for point in run.view.fold_points(points)]
             run.cursors, run.waits = window.cursors, window.waits
             if not window.more:
                 return run

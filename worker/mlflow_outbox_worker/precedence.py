@@ -7,6 +7,9 @@ later is not waited for, nor what waits itself, directly or by others, for the r
 
 What is logged after an experiment was restored comes after that, in turn. It is sent all the same, and waits only where
 MLflow refuses it because the experiment is deleted: nothing is asked, then, for the many experiments that never are.
+
+Nor does a change of a trace that another program logged say which experiment that is in. It is sent, too, and waits
+where MLflow refuses it while a room has something from before it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Final
 
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.events import Request, SegmentClosed
@@ -22,6 +26,10 @@ from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.ledger import Ledger
 from mlflow_outbox_worker.records import RunRecord
 from mlflow_outbox_worker.sources import Source
+
+#: Milliseconds after which a trace that was there for others to change is in a journal: MLflow holds it back for five
+#: seconds, and has queues.
+_HELD_BACK: Final = 15_000
 
 
 class Waits(Exception):
@@ -56,6 +64,8 @@ class Precedence:
         #: How far a run was delivered when MLflow refused what follows, because it or its experiment was deleted, and
         #: no restoration was on its way.
         self._refused_at: dict[str, dict[str, Cursor]] = {}
+        #: By room: the traces that MLflow did not have when nothing was on its way any more that may bring them.
+        self._not_had: dict[str, set[str]] = {}
         #: The models that are being made.
         self._making: set[str] = set()
         self._lock = threading.Lock()
@@ -68,6 +78,7 @@ class Precedence:
         """Note that a run or room waits for nothing."""
         self._waiting.pop(_name(run_id), None)
         self._refused_at.pop(run_id, None)
+        self._not_had.pop(run_id, None)
 
     def waits_for(self, run_id: str, other: str) -> bool:
         """Return whether a run or room waits for another, directly or by others."""
@@ -138,6 +149,33 @@ class Precedence:
             self._refused_at[record.run_id] = dict(record.cursors)
         what = "the restoration of its experiment"
         raise Waits(what, room)
+
+    def await_trace(self, trace_id: str, time_ms: int, room: str) -> None:
+        """Let what other rooms have from before a change of a trace come first: one of them may have the trace.
+
+        What waits for a person is not waited for: it may have nothing to do with the trace, and others wait here.
+
+        Args:
+            trace_id: which MLflow does not have.
+            time_ms: when the change was logged, in wall-clock milliseconds since the epoch.
+            room: in which it is.
+
+        Raises:
+            Waits: for one of them; or for nothing, once, as the trace may have arrived since MLflow refused this.
+            LedgerUnavailable: the ledger could not be read.
+        """
+        what = f"the trace {trace_id}"
+        for other in self._source.run_ids():
+            if not provisional.is_room(other) or _name(other) == _name(room) or self.waits_for(other, room):
+                continue
+            record = self._record(other)
+            is_parked = record is not None and record.state == "parked"
+            if not is_parked and self.is_pending(other, time_ms + _HELD_BACK):
+                raise Waits(what, other)
+        not_had = self._not_had.setdefault(room, set())
+        if trace_id not in not_had:
+            not_had.add(trace_id)
+            raise Waits(what, "")
 
     def _restoring(self, record: RunRecord) -> str:
         """Return the room in which a run's experiment is restored, if that is not delivered, or ""."""

@@ -24,6 +24,7 @@ from mlflow_outbox.settings import Settings
 from mlflow_outbox.spool import provisional
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.frame import SEQUENCE_MASK
+from mlflow_outbox.spool.private import check_no_link
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor
 from mlflow_outbox_worker.copies import Copies
@@ -149,6 +150,7 @@ def bring_back(directory: OutboxDirectory, run_id: str) -> None:
     source, target = directory.delivered / run_id, directory.run(run_id)
     if not source.is_dir():
         return
+    check_no_link(source, source / "files", target, target / "files")
     for folder in (target, target / "files"):
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)

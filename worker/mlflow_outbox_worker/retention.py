@@ -23,6 +23,7 @@ which are delivered, are not kept but deleted, as ``room`` would do with them a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from mlflow_outbox.counters import Counters
 from mlflow_outbox.spool import provisional, reserve, snapshot
 from mlflow_outbox.spool.directory import OutboxDirectory
 from mlflow_outbox.spool.disk import is_being_written, is_there
+from mlflow_outbox.spool.private import check_no_link
 from mlflow_outbox.spool.reader import RunReader
 from mlflow_outbox.spool.window import Cursor, unread
 from mlflow_outbox.spool.writer import has_left
@@ -105,8 +107,9 @@ def file_passed(
         with snapshot.alone(source / "files") as alone:
             if not alone:
                 return True
-            letters = list(ledger.dead_letters(record.run_id))
-            free = passed_copies(source / "files", RunReader(source), record.cursors, letters)
+            free = passed_copies(
+                source / "files", RunReader(source), record.cursors, lambda: ledger.dead_letters(record.run_id)
+            )
             whole = _move_for_a_while(free, target and _made(directory, target / "files"), directory, counters)
             for name in filter(snapshot.is_draft, os.listdir(source / "files")):
                 os.unlink(source / "files" / name)  # its writer died, for nobody else is there
@@ -192,6 +195,7 @@ def _file_run(
 
 def _move_content(source: Path, target: Path, directory: OutboxDirectory, counters: Counters) -> bool:
     names = os.listdir(source)
+    check_no_link(target)
     with contextlib.suppress(FileExistsError):
         os.mkdir(target, 0o700)
     for name in filter(snapshot.is_draft, names):
@@ -333,9 +337,9 @@ def filed_parts(directory: OutboxDirectory, ledger: Ledger) -> list[tuple[Path, 
         record = ledger.record(run_id)
         if record is None:
             continue
-        letters = list(ledger.dead_letters(run_id))
-        reader = RunReader(directory.run(run_id))
-        for path in passed_copies(directory.delivered / run_id / "files", reader, record.cursors, letters):
+        reader, copies = RunReader(directory.run(run_id)), directory.delivered / run_id / "files"
+        letters = functools.partial(ledger.dead_letters, run_id)
+        for path in passed_copies(copies, reader, record.cursors, letters):
             with contextlib.suppress(FileNotFoundError):
                 result.append((path, os.stat(path, follow_symlinks=False)))
     return result
@@ -359,6 +363,7 @@ def reclaimable(directory: OutboxDirectory, ledger: Ledger) -> list[tuple[str, i
 
 def _made(directory: OutboxDirectory, target: Path) -> Path | None:
     """Return a directory in which something is filed, made if need be; None when the disk has no room for it."""
+    check_no_link(target)
     try:
         os.mkdir(target, 0o700)
     except OSError as error:  # for want of room too: not every file system says so, and SFTP then says that it exists

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +32,7 @@ _WINDOW: Final = 100_000
 
 
 def passed_copies(
-    files: Path, reader: RunReader, cursors: Mapping[str, Cursor], letters: Collection[DeadLetter]
+    files: Path, reader: RunReader, cursors: Mapping[str, Cursor], letters: Callable[[], Iterable[DeadLetter]]
 ) -> list[Path]:
     """Return the copies of logged files that no event names which is still to be delivered, or may be sent again.
 
@@ -40,20 +40,23 @@ def passed_copies(
         files: the directory of the copies.
         reader: of the run's directory; new, so that it sees what is there now.
         cursors: how far each of its writers was delivered.
-        letters: its dead letters.
+        letters: returns its dead letters, of which there may be very many; asked only where there are copies.
 
     Raises:
+        LedgerUnavailable: they cannot be read now.
         OSError: a file could not be read.
     """
+    if files.is_symlink():  # what is there is somebody else's, and nothing of it is to go
+        return []
     with contextlib.suppress(FileNotFoundError):
         names = set(filter(is_digest, os.listdir(files)))
         if names:
-            return [files / name for name in sorted(names - _named(reader, cursors, letters, names))]
+            return [files / name for name in sorted(names - _named(reader, cursors, letters(), names))]
     return []
 
 
 def _named(
-    reader: RunReader, cursors: Mapping[str, Cursor], letters: Collection[DeadLetter], copies: set[str]
+    reader: RunReader, cursors: Mapping[str, Cursor], letters: Iterable[DeadLetter], copies: set[str]
 ) -> set[str]:
     """Return which copies are named behind the cursors and by dead letters; all where that cannot be told."""
     try:
@@ -103,4 +106,4 @@ def copies_to_file(directory: OutboxDirectory, ledger: Ledger, record: RunRecord
         return []
     if directory.network and not all(held[-1].header.boot_id == boot_id() != "" for held in reader.segments().values()):
         return []
-    return passed_copies(files, reader, record.cursors, list(ledger.dead_letters(record.run_id)))
+    return passed_copies(files, reader, record.cursors, lambda: ledger.dead_letters(record.run_id))

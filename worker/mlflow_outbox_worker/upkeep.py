@@ -142,13 +142,16 @@ class Upkeep:
         done = record.state == "done" and any(folder.is_dir() for folder in turn.reader.paths)
         done = done and (not directory.network or all(_have_left(turn.reader)))
         passed = [] if done else passed_segments(turn.reader, record.cursors)
-        copies = [] if done or turn.progress == "more" else copies_to_file(directory, ledger, record, turn.reader)
+        now = self._clock()
+        due, pause = self._filings.get(record.run_id, (now, 0.0))
+        looks = not done and turn.progress != "more"
+        if now < due and looks:
+            return due - now  # which copies are delivered is only looked for when they may be filed
+        copies = copies_to_file(directory, ledger, record, turn.reader) if looks else []
         rests = turn.progress == "idle" and record.state != "done" and not record.ended
         later = _LOOK if rests or (turn.progress == "idle" and any(_are_far(turn.reader))) else 0.0
         if not done and not passed and not copies:
             return later
-        now = self._clock()
-        due, pause = self._filings.get(record.run_id, (now, 0.0))
         if now < due:
             return due - now
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mlflow.entities import LifecycleStage, Metric, Run, ViewType
@@ -187,8 +188,10 @@ class RunReads(Experiments):
             MlflowException: only the server would know and is away.
         """
         local_id = self.canonical(run_id)
-        local = self._waiting(local_id)
-        pending = reads.points(local.pending, metric_key, bounded=self._bounded) if local is not None else []
+        pending: list[Metric] = []
+        if self.outbox.directory.segments(local_id):  # as in _waiting
+            delivered = delivery.reading(self.outbox).delivered(local_id)
+            pending = self._points_on_disk(local_id, metric_key, delivered)
         try:
             found = self.ask_about(
                 local_id,
@@ -198,7 +201,7 @@ class RunReads(Experiments):
                 quick=False,
             )
         except (Away, NotYet) as away:
-            known = local or self.local_run(local_id)
+            known = self.local_run(local_id)
             # The pages before this one were the server's, which has more than the disk of a run that began elsewhere.
             if known is None or (page_token is not None and not known.view.start_time_ms):
                 raise self.server.needed(
@@ -239,11 +242,11 @@ class RunReads(Experiments):
                 return found
             token = some.token
 
-    def _points_on_disk(self, local_id: str, key: str) -> list[Metric]:
+    def _points_on_disk(self, local_id: str, key: str, behind: Mapping[str, Cursor] | None = None) -> list[Metric]:
         found: list[Metric] = []
         directory = self.outbox.directory
         reader = RunReader(directory.run(local_id), directory.delivered / local_id)  # what is filed meanwhile is moved
-        cursors: dict[str, Cursor] = {}
+        cursors: Mapping[str, Cursor] = behind or {}
         while True:
             window = reader.window(cursors, points=_PAGE, items=_PAGE)
             found += reads.points(window.events, key, bounded=self._bounded)

@@ -84,6 +84,11 @@ class TraceRooms:
         for trace_id in trace_ids:
             self._places.pop(trace_id, None)
 
+    def are_there(self, trace_ids: Iterable[str]) -> bool:
+        """Return whether none of these traces is known to be on its way."""
+        places = {one: place for one in trace_ids if (place := self._places.get(one)) is not None}
+        return not places or len(arrived(self._outbox, places)) == len(places)
+
     def experiment(self, trace_id: str) -> str:
         """Return the experiment of a trace, or "" when it is none of this process or was delivered."""
         place = self._places.get(trace_id)

@@ -209,9 +209,21 @@ class Traces(Models):
     ) -> int:
         """Delete traces at the server, after those of this process have had a moment to arrive there.
 
+        Those that are named have more than a moment: a server says nothing of what it does not have, which would arrive
+        later and stay.
+
         Raises:
-            MlflowException: the server is away, or said no.
+            MlflowException: the server is away, or said no, or does not have a trace yet that is named.
         """
+        if (
+            trace_ids
+            and not self._settle_traces(asks_next=True)
+            and not self._rooms.are_there(trace_ids)
+            and not self._arrives()
+            and not self._rooms.are_there(trace_ids)
+        ):
+            waits = Away("one of the traces has not been delivered yet", sent=False)
+            raise self.server.needed("delete_traces", waits, call="delete_traces")
         deleted: int = self._delegate("delete_traces", experiment_id, max_timestamp_millis, max_traces, trace_ids)
         with self._recent_lock:
             until = -1 if max_timestamp_millis is None else max_timestamp_millis

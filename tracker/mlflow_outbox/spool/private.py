@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -168,6 +169,17 @@ def check_parts(path: Path, names: Iterable[str]) -> None:
             what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a directory"
             msg = f"{path / name} is {what}, which no outbox holds under that name; move it away"
             raise OutboxUnusable(msg)
+
+
+def check_no_link(*places: Path) -> None:
+    """Check that what is moved from or to some places stays in the outbox, which somebody else may have packed.
+
+    Raises:
+        OSError: one is a symbolic link.
+    """
+    for place in places:
+        if os.path.islink(place):
+            raise OSError(errno.ELOOP, "it is a symbolic link, which is never followed; remove it", str(place))
 
 
 def _quoted(path: Path) -> str:

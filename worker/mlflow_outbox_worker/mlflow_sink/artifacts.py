@@ -44,6 +44,8 @@ from mlflow_outbox_worker.sink import SinkError
 
 #: Bytes per second below which an upload is given up: it is slower than any link that is of use for artifacts.
 LEAST_UPLOAD_RATE = 256 * 1024
+#: Bytes by which a file may have grown since it was looked at; what is read back of it goes to a temporary directory.
+_GROWN = 64 * 1024 * 1024
 #: Where MLflow's server lists the files that it serves.
 _SERVED = "/mlflow-artifacts/artifacts"
 #: The name of a file that is uploaded to see whether files are taken, and deleted again.
@@ -144,6 +146,7 @@ class Artifacts:
                     "/" + quote(path, safe="/"),
                     allowance=size / LEAST_UPLOAD_RATE,
                     into=file,
+                    most=size + _GROWN,
                 )
             if not 200 <= answer.status < 300:  # noqa: PLR2004 - success, in whatever words
                 checked(answer, f"GET {printable(path, _SHOWN)}")

@@ -14,6 +14,8 @@ description, which makes every later look at the experiment fail. Here
 * a run is searched for by the outbox's tag without reading the others (``tagged``);
 * what another process left torn (a run or an experiment whose description is missing, empty or cut, a metric without
   a point, an empty param) is no run, no experiment, no metric and no param;
+* an id of a trace, a model or an assessment is the name of one file or folder: a journal may be one that somebody else
+  wrote, and MLflow's own makes a path of whatever it is given;
 * a name that needs a directory where another has its file, or the reverse (``val`` and ``val/acc``), is refused for
   good: a database keeps both, a file store has no place for the second.
 
@@ -47,6 +49,7 @@ from mlflow.store.tracking import file_store
 from mlflow.store.tracking.file_store import FileStore
 from mlflow.utils.yaml_utils import write_yaml
 
+from mlflow_outbox.counters import printable
 from mlflow_outbox_worker.mlflow_sink import point_lines
 from mlflow_outbox_worker.mlflow_sink.point_lines import Lines, Unusual, locked, plain
 from mlflow_outbox_worker.mlflow_sink.tagged import TaggedRuns
@@ -206,6 +209,25 @@ class Directory(FileStore):  # type: ignore[misc]  # MLflow has no type informat
                 infos.append(self._get_run_info_from_dir(os.path.join(home, run_id)))
         return infos
 
+    # -- ids that are parts of paths
+
+    def start_trace(self, trace_info: Any) -> Any:
+        """Create a trace; the argument is that of MLflow's method."""
+        _checked_id(trace_info.trace_id)
+        return super().start_trace(trace_info)
+
+    def log_outputs(self, run_id: str, models: Any) -> None:
+        """Log the models that a run has made; the arguments are those of MLflow's method."""
+        for model in models or ():
+            _checked_id(model.model_id)
+        super().log_outputs(run_id, models)
+
+    def _get_model_dir(self, experiment_id: str, model_id: str) -> Any:
+        return super()._get_model_dir(experiment_id, _checked_id(model_id))
+
+    def _get_assessment_path(self, trace_id: str, assessment_id: str) -> Any:
+        return super()._get_assessment_path(trace_id, _checked_id(assessment_id))
+
     # -- what others left torn
 
     def _get_run_info_from_dir(self, run_dir: str) -> Any:
@@ -317,6 +339,18 @@ class _Places:
             raise _no_place(name)
         self._files.add(path)
         self._folders.update(above)
+
+
+def _checked_id(given: str) -> str:
+    """Return an id that is the name of one file or folder.
+
+    Raises:
+        MlflowException: it is none; what it leads to may be anywhere.
+    """
+    if given in {"", ".", ".."} or "/" in given or "\0" in given:
+        msg = f"the id {printable(given)!r} would lead to another place"
+        raise MlflowException(msg, error_code=INVALID_PARAMETER_VALUE)
+    return given
 
 
 def _dataset(metric: Metric) -> str:

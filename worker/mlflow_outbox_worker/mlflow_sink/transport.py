@@ -282,6 +282,7 @@ class Transport:
         *,
         allowance: float = 0.0,
         into: IO[bytes] | None = None,
+        most: int | None = None,
         **kwargs: Any,
     ) -> Answer:
         """Make one request and return whatever was answered.
@@ -291,7 +292,8 @@ class Transport:
             method: HTTP method.
             endpoint: path below the host, quoted.
             allowance: seconds that the request may take on top of the timeout, for a file.
-            into: takes the body of a success, whatever its size, which is empty in the answer then.
+            into: takes the body of a success, which is empty in the answer then.
+            most: bytes that the body may have; None is what an answer of MLflow has at most.
             **kwargs: what ``http_request`` and ``requests`` take: params, json, data, extra_headers; ``json`` may be
                 bytes, which are JSON already.
 
@@ -321,7 +323,7 @@ class Transport:
                 **kwargs,
             )
             secrets = credentials.with_sent(secrets, response)
-            body = _body(response, into, self._most)
+            body = _body(response, into, self._most if most is None else most)
             login = credentials.login_of(host_creds) if response.status_code in credentials.REFUSALS else ""
             return Answer(response.status_code, response.headers, body, secrets, login)
         except (MlflowException, requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
@@ -375,14 +377,14 @@ def _body(response: requests.Response, into: IO[bytes] | None, most: int) -> byt
     size = 0
     try:
         for part in response.iter_content(_CHUNK_BYTES):
-            if into is not None and 200 <= response.status_code < 300:  # noqa: PLR2004 - a success
-                into.write(part)
-                continue
             size += len(part)
             if size > most:
                 msg = f"the answer is larger than {most} bytes, which no answer of MLflow is"
                 raise SinkError(msg, kind="not_mlflow", status=response.status_code)
-            parts.append(part)
+            if into is not None and 200 <= response.status_code < 300:  # noqa: PLR2004 - a success
+                into.write(part)
+            else:
+                parts.append(part)
     except BaseException:  # raised again: the rest of the answer stays unread
         response.close()
         raise
