@@ -47,8 +47,8 @@ SECRET = "canary"
         (f"mysql+pymysql://{SECRET}@host/db", "mysql+pymysql://host/db"),
         (f"mssql+pyodbc://host/db?driver=x&UID={SECRET}&Pwd={SECRET}", "mssql+pyodbc://host/db?driver=x"),
         (
-            f"mssql+pyodbc:///?odbc_connect=Driver%3D%7Bx+18%7D%3BUID%3D{SECRET}%3BPWD%3D%7Ba%3B{SECRET}%7D%3BServer%3Dh",
-            "mssql+pyodbc:/?odbc_connect=Driver%3D%7Bx+18%7D%3BServer%3Dh",
+            f"mssql+pyodbc:///?odbc_connect=Driver%3D%7Bx+18%7D%3BUID%3D{SECRET}%3BPWD%3D%7Ba%3B{SECRET}%7D%3BServer%3Dh%252Bg",
+            "mssql+pyodbc:/?odbc_connect=Driver%3D%7Bx+18%7D%3BServer%3Dh%252Bg",
         ),
         ("file:///abs/runs", "file:///abs/runs"),
         ("file:/abs/runs", "file:///abs/runs"),

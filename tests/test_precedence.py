@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_a_restoration_that_arrives_between_a_refusal_and_the_look_for_it_is_tak
 def test_a_change_of_a_trace_waits_for_rooms_that_may_have_it_and_for_none_that_waits_for_a_person(
     tmp_path: Path,
 ) -> None:
-    """And once for nothing, as the trace may have arrived between the refusal and the look for it."""
+    """Nor for one in which there is nothing."""
     outbox = make_outbox(tmp_path)
     room = provisional.room_of("7")
     make_journal(outbox, run=room).append(Request("start_trace", b"{}", 1_000))
@@ -56,9 +57,14 @@ def test_a_change_of_a_trace_waits_for_rooms_that_may_have_it_and_for_none_that_
 
     ledger.commit(RunRecord(room, remote_id=room))
     assert [room, room] == [waits("tr-1"), waits("tr-1")]
-    assert ["", None] == [waits("tr-2", -60_000), waits("tr-2", -60_000)], "what is there was logged much later"
+    assert waits("tr-2", -60_000) is None, "what is there was logged much later"
     ledger.commit(RunRecord(room, remote_id=room, state="parked"))
-    assert ["", None] == [waits("tr-1"), waits("tr-1")]
-    precedence.goes_on(provisional.COMMON_ROOM)
-    assert "" == waits("tr-1"), "nothing is remembered of what was recorded"
+    assert waits("tr-1") is None
+    empty = make_journal(outbox, run=provisional.room_of("8"))
+    assert empty.append(Request("start_trace", b"{}", 1_000))
+    empty.close()
+    assert provisional.room_of("8") == waits("tr-1")
+    [[segment]] = RunReader(outbox.run(provisional.room_of("8"))).segments().values()
+    os.truncate(segment.path, segment.body)  # its program was killed before it had written anything
+    assert waits("tr-1") is None, "nothing can come of that"
     ledger.close()

@@ -251,7 +251,8 @@ def _bare(key: str, value: str) -> str:
     if key.lower() != "odbc_connect":
         return value
     held = _ODBC.findall(unquote_plus(value))  # once more, as SQLAlchemy reads it
-    return ";".join(f"{name.strip()}={text}" for name, text in held if not _SECRET.search(name.strip()))
+    bare = ";".join(f"{name.strip()}={text}" for name, text in held if not _SECRET.search(name.strip()))
+    return bare.replace("%", "%25").replace("+", "%2B")  # for it is read so again
 
 
 def with_credentials(destination: Destination, environment_uri: str | None) -> Destination:

@@ -64,8 +64,6 @@ class Precedence:
         #: How far a run was delivered when MLflow refused what follows, because it or its experiment was deleted, and
         #: no restoration was on its way.
         self._refused_at: dict[str, dict[str, Cursor]] = {}
-        #: By room: the traces that MLflow did not have when nothing was on its way any more that may bring them.
-        self._not_had: dict[str, set[str]] = {}
         #: The models that are being made.
         self._making: set[str] = set()
         self._lock = threading.Lock()
@@ -78,7 +76,6 @@ class Precedence:
         """Note that a run or room waits for nothing."""
         self._waiting.pop(_name(run_id), None)
         self._refused_at.pop(run_id, None)
-        self._not_had.pop(run_id, None)
 
     def waits_for(self, run_id: str, other: str) -> bool:
         """Return whether a run or room waits for another, directly or by others."""
@@ -161,7 +158,7 @@ class Precedence:
             room: in which it is.
 
         Raises:
-            Waits: for one of them; or for nothing, once, as the trace may have arrived since MLflow refused this.
+            Waits: for one of them.
             LedgerUnavailable: the ledger could not be read.
         """
         what = f"the trace {trace_id}"
@@ -172,10 +169,6 @@ class Precedence:
             is_parked = record is not None and record.state == "parked"
             if not is_parked and self.is_pending(other, time_ms + _HELD_BACK):
                 raise Waits(what, other)
-        not_had = self._not_had.setdefault(room, set())
-        if trace_id not in not_had:
-            not_had.add(trace_id)
-            raise Waits(what, "")
 
     def _restoring(self, record: RunRecord) -> str:
         """Return the room in which a run's experiment is restored, if that is not delivered, or ""."""
@@ -207,10 +200,11 @@ class Precedence:
             return False
         reader = RunReader(*folders)
         record = self._record(run_id)
-        if record is None or not record.remote_id:  # the time at which it started may be of the program's choice
-            _, header = reader.started()
+        cursors = record.cursors if record is not None else {}
+        if not provisional.is_room(run_id) and (record is None or not (record.remote_id or cursors)):
+            _, header = reader.started()  # the time at which a run started may be of the program's choice
             return header is not None and header.created_ms <= time_ms
-        cursors = record.cursors
+        everybody = reader.segments().keys()
         writers: set[str] = set()
         while True:
             window = reader.window(cursors)
@@ -220,7 +214,7 @@ class Precedence:
                 if writer not in writers and event.time_ms <= time_ms:
                     return True
                 writers.add(writer)  # what follows was logged later still
-            if not window.more:
+            if not window.more or writers >= everybody:
                 return False
             cursors = window.cursors
 

@@ -84,10 +84,11 @@ class TraceRooms:
         for trace_id in trace_ids:
             self._places.pop(trace_id, None)
 
-    def are_there(self, trace_ids: Iterable[str]) -> bool:
-        """Return whether none of these traces is known to be on its way."""
+    def on_their_way(self, trace_ids: Iterable[str]) -> list[str]:
+        """Return those of some traces that have not arrived, as far as this machine knows."""
         places = {one: place for one in trace_ids if (place := self._places.get(one)) is not None}
-        return not places or len(arrived(self._outbox, places)) == len(places)
+        there = set(arrived(self._outbox, places)) if places else set()
+        return [one for one in places if one not in there]
 
     def experiment(self, trace_id: str) -> str:
         """Return the experiment of a trace, or "" when it is none of this process or was delivered."""

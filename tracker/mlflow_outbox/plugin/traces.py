@@ -217,10 +217,10 @@ class Traces(Models):
         """
         if (
             trace_ids
-            and not self._settle_traces(asks_next=True)
-            and not self._rooms.are_there(trace_ids)
+            and not self._settle_traces(asks_next=False)
+            and self._rooms.on_their_way(trace_ids)
             and not self._arrives()
-            and not self._rooms.are_there(trace_ids)
+            and self._is_lacking(self._rooms.on_their_way(trace_ids))
         ):
             waits = Away("one of the traces has not been delivered yet", sent=False)
             raise self.server.needed("delete_traces", waits, call="delete_traces")
@@ -235,6 +235,18 @@ class Traces(Models):
         self._rooms.forget(trace_ids or ())  # what comes later of the others, if they are on their way, follows them
         self._spans.forget(gone)
         return deleted
+
+    def _is_lacking(self, trace_ids: Iterable[str]) -> bool:
+        """Return whether the server lacks one of some traces: another machine may have delivered what waits here."""
+        for trace_id in trace_ids:
+            try:
+                self.server.ask(lambda store, one=trace_id: store.get_trace_info(one), quick=True)  # type: ignore[misc]  # mypy infers no default
+            except Away:
+                return True
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return True
+        return False
 
     def link_traces_to_run(self, trace_ids: list[str], run_id: str) -> None:
         """Link traces to a run.
