@@ -39,6 +39,16 @@ def offline(experiment: str, uri: str, root: Path, settings: Settings = QUICK) -
     return tracker, OutboxDirectory.open(tracker.outbox_path)
 
 
+def ended(server: MlflowServer, experiment: str) -> list[str]:
+    """The names of the runs of which a server has the end, sorted."""
+    return sorted(run.info.run_name for run in runs(server.url, experiment) if run.info.status == "FINISHED")
+
+
+def hanging(proxy: FaultProxy) -> list[Request]:
+    """The requests that got no answer."""
+    return [request for request in proxy.requests if "accept_hang" == request.action]
+
+
 def test_a_failure_beside_a_long_upload_does_not_hold_up_the_others_until_that_is_through(
     mlflow_server: MlflowServer, experiment_name: str, tmp_path: Path
 ) -> None:
@@ -55,14 +65,13 @@ def test_a_failure_beside_a_long_upload_does_not_hold_up_the_others_until_that_i
                 run.log_metric("loss", 0.0, step=0)
         tracker.close(0)
 
-        def ended() -> list[str]:
-            held = runs(mlflow_server.url, experiment_name)
-            return sorted(run.info.run_name for run in held if run.info.status == "FINISHED")
-
         with delivering(directory, proxy.url, settings) as counters:
-            eventually(lambda: ["small", "smaller"] == ended(), 60, "the others arrive during the upload")
-            [hanging] = [request for request in proxy.requests if "accept_hang" == request.action]
-            assert hanging.ended is None
+            eventually(
+                lambda: ["small", "smaller"] == ended(mlflow_server, experiment_name),
+                60,
+                "the others arrive during the upload",
+            )
+            assert [None] == [request.ended for request in hanging(proxy)]
             assert counters["retried"]
             proxy.down()
 
@@ -80,24 +89,21 @@ def test_a_try_that_is_a_long_upload_does_not_hold_up_the_others_until_that_is_t
             large.write_bytes(bytes(30 << 20))  # for which it is waited two minutes
             run.log_artifact(large)
 
-        def ended() -> list[str]:
-            held = runs(mlflow_server.url, experiment_name)
-            return sorted(run.info.run_name for run in held if run.info.status == "FINISHED")
-
-        def hanging() -> list[Request]:
-            return [request for request in proxy.requests if "accept_hang" == request.action]
-
         with delivering(directory, proxy.url, settings) as counters:
             eventually(lambda: counters["retried"] > 0, 60, "the server is known to be away")
             proxy.clear()
             proxy.on("mlflow-artifacts", faults.accept_hang(), times=1)
-            eventually(lambda: 1 == len(hanging()), 60, "the run that tries sends its file")
+            eventually(lambda: 1 == len(hanging(proxy)), 60, "the run that tries sends its file")
             for name in ("small", "smaller"):
                 with tracker.start_run(name) as run:
                     run.log_metric("loss", 0.0, step=0)
             tracker.close(0)
-            eventually(lambda: ["small", "smaller"] == ended(), 60, "the others arrive during the upload")
-            assert [None] == [request.ended for request in hanging()]
+            eventually(
+                lambda: ["small", "smaller"] == ended(mlflow_server, experiment_name),
+                60,
+                "the others arrive during the upload",
+            )
+            assert [None] == [request.ended for request in hanging(proxy)]
             proxy.down()
 
 
@@ -113,24 +119,21 @@ def test_a_run_that_has_tried_and_goes_on_with_a_long_upload_holds_up_no_later_t
             run.log_metric("loss", 0.0, step=0)  # the window with which it tries
             run.log_text("a checkpoint", "large.txt")
 
-        def hanging() -> list[Request]:
-            return [request for request in proxy.requests if "accept_hang" == request.action]
-
-        def ended() -> list[str]:
-            held = runs(mlflow_server.url, experiment_name)
-            return [run.info.run_name for run in held if run.info.status == "FINISHED"]
-
         with delivering(directory, proxy.url, settings) as counters:
             eventually(lambda: counters["retried"] > 0, 60, "the server is known to be away")
             proxy.clear()
             proxy.on("mlflow-artifacts", faults.accept_hang(), times=1)
-            eventually(lambda: 1 == len(hanging()), 60, "the run that has tried sends its file")
+            eventually(lambda: 1 == len(hanging(proxy)), 60, "the run that has tried sends its file")
             proxy.on("runs/log-batch", faults.status(503), times=1)
             with tracker.start_run("small") as run:
                 run.log_metric("loss", 0.0, step=0)
             tracker.close(0)
-            eventually(lambda: ["small"] == ended(), 60, "the other one arrives during the upload")
-            assert [None] == [request.ended for request in hanging()]
+            eventually(
+                lambda: ["small"] == ended(mlflow_server, experiment_name),
+                60,
+                "the other one arrives during the upload",
+            )
+            assert [None] == [request.ended for request in hanging(proxy)]
             proxy.down()
 
 
@@ -151,9 +154,9 @@ def test_one_run_at_a_time_tries_whether_the_server_is_there_again(
             proxy.clear()
             proxy.on("api/2.0/mlflow", faults.accept_hang(), times=4)
             eventually(lambda: 4 == len(runs(mlflow_server.url, experiment_name)), 60)
-        hanging = [request for request in proxy.requests if "accept_hang" == request.action]
-        assert 4 == len(hanging)
-        for before, after in itertools.pairwise(hanging):
+        silent = hanging(proxy)
+        assert 4 == len(silent)
+        for before, after in itertools.pairwise(silent):
             assert after.arrived - before.arrived > 0.5, "it waited until the one before had given up"
 
 

@@ -34,6 +34,15 @@ from servers import MlflowServer, eventually
 from workers import delivering
 
 
+def filled(experiment: str, uri: str, root: Path, settings: Settings) -> Settings:
+    """Deliver a run with three megabytes, and return settings by which its outbox is over its cap."""
+    with MLflowTracker(experiment, uri, outbox_dir=root, settings=settings) as before:
+        with before.start_run("before") as run:
+            assert run.log_text("x" * 3_000_000, "large.txt")
+        assert before.flush(60)
+    return dataclasses.replace(settings, outbox_bytes=2_500_000)
+
+
 def held(folder: Path) -> int:
     """Return how many bytes of the disk the reserve of a directory takes."""
     return (folder / reserve.NAME).stat().st_blocks * 512
@@ -177,11 +186,7 @@ def test_a_run_that_begins_without_room_has_its_name_and_tags_once_there_is_some
 ) -> None:
     """Its first points are refused and counted; the later ones would be those of a run of a name that MLflow chose."""
     settings = dataclasses.replace(QUICK, sync_interval=0.05)
-    with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", settings=settings) as before:
-        with before.start_run("before") as run:
-            assert run.log_text("x" * 3_000_000, "large.txt")
-        assert before.flush(60)
-    full = dataclasses.replace(settings, outbox_bytes=2_500_000)
+    full = filled(experiment_name, sqlite_uri, tmp_path / "box", settings)
     tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", settings=full)
     run = tracker.start_run("after", tags={"team": "vision"}, start_time=1_700_000_000_000)
     assert not run.log_metric("loss", 0.5)
@@ -203,11 +208,7 @@ def test_who_delivers_makes_as_much_room_as_the_program_allows(
 ) -> None:
     """A service has settings of its own: by these nothing would give way until the retention time is over."""
     settings = dataclasses.replace(QUICK, sync_interval=0.05)
-    with MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", settings=settings) as before:
-        with before.start_run("before") as run:
-            assert run.log_text("x" * 3_000_000, "large.txt")
-        assert before.flush(60)
-    full = dataclasses.replace(settings, outbox_bytes=2_500_000)
+    full = filled(experiment_name, sqlite_uri, tmp_path / "box", settings)
     tracker = MLflowTracker(experiment_name, sqlite_uri, outbox_dir=tmp_path / "box", worker="none", settings=full)
     run = tracker.start_run("after")
     assert not run.log_metric("loss", 0.5)
